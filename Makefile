@@ -1,0 +1,29 @@
+# The commands of this repository. `make setup` needs Python 3.11 or later with pip, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MANIFESTS := constraints.txt pyproject.toml $(wildcard packages/*/pyproject.toml)
+PACKAGES := $(patsubst %/pyproject.toml,-e %,$(wildcard packages/*/pyproject.toml))
+
+.PHONY: setup demo test lint
+
+setup: $(STAMP)
+
+# DeepSpeed has no wheel: DS_BUILD_OPS=0 leaves its CUDA operators to be built when first used.
+$(STAMP): $(MANIFESTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=77" wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt $(PACKAGES) -e ".[test,lint]"
+	touch $(STAMP)
+
+demo: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy

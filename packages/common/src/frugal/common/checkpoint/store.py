@@ -1,0 +1,242 @@
+"""One checkpoint format, whatever the engine: safetensors by parameter name and one JSON file.
+
+``checkpoints/step_000001000/``
+    ``tensors-00000-of-00002.safetensors``  float32 ``weight/<name>``, ``exp_avg/<name>``,
+    ``exp_avg_sq/<name>``, ``ema/<name>`` of the parameters this writer owns, and ``buffer/<name>``;
+    ``state.json``  everything else, with size and checksum of every file.
+``checkpoints/latest``  the name of the newest whole checkpoint.
+
+A checkpoint is written aside, read back, renamed when complete, and only then pointed at. The
+writing is spread over the processes, so that none ever holds all moments of a large model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from frugal.common.errors import InputError
+from frugal.common.run import Run
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken, skipped ones included."""
+        return self.state["step"]
+
+    def names(self) -> set[str]:
+        """``kind/name`` of every tensor."""
+        return {name for file in self.state["files"] for name in file["tensors"]}
+
+    def reader(self) -> Callable[[str], Tensor]:
+        """A function from ``kind/name`` to the tensor, mapped from the file when asked for."""
+        owner = {name: file["name"] for file in self.state["files"] for name in file["tensors"]}
+        handles = {
+            file["name"]: safe_open(self.folder / file["name"], framework="pt")
+            for file in self.state["files"]
+        }
+        return lambda name: handles[owner[name]].get_tensor(name)
+
+
+def owners(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:
+    """Which process writes which parameter: the largest first, each to the least loaded."""
+    load = [0] * world_size
+    owner = {}
+    for name, size in sorted(sizes, key=lambda item: (-item[1], item[0])):
+        rank = load.index(min(load))
+        owner[name] = rank
+        load[rank] += size
+    return owner
+
+
+def file_checksum(path: Path) -> int:
+    """crc32 of a file's bytes."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, run: Run, *, keep: int) -> None:
+        self.run = run
+        self.keep = keep
+        self.folder = run.dir / "checkpoints"
+
+    def save(
+        self,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+        *,
+        gather: Callable[[Any], list[Any]],
+    ) -> Path:
+        """Write one checkpoint; every process calls this with the tensors it owns.
+
+        Args:
+            tensors: ``kind/name`` to CPU tensors of this process's share.
+            state: JSON-ready; must hold ``step``.
+            gather: collects one JSON-ready value of every process, in rank order, on all of them.
+        """
+        rank, world_size = self.run.rank, self.run.world_size
+        final = self.folder / f"step_{state['step']:09d}"
+        aside = self.folder / f".{final.name}.writing"
+        if self.run.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        gather(None)  # nobody writes before the folder is there
+        path = aside / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
+        failure = _write_tensors(path, tensors)
+        entry = {
+            "name": path.name,
+            "tensors": sorted(tensors),
+            "failure": failure,
+            "bytes": 0 if failure else path.stat().st_size,
+            "crc32": 0 if failure else file_checksum(path),
+        }
+        files = gather(entry)
+        failed = [failure for file in files if (failure := file.pop("failure"))]
+        if failed:
+            raise InputError(
+                f"the checkpoint of step {state['step']} could not be written to {self.folder}: "
+                f"{failed[0]}; older checkpoints are untouched"
+            )
+        if self.run.is_main:
+            whole = state | {"format": FORMAT, "files": files}
+            _write_synced(aside / "state.json", json.dumps(whole, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            _sync_folder(self.folder)
+            _write_synced(self.folder / "latest", final.name + "\n")
+            self._remove_old()
+        gather(None)  # nobody trains on before the checkpoint counts
+        return final
+
+    def _remove_old(self) -> None:
+        for folder in self.whole()[: -self.keep]:
+            shutil.rmtree(folder)
+        for leftover in self.folder.glob(".*.writing"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def whole(self) -> list[Path]:
+        """Folders of complete checkpoints, oldest first."""
+        return sorted(f for f in self.folder.glob("step_*") if (f / "state.json").exists())
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint, or None where the run has none yet."""
+        return newest_checkpoint(self.folder)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write and read back; what went wrong, or nothing."""
+    try:
+        save_file(tensors, path)
+        _sync(path)
+        with safe_open(path, framework="pt") as written:
+            for name, tensor in tensors.items():
+                if not written.get_tensor(name).equal(tensor) and not tensor.isnan().any():
+                    return f"{path.name}: {name} reads back differently"
+    except (OSError, SafetensorError) as error:
+        return f"{path.name}: {error}"
+    return ""
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(text)
+    _sync(aside)
+    aside.replace(path)
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint that ``latest`` points at, or the newest whole one."""
+    pointer = folder / "latest"
+    names = [pointer.read_text().strip()] if pointer.exists() else []
+    names += sorted((f.name for f in folder.glob("step_*")), reverse=True)
+    for name in names:
+        if (folder / name / "state.json").exists():
+            return open_checkpoint(folder / name)
+    return None
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint a user means by a run directory, its ``checkpoints`` or one step's folder.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if (path / "state.json").exists():
+        return open_checkpoint(path)
+    for folder in (path / "checkpoints", path):
+        checkpoint = newest_checkpoint(folder) if folder.is_dir() else None
+        if checkpoint is not None:
+            return checkpoint
+    raise InputError(
+        f"there is no checkpoint in {path}; give a run directory or a folder checkpoints/step_..."
+    )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, with the presence, size and checksum of every file verified.
+
+    Raises:
+        InputError: naming the file that is missing, truncated or altered.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        files = state["files"]
+    except (OSError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{folder / 'state.json'} is damaged ({error}); use an older checkpoint"
+        ) from None
+    if state.get("format") != FORMAT:
+        raise InputError(
+            f"{folder} is of checkpoint format {state.get('format')}, this version reads {FORMAT}"
+        )
+    for file in files:
+        path = folder / file["name"]
+        if not path.exists() or path.stat().st_size != file["bytes"]:
+            found = f"has {path.stat().st_size} bytes" if path.exists() else "is missing"
+            raise InputError(
+                f"{path} {found} where {file['bytes']} were written: the checkpoint is damaged; "
+                f"remove {folder} to continue from an older one"
+            )
+        if file_checksum(path) != file["crc32"]:
+            raise InputError(
+                f"{path} was altered after it was written (its checksum differs); remove {folder} "
+                "to continue from an older checkpoint"
+            )
+    return Checkpoint(folder, state)

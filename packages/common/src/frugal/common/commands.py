@@ -1,0 +1,98 @@
+"""What every entry script shares: reading a recipe from the command line, ending politely."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+from frugal.common.errors import InputError, RunStopped
+from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.run import launcher_ranks
+
+Recipes = Mapping[str, Callable[[], Recipe]]
+
+
+def read_command_line(
+    recipes: Recipes, *, program: str, arguments: list[str] | None = None
+) -> tuple[str, Recipe]:
+    """The recipe that the first word picks, with the fields that flags override.
+
+    The first word may also be the path of a saved ``recipe.json``. ``--local_rank``, which the
+    deepspeed launcher adds, is accepted and ignored: ranks come from the environment.
+
+    Returns:
+        The name and the recipe. A mistake on the command line ends the process with exit code 2.
+    """
+    words = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].endswith(".json"):
+        saved = load_recipe(Path(words[0]))
+        recipe = tyro.cli(Recipe, default=saved, args=words[1:], prog=f"{program} {words[0]}")
+        return Path(words[0]).parent.name, recipe
+    choices = {_dashed(name): (_first_sentence(make), make()) for name, make in recipes.items()}
+    if words:
+        words = [_dashed(words[0]), *words[1:]]
+    if words and not words[0].startswith("-") and words[0] not in choices:
+        raise InputError(
+            f"there is no recipe {words[0]!r}; choose from {', '.join(choices)}, or give the path "
+            "of a recipe.json"
+        )
+    recipe = tyro.extras.overridable_config_cli(choices, args=words, prog=program)
+    return words[0], recipe
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _first_sentence(make: Callable[[], Recipe]) -> str:
+    return (make.__doc__ or "").strip().split("\n")[0]
+
+
+def _without_local_rank(words: list[str]) -> list[str]:
+    kept = []
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+        elif word in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not word.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(word)
+    return kept
+
+
+def run_politely(command: Callable[[], None]) -> NoReturn:
+    """Run a command; a user's mistake becomes one sentence and exit code 2.
+
+    Every process of a run meets most mistakes alike. The first speaks; the others wait for it,
+    and speak only if they are still alive then, which means that the mistake was theirs alone.
+    """
+    try:
+        command()
+    except InputError as error:
+        _say(str(error), exit_code=2)
+    except RunStopped as stopped:
+        _say(str(stopped), exit_code=stopped.exit_code)
+    sys.exit(0)
+
+
+def _say(sentence: str, *, exit_code: int) -> NoReturn:
+    rank, _, _ = launcher_ranks()
+    if rank > 0:
+        time.sleep(5)
+    sys.stderr.write(f"error: {sentence}\n" if exit_code != 143 else f"{sentence}\n")
+    sys.stderr.flush()
+    # other processes may wait in a collective; leaving without clean-up lets the launcher end them
+    _leave(exit_code)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    import os
+
+    sys.stdout.flush()
+    os._exit(exit_code)

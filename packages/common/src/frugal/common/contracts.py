@@ -1,0 +1,167 @@
+"""What the parts of a run hand to each other.
+
+Nothing here imports torch at run time: recipes are built from these names, and ``--help`` must
+answer at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from frugal.common.randomness import NoiseSource
+    from frugal.common.recipe import Recipe
+    from frugal.common.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The samples of one micro-batch of one process, in global order."""
+
+    images: Tensor
+    """(B, 3, H, W) uint8, or float32 that is normalised already."""
+    sample_numbers: Tensor
+    """(B,) int64: number of the sample since the start of the run; every random draw uses it."""
+    valid: Tensor
+    """(B,) bool: False where the sample was damaged. Such rows carry zeros and must not count."""
+    token_ids: Tensor | None = None
+    """(B, T) int64, padded on the right."""
+    text_lengths: Tensor | None = None
+    """(B,) int64: tokens before the padding."""
+    labels: Tensor | None = None
+    """(B,) int64 class indices, where the data has classes."""
+    keys: list[str] = field(default_factory=list)
+    """Where each sample comes from: ``shard/key``."""
+    damage: dict[str, int] = field(default_factory=dict)
+    """Damaged samples of this batch by kind."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on ``device`` (without waiting, from pinned memory)."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if hasattr(value := getattr(self, f.name), "to")
+        }
+        return replace(self, **moved)
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Samples ``start`` to ``stop`` of this batch; damage stays with the whole."""
+        part = {
+            f.name: value[start:stop]
+            for f in fields(self)
+            if f.name != "damage" and (value := getattr(self, f.name)) is not None
+        }
+        return replace(self, damage={}, **part)
+
+    def __len__(self) -> int:
+        """Samples, damaged ones included."""
+        return len(self.sample_numbers)
+
+
+@runtime_checkable
+class ImageReduction(Protocol):
+    """Decides which patches of every image stay. A frozen dataclass; see ``reduction/``."""
+
+    def keep(self, view: Any, *, noise: NoiseSource) -> Any:
+        """From a ``PatchView`` to a ``Kept``, or None where every patch stays."""
+        ...
+
+
+@runtime_checkable
+class TextReduction(Protocol):
+    """Decides which tokens of a caption stay; runs in the loader, one caption at a time."""
+
+    def encode(self, caption: str, tokenizer: Any, *, length: int, generator: Any) -> list[int]:
+        """At most ``length`` token ids, special tokens included, without padding."""
+        ...
+
+
+class Objective(Protocol):
+    """One ``nn.Module`` that holds everything trainable and maps a batch to its loss.
+
+    ``forward(batch) -> (loss, metrics)``: a scalar whose mean over the processes is the loss of
+    the global micro-batch, and detached scalars by name, the same names on every process. Two of
+    the names have a meaning: ``image_tokens`` and ``text_tokens``, the mean numbers of tokens that
+    the towers saw of one sample.
+    """
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics)."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """What evaluations and exports take."""
+        ...
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Parameters, by name, that the engine keeps within bounds after every step."""
+        ...
+
+    def step_flops(self, metrics: dict[str, float]) -> float:
+        """Forward and backward FLOPs of one sample, from the means of ``metrics``."""
+        ...
+
+
+@runtime_checkable
+class ObjectiveConfig(Protocol):
+    """The part of a recipe that builds the objective."""
+
+    def build(self, recipe: Recipe) -> Any:
+        """An :class:`Objective`, initialised from ``recipe.run.seed``, on the CPU in float32."""
+        ...
+
+
+class Stream(Protocol):
+    """The micro-batches of one process, endless, from any first sample number on."""
+
+    epoch_samples: int
+    """Samples of one epoch."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep beside the sample number (JSON); {} for indexed data."""
+        ...
+
+
+class DataConfig(ABC):
+    """The part of a recipe that builds the stream of training batches."""
+
+    max_damaged: float
+    """Fraction of damaged samples at which the run stops."""
+
+    @abstractmethod
+    def build(
+        self,
+        recipe: Recipe,
+        run: Run,
+        *,
+        first_sample: int,
+        state: dict[str, Any],
+        objective: Any,
+    ) -> Stream:
+        """A stream that continues at ``first_sample``, a multiple of the global batch size."""
+
+
+class EvaluationTask(ABC):
+    """One evaluation of a recipe."""
+
+    name: str
+    """Of the file that the numbers go to."""
+
+    @abstractmethod
+    def folder(self) -> Path | None:
+        """Its data, or None without any; refuses what is not there, before training starts."""
+
+    @abstractmethod
+    def evaluate(self, model: Any, recipe: Recipe, run: Run) -> dict[str, Any]:
+        """Numbers by name, {} without data; every process of the run calls this."""

@@ -1,0 +1,86 @@
+"""The part of a recipe that says what a run is trained on; nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal.common.contracts import DataConfig
+from frugal.common.data.samples import Fields
+from frugal.common.data.tokenizers import TokenizerConfig
+from frugal.common.data.transforms import Augmentation, RandomResizedCrop
+from frugal.common.errors import InputError
+
+if TYPE_CHECKING:
+    from frugal.common.contracts import Stream
+    from frugal.common.recipe import Recipe
+    from frugal.common.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairData(DataConfig):
+    """Image-text pairs."""
+
+    train: tuple[str, ...]
+    """Where the pairs are: tars as img2dataset writes them (a path, 'path/{00000..41407}.tar', a
+    glob or a folder), TFRecords, CSV files, class folders with images, or pipe: and cloud URLs."""
+    weights: tuple[float, ...] = ()
+    """Share of each entry of train in the samples read, in any unit; without them every sample is
+    read once per epoch."""
+    tokenizer: TokenizerConfig | None
+    """None reads images alone."""
+    augmentation: Augmentation = field(default_factory=RandomResizedCrop)
+    fields: Fields = field(default_factory=Fields)
+    shuffle_shards: int = 16
+    """Shards whose samples are mixed with one another."""
+    max_damaged: float = 0.05
+    """Fraction of damaged samples at which the run stops."""
+    resampled_samples: int | None = None
+    """Read with replacement, this many samples to an epoch; the only way to read URLs."""
+    workers: int = 4
+    """Loader processes per process of the run; 0 loads in the process itself."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("shuffle_shards", 1), ("resampled_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"data.{name} is {value}, must be at least {least}")
+        if not 0 <= self.max_damaged <= 1:
+            raise InputError(f"data.max_damaged is {self.max_damaged}, must lie between 0 and 1")
+        if self.weights and len(self.weights) != len(self.train):
+            raise InputError(
+                f"data.weights has {len(self.weights)} numbers for the {len(self.train)} entries "
+                "of data.train; give one per entry, or none"
+            )
+        if len(self.weights) == 1:
+            raise InputError("data.weights of a single source have no effect; leave them out")
+        if any(not weight > 0 for weight in self.weights):
+            raise InputError(
+                f"data.weights are {self.weights}, must be positive; leave out what is not to be "
+                "read"
+            )
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Keep with a run what is needed to tokenize as it did."""
+        if self.tokenizer is not None:
+            self.tokenizer.load().save(folder)
+
+    def build(
+        self,
+        recipe: Recipe,
+        run: Run,
+        *,
+        first_sample: int,
+        state: dict[str, Any],
+        objective: Any,
+    ) -> Stream:
+        """The micro-batches of this process from ``first_sample`` on.
+
+        Raises:
+            InputError: if there is no data, or it cannot be read.
+        """
+        from frugal.common.data.training import build_stream
+
+        del objective  # this source does not ask the model
+        return build_stream(self, recipe, run, first_sample=first_sample, state=state)

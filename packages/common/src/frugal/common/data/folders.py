@@ -1,0 +1,163 @@
+"""Images that lie in files of their own: class folders, and lists in CSV files."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from frugal.common.data.damage import Damaged
+from frugal.common.data.samples import Fields, RawSample, StringTable
+from frugal.common.errors import InputError
+
+
+@dataclass(frozen=True)
+class FileList:
+    """Image files with a caption each, perhaps with labels: one shard, and its own reader."""
+
+    name: str
+    """The folder or the CSV file."""
+    base: str
+    """Folder that the files' paths are relative to."""
+    files: StringTable
+    texts: StringTable
+    """One caption each; empty for none."""
+    labels: np.ndarray | None
+    """(n,) int64."""
+
+    @property
+    def num_samples(self) -> int:
+        """Files, unreadable ones included."""
+        return len(self.files)
+
+    def open(self, fields: Fields) -> FileList:
+        """Itself: there is nothing to open."""
+        return self
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def key(self, index: int) -> str:
+        """The path of an image, or the CSV file and row where the row has none."""
+        file = self.files[index]
+        return str(Path(self.base, file)) if file else f"{self.name}/{index}"
+
+    def captions(self, index: int) -> list[str]:
+        """The caption of an image, or none where a list has left it empty."""
+        text = self.texts[index]
+        return [text] if text else []
+
+    def read(self, index: int) -> RawSample:
+        """A sample.
+
+        Raises:
+            Damaged: if its image cannot be read.
+        """
+        file = self.files[index]
+        if not file:
+            raise Damaged("no image")
+        try:
+            image = Path(self.base, file).read_bytes()
+        except OSError as error:
+            raise Damaged("unreadable", str(error)) from None
+        return RawSample(
+            image=image,
+            captions=self.captions(index),
+            label=None if self.labels is None else int(self.labels[index]),
+        )
+
+
+def image_files(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
+    """The images below a folder and its sub-folders, in the order of torchvision's ImageFolder."""
+    found = []
+    for parent, _, names in sorted(os.walk(folder, followlinks=True)):
+        found += [
+            Path(parent, name)
+            for name in sorted(names)
+            if name.rpartition(".")[2].lower() in extensions
+        ]
+    return found
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the sub-folders; class numbers count them in this order."""
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+
+
+def class_names(folder: Path) -> list[str]:
+    """One readable name per class folder: from ``classnames.txt``, else the folders' names.
+
+    Raises:
+        InputError: if ``classnames.txt`` does not have one line per class folder.
+    """
+    folders = class_folders(folder)
+    listed = folder / "classnames.txt"
+    if not listed.is_file():
+        return [name.replace("_", " ") for name in folders]
+    names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines()]
+    if len(names) != len(folders):
+        raise InputError(
+            f"{listed} names {len(names)} classes but {folder} has {len(folders)} class folders; "
+            "write one line per folder, in their sorted order"
+        )
+    return names
+
+
+def open_image_folder(folder: Path, fields: Fields) -> FileList:
+    """The images of a folder with one sub-folder per class, with captions from the template."""
+    files: list[str] = []
+    labels: list[int] = []
+    names = class_names(folder)
+    for label, class_folder in enumerate(class_folders(folder)):
+        found = image_files(folder / class_folder, fields.image)
+        files += [str(file.relative_to(folder)) for file in found]
+        labels += [label] * len(found)
+    return FileList(
+        name=str(folder),
+        base=str(folder),
+        files=StringTable.of(files),
+        texts=StringTable.of(fields.template.format(names[label]) for label in labels),
+        labels=np.array(labels, np.int64),
+    )
+
+
+def open_csv(path: Path, fields: Fields) -> FileList:
+    """The images that a CSV file with a header lists.
+
+    Raises:
+        InputError: if the file is no such list.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header = file.readline()
+            separator = fields.csv_separator or ("\t" if "\t" in header else ",")
+            file.seek(0)
+            rows = csv.DictReader(file, delimiter=separator)
+            columns = rows.fieldnames or []
+            for wanted in (fields.csv_image, fields.csv_caption):
+                if wanted not in columns:
+                    raise InputError(
+                        f"{path} has no column {wanted!r} among {list(columns)}; set "
+                        "data.fields.csv_image, csv_caption and csv_separator"
+                    )
+            pairs = [(row[fields.csv_image], row[fields.csv_caption]) for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as a CSV file: {error}") from None
+    files = [file or "" for file, _ in pairs]
+    base = path.parent
+    if files and not (base / files[0]).exists() and Path(files[0]).exists():
+        base = Path()
+    return FileList(
+        name=str(path),
+        base=str(base),
+        files=StringTable.of(files),
+        texts=StringTable.of(caption or "" for _, caption in pairs),
+        labels=None,
+    )

@@ -1,0 +1,168 @@
+"""Image-text pairs by sample number: read, decode, draw a caption, tokenize, put in batches."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from frugal.common.contracts import TextReduction
+from frugal.common.data.damage import Damaged
+from frugal.common.data.order import Order
+from frugal.common.data.samples import Fields, RawSample, Reader, Shard
+from frugal.common.data.transforms import Augmentation
+from frugal.common.randomness import sample_generator
+
+_OPEN_SHARDS = 64
+
+
+class Shelf:
+    """Many shards, of which this process keeps a few open."""
+
+    def __init__(self, shards: Sequence[Shard], fields: Fields) -> None:
+        self._shards = shards
+        self._fields = fields
+        self._readers: OrderedDict[int, Reader] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_readers": OrderedDict()}
+
+    def reader(self, shard: int) -> Reader:
+        """The reader of a shard by its number.
+
+        Raises:
+            Damaged: if the shard cannot be opened any more.
+            InputError: if it is not the shard that was indexed.
+        """
+        if shard in self._readers:
+            self._readers.move_to_end(shard)
+            return self._readers[shard]
+        try:
+            reader = self._shards[shard].open(self._fields)
+        except OSError as error:
+            raise Damaged("unreadable", str(error)) from None
+        self._readers[shard] = reader
+        if len(self._readers) > _OPEN_SHARDS:
+            self._readers.popitem(last=False)[1].close()
+        return reader
+
+    def name(self, shard: int) -> str:
+        """The path of a shard."""
+        return self._shards[shard].name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is done to a sample between the store and the model; all draws belong to the sample."""
+
+    seed: int
+    augmentation: Augmentation
+    image_size: tuple[int, int]
+    """(height, width)."""
+    tokenizer: Any | None
+    """None for images without text."""
+    text: TextReduction
+    text_length: int
+    """Most tokens of a caption."""
+
+    def image(self, raw: RawSample, number: int) -> np.ndarray:
+        """(3, H, W) uint8; raises ``Damaged`` if it cannot be decoded."""
+        generator = sample_generator(self.seed, "crop", number)
+        return self.augmentation.decode(raw.image, size=self.image_size, generator=generator)
+
+    def caption(self, raw: RawSample, number: int) -> str:
+        """One of the captions, drawn uniformly; raises ``Damaged`` if there is none."""
+        if not raw.captions:
+            raise Damaged("no caption")
+        if len(raw.captions) == 1:
+            return raw.captions[0]
+        generator = sample_generator(self.seed, "caption", number)
+        return raw.captions[int(generator.integers(len(raw.captions)))]
+
+    def token_ids(self, caption: str, number: int) -> list[int]:
+        """At most ``text_length`` ids of the tokens of a caption that stay."""
+        generator = sample_generator(self.seed, "text", number)
+        return self.text.encode(
+            caption, self.tokenizer, length=self.text_length, generator=generator
+        )
+
+
+@dataclass
+class BatchBuilder:
+    """Fills the slots of one batch; a slot that is never filled stays damaged and zero."""
+
+    preparation: Preparation
+    numbers: np.ndarray
+    """(B,) int64."""
+    keys: list[str] = field(default_factory=list)
+    damage: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        count, preparation = len(self.numbers), self.preparation
+        self.images = np.zeros((count, 3, *preparation.image_size), np.uint8)
+        self.valid = np.zeros(count, np.bool_)
+        if preparation.tokenizer is not None:
+            shape = (count, preparation.text_length)
+            self.token_ids = np.full(shape, preparation.tokenizer.pad_id, np.int64)
+            # one token, so that attention over the empty slot of a damaged sample stays finite
+            self.lengths = np.ones(count, np.int64)
+
+    def add(self, key: str, raw: RawSample) -> None:
+        """Prepare a sample and put it into the next slot; raises ``Damaged`` if it cannot be."""
+        slot = len(self.keys)
+        number = int(self.numbers[slot])
+        ids: list[int] | None = None
+        if self.preparation.tokenizer is not None:
+            ids = self.preparation.token_ids(self.preparation.caption(raw, number), number)
+        self.images[slot] = self.preparation.image(raw, number)
+        if ids is not None:
+            self.token_ids[slot, : len(ids)] = ids
+            self.lengths[slot] = max(len(ids), 1)
+        self.valid[slot] = True
+        self.keys.append(key)
+
+    def skip(self, key: str, damaged: Damaged) -> None:
+        """Leave the next slot empty."""
+        self.keys.append(key)
+        self.damage[damaged.kind] += 1
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a ``Batch``."""
+        fields: dict[str, Any] = {
+            "images": torch.from_numpy(self.images),  # (B, 3, H, W)
+            "sample_numbers": torch.from_numpy(self.numbers),  # (B,)
+            "valid": torch.from_numpy(self.valid),  # (B,)
+            "keys": self.keys,
+            "damage": dict(self.damage),
+        }
+        if self.preparation.tokenizer is not None:
+            fields["token_ids"] = torch.from_numpy(self.token_ids)  # (B, T)
+            fields["text_lengths"] = torch.from_numpy(self.lengths)  # (B,)
+        return fields
+
+
+class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
+    """The endless run of samples that an order makes of shards."""
+
+    def __init__(self, shelf: Shelf, order: Order, preparation: Preparation) -> None:
+        self._shelf = shelf
+        self._order = order
+        self._preparation = preparation
+
+    def __getitem__(self, numbers: np.ndarray) -> dict[str, Any]:
+        """The fields of the ``Batch`` of some sample numbers (B,), damaged samples included."""
+        builder = BatchBuilder(self._preparation, numbers)
+        shards, indices = self._order.locate(numbers)
+        for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
+            key = f"{self._shelf.name(shard)}/{index}"
+            try:
+                reader = self._shelf.reader(shard)
+                key = reader.key(index)
+                builder.add(key, reader.read(index))
+            except Damaged as damaged:
+                builder.skip(key, damaged)
+        return builder.fields()

@@ -1,0 +1,282 @@
+"""TFRecord files as img2dataset writes them, read without TensorFlow.
+
+A record is framed as ``uint64 length, uint32 crc(length), data, uint32 crc(data)`` with masked
+CRC-32C checksums, and its data is a ``tf.train.Example`` protocol buffer.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from frugal.common.data.damage import Damaged
+from frugal.common.data.index import ShardIndex, damage_code, load_index
+from frugal.common.data.samples import Fields, RawSample, StringTable, decode_label, decode_text
+from frugal.common.errors import InputError
+
+try:
+    from crc32c import crc32c as _fast_crc32c
+except ImportError:  # without it the checksums of the data are not compared, only the lengths'
+    _fast_crc32c = None  # type: ignore[assignment]
+
+_HEADER = struct.Struct("<QI")
+_FOOTER = struct.Struct("<I")
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def _crc32c_table() -> list[int]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+        table.append(byte)
+    return table
+
+
+_TABLE = _crc32c_table()
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli) of a few bytes."""
+    checksum = 0xFFFFFFFF
+    for byte in data:
+        checksum = checksum >> 8 ^ _TABLE[(checksum ^ byte) & 0xFF]
+    return checksum ^ 0xFFFFFFFF
+
+
+def mask_checksum(checksum: int) -> int:
+    """The form in which TFRecords store a CRC-32C."""
+    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def index_records(shard: Path) -> ShardIndex:
+    """Read a TFRecord file from end to end and say where its records are.
+
+    Raises:
+        InputError: if the file cannot be read, is empty or holds no TFRecords.
+    """
+    try:
+        with shard.open("rb") as file:
+            return _index_open_records(file, shard)
+    except OSError as error:
+        raise InputError(
+            f"{shard} cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
+
+
+def _index_open_records(file: BinaryIO, shard: Path) -> ShardIndex:
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise InputError(f"{shard} is empty (0 bytes); copy it again, or leave it out")
+    offsets, lengths, checksums, damage = [], [], [], []
+    note, position = "", 0
+    while position < size:
+        header = file.read(_HEADER.size)
+        length = _record_length(header)
+        end = position + _HEADER.size + (length or 0) + _FOOTER.size
+        if length is None and not position and len(header) == _HEADER.size:
+            raise InputError(
+                f"{shard} does not begin like a TFRecord file; copy it again (compressed ones "
+                "must be unpacked first)"
+            )
+        broken = length is None or end > size
+        data = b"" if broken else file.read(length or 0)
+        offsets.append(position + _HEADER.size)
+        lengths.append(len(data))
+        checksums.append(zlib.crc32(data))
+        if broken:
+            note = f"damaged or cut off: no readable record at byte {position} of {size}"
+            damage.append(damage_code("truncated"))
+            break
+        matches = _matches(data, file.read(_FOOTER.size))
+        damage.append(0 if matches else damage_code("checksum"))
+        position = end
+    return ShardIndex(
+        names=StringTable.of([]),
+        offsets=np.array(offsets, np.int64),
+        lengths=np.array(lengths, np.int64),
+        checksums=np.array(checksums, np.uint32),
+        first_member=np.arange(len(offsets) + 1, dtype=np.int64),
+        damage=np.array(damage, np.uint8),
+        shard_bytes=size,
+        note=note,
+    )
+
+
+def _record_length(header: bytes) -> int | None:
+    if len(header) < _HEADER.size:
+        return None
+    length, checksum = _HEADER.unpack(header)
+    return length if mask_checksum(crc32c(header[:8])) == checksum else None
+
+
+def _matches(data: bytes, footer: bytes) -> bool:
+    if _fast_crc32c is None:
+        return True
+    return mask_checksum(_fast_crc32c(data)) == _FOOTER.unpack(footer)[0]
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
+def _wire_fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a protocol buffer message: number and value, in the order written."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        wire_type = tag & 7
+        if wire_type == _VARINT:
+            value, position = _varint(data, position)
+            yield tag >> 3, value
+            continue
+        if wire_type == _BYTES:
+            length, position = _varint(data, position)
+        elif wire_type in (_FIXED64, _FIXED32):
+            length = 8 if wire_type == _FIXED64 else 4
+        else:
+            raise ValueError(f"wire type {wire_type}")
+        if position + length > len(data):
+            raise ValueError("a field is longer than its message")
+        yield tag >> 3, data[position : position + length]
+        position += length
+
+
+def _only(message: memoryview, number: int) -> Iterator[memoryview]:
+    for found, value in _wire_fields(message):
+        if found == number and isinstance(value, memoryview):
+            yield value
+
+
+def _integers(message: memoryview) -> Iterator[int]:
+    """The values of an Int64List, packed or not."""
+    for number, value in _wire_fields(message):
+        if number != 1:
+            continue
+        values = [value] if isinstance(value, int) else []
+        position = 0
+        while isinstance(value, memoryview) and position < len(value):
+            item, position = _varint(value, position)
+            values.append(item)
+        yield from (item - (1 << 64) if item >> 63 else item for item in values)
+
+
+def parse_example(data: bytes) -> dict[str, list[bytes] | list[int]]:
+    """The byte strings and integers of a ``tf.train.Example`` by name; floats are left out.
+
+    Raises:
+        ValueError: if the bytes are no such message.
+    """
+    try:
+        return _parse_example(memoryview(data))
+    except IndexError:
+        raise ValueError("the message ends in the middle of a number") from None
+
+
+def _parse_example(data: memoryview) -> dict[str, list[bytes] | list[int]]:
+    features: dict[str, list[bytes] | list[int]] = {}
+    for feature_map in _only(data, 1):
+        for entry in _only(feature_map, 1):
+            name = next(_only(entry, 1), memoryview(b"")).tobytes().decode("utf-8")
+            for kind, values in _wire_fields(next(_only(entry, 2), memoryview(b""))):
+                if kind == 1 and isinstance(values, memoryview):
+                    features[name] = [value.tobytes() for value in _only(values, 1)]
+                elif kind == 3 and isinstance(values, memoryview):
+                    features[name] = list(_integers(values))
+    return features
+
+
+class RecordReader:
+    """An opened TFRecord file of one process."""
+
+    def __init__(self, path: Path, fields: Fields) -> None:
+        self.path = path
+        self.fields = fields
+        self.index = load_index(path)
+        self._file = path.open("rb", buffering=0)
+
+    def close(self) -> None:
+        """Give back the file."""
+        self._file.close()
+
+    def key(self, index: int) -> str:
+        """``shard/number`` of a record."""
+        return f"{self.path}/{index}"
+
+    def features(self, index: int) -> dict[str, list[bytes] | list[int]]:
+        """The byte strings and integers of a record by name.
+
+        Raises:
+            Damaged: if the record was damaged when it was indexed, or has changed since.
+        """
+        if kind := self.index.damage_of(index):
+            raise Damaged(kind)
+        try:
+            return parse_example(self.index.read(self._file.fileno(), index))
+        except ValueError as error:
+            raise Damaged("unreadable", str(error)) from None
+
+    def captions(self, index: int) -> list[str]:
+        """The captions of a sample; raises ``Damaged``."""
+        return self._captions(self.features(index))
+
+    def read(self, index: int) -> RawSample:
+        """A sample.
+
+        Raises:
+            Damaged: as :meth:`features`, and if it has no image.
+        """
+        features = self.features(index)
+        images = (features[name] for name in self.fields.image if features.get(name))
+        image = next((values[0] for values in images if isinstance(values[0], bytes)), None)
+        if image is None:
+            raise Damaged("no image")
+        labels = features.get("cls") or [None]
+        return RawSample(
+            image=image,
+            captions=self._captions(features),
+            label=decode_label(labels[0]) if isinstance(labels[0], bytes) else labels[0],
+        )
+
+    def _captions(self, features: dict[str, list[bytes] | list[int]]) -> list[str]:
+        # img2dataset writes the fields of a sample's JSON as features of their own
+        for field in self.fields.caption:
+            values = features.get(field.removeprefix("json."), [])
+            captions = [decode_text(value) for value in values if isinstance(value, bytes)]
+            if self.fields.caption_per_line and not field.startswith("json."):
+                lines = [line.strip() for text in captions for line in text.splitlines()]
+                captions = [line for line in lines if line]
+            if captions:
+                return captions
+        return []
+
+
+@dataclass(frozen=True)
+class RecordShard:
+    """An indexed TFRecord file."""
+
+    path: Path
+    num_samples: int
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def open(self, fields: Fields) -> RecordReader:
+        """A reader for this process."""
+        return RecordReader(self.path, fields)

@@ -1,0 +1,252 @@
+"""Shards that can only be streamed: drawn with replacement, and continued where a run stopped.
+
+Every loader process of every rank keeps a few *lanes* open. A lane is an endless row of shards,
+each drawn from all shards by (seed, lane, number of the draw), and the slots of a batch are
+filled from the lanes in turn. What a checkpoint keeps of a lane is the number of its draw and how
+many samples of that shard were used: it opens the shard again and passes over those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.gopen import gopen
+
+from frugal.common.contracts import Batch
+from frugal.common.data.damage import Damaged, Kind
+from frugal.common.data.pairs import BatchBuilder, Preparation
+from frugal.common.data.samples import Fields, RawSample, assemble
+from frugal.common.data.stream import PREFETCHED, Share
+from frugal.common.data.tars import StrictHeader, split_name
+from frugal.common.randomness import sample_generator
+
+Streamed = tuple[str, dict[str, bytes] | Damaged]
+"""``shard/key`` and the members of a sample by extension, or what is wrong with it."""
+
+
+def stream_tar(url: str) -> Iterator[Streamed]:
+    """The samples of a tar in the order of the file; at least one, if only a damaged one.
+
+    A shard that cannot be opened or goes on unreadably counts as one damaged sample, and so does
+    the last sample of a shard that ends without an end-of-archive marker.
+    """
+    try:
+        stream = gopen(url)
+    except (OSError, ValueError) as error:
+        yield url, Damaged("unreadable", str(error))
+        return
+    try:
+        yield from _samples(url, stream)
+    finally:
+        # a command behind pipe: complains if its output is not read to the end
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def _samples(url: str, stream: Any) -> Iterator[Streamed]:
+    key = ""
+    members: dict[str, bytes] = {}
+    damage: Kind | None = None
+    end: Kind | None = None
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictHeader) as archive:
+            for (new_key, extension), content in _members(archive):
+                if key and new_key != key:
+                    yield f"{url}/{key}", Damaged(damage) if damage else members
+                    members, damage = {}, None
+                key = new_key
+                damage = "duplicate" if extension in members else damage
+                members[extension] = content
+    except (OSError, tarfile.TarError, EOFError, zlib.error):
+        end = "truncated" if key else "unreadable"
+    if not key:
+        yield url, Damaged(end or "unreadable", "no sample")
+    else:
+        kind = end or damage
+        yield f"{url}/{key}", Damaged(kind) if kind else members
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tuple[tuple[str, str], bytes]]:
+    """Key, extension and bytes of every member that belongs to a sample."""
+    for member in archive:
+        name = split_name(member.name) if member.isreg() else None
+        if name is not None:
+            file = archive.extractfile(member)
+            assert file is not None
+            yield name, file.read()
+        archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+
+
+class ShardDraws:
+    """Which shard a lane opens next."""
+
+    def __init__(
+        self, urls: Sequence[Sequence[str]], weights: Sequence[float], *, seed: int
+    ) -> None:
+        """Draw from sources.
+
+        Args:
+            urls: the shards of every source.
+            weights: share of every source in the draws; without them every shard is as likely.
+            seed: another seed is another sequence.
+        """
+        self._urls = [list(part) for part in urls]
+        shares = np.asarray(weights or [len(part) for part in urls], np.float64)
+        self._bounds = np.cumsum(shares / shares.sum())
+        self._seed = seed
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all sources."""
+        return sum(map(len, self._urls))
+
+    def url(self, lane: str, draw: int) -> str:
+        """The shard of a draw."""
+        generator = sample_generator(self._seed, f"shard of lane {lane}", draw)
+        source = int(np.searchsorted(self._bounds, generator.random(), side="right"))
+        urls = self._urls[min(source, len(self._urls) - 1)]
+        return urls[int(generator.integers(len(urls)))]
+
+
+class Lane:
+    """An endless row of samples."""
+
+    def __init__(self, url_of: Callable[[int], str], draw: int = 0, taken: int = 0) -> None:
+        """Continue a row.
+
+        Args:
+            url_of: the shard of a draw.
+            draw: number of the draw to begin with.
+            taken: samples of that shard to pass over.
+        """
+        self._url_of = url_of
+        self.draw = draw
+        self.taken = taken
+        self._samples: Iterator[Streamed] = itertools.islice(stream_tar(url_of(draw)), taken, None)
+
+    def take(self) -> Streamed:
+        """The next sample."""
+        while (sample := next(self._samples, None)) is None:
+            self.draw, self.taken = self.draw + 1, 0
+            self._samples = stream_tar(self._url_of(self.draw))
+        self.taken += 1
+        return sample
+
+
+class _Resampled(IterableDataset[dict[str, Any]]):
+    """The micro-batches of one process; each loader process makes every n-th of them."""
+
+    def __init__(
+        self,
+        draws: ShardDraws,
+        fields: Fields,
+        preparation: Preparation,
+        share: Share,
+        *,
+        state: dict[str, Any],
+        num_lanes: int,
+    ) -> None:
+        self._draws = draws
+        self._fields = fields
+        self._preparation = preparation
+        self._share = share
+        self._state = state
+        self._num_lanes = num_lanes
+
+    def _lanes(self, worker: int) -> list[Lane]:
+        saved = self._state["workers"].get(str(worker), [])
+        lanes = []
+        for number in range(self._num_lanes):
+            # a run that continues on other ranks draws afresh: its lanes have another origin
+            name = f"{self._state['origin']}/{self._share.rank}/{worker}/{number}"
+            place = saved[number] if number < len(saved) else (0, 0)
+            lanes.append(Lane(partial(self._draws.url, name), *place))
+        return lanes
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        number, count = (info.id, info.num_workers) if info else (0, 1)
+        # the same lanes make the same micro-batches wherever a run was interrupted
+        worker = (self._share.first_sample // self._share.micro_batch + number) % count
+        lanes = self._lanes(worker)
+        for micro_batch in itertools.count(number, count):
+            builder = BatchBuilder(self._preparation, self._share.numbers(micro_batch))
+            for slot in range(len(builder.numbers)):
+                key, sample = lanes[slot % len(lanes)].take()
+                try:
+                    builder.add(key, self._raw(sample))
+                except Damaged as damaged:
+                    builder.skip(key, damaged)
+            progress = [(lane.draw, lane.taken) for lane in lanes]
+            yield builder.fields() | {"worker": worker, "progress": progress}
+
+    def _raw(self, sample: dict[str, bytes] | Damaged) -> RawSample:
+        if isinstance(sample, Damaged):
+            raise sample
+        return assemble(self._fields, sample, sample.__getitem__)
+
+
+class ResampledStream:
+    """Micro-batches of shards that are drawn with replacement."""
+
+    def __init__(
+        self,
+        draws: ShardDraws,
+        fields: Fields,
+        preparation: Preparation,
+        share: Share,
+        *,
+        state: dict[str, Any],
+        epoch_samples: int,
+        open_shards: int,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        """Stream shards.
+
+        Args:
+            draws: which shards.
+            fields: where images and captions are in a sample.
+            preparation: what is done to a sample.
+            share: which sample numbers.
+            state: of an interrupted run with as many processes, or {}.
+            epoch_samples: samples that count as an epoch.
+            open_shards: shards whose samples this process mixes, where there are as many.
+            workers: loader processes; 0 loads in this process.
+            pin_memory: put the tensors where a GPU can fetch them.
+        """
+        self.epoch_samples = epoch_samples
+        self._state = state or {"origin": share.first_sample, "workers": {}}
+        dataset = _Resampled(
+            draws,
+            fields,
+            preparation,
+            share,
+            state=self._state,
+            num_lanes=max(min(open_shards, draws.num_shards) // max(workers, 1), 1),
+        )
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PREFETCHED if workers else None,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for fields in self._loader:
+            worker, progress = fields.pop("worker"), fields.pop("progress")
+            self._state["workers"][str(worker)] = [list(place) for place in progress]
+            yield Batch(**fields)
+
+    def state(self) -> dict[str, Any]:
+        """Where every lane of this process stands (JSON)."""
+        return {"origin": self._state["origin"], "workers": dict(self._state["workers"])}

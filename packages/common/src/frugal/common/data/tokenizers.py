@@ -1,0 +1,200 @@
+"""Captions to token ids and back: CLIP's byte pairs, Hugging Face tokenizers, plain WordPiece.
+
+A recipe holds one of the frozen configurations; ``load()`` reads the vocabulary and returns a
+:class:`Tokenizer`. A tokenizer can be pickled (loader workers) and saved as a folder of text
+files that needs neither the network nor the file it was made from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from frugal.common.data.vocabularies import (
+    BytePairs,
+    Transformers,
+    Vocabulary,
+    WordPieces,
+    bert_vocabulary,
+    read_entries,
+)
+from frugal.common.errors import InputError
+
+_DESCRIPTION = "tokenizer_description.json"
+_KINDS: dict[str, type[BytePairs] | type[Transformers] | type[WordPieces]] = {
+    "clip_bpe": BytePairs,
+    "hugging_face": Transformers,
+    "word_piece": WordPieces,
+}
+
+
+class Tokenizer:
+    """Text to token ids, and what surrounds them in a caption of limited length."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        pad_id: int,
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
+    ) -> None:
+        self._vocabulary = vocabulary
+        self.vocab_size = vocabulary.size
+        """Entries; the embedding table has at least as many rows."""
+        self.pad_id = pad_id
+        """What fills the right of a caption."""
+        self.prefix = tuple(prefix)
+        """Special tokens in front of the content."""
+        self.suffix = tuple(suffix)
+        """Special tokens behind the content; they stay when the content is cut."""
+
+    @property
+    def end_id(self) -> int | None:
+        """The last token of every caption, where there is one."""
+        return self.suffix[-1] if self.suffix else None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the content, without special tokens and without a limit."""
+        return self._vocabulary.encode(text)
+
+    def assemble(self, ids: Sequence[int], length: int) -> list[int]:
+        """At most ``length`` ids: the first of the content that fit, and the special tokens.
+
+        Raises:
+            InputError: if the special tokens leave no room.
+        """
+        room = length - len(self.prefix) - len(self.suffix)
+        if room < 1:
+            raise InputError(
+                f"a text length of {length} leaves no room for words beside "
+                f"{len(self.prefix) + len(self.suffix)} special tokens; choose a longer one"
+            )
+        return [*self.prefix, *ids[:room], *self.suffix]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some token ids, special tokens left out, for people to read."""
+        return self._vocabulary.decode([int(token) for token in ids])
+
+    def save(self, folder: Path) -> None:
+        """Write everything :func:`load_tokenizer` needs into a folder, made if missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._vocabulary.save(folder)
+        kind = next(name for name, kind in _KINDS.items() if isinstance(self._vocabulary, kind))
+        description = {
+            "kind": kind,
+            "vocab_size": self.vocab_size,
+            "pad_id": self.pad_id,
+            "prefix": self.prefix,
+            "suffix": self.suffix,
+        }
+        (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that was saved in a folder.
+
+    Raises:
+        InputError: if there is none, or it is damaged.
+    """
+    path = folder / _DESCRIPTION
+    try:
+        description = json.loads(path.read_text())
+        vocabulary = _KINDS[description.pop("kind")].load(folder)
+        size = description.pop("vocab_size")
+        tokenizer = Tokenizer(vocabulary, **description)
+    except OSError as error:
+        raise InputError(
+            f"there is no complete tokenizer in {folder} ({error.filename}: {error.strerror}); "
+            "give the tokenizer folder of a run"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{path} does not describe a tokenizer ({error}); copy the folder from the run again"
+        ) from None
+    if tokenizer.vocab_size != size:
+        raise InputError(
+            f"the vocabulary in {folder} has {tokenizer.vocab_size} entries instead of the {size} "
+            "it was saved with; copy the folder from the run again"
+        )
+    return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipBpe:
+    """CLIP's byte pairs, 49,408 entries, with the vocabulary that open_clip carries."""
+
+    def load(self) -> Tokenizer:
+        """The tokenizer; equal to ``open_clip.get_tokenizer`` at every text length."""
+        vocabulary = BytePairs.from_open_clip()
+        start, end = vocabulary.special_ids
+        return Tokenizer(vocabulary, pad_id=0, prefix=(start,), suffix=(end,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace:
+    """Any tokenizer that transformers can load."""
+
+    name: str
+    """A folder, or a name on the Hugging Face hub."""
+    class_token: bool = True
+    """Keep what the tokenizer puts before a text: [CLS], <s>."""
+    separator: bool = True
+    """Keep what the tokenizer puts behind a text: [SEP], </s>."""
+
+    def load(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InputError: if the folder or name holds none, or the hub cannot be reached.
+        """
+        vocabulary = Transformers.from_pretrained(self.name)
+        prefix, suffix = vocabulary.surroundings()
+        return Tokenizer(
+            vocabulary,
+            pad_id=vocabulary.pad_id,
+            prefix=prefix if self.class_token else (),
+            suffix=suffix if self.separator else (),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordPiece:
+    """Uncased WordPiece with TensorFlow Text's rules, as FLIP was trained (its spec, 3.1).
+
+    FLIP's embedding table has one row more than the vocabulary; no text ever reaches it.
+    """
+
+    vocab: Path | None = None
+    """One entry per line; without it BERT's uncased vocabulary is fetched from the hub."""
+    entries: int | None = None
+    """Lines the file must have: 30522 for BERT's uncased vocabulary; without it any number."""
+    class_token: bool = False
+    """Put [CLS] in front of the text; no published FLIP run did."""
+
+    def load(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InputError: if the vocabulary cannot be had or is not one.
+        """
+        path = bert_vocabulary() if self.vocab is None else self.vocab
+        entries = read_entries(path)
+        if self.entries not in (None, len(entries)):
+            raise InputError(
+                f"the vocabulary {path} has {len(entries)} lines instead of {self.entries}; give "
+                "the complete file that the model was made for"
+            )
+        needed = ["[PAD]", "[UNK]", "[CLS]"] if self.class_token else ["[PAD]", "[UNK]"]
+        if missing := [token for token in needed if token not in entries]:
+            raise InputError(
+                f"the vocabulary {path} has no {missing[0]} among its {len(entries)} lines; give a "
+                "WordPiece vocabulary with one entry per line"
+            )
+        prefix = (entries.index("[CLS]"),) if self.class_token else ()
+        return Tokenizer(WordPieces(entries), pad_id=entries.index("[PAD]"), prefix=prefix)
+
+
+TokenizerConfig = ClipBpe | HuggingFace | WordPiece

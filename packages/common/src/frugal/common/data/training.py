@@ -1,0 +1,153 @@
+"""Builds the stream of training batches that a recipe describes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from frugal.common.contracts import Stream
+from frugal.common.data.config import PairData
+from frugal.common.data.order import GlobalOrder, Order, WeightedOrder
+from frugal.common.data.pairs import Pairs, Preparation, Shelf
+from frugal.common.data.resampled import ResampledStream, ShardDraws
+from frugal.common.data.sources import (
+    Source,
+    find_files,
+    find_streams,
+    index_missing,
+    is_stream,
+    open_source,
+)
+from frugal.common.data.stream import IndexedStream, Share
+from frugal.common.data.tokenizers import Tokenizer
+from frugal.common.errors import InputError
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+
+
+def build_stream(
+    data: PairData, recipe: Recipe, run: Run, *, first_sample: int, state: dict[str, Any]
+) -> Stream:
+    """See :meth:`frugal.common.data.config.PairData.build`."""
+    if not data.train:
+        raise InputError(
+            "data.train is empty; say where the image-text pairs are, such as --data.train "
+            "'path/to/{00000..00010}.tar'"
+        )
+    preparation = _preparation(data, recipe)
+    share = Share(
+        first_sample=first_sample,
+        micro_batch=recipe.batch_size // recipe.engine.accumulate,
+        rank=run.rank,
+        world_size=run.world_size,
+    )
+    pin_memory = run.device.type == "cuda"
+    if data.resampled_samples is not None:
+        return _resampled(data, run, preparation, share, state, pin_memory=pin_memory)
+    sources = open_sources(data, run)
+    order = make_order(data, sources, seed=recipe.run.seed)
+    shards = [shard for source in sources for shard in source.shards]
+    run.log.info("data: %s samples in %s shards", f"{order.samples:,}", f"{len(shards):,}")
+    pairs = Pairs(Shelf(shards, data.fields), order, preparation)
+    return IndexedStream(
+        pairs,
+        share,
+        epoch_samples=order.samples,
+        workers=data.workers,
+        pin_memory=pin_memory,
+    )
+
+
+def _resampled(
+    data: PairData,
+    run: Run,
+    preparation: Preparation,
+    share: Share,
+    state: dict[str, Any],
+    *,
+    pin_memory: bool,
+) -> ResampledStream:
+    assert data.resampled_samples is not None
+    urls = [find_streams(pattern) for pattern in data.train]
+    run.log.info(
+        "data: %s samples to an epoch, drawn with replacement from %s shards",
+        f"{data.resampled_samples:,}",
+        f"{sum(map(len, urls)):,}",
+    )
+    draws = ShardDraws(urls, data.weights, seed=preparation.seed)
+    return ResampledStream(
+        draws,
+        data.fields,
+        preparation,
+        share,
+        state=state,
+        epoch_samples=data.resampled_samples,
+        open_shards=data.shuffle_shards,
+        workers=data.workers,
+        pin_memory=pin_memory,
+    )
+
+
+def _preparation(data: PairData, recipe: Recipe) -> Preparation:
+    tokenizer = None
+    if data.tokenizer is not None:
+        tokenizer = data.tokenizer.load()
+        _check_tokenizer(tokenizer, recipe)
+    return Preparation(
+        seed=recipe.run.seed,
+        augmentation=data.augmentation,
+        image_size=recipe.model.image.height_width,
+        tokenizer=tokenizer,
+        text=recipe.reduction.text,
+        text_length=0 if tokenizer is None else recipe.model.text.length,
+    )
+
+
+def _check_tokenizer(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    text = recipe.model.text
+    if tokenizer.vocab_size > text.vocabulary:
+        raise InputError(
+            f"data.tokenizer has {tokenizer.vocab_size} tokens, more than the table of "
+            f"model.text.vocabulary = {text.vocabulary} rows; raise it, or choose the tokenizer "
+            "that the model was made for"
+        )
+    if tokenizer.pad_id != text.pad_id:
+        raise InputError(
+            f"data.tokenizer pads with {tokenizer.pad_id}, but model.text.pad_id is {text.pad_id}; "
+            "make them equal"
+        )
+
+
+def open_sources(data: PairData, run: Run) -> list[Source]:
+    """The shards of every entry of ``data.train``; every process of a run must call this.
+
+    Raises:
+        InputError: if something is missing, altered or named twice.
+    """
+    url = next((pattern for pattern in data.train if is_stream(pattern)), None)
+    if url is not None:
+        raise InputError(
+            f"data.train names {url}, which can only be read from its beginning on; set "
+            "data.resampled_samples to the samples of an epoch and read it with replacement"
+        )
+    files = [find_files(pattern) for pattern in data.train]
+    counts = Counter(path for found in files for path in found)
+    twice = next((path for path, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"data.train names {twice} more than once; name every shard once")
+    index_missing([path for found in files for path in found], run.log)
+    sources = [
+        open_source(pattern, data.fields, found)
+        for pattern, found in zip(data.train, files, strict=True)
+    ]
+    for note in (note for source in sources for note in source.notes):
+        run.log.warning("%s; what lies behind that is lost", note)
+    return sources
+
+
+def make_order(data: PairData, sources: list[Source], *, seed: int) -> Order:
+    """The global order of the samples of all sources."""
+    counts = [source.counts for source in sources]
+    if data.weights:
+        return WeightedOrder(counts, data.weights, seed=seed, window=data.shuffle_shards)
+    return GlobalOrder([n for part in counts for n in part], seed=seed, window=data.shuffle_shards)

@@ -1,0 +1,204 @@
+"""Which part of an image is seen: random crops for training, centred ones for evaluation.
+
+Each is a part of a recipe that turns an encoded picture into a uint8 array; the draw of a random
+one comes from a generator that belongs to the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+from frugal.common.data.decoding import Interpolation, Window, open_image, resize_window
+from frugal.common.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@runtime_checkable
+class Augmentation(Protocol):
+    """From an encoded picture to what the model sees of it."""
+
+    def decode(
+        self, encoded: bytes, *, size: tuple[int, int], generator: np.random.Generator
+    ) -> np.ndarray:
+        """(3, height, width) uint8; raises ``Damaged`` if the picture cannot be decoded."""
+        ...
+
+
+def random_window(
+    height: int,
+    width: int,
+    *,
+    fractions: Sequence[float],
+    log_ratios: Sequence[float],
+    place: tuple[float, float],
+) -> Window | None:
+    """The first drawn rectangle that fits into an image; None if none does.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        fractions: share of the image's area, one per try.
+        log_ratios: logarithm of width over height, one per try.
+        place: uniform numbers in [0, 1) that decide on top and left.
+    """
+    for fraction, log_ratio in zip(fractions, log_ratios, strict=True):
+        area, ratio = fraction * height * width, math.exp(log_ratio)
+        window_width = round(math.sqrt(area * ratio))
+        window_height = round(math.sqrt(area / ratio))
+        if 0 < window_width <= width and 0 < window_height <= height:
+            top = int(place[0] * (height - window_height + 1))
+            left = int(place[1] * (width - window_width + 1))
+            return Window(top, left, window_height, window_width)
+    return None
+
+
+def centre_window(height: int, width: int, *, size: tuple[int, int], margin: int = 0) -> Window:
+    """The largest centred window of the shape of ``size``, less a margin.
+
+    With a margin, a window that will be ``size`` leaves room for ``margin`` pixels of it around
+    itself: 0.875 of the shorter side for 32 pixels at 224. Odd rests go to the top and left, as
+    in TensorFlow's ImageNet preprocessing and in FLIP (spec 6).
+    """
+    share = min(size) / (min(size) + margin)
+    unit = min(height / size[0], width / size[1])
+    window_height = max(int(share * unit * size[0] + 1e-9), 1)
+    window_width = max(int(share * unit * size[1] + 1e-9), 1)
+    return Window(
+        (height - window_height + 1) // 2, (width - window_width + 1) // 2,
+        window_height, window_width,
+    )  # fmt: skip
+
+
+def clamped_window(height: int, width: int, *, ratio: tuple[float, float]) -> Window:
+    """The largest centred window whose width over height lies within ``ratio`` (torchvision)."""
+    low, high = ratio
+    window_height, window_width = height, width
+    if width / height < low:
+        window_height = round(width / low)
+    elif width / height > high:
+        window_width = round(height * high)
+    return Window(
+        (height - window_height) // 2, (width - window_width) // 2, window_height, window_width
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop:
+    """A random rectangle of the image, resized and perhaps mirrored (FLIP, spec 6)."""
+
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Least and largest share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and largest width over height; drawn log-uniformly."""
+    flip: float = 0.5
+    """Probability of mirroring left and right."""
+    tries: int = 10
+    """Rectangles drawn until one fits."""
+    fallback: Literal["centre", "clamp"] = "centre"
+    """If none fits. centre: FLIP's centred window with a margin of 32 pixels at the size of the
+    result. clamp: torchvision's largest centred window of an allowed ratio."""
+    interpolation: Interpolation = "bicubic"
+    reduced_decoding: bool = True
+    """Decode JPEG at a reduced scale where the crop is shrunk that much anyway."""
+
+    def __post_init__(self) -> None:
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise InputError(
+                f"data.augmentation.scale is {self.scale}; give the least and the largest share "
+                "of the area, between 0 and 1"
+            )
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise InputError(
+                f"data.augmentation.ratio is {self.ratio}; give the least and the largest width "
+                "over height"
+            )
+        if not 0 <= self.flip <= 1:
+            raise InputError(f"data.augmentation.flip is {self.flip}, must be a probability")
+        if self.tries < 1:
+            raise InputError(f"data.augmentation.tries is {self.tries}, must be at least 1")
+
+    def window(
+        self, height: int, width: int, *, size: tuple[int, int], generator: np.random.Generator
+    ) -> tuple[Window, bool]:
+        """The rectangle drawn for an image, and whether it is mirrored."""
+        # always as many draws, so that the flip does not depend on which try fits
+        draws = generator.random(2 * self.tries + 3).tolist()
+        low, high = self.scale
+        log_low, log_high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        window = random_window(
+            height,
+            width,
+            fractions=[low + (high - low) * draw for draw in draws[: self.tries]],
+            log_ratios=[log_low + (log_high - log_low) * draw for draw in draws[self.tries : -3]],
+            place=(draws[-3], draws[-2]),
+        )
+        if window is None and self.fallback == "centre":
+            window = centre_window(height, width, size=size, margin=32)
+        elif window is None:
+            window = clamped_window(height, width, ratio=self.ratio)
+        return window, draws[-1] < self.flip
+
+    def decode(
+        self, encoded: bytes, *, size: tuple[int, int], generator: np.random.Generator
+    ) -> np.ndarray:
+        """(3, height, width) uint8; raises ``Damaged`` if the picture cannot be decoded."""
+        image = open_image(encoded)
+        window, mirrored = self.window(image.height, image.width, size=size, generator=generator)
+        pixels = resize_window(
+            image,
+            window,
+            size,
+            interpolation=self.interpolation,
+            reduced=self.reduced_decoding,
+        )
+        return pixels[:, :, ::-1] if mirrored else pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterCrop:
+    """The middle of the image, resized; nothing is drawn."""
+
+    order: Literal["resize_first", "crop_first"] = "resize_first"
+    """resize_first: shrink the shorter side to the size, then cut out the middle (open_clip,
+    torchvision). crop_first: cut out the centred window of the full shorter side, then resize it
+    (FLIP, spec 6)."""
+    interpolation: Interpolation = "bicubic"
+
+    def decode(
+        self,
+        encoded: bytes,
+        *,
+        size: tuple[int, int],
+        generator: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """(3, height, width) uint8; raises ``Damaged`` if the picture cannot be decoded."""
+        image = open_image(encoded)
+        height, width = image.height, image.width
+        isolated = self.order == "crop_first"
+        if isolated:
+            window = centre_window(height, width, size=size)
+        else:
+            window = _middle_of_resized(height, width, size=size)
+        return resize_window(
+            image, window, size, interpolation=self.interpolation, isolated=isolated
+        )
+
+
+def _middle_of_resized(height: int, width: int, *, size: tuple[int, int]) -> Window:
+    """Where the middle of an image lies whose shorter side was resized, in its own pixels.
+
+    Rounds as torchvision does, so that resizing only this part gives the same pixels.
+    """
+    shrinking = min(height / size[0], width / size[1])
+    resized_height = max(int(height / shrinking + 1e-9), size[0])
+    resized_width = max(int(width / shrinking + 1e-9), size[1])
+    top = round((resized_height - size[0]) / 2)
+    left = round((resized_width - size[1]) / 2)
+    across, down = width / resized_width, height / resized_height
+    return Window(top * down, left * across, size[0] * down, size[1] * across)

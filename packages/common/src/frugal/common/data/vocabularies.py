@@ -1,0 +1,401 @@
+"""The vocabularies behind the tokenizers, and the rules that turn text into their entries."""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+from frugal.common.errors import InputError
+
+_CACHED_WORDS = 1 << 17
+"""Words whose ids are remembered; the words of captions repeat."""
+
+
+class Vocabulary(Protocol):
+    """What a tokenizer asks of a vocabulary."""
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The content as ids, without special tokens."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, special tokens left out."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what ``load(folder)`` reads."""
+        ...
+
+
+class WordCache:
+    """The ids of words, computed once; forgets everything when it has grown too large."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, list[int]] = {}
+
+    def get(self, word: str) -> list[int] | None:
+        """The ids, or None if they must be computed."""
+        return self._ids.get(word)
+
+    def put(self, word: str, ids: list[int]) -> list[int]:
+        """Remember the ids, and return them."""
+        if len(self._ids) >= _CACHED_WORDS:
+            self._ids.clear()
+        self._ids[word] = ids
+        return ids
+
+
+# ------------------------------------------------------------------------------------------------
+# CLIP's byte pairs (Sennrich et al., arXiv:1508.07909; Radford et al., arXiv:2103.00020)
+
+
+@lru_cache(maxsize=1)
+def _byte_symbols() -> dict[int, str]:
+    """A printable character for every byte: itself where it prints, else one from 256 upwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = {byte: chr(byte) for byte in printable}
+    return symbols | {byte: chr(256 + place) for place, byte in enumerate(others)}
+
+
+def clean_caption(text: str) -> str:
+    """Text with its encoding repaired, entities resolved, white space joined, in lower case."""
+    # all but the last line leaves printable ASCII without entities alone: 9 in 10 captions
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+class BytePairs:
+    """CLIP's vocabulary: bytes, bytes that end a word, merges, start and end of text."""
+
+    num_merges = 48_894
+    special_tokens = ("<start_of_text>", "<end_of_text>")
+
+    def __init__(self, merges: list[str]) -> None:
+        import regex
+
+        self._merges = merges
+        pairs = [tuple(line.split()) for line in merges]
+        self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        symbols = list(_byte_symbols().values())
+        words = [symbol + "</w>" for symbol in symbols]
+        self._entries = symbols + words + ["".join(pair) for pair in pairs]
+        self._entries += self.special_tokens
+        self._ids = {entry: number for number, entry in enumerate(self._entries)}
+        self._pattern = regex.compile(
+            "|".join(self.special_tokens)
+            + r"|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+            regex.IGNORECASE,
+        )
+        self._cache = WordCache()
+
+    @classmethod
+    def from_open_clip(cls) -> BytePairs:
+        """The vocabulary that open_clip_torch carries."""
+        # the package's folder is found without importing it: that would import torch
+        package = importlib.util.find_spec("open_clip")
+        assert package is not None and package.origin is not None
+        path = Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        return cls(lines[1 : 1 + cls.num_merges])  # after a line that names the version
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return len(self._entries)
+
+    @property
+    def special_ids(self) -> tuple[int, int]:
+        """Start and end of text."""
+        return self.size - 2, self.size - 1
+
+    def encode(self, text: str) -> list[int]:
+        """The content as ids; a literal ``<end_of_text>`` is the special token, as in open_clip."""
+        ids: list[int] = []
+        for word in self._pattern.findall(clean_caption(text)):
+            ids += self._cache.get(word) or self._cache.put(word, self._encode_word(word))
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        if word in self.special_tokens:
+            return [self._ids[word]]
+        symbols = [_byte_symbols()[byte] for byte in word.encode()]
+        symbols[-1] += "</w>"
+        while len(symbols) > 1:
+            first = min(pairwise(symbols), key=lambda pair: self._ranks.get(pair, len(self._ranks)))
+            if first not in self._ranks:
+                break
+            symbols = _merge(symbols, first)
+        return [self._ids[symbol] for symbol in symbols]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, special tokens left out."""
+        symbols = "".join(self._entries[token] for token in ids if token not in self.special_ids)
+        byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
+        words = (bytes(byte_of[symbol] for symbol in word) for word in symbols.split("</w>"))
+        return " ".join(word.decode(errors="replace") for word in words).strip()
+
+    def save(self, folder: Path) -> None:
+        """Write ``merges.txt``."""
+        text = "\n".join(["#version: 0.2", *self._merges, ""])
+        (folder / "merges.txt").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> BytePairs:
+        """The vocabulary saved in a folder."""
+        return cls((folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1])
+
+    def __getstate__(self) -> list[str]:
+        return self._merges
+
+    def __setstate__(self, merges: list[str]) -> None:
+        vars(self).update(vars(BytePairs(merges)))
+
+
+def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """The symbols with every occurrence of a pair joined, from the left."""
+    merged: list[str] = []
+    place = 0
+    while place < len(symbols):
+        is_pair = tuple(symbols[place : place + 2]) == pair
+        merged.append(pair[0] + pair[1] if is_pair else symbols[place])
+        place += 2 if is_pair else 1
+    return merged
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+class Transformers:
+    """A tokenizer of the transformers library."""
+
+    folder = "hugging_face"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> Transformers:
+        """The tokenizer of a folder or of a name on the hub.
+
+        Raises:
+            InputError: if there is none, or the hub cannot be reached.
+        """
+        is_folder = Path(name).is_dir()
+        if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+            raise InputError(
+                f"there is no folder {name}; give a folder that holds a tokenizer, or a name on "
+                "the Hugging Face hub"
+            )
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        except Exception as error:  # noqa: BLE001 - each kind of file raises errors of its own
+            source = f"the folder {name}" if is_folder else f"the Hugging Face hub's {name!r}"
+            raise InputError(
+                f"no tokenizer could be loaded from {source} ({_first_line(error)}); give a "
+                "folder that holds one, or a name while the hub can be reached"
+            ) from None
+
+    @property
+    def size(self) -> int:
+        """Entries, added tokens included."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token; where the tokenizer has none its end of text, or else 0."""
+        candidates = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+    def surroundings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the tokenizer puts before and behind a text.
+
+        Raises:
+            InputError: if it does anything else to a text.
+        """
+        content = self.encode("a")
+        whole = self._tokenizer("a")["input_ids"]
+        for start in range(len(whole) - len(content) + 1):
+            stop = start + len(content)
+            if content and whole[start:stop] == content:
+                return tuple(whole[:start]), tuple(whole[stop:])
+        raise InputError(
+            f"the tokenizer {self._tokenizer.name_or_path} does not put its special tokens before "
+            "or behind a text; choose one that does"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The content as ids."""
+        if not text.isascii():
+            text = text.encode(errors="replace").decode()  # a lone surrogate is no text
+        # a caption beyond the tokenizer's own limit is cut later, hence no warning
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, special tokens left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's own files into a folder of their own."""
+        self._tokenizer.save_pretrained(folder / self.folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Transformers:
+        """The tokenizer saved in a folder."""
+        return cls.from_pretrained(str((folder / cls.folder).resolve()))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+# ------------------------------------------------------------------------------------------------
+# WordPiece with the rules of TensorFlow Text's BertTokenizer(lower_case=True)
+
+_LONGEST_WORD = 100
+"""Bytes in UTF-8; longer words are unknown."""
+_CJK = (
+    "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+    "\U0002b740-\U0002b81f\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f"
+)
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> tuple[Any, Any]:
+    """What is a word (a punctuation character, an ideograph, or a run of others), and what goes."""
+    import regex
+
+    alone = rf"!-/:-@\[-`{{-~\p{{P}}{_CJK}"
+    words = regex.compile(rf"[{alone}]|[^\s{alone}]+")
+    return words, regex.compile(r"\p{Default_Ignorable_Code_Point}+")
+
+
+def fold_caption(text: str) -> str:
+    """NFKC case-folded text without accents, control and format characters made spaces.
+
+    Python has no NFKC_Casefold; these are the steps of its definition (Unicode, D145).
+    """
+    if text.isascii():
+        text = text.lower()
+    else:
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold())
+        text = unicodedata.normalize("NFKC", text.casefold())
+        text = unicodedata.normalize("NFD", _patterns()[1].sub("", text))
+        text = "".join(c for c in text if unicodedata.category(c) != "Mn")
+    if text.isprintable():
+        return text
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
+
+
+class WordPieces:
+    """Greedy longest-match pieces of words (Wu et al., arXiv:1609.08144); "##" continues a word."""
+
+    def __init__(self, entries: list[str]) -> None:
+        self._entries = entries
+        self._ids = {entry: number for number, entry in enumerate(entries)}
+        self._unknown = self._ids["[UNK]"]
+        self._longest = max(map(len, entries))
+        self._cache = WordCache()
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return len(self._entries)
+
+    def encode(self, text: str) -> list[int]:
+        """The content as ids; special tokens written out in it are ordinary text."""
+        ids: list[int] = []
+        for word in _patterns()[0].findall(fold_caption(text)):
+            ids += self._cache.get(word) or self._cache.put(word, self._encode_word(word))
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        if len(word.encode(errors="surrogatepass")) > _LONGEST_WORD:
+            return [self._unknown]
+        ids: list[int] = []
+        start = 0
+        while start < len(word):
+            mark = "##" if start else ""
+            ends = range(min(len(word), start + self._longest), start, -1)
+            stop = next((end for end in ends if mark + word[start:end] in self._ids), None)
+            if stop is None:
+                return [self._unknown]
+            ids.append(self._ids[mark + word[start:stop]])
+            start = stop
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The pieces joined to words; [PAD] and [CLS] left out."""
+        pieces = (self._entries[token] for token in ids)
+        words = " ".join(piece for piece in pieces if piece not in ("[PAD]", "[CLS]"))
+        return words.replace(" ##", "")
+
+    def save(self, folder: Path) -> None:
+        """Write ``vocab.txt``."""
+        (folder / "vocab.txt").write_text("\n".join([*self._entries, ""]), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> WordPieces:
+        """The vocabulary saved in a folder."""
+        return cls(read_entries(folder / "vocab.txt"))
+
+
+def read_entries(path: Path) -> list[str]:
+    """The lines of a vocabulary file.
+
+    Raises:
+        InputError: if it cannot be read, is empty, or holds an entry twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise InputError(
+            f"the vocabulary {path} cannot be read ({error.strerror}); give a text file with one "
+            "entry per line"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(
+            f"the vocabulary {path} is not UTF-8 text; give a text file with one entry per line"
+        ) from None
+    if len(set(lines)) < len(lines):
+        twice = Counter(lines).most_common(1)[0][0]
+        raise InputError(
+            f"the vocabulary {path} holds {twice!r} twice; give a text file with one entry per line"
+        )
+    return lines
+
+
+def bert_vocabulary() -> Path:
+    """BERT's uncased vocabulary from the Hugging Face hub, or from its cache on this machine.
+
+    Raises:
+        InputError: if the hub cannot be reached.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download("google-bert/bert-base-uncased", "vocab.txt"))
+    except Exception as error:  # noqa: BLE001 - the client raises errors of every kind
+        raise InputError(
+            "BERT's uncased vocabulary could not be fetched from the Hugging Face hub "
+            f"({_first_line(error)}); give the file as the tokenizer's vocab"
+        ) from None

@@ -1,0 +1,201 @@
+"""What the training loop asks of an engine, and what both engines share.
+
+An engine owns devices, ranks, precision, backward, clipping, stepping and the reading and
+writing of weights and optimiser moments by parameter name. It knows nothing of data or files.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from frugal.common.errors import InputError
+from frugal.common.recipe import EngineOptions
+from frugal.common.run import Run, launcher_ranks
+
+STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""What a checkpoint holds of every trainable parameter."""
+
+
+class Engine(ABC):
+    """One process's handle on the model that all processes train together."""
+
+    name: str
+    """For the log and the report: ``deepspeed zero2``, ``accelerate``."""
+
+    def __init__(self, objective: nn.Module, run: Run, options: EngineOptions) -> None:
+        self.objective: Any = objective
+        self.run = run
+        self.dtype = compute_dtype(options.precision, run.device)
+        if self.dtype != torch.float32:
+            # inside the module, so that every wrapper around it computes alike
+            autocast = torch.autocast(run.device.type, self.dtype)
+            objective.forward = autocast(objective.forward)  # type: ignore[method-assign]
+        self._scale = LossScale() if self.dtype == torch.float16 else None
+        self.updates = 0
+        """Optimiser steps applied so far; Adam's step counter."""
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the objective through whatever wraps it."""
+
+    @abstractmethod
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around one forward and backward; ``last`` marks the one before the step."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> float | None:
+        """Clip, update and clear the gradients.
+
+        Returns:
+            The norm of the whole gradient before clipping, or None if it was not finite and the
+            step was skipped, on every process alike.
+        """
+
+    @abstractmethod
+    def read(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        """The whole float32 tensor of one of :data:`STATE_KINDS`; every process must call it."""
+
+    @abstractmethod
+    def write(self, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
+        """The inverse of :meth:`read`; every process must call it with the same value."""
+
+    @abstractmethod
+    def moments(self) -> Iterable[dict[str, Tensor]]:
+        """The optimiser's own state of each of its tensors, on this process."""
+
+    @abstractmethod
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """While open, ``objective`` holds all its weights on this process (for evaluation)."""
+
+    def set_updates(self, updates: int) -> None:
+        """Continue Adam's counting after ``updates`` steps."""
+        self.updates = updates
+        for state in self.moments():
+            state["step"].fill_(updates)
+
+    def scale_state(self) -> dict[str, float]:
+        """The loss scale of float16 training, for the checkpoint."""
+        return {} if self._scale is None else self._scale.state()
+
+    def load_scale_state(self, state: dict[str, float]) -> None:
+        """The inverse of :meth:`scale_state`."""
+        if self._scale is not None:
+            self._scale.load(state)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable parameters by name, in the same order on every process."""
+        return ((n, p) for n, p in self.objective.named_parameters() if p.requires_grad)
+
+    def clamp(self, bounds: dict[str, tuple[float, float]]) -> None:
+        """Keep named parameters within bounds, in the master weights too."""
+        for name, (low, high) in bounds.items():
+            parameter = self.objective.get_parameter(name)
+            self.write("weight", parameter, self.read("weight", parameter).clamp(low, high))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes of a small float tensor."""
+        if self.run.world_size == 1:
+            return values
+        values = values.clone()
+        dist.all_reduce(values)
+        return values / self.run.world_size
+
+    def close(self) -> None:
+        """Leave the process group; DeepSpeed ends badly without it."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fresh_moments(tensor: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor before its first step.
+
+    Made at the start rather than at the first step, so that a checkpoint can be read into it;
+    DeepSpeed 0.19.8 also fails to link states that appear at the first step of several groups.
+    """
+    return {
+        # a fused kernel wants its counter on the tensor's device
+        "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+        "exp_avg": torch.zeros_like(tensor),
+        "exp_avg_sq": torch.zeros_like(tensor),
+    }
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products that a recipe's precision means on a device."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """True if the processor multiplies bfloat16 matrices itself (AVX512-BF16, AMX, Arm BF16)."""
+    try:
+        with open("/proc/cpuinfo") as lines:  # noqa: PTH123 - a file of the kernel, not a path
+            flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags.split()))
+
+
+def check_world_size(seen: int, engine: str) -> None:
+    """Stop where processes that a launcher started would train apart without noticing.
+
+    Raises:
+        InputError: if the launcher announced another number of processes than the engine sees.
+    """
+    announced = launcher_ranks()[1]
+    if seen != announced:
+        raise InputError(
+            f"the launcher announced {announced} processes but {engine} sees {seen}, so they would "
+            "train apart from each other; on CPU start them with torchrun or deepspeed"
+        )
+
+
+class LossScale:
+    """Dynamic loss scaling for float16: halve on overflow, double after a quiet while.
+
+    The rule and its numbers are those of torch.amp.GradScaler (Micikevicius et al., 2018).
+    """
+
+    growth_interval = 2000
+
+    def __init__(self, initial: float = 2.0**16) -> None:
+        self.scale = initial
+        self.quiet_steps = 0
+
+    def update(self, *, overflow: bool) -> None:
+        """Adapt the scale after a step."""
+        if overflow:
+            self.scale, self.quiet_steps = max(self.scale / 2, 1.0), 0
+            return
+        self.quiet_steps += 1
+        if self.quiet_steps == self.growth_interval:
+            self.scale, self.quiet_steps = self.scale * 2, 0
+
+    def state(self) -> dict[str, float]:
+        """For the checkpoint."""
+        return {"scale": self.scale, "quiet_steps": self.quiet_steps}
+
+    def load(self, state: dict[str, float]) -> None:
+        """The inverse of :meth:`state`."""
+        if state:
+            self.scale, self.quiet_steps = state["scale"], int(state["quiet_steps"])
+
+
+def finite_or_none(norm: float) -> float | None:
+    """A gradient norm, or None where the step cannot be taken."""
+    return norm if math.isfinite(norm) else None

@@ -1,0 +1,281 @@
+"""The engine on DeepSpeed: ZeRO 0 to 3 and offload, from a file of ds_configs/."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+from typing_extensions import override
+
+from frugal.common.engine.backend import (
+    Engine,
+    check_world_size,
+    finite_or_none,
+    fresh_moments,
+)
+from frugal.common.engine.optimizers import build_adamw
+from frugal.common.errors import InputError
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+
+
+class DeepSpeedEngine(Engine):
+    """``deepspeed.initialize`` around the objective.
+
+    Weights stay float32 and the objective computes under autocast, as with Accelerate, so that
+    precision is the recipe's alone and the logit scale keeps all its digits at every stage.
+    """
+
+    def __init__(self, objective: nn.Module, recipe: Recipe, run: Run) -> None:
+        super().__init__(objective, run, recipe.engine)
+        assert recipe.engine.deepspeed_config is not None
+        _announce_single_process()
+        backend = "nccl" if run.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        check_world_size(torch.distributed.get_world_size(), "DeepSpeed")
+        objective.to(run.device)
+        config = fill_config(recipe.engine.deepspeed_config, recipe, run.world_size)
+        self._clip_norm = recipe.optimiser.clip_norm
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=objective,
+            optimizer=build_adamw(objective, recipe.optimiser),
+            config=config,
+            dist_init_required=False,
+        )
+        self._stage = self._engine.zero_optimization_stage()
+        self.name = f"deepspeed zero{self._stage}"
+        self._create_moments()
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    @override
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        if self._scale is not None:
+            if self._stage == 0:
+                loss = loss * self._scale.scale
+            else:
+                self._engine.optimizer.override_loss_scale(self._scale.scale)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    @override
+    def step(self, learning_rate: float) -> float | None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._step_whole() if self._stage == 0 else self._step_zero()
+        if self._scale is not None:
+            self._scale.update(overflow=norm is None)
+        if norm is not None:
+            self.updates += 1
+        return norm
+
+    def _step_whole(self) -> float | None:
+        """Stage 0: gradients are whole on every process and the optimiser is torch's own."""
+        parameters = [p for _, p in self.trainable() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self._scale is not None:
+            torch._foreach_div_(gradients, self._scale.scale)
+        norm = nn.utils.get_total_norm(gradients)
+        finite = finite_or_none(norm.item())
+        if finite is None:
+            self._engine.zero_grad()
+            return None
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        self._engine.step()
+        return finite
+
+    def _step_zero(self) -> float | None:
+        """Stages 1 to 3: DeepSpeed clips, and skips a step without finite norm everywhere."""
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            return None
+        return float(self._engine.get_global_grad_norm())
+
+    def _state(self) -> dict[torch.Tensor, dict[str, Tensor]]:
+        base = self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+        return base.state
+
+    @override
+    def read(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        if kind == "weight":
+            # below stage 3 the working copy is float32 and whole: it is the master copy
+            whole = safe_get_full_fp32_param(parameter) if self._stage == 3 else parameter.detach()
+        elif self._stage == 0:
+            whole = self._state()[parameter][kind]
+        else:
+            whole = safe_get_full_optimizer_state(parameter, kind)
+        return whole
+
+    @override
+    def write(self, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
+        value = value.to(self.run.device)
+        if self._stage == 3:
+            self._write_partition(kind, parameter, value)
+        elif kind == "weight":
+            with torch.no_grad():
+                parameter.copy_(value)
+            if self._stage > 0:
+                safe_set_full_fp32_param(parameter, value)
+        elif self._stage == 0:
+            self._state()[parameter][kind].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _write_partition(self, kind: str, parameter: Any, value: Tensor) -> None:
+        """Stage 3: this process's part, of the master copy and of the working copy.
+
+        DeepSpeed's own setter for whole tensors fails on tensors that the processes do not
+        divide, and leaves the working copy stale.
+        """
+        size = parameter.ds_tensor.numel()
+        padded = torch.zeros(size * self.run.world_size, device=value.device)
+        padded[: value.numel()] = value.flatten()
+        part = padded[size * self.run.rank : size * (self.run.rank + 1)]
+        if kind == "weight":
+            safe_set_local_fp32_param(parameter, part)
+            parameter.ds_tensor.data.copy_(part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, kind)
+
+    @override
+    def moments(self) -> Iterable[dict[str, Tensor]]:
+        return self._state().values()
+
+    def _create_moments(self) -> None:
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            flat = [p for group in optimizer.param_groups for p in group["params"]]
+        elif self._stage == 3:
+            flat = optimizer.fp32_partitioned_groups_flat
+        else:
+            flat = optimizer.single_partition_of_fp32_groups
+        for tensor in flat:
+            self._state()[tensor] = fresh_moments(tensor)
+        if self._stage in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    @override
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(list(self.objective.parameters())):
+            yield
+
+    @override
+    def close(self) -> None:
+        self._engine.destroy()
+        super().close()
+
+
+def _announce_single_process() -> None:
+    """Without a launcher, tell DeepSpeed of the one process there is."""
+    if "RANK" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A DeepSpeed file.
+
+    Raises:
+        InputError: if there is none, or it is not a JSON object.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(
+            f"the DeepSpeed file {path} cannot be read ({error.strerror}); give one of ds_configs/"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"the DeepSpeed file {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"the DeepSpeed file {path} must hold a JSON object")
+    return config
+
+
+def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed file with what the recipe decides filled in.
+
+    The file decides memory and communication; batch, clipping and precision are the recipe's,
+    and optimiser and schedule are ours. A value that stands in both must agree.
+
+    Raises:
+        InputError: if the file contradicts the recipe.
+    """
+    config = read_config(path)
+    for section in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast", "amp"):
+        given = config.pop(section, None)
+        if given is None or (isinstance(given, dict) and given.get("enabled") is False):
+            continue
+        owner = "optimiser" if section == "optimizer" else "schedule"
+        owner = owner if section in ("optimizer", "scheduler") else "engine.precision"
+        raise InputError(
+            f"the DeepSpeed file {path} has a section {section!r}, which the recipe decides by "
+            f"{owner}; remove it from the file"
+        )
+    backwards = backwards_per_step(recipe, world_size)
+    per_backward = max(recipe.batch_size // (world_size * backwards), 1)
+    decided = {
+        "train_batch_size": recipe.batch_size,
+        "train_micro_batch_size_per_gpu": recipe.local_batch(world_size),
+        "gradient_accumulation_steps": recipe.engine.accumulate,
+        "gradient_clipping": recipe.optimiser.clip_norm or 0.0,
+    }
+    for name, value in decided.items():
+        given = config.get(name, "auto")
+        if given not in ("auto", value):
+            raise InputError(
+                f"the DeepSpeed file {path} sets {name} to {given}, but the recipe makes it "
+                f'{value}; write "auto" there, or change the recipe'
+            )
+    return config | {
+        # with gradient caching DeepSpeed sees one backward per chunk, so its own arithmetic of
+        # batch = micro-batch x accumulation x processes is told in chunks
+        "train_batch_size": per_backward * backwards * world_size,
+        "train_micro_batch_size_per_gpu": per_backward,
+        "gradient_accumulation_steps": backwards,
+        "gradient_clipping": decided["gradient_clipping"],
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+
+
+def backwards_per_step(recipe: Recipe, world_size: int) -> int:
+    """Backward passes of one process in one optimiser step."""
+    if recipe.engine.cache_chunk is None:
+        return recipe.engine.accumulate
+    chunks = -(-recipe.local_batch(world_size) // recipe.engine.cache_chunk)
+    return recipe.engine.accumulate * chunks

@@ -1,0 +1,139 @@
+"""Weights, moments and averages of a run to and from a checkpoint, by name, over any engine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from frugal.common.checkpoint.store import Checkpoint, owners
+from frugal.common.engine.backend import STATE_KINDS, Engine
+from frugal.common.errors import InputError
+
+
+class WeightAverage:
+    """Exponential moving average of the weights, spread over the processes by name.
+
+    Each process keeps the averages of the parameters that it also writes to checkpoints, so the
+    whole average exists once however many processes there are.
+    """
+
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self.decay = decay
+        self._engine = engine
+        owner = ownership(engine)
+        self.owned: dict[str, Tensor] = {}
+        for name, parameter in engine.trainable():
+            whole = engine.read("weight", parameter)
+            if owner[name] == engine.run.rank:
+                self.owned[name] = whole.detach().clone()
+
+    def update(self) -> None:
+        """Move the averages towards the weights; every process calls this after a step."""
+        for name, parameter in self._engine.trainable():
+            whole = self._engine.read("weight", parameter)
+            if name in self.owned:
+                self.owned[name].lerp_(whole, 1.0 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """While open, the model computes with the averages; its weights must be whole then."""
+        owner = ownership(self._engine)
+        kept = {}
+        with torch.no_grad():
+            for name, parameter in self._engine.trainable():
+                kept[name] = parameter.clone()
+                if name in self.owned:
+                    parameter.copy_(self.owned[name])
+                if self._engine.run.world_size > 1:
+                    dist.broadcast(parameter.data, src=owner[name])
+            yield
+            for name, parameter in self._engine.trainable():
+                parameter.copy_(kept[name])
+
+
+def ownership(engine: Engine) -> dict[str, int]:
+    """Which process keeps and writes which trainable parameter."""
+    sizes = ((name, _shape(parameter).numel()) for name, parameter in engine.trainable())
+    return owners(sizes, engine.run.world_size)
+
+
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter; ZeRO-3 leaves an empty one behind."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def collect(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
+    """This process's share of what a checkpoint holds, on the CPU in float32."""
+    owner = ownership(engine)
+    mine: dict[str, Tensor] = {}
+    for name, parameter in engine.trainable():
+        for kind in STATE_KINDS:
+            whole = engine.read(kind, parameter)  # every process takes part, the owner keeps it
+            if owner[name] == engine.run.rank:
+                mine[f"{kind}/{name}"] = whole.detach().to("cpu", torch.float32, copy=True)
+    for name, tensor in (average.owned if average else {}).items():
+        mine[f"ema/{name}"] = tensor.cpu().clone()
+    if engine.run.is_main:
+        for name, buffer in _persistent_buffers(engine):
+            mine[f"buffer/{name}"] = buffer.detach().cpu().clone()
+    return mine
+
+
+def _persistent_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
+    saved = engine.objective.state_dict(keep_vars=True).keys()
+    return [(n, b) for n, b in engine.objective.named_buffers() if n in saved]
+
+
+def check_names(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Refuse a checkpoint of another architecture.
+
+    Raises:
+        InputError: naming the first tensor that is missing, unexpected or of another shape.
+    """
+    wanted = {f"weight/{name}": _shape(parameter) for name, parameter in engine.trainable()}
+    found = {name for name in checkpoint.names() if name.startswith("weight/")}
+    if odd := sorted(found ^ wanted.keys()):
+        where = "has no" if odd[0] in wanted else "has an unexpected"
+        raise InputError(
+            f"the checkpoint {checkpoint.folder} {where} {odd[0]}: it is of another architecture "
+            "than the recipe's model"
+        )
+    read = checkpoint.reader()
+    for name, shape in wanted.items():
+        if (saved := read(name).shape) != shape:
+            raise InputError(
+                f"the checkpoint {checkpoint.folder} holds {name} of shape {tuple(saved)}, the "
+                f"recipe's model needs {tuple(shape)}: it is of another architecture"
+            )
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, average: WeightAverage | None) -> None:
+    """Put a checkpoint back into an engine, whatever wrote it."""
+    check_names(checkpoint, engine)
+    read = checkpoint.reader()
+    engine.set_updates(checkpoint.state["updates"])
+    engine.load_scale_state(checkpoint.state["loss_scale"])
+    for name, parameter in engine.trainable():
+        for kind in STATE_KINDS:
+            engine.write(kind, parameter, read(f"{kind}/{name}"))
+    for name, owned in (average.owned if average else {}).items():
+        owned.copy_(read(f"ema/{name}"))
+    for name, buffer in _persistent_buffers(engine):
+        buffer.copy_(read(f"buffer/{name}"))
+
+
+def gather_values(value: Any, world_size: int) -> list[Any]:
+    """One JSON-ready value of every process, in rank order, on all of them."""
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+Gather = Callable[[Any], list[Any]]

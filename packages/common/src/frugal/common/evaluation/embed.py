@@ -1,0 +1,158 @@
+"""Images and texts to unit-norm embeddings, as the evaluations need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
+from torch import Tensor, nn
+
+from frugal.common.data.labelled import GROUP
+from frugal.common.evaluation.ranks import Ranks
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without gradients; every module's mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+TEXTS_AT_ONCE = 256
+"""Texts in one forward pass."""
+
+
+def grouped(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows in the same order, 64 at a time; the last may be fewer.
+
+    What a model computes for an image depends in the last bits on the shape of its batch, in
+    bfloat16 in more than those. Data comes to every process in whole groups of 64; if the model
+    takes them one at a time, neither the batches in which images are read nor the number of
+    processes changes a number.
+    """
+    held: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(len(part[0]) for part in held) >= GROUP:
+            rows = [torch.cat(parts) for parts in zip(*held, strict=True)]
+            whole = len(rows[0]) // GROUP * GROUP
+            yield from zip(*(part[:whole].split(GROUP) for part in rows), strict=True)
+            held = [tuple(part[whole:] for part in rows)]
+    if held and sum(len(part[0]) for part in held):
+        yield tuple(torch.cat(parts) for parts in zip(*held, strict=True))
+
+
+class Embedder:
+    """A dual encoder with its tokenizer: what goes in is images and strings.
+
+    Args:
+        model: has ``encode_image(images)`` and ``encode_text(token_ids, text_lengths)``.
+        tokenizer: has ``encode``, ``assemble`` and ``pad_id``.
+        context_length: tokens of every text, padding included.
+        precision: of the matrix products on CUDA; elsewhere float32.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        context_length: int,
+        device: torch.device,
+        precision: str = "float32",
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.device = device
+        self.precision = precision
+
+    @classmethod
+    def of(cls, model: Any, recipe: Recipe, run: Run) -> Embedder:
+        """The model as its recipe trains it, on the device of the run."""
+        data: Any = recipe.data
+        return cls(
+            model,
+            data.tokenizer.load(),
+            context_length=recipe.model.text.length,
+            device=torch.device(run.device),
+            precision=recipe.engine.precision,
+        )
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.device.type != "cuda" or self.precision == "float32":
+            return nullcontext()
+        if self.precision == "float16":
+            return torch.autocast("cuda", dtype=torch.float16)
+        if self.precision == "auto" and not torch.cuda.is_bf16_supported():
+            return nullcontext()
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+
+    @cached_property
+    def width(self) -> int:
+        """Length of an embedding; also known to a process that has nothing to embed."""
+        return self.texts([""]).shape[1]
+
+    def images(self, images: Tensor) -> Tensor:
+        """(B, E) float32 on the device, from (B, 3, H, W) uint8 on any."""
+        with self._autocast():
+            features = self.model.encode_image(images.to(self.device, non_blocking=True))
+        return F.normalize(features.float(), dim=-1)  # (B, E)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(len(texts), E) float32 on the device, 256 texts at a time."""
+        parts = [
+            self._encode(texts[start : start + TEXTS_AT_ONCE])
+            for start in range(0, len(texts), TEXTS_AT_ONCE)
+        ]
+        return torch.cat(parts)
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        shape = (len(texts), self.context_length)
+        token_ids = torch.full(shape, self.tokenizer.pad_id, dtype=torch.int64)  # (B, T)
+        lengths = torch.zeros(len(texts), dtype=torch.int64)
+        for row, text in enumerate(texts):
+            ids = self.tokenizer.assemble(self.tokenizer.encode(text), self.context_length)
+            token_ids[row, : len(ids)] = torch.as_tensor(ids)
+            lengths[row] = len(ids)
+        with self._autocast():
+            features = self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
+        return F.normalize(features.float(), dim=-1)  # (B, E)
+
+
+def text_table(embedder: Embedder, texts: Sequence[str], *, ranks: Ranks) -> Tensor:
+    """(len(texts), E) on every process; equal texts have equal embeddings to the last bit.
+
+    Each distinct text is encoded once, by one process, in the same company on any number of them.
+    """
+    distinct = list(dict.fromkeys(texts))
+    table = ranks.table(
+        len(distinct),
+        embedder.width,
+        chunk=TEXTS_AT_ONCE,
+        device=embedder.device,
+        fill=lambda rows: embedder.texts(distinct[rows]),
+    )
+    place = {text: row for row, text in enumerate(distinct)}
+    return table[torch.tensor([place[text] for text in texts], device=embedder.device)]
+
+
+def similarity(queries: Tensor, candidates: Tensor) -> Tensor:
+    """(Q, C) float32 dot products, computed in float64.
+
+    A float32 product rounds differently with its shape, and TF32 differently again: equal
+    candidates would tie or not depending on the size of the chunk. Rounded from float64 they tie.
+    """
+    return (queries.double() @ candidates.double().T).float()

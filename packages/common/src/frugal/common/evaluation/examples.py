@@ -1,0 +1,307 @@
+"""Single images with what the model makes of them, for the report and tensorboard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from frugal.common.contracts import ImageReduction
+from frugal.common.data.labelled import GROUP
+from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.embed import Embedder, evaluating, similarity, text_table
+from frugal.common.evaluation.pictures import Picture, as_array, grey_dropped
+from frugal.common.evaluation.prompts import class_embeddings
+from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.retrieval import open_captioned
+from frugal.common.evaluation.zero_shot import Answers, answer, open_question
+from frugal.common.randomness import SampleNoise
+from frugal.common.recipe import Recipe
+from frugal.common.reduction.image import PatchView
+from frugal.common.run import Run
+
+
+@dataclass(frozen=True)
+class MaskedExample:
+    """An image and the part of it that the model sees in training."""
+
+    image: Picture
+    """(3, H, W) uint8."""
+    masked: Picture
+    """(3, H, W) uint8, the dropped patches hatched."""
+    kept: int
+    """Patches that stay."""
+    patches: int
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One answer of the model."""
+
+    text: str
+    score: float
+    """A probability in zero-shot examples, a cosine in retrieval."""
+    right: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image, the truth about it, and the model's best answers, best first."""
+
+    image: Picture
+    """(3, H, W) uint8."""
+    truth: tuple[str, ...]
+    """Its class, or its captions."""
+    guesses: tuple[Guess, ...]
+
+
+def masked_examples(
+    images: Tensor, kept: Any, patch_size: int, captions: Sequence[str] = ()
+) -> list[MaskedExample]:
+    """Images beside what is left of them.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        kept: what an image reduction answered for them; None where everything stays.
+        patch_size: side of a patch in pixels.
+        captions: one per image, or none.
+    """
+    count, _, height, width = images.shape
+    patches = (height // patch_size) * (width // patch_size)
+    mask = torch.ones(count, patches).bool() if kept is None else kept.mask(patches)
+    masked = grey_dropped(images, mask, patch_size)
+    return [
+        MaskedExample(
+            image=as_array(images[row]),
+            masked=masked[row],
+            kept=int(mask[row].sum()),
+            patches=patches,
+            caption=captions[row] if captions else "",
+        )
+        for row in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class ClassRecall:
+    """How a class fared."""
+
+    name: str
+    right: int
+    images: int
+    held_out: bool = False
+    """Training never saw it."""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """One class taken for another."""
+
+    truth: str
+    said: str
+    images: int
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    place: int
+    image: Tensor
+    label: int | None
+
+
+def _some(data: Any, count: int, *, workers: int) -> Iterator[_Chosen]:
+    """At most ``count`` images drawn from all of a data set, always the same, in its order."""
+    count = min(count, len(data))
+    # drawn, because even steps meet the same few classes where labels repeat in turn
+    wanted = set(np.random.default_rng(0).choice(len(data), count, replace=False).tolist())
+    chosen: list[_Chosen] = []
+    for images, *labels, places in data.batches(0, 1, GROUP, workers):
+        for row, place in enumerate(places.tolist()):
+            if place in wanted:
+                label = int(labels[0][row]) if labels else None
+                chosen.append(_Chosen(place, images[row], label))
+        if len(chosen) == count:
+            break
+    return iter(sorted(chosen, key=lambda item: item.place))
+
+
+def zero_shot_examples(
+    embedder: Embedder,
+    data: Any,
+    classes: Tensor,
+    names: Sequence[str],
+    *,
+    count: int = 12,
+    guesses: int = 3,
+    workers: int = 0,
+) -> list[Example]:
+    """The most probable classes of some images of the data.
+
+    Args:
+        embedder: its model in evaluation mode, without gradients.
+        data: labelled images, as for ``zero_shot.answer``.
+        classes: (C, E) from ``class_embeddings``.
+        names: one per class.
+        count: images.
+        guesses: classes named per image.
+        workers: processes that decode images.
+    """
+    scale = float(torch.as_tensor(embedder.model.logit_scale).exp())
+    examples = []
+    for item in _some(data, count, workers=workers):
+        scores = similarity(embedder.images(item.image[None]), classes)[0]  # (C,)
+        best = (scale * scores).softmax(0).topk(min(guesses, len(names)))
+        said = [
+            Guess(names[number], probability, number == item.label)
+            for probability, number in zip(*(part.tolist() for part in best), strict=True)
+        ]
+        assert item.label is not None
+        examples.append(Example(as_array(item.image), (names[item.label],), tuple(said)))
+    return examples
+
+
+def retrieval_examples(
+    embedder: Embedder,
+    data: Any,
+    *,
+    count: int = 6,
+    guesses: int = 3,
+    workers: int = 0,
+) -> list[Example]:
+    """The captions nearest to some images, among all distinct captions of the data.
+
+    Args:
+        embedder: its model in evaluation mode, without gradients.
+        data: captioned images, as for ``retrieval.embed``.
+        count: images.
+        guesses: captions shown per image.
+        workers: processes that decode images.
+    """
+    captions = list(dict.fromkeys(caption for own in data.captions for caption in own))
+    texts = text_table(embedder, captions, ranks=Ranks())  # (M, E)
+    examples = []
+    for item in _some(data, count, workers=workers):
+        own = tuple(data.captions[item.place])
+        scores = similarity(embedder.images(item.image[None]), texts)[0]  # (M,)
+        best = scores.topk(min(guesses, len(captions)))
+        said = [
+            Guess(captions[number], cosine, captions[number] in own)
+            for cosine, number in zip(*(part.tolist() for part in best), strict=True)
+        ]
+        examples.append(Example(as_array(item.image), own, tuple(said)))
+    return examples
+
+
+def recall_by_class(
+    answers: Answers, names: Sequence[str], held_out: Sequence[int] = ()
+) -> list[ClassRecall]:
+    """The images of every class, and how many of them were recognised."""
+    images = torch.bincount(answers.labels, minlength=len(names)).tolist()
+    found = answers.labels[answers.best == answers.labels]
+    right = torch.bincount(found, minlength=len(names)).tolist()
+    return [
+        ClassRecall(name, right[place], images[place], place in held_out)
+        for place, name in enumerate(names)
+    ]
+
+
+def confusions(answers: Answers, names: Sequence[str], *, count: int = 8) -> list[Confusion]:
+    """What was most often taken for something else, most frequent first."""
+    wrong = answers.best != answers.labels
+    pairs = torch.stack([answers.labels[wrong], answers.best[wrong]])  # (2, wrong)
+    kinds, images = pairs.unique(dim=1, return_counts=True)
+    order = torch.argsort(images, descending=True, stable=True)[:count].tolist()
+    return [
+        Confusion(names[int(kinds[0, place])], names[int(kinds[1, place])], int(images[place]))
+        for place in order
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """What a report shows of a model beside its numbers."""
+
+    masked: tuple[MaskedExample, ...] = ()
+    classified: tuple[Example, ...] = ()
+    retrieved: tuple[Example, ...] = ()
+    classes: tuple[ClassRecall, ...] = ()
+    confused: tuple[Confusion, ...] = ()
+
+
+def gather(
+    model: Any,
+    recipe: Recipe,
+    run: Run,
+    *,
+    reduction: ImageReduction | None = None,
+    count: int = 12,
+) -> Gathered:
+    """Examples from the first zero-shot and the first retrieval task of a recipe that have data.
+
+    Every process that calls this computes it all; where ``torch.distributed`` runs, all of its
+    processes must (opening the data waits for the others).
+
+    Args:
+        model: a dual encoder on the device of the run.
+        recipe: names the tasks, the tokenizer and the sizes.
+        run: where it runs.
+        reduction: masks the examples; the recipe's own by default.
+        count: images of each kind, half as many for retrieval.
+
+    Raises:
+        InputError: if the data of a task cannot be used.
+    """
+    parts: dict[str, Any] = {}
+    with evaluating(model):
+        for task in recipe.evaluation:
+            if not isinstance(task, (ZeroShot, Retrieval)) or (folder := task.folder()) is None:
+                continue
+            embedder = Embedder.of(model, recipe, run)
+            if isinstance(task, ZeroShot) and "classified" not in parts:
+                parts |= _classified(task, folder, embedder, recipe, count)
+            elif isinstance(task, Retrieval) and "retrieved" not in parts:
+                data = open_captioned(task, folder, recipe)
+                found = retrieval_examples(
+                    embedder, data, count=max(1, count // 2), workers=task.workers
+                )
+                parts["retrieved"] = tuple(found)
+    shown = parts.get("retrieved") or parts.get("classified") or ()
+    masked = _masked(shown, recipe, reduction or recipe.reduction.image)
+    return Gathered(masked=masked, **parts)
+
+
+def _classified(
+    task: ZeroShot, folder: Path, embedder: Embedder, recipe: Recipe, count: int
+) -> dict[str, Any]:
+    question = open_question(task, folder, recipe)
+    classes = class_embeddings(embedder, question.names, question.templates, ranks=Ranks())
+    answers = answer(
+        embedder, question.images, classes, batch_size=task.batch_size, workers=task.workers
+    )
+    shown = zero_shot_examples(
+        embedder, question.images, classes, question.labels, count=count, workers=task.workers
+    )
+    return {
+        "classified": tuple(shown),
+        "classes": tuple(recall_by_class(answers, question.labels, question.held_out)),
+        "confused": tuple(confusions(answers, question.labels)),
+    }
+
+
+def _masked(
+    examples: Sequence[Example], recipe: Recipe, reduction: ImageReduction
+) -> tuple[MaskedExample, ...]:
+    if not examples:
+        return ()
+    images = torch.stack([torch.as_tensor(example.image) for example in examples])
+    view = PatchView(images, recipe.model.image.patch_size)
+    noise = SampleNoise(recipe.run.seed, torch.arange(len(images)))
+    captions = [example.truth[0] for example in examples]
+    kept = reduction.keep(view, noise=noise)
+    return tuple(masked_examples(images, kept, view.patch_size, captions))

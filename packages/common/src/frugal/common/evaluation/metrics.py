@@ -1,0 +1,132 @@
+"""Accuracy and recall from embeddings, as clip_benchmark defines them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frugal.common.evaluation.embed import similarity
+from frugal.common.evaluation.ranks import Ranks
+
+_SCORES_AT_ONCE = 1 << 24
+"""Similarities held at a time: 64 MiB of float32, twice that while they are float64."""
+
+
+def ranked_classes(scores: Tensor) -> Tensor:
+    """(B, K) int64: the K = min(5, C) best classes of every image, best first.
+
+    Ties fall as in ``clip_benchmark``, which asks for five at once, or for one where there are
+    fewer than five classes.
+    """
+    classes = scores.shape[1]
+    if classes >= 5:
+        return scores.topk(5, dim=1).indices
+    ranked = scores.topk(classes, dim=1).indices
+    best = scores.topk(1, dim=1).indices
+    others = ranked[ranked != best].view(len(scores), classes - 1)
+    return torch.cat([best, others], dim=1)
+
+
+def top_k_accuracy(ranked: Tensor, labels: Tensor, k: int) -> float:
+    """Fraction of the images whose class is among the first k of (N, K) ``ranked`` classes.
+
+    With no more than k classes, every class is among them.
+    """
+    found = (ranked[:, :k] == labels[:, None]).any(1)
+    return int(found.sum()) / len(labels)
+
+
+def mean_per_class_recall(predicted: Tensor, labels: Tensor) -> float:
+    """Mean over the classes that occur in ``labels`` of the fraction predicted right."""
+    occurring, place = labels.unique(return_inverse=True)
+    images = torch.bincount(place, minlength=len(occurring))
+    right = torch.bincount(place[predicted == labels], minlength=len(occurring))
+    return float((right.double() / images.double()).mean())
+
+
+def count_found(
+    queries: Tensor,
+    candidates: Tensor,
+    *,
+    query_owner: Tensor,
+    candidate_owner: Tensor,
+    at: Sequence[int],
+    ranks: Ranks,
+    scores_at_once: int = _SCORES_AT_ONCE,
+) -> list[int]:
+    """How many queries have a candidate of their own owner among their k nearest, per k.
+
+    Args:
+        queries: (Q, E); the processes share them out in chunks.
+        candidates: (C, E), all of them on every process.
+        query_owner: (Q,) int64: the image a query is, or belongs to.
+        candidate_owner: (C,) int64.
+        at: the values of k; one beyond C counts as C.
+        ranks: every one of these processes must call this.
+        scores_at_once: bounds the memory; at least one row of C scores is held.
+    """
+    rows = max(1, scores_at_once // max(1, len(candidates)))
+    found = torch.zeros(len(at), dtype=torch.int64, device=queries.device)
+    for start in range(ranks.rank * rows, len(queries), ranks.world_size * rows):
+        scores = similarity(queries[start : start + rows], candidates)  # (rows, C)
+        owner = query_owner[start : start + rows, None]  # (rows, 1)
+        for place, k in enumerate(at):
+            nearest = scores.topk(min(k, len(candidates)), dim=1).indices  # (rows, k)
+            found[place] += (candidate_owner[nearest] == owner).any(1).sum()
+    return ranks.sum(found).tolist()
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Recall at each k, both ways."""
+
+    image_retrieval: dict[int, float]
+    """Text to image: the fraction of captions whose image is among the k nearest images."""
+    text_retrieval: dict[int, float]
+    """Image to text: the fraction of images with any of their captions among the k nearest."""
+
+
+def recall_at(
+    images: Tensor,
+    texts: Tensor,
+    image_of_text: Tensor,
+    *,
+    at: Sequence[int] = (1, 5, 10),
+    ranks: Ranks | None = None,
+    scores_at_once: int = _SCORES_AT_ONCE,
+) -> Recall:
+    """Recall between (N, E) image and (M, E) text embeddings, complete on every process.
+
+    Args:
+        images: (N, E) unit-norm.
+        texts: (M, E) unit-norm.
+        image_of_text: (M,) int64: the image each text describes.
+        at: the values of k.
+        ranks: the processes that share the work; this one alone by default.
+        scores_at_once: similarities held in memory at a time, never the whole N x M.
+    """
+    ranks = ranks or Ranks()
+    image_of_text = image_of_text.to(images.device)
+    image_numbers = torch.arange(len(images), device=images.device)
+
+    def recall(queries: Tensor, candidates: Tensor, owners: tuple[Tensor, Tensor]) -> list[float]:
+        found = count_found(
+            queries,
+            candidates,
+            query_owner=owners[0],
+            candidate_owner=owners[1],
+            at=at,
+            ranks=ranks,
+            scores_at_once=scores_at_once,
+        )
+        return [count / len(queries) for count in found]
+
+    to_image = recall(texts, images, (image_of_text, image_numbers))
+    to_text = recall(images, texts, (image_numbers, image_of_text))
+    return Recall(
+        image_retrieval=dict(zip(at, to_image, strict=True)),
+        text_retrieval=dict(zip(at, to_text, strict=True)),
+    )

@@ -1,0 +1,106 @@
+"""Image-text retrieval: the image of every caption, and a caption of every image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal.common.data.labelled import CaptionedImages
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import Retrieval
+from frugal.common.evaluation.embed import Embedder, evaluating, grouped, text_table
+from frugal.common.evaluation.metrics import Recall, recall_at
+from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A captioned data set as embeddings, complete on every process."""
+
+    images: Tensor
+    """(N, E) float32, in the order of the data."""
+    texts: Tensor
+    """(M, E) float32: the captions of the first image, then of the second, and so on."""
+    image_of_text: Tensor
+    """(M,) int64."""
+
+    def recall(self, ranks: Ranks) -> Recall:
+        """Recall at 1, 5 and 10; every process must call this."""
+        return recall_at(self.images, self.texts, self.image_of_text, ranks=ranks)
+
+
+def embed(
+    embedder: Embedder,
+    data: Any,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    ranks: Ranks | None = None,
+) -> Embedded:
+    """Embed every image once and every distinct caption once.
+
+    Args:
+        embedder: its model in evaluation mode, without gradients (see ``evaluating``).
+        data: has ``len()``, ``captions`` (one list per image) and
+            ``batches(rank, world_size, batch_size, workers)``, which yields images
+            (b, 3, H, W) and places in the data (b,).
+        batch_size: images read at a time.
+        workers: processes that decode images.
+        ranks: the processes that share the work; this one alone by default.
+
+    Raises:
+        InputError: if there are no captions.
+    """
+    ranks = ranks or Ranks()
+    captions = [caption for own in data.captions for caption in own]
+    if not captions:
+        raise InputError("there are no captioned images; check the folder of the evaluation")
+    image_of_text = torch.tensor(
+        [place for place, own in enumerate(data.captions) for _ in own], device=embedder.device
+    )
+    images = torch.zeros(len(data), embedder.width, device=embedder.device)
+    delivered = torch.zeros(len(data), dtype=torch.int64, device=embedder.device)
+    batches = data.batches(ranks.rank, ranks.world_size, batch_size, workers)
+    for pixels, places in grouped(batches):
+        places = places.to(embedder.device)
+        images[places] = embedder.images(pixels)
+        delivered.index_add_(0, places, torch.ones_like(places))
+    check_delivery(ranks.sum(delivered).cpu())
+    texts = text_table(embedder, captions, ranks=ranks)
+    return Embedded(ranks.sum(images), texts, image_of_text)
+
+
+def open_captioned(task: Retrieval, folder: Path, recipe: Recipe) -> CaptionedImages:
+    """Open the data of a task; captions are read, images are not yet.
+
+    Raises:
+        InputError: if the data cannot be used.
+    """
+    return CaptionedImages(folder, size=recipe.model.image.height_width, crop=task.crop)
+
+
+def evaluate(
+    task: Retrieval, folder: Path, model: Any, recipe: Recipe, run: Run
+) -> dict[str, float | int]:
+    """See :meth:`frugal.common.evaluation.config.Retrieval.evaluate`."""
+    ranks = Ranks.current()
+    captioned = open_captioned(task, folder, recipe)
+    embedder = Embedder.of(model, recipe, run)
+    with evaluating(model):
+        embedded = embed(
+            embedder, captioned, batch_size=task.batch_size, workers=task.workers, ranks=ranks
+        )
+        recall = embedded.recall(ranks)
+    numbers: dict[str, float | int] = {}
+    for kind, values in (("image", recall.image_retrieval), ("text", recall.text_retrieval)):
+        for k, value in values.items():
+            numbers[f"{kind}_{task.name}_recall_at_{k}"] = value
+    numbers[f"{task.name}_candidates"] = len(embedded.images)
+    numbers[f"{task.name}_captions"] = len(embedded.texts)
+    return numbers

@@ -1,0 +1,34 @@
+"""What a model costs, counted from its configuration: two operations per multiply-add.
+
+Only matrix products count (patch embedding, the linear layers, attention, projections); norms,
+activations and the look-up of tokens are left out, as is usual. Every block counts in full,
+although towers that pool one token leave the others out of their last block.
+"""
+
+from __future__ import annotations
+
+from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
+
+
+def block_flops(tower: ImageTower | TextTower, tokens: float) -> float:
+    """Forward FLOPs of one block on a sequence of ``tokens`` tokens."""
+    attention = 4 * tower.width**2 + 2 * tokens * tower.width
+    return 2 * tokens * (attention + 2 * tower.width * tower.mlp_width)
+
+
+def image_flops(tower: ImageTower, patches: float) -> float:
+    """Forward FLOPs of one image of which ``patches`` patches are kept."""
+    tokens = patches + (tower.class_token != "none")
+    embedding = 2 * patches * 3 * tower.patch_size**2 * tower.width
+    return embedding + tower.depth * block_flops(tower, tokens)
+
+
+def text_flops(tower: TextTower, tokens: float) -> float:
+    """Forward FLOPs of one caption of which ``tokens`` slots are computed."""
+    return tower.depth * block_flops(tower, tokens)
+
+
+def dual_encoder_flops(config: DualEncoderConfig, *, patches: float, tokens: float) -> float:
+    """Forward FLOPs of one pair."""
+    projections = 2 * config.embed_dim * (config.image.width + config.text.width)
+    return image_flops(config.image, patches) + text_flops(config.text, tokens) + projections

@@ -1,0 +1,85 @@
+"""Two towers and the scale of their cosines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from frugal.common.models.config import DualEncoderConfig
+from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.initialise import initialise_flip, initialise_open_clip
+from frugal.common.models.text_tower import TextTransformer
+from frugal.common.reduction.image import Kept
+
+
+def unit(vectors: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """Vectors divided by (their length + epsilon), in float32 at least."""
+    if vectors.dtype in (torch.bfloat16, torch.float16):
+        vectors = vectors.float()
+    return vectors / (torch.linalg.vector_norm(vectors, dim=-1, keepdim=True) + epsilon)
+
+
+class DualEncoder(nn.Module):
+    """Images and captions to unit vectors of one space."""
+
+    logit_bias: nn.Parameter | None
+
+    def __init__(self, config: DualEncoderConfig) -> None:
+        """Weights start as torch's layers do; :func:`build` draws them from a generator."""
+        super().__init__()
+        self.config = config
+        self.image = ImageTransformer(config.image, config.embed_dim)
+        self.text = TextTransformer(config.text, config.embed_dim)
+        # one dimension, not none: DeepSpeed cannot take a parameter without one
+        self.logit_scale = nn.Parameter(torch.full((1,), config.initial_logit_scale))
+        self.register_parameter("logit_bias", None)
+        if config.initial_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.full((1,), config.initial_logit_bias))
+
+    def encode_image(self, images: Tensor, kept: Kept | None = None) -> Tensor:
+        """(B, 3, H, W) images, of which only the kept patches are seen, to (B, E) unit float32."""
+        return unit(self.image(images, kept), self.config.norm_epsilon)
+
+    def encode_text(self, token_ids: Tensor, text_lengths: Tensor | None = None) -> Tensor:
+        """(B, T) token ids and (B,) their lengths to (B, E) unit float32."""
+        return unit(self.text(token_ids, text_lengths), self.config.norm_epsilon)
+
+    def forward(
+        self,
+        images: Tensor,
+        token_ids: Tensor,
+        text_lengths: Tensor | None = None,
+        kept: Kept | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both sides at once: two (B, E) of unit length."""
+        return self.encode_image(images, kept), self.encode_text(token_ids, text_lengths)
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether every block is recomputed in the backward pass; set it to change that."""
+        return self.image.blocks.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, wanted: bool) -> None:
+        for tower in (self.image, self.text):
+            tower.blocks.checkpoint_activations = wanted
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw every weight afresh, as ``config.initialisation`` says."""
+        flip = self.config.initialisation == "flip"
+        start = initialise_flip if flip else initialise_open_clip
+        start(self.image, generator)
+        start(self.text, generator)
+        self.logit_scale.fill_(self.config.initial_logit_scale)
+        if self.logit_bias is not None and self.config.initial_logit_bias is not None:
+            self.logit_bias.fill_(self.config.initial_logit_bias)
+
+
+def build(config: DualEncoderConfig, generator: torch.Generator | None = None) -> DualEncoder:
+    """A dual encoder on the CPU in float32, every weight drawn from ``generator`` (or seed 0)."""
+    with torch.device("meta"):  # else torch's layers would draw from the global generator first
+        model = DualEncoder(config)
+    model.to_empty(device="cpu")
+    model.initialise(generator or torch.Generator().manual_seed(0))
+    return model

@@ -1,0 +1,205 @@
+"""Two towers, a token reduction and a contrastive loss: the objective of four of the methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from frugal.common.contracts import Batch, ImageReduction
+from frugal.common.errors import InputError
+from frugal.common.models.cost import dual_encoder_flops
+from frugal.common.models.dual_encoder import DualEncoder
+from frugal.common.objectives.config import Contrastive
+from frugal.common.objectives.contrastive_loss import (
+    LARGEST_LOG_SCALE,
+    clip_log_scale,
+    contrastive_loss,
+    sigmoid_loss,
+)
+from frugal.common.randomness import SampleNoise
+from frugal.common.reduction.image import Kept, PatchView
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_GREY = 128
+"""Where a picture shows a patch that the tower does not see."""
+
+
+class Encoded(NamedTuple):
+    """What the loss needs to know of a batch, or the gradients of it."""
+
+    images: Tensor
+    """(B, E) unit vectors."""
+    texts: Tensor
+    """(B, E) unit vectors."""
+    log_scale: Tensor
+    """(1,)"""
+    logit_bias: Tensor | None
+    """(1,), of the sigmoid loss."""
+    patches: Tensor
+    """(B,) patches that the tower saw of each image."""
+    text_tokens: Tensor
+    """(B,) tokens that the tower saw of each caption."""
+
+
+class ContrastiveObjective(nn.Module):
+    """Pairs of a batch to their loss over the batch of all processes."""
+
+    def __init__(
+        self, model: DualEncoder, config: Contrastive, *, reduction: ImageReduction, seed: int
+    ) -> None:
+        """Take the model and train it.
+
+        Args:
+            model: the towers, with a bias if the loss is the sigmoid one.
+            config: which loss.
+            reduction: which patches stay; its noise is a function of seed and sample.
+            seed: the run's.
+        """
+        super().__init__()
+        self.model = model
+        self._config = config
+        self._reduction = reduction
+        self._seed = seed
+
+    def forward(
+        self, batch: Batch, *, encode_only: bool = False, gradients: Encoded | None = None
+    ) -> Any:
+        """The loss of a batch, or one of the two halves of gradient caching.
+
+        All three go through here because DDP, FSDP and ZeRO act when this is called.
+
+        Args:
+            batch: with captions.
+            encode_only: stop before the loss.
+            gradients: of the loss by what encoding this batch gives.
+
+        Returns:
+            (loss, metrics): the mean of the loss over the processes is that of their joint batch.
+            With ``encode_only`` the :class:`Encoded`. With ``gradients`` a scalar whose gradient
+            by every parameter is the loss's.
+        """
+        encoded = self._encode(batch)
+        if encode_only:
+            return encoded
+        if gradients is not None:
+            return _surrogate(encoded, gradients)
+        return self.loss(encoded, batch.valid)
+
+    def _encode(self, batch: Batch) -> Encoded:
+        if batch.token_ids is None:
+            raise InputError(
+                "a contrastive objective needs captions, but the data has none; choose a source "
+                "of image-text pairs"
+            )
+        kept = self._keep(batch)
+        bias = self.model.logit_bias
+        patches = batch.sample_numbers.new_full((len(batch),), self.model.config.image.num_patches)
+        return Encoded(
+            images=self.model.encode_image(batch.images, kept),
+            texts=self.model.encode_text(batch.token_ids, batch.text_lengths),
+            # copies: under ZeRO-3 and FSDP a parameter may be gone when this call returns
+            log_scale=self.model.logit_scale.clone(),
+            logit_bias=None if bias is None else bias.clone(),
+            patches=patches if kept is None else kept.counts,
+            text_tokens=self._text_tokens(batch.token_ids, batch.text_lengths),
+        )
+
+    def _keep(self, batch: Batch) -> Kept | None:
+        view = PatchView(batch.images, self.model.config.image.patch_size)
+        return self._reduction.keep(view, noise=SampleNoise(self._seed, batch.sample_numbers))
+
+    def _text_tokens(self, token_ids: Tensor, text_lengths: Tensor | None) -> Tensor:
+        tower = self.model.config.text
+        if tower.packed and text_lengths is not None:
+            return text_lengths.clamp(min=1)
+        slots = tower.length if tower.padding_matters else token_ids.shape[1]
+        return token_ids.new_full((len(token_ids),), slots)
+
+    def loss(self, encoded: Encoded, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of encoded pairs, in float32, and what to report beside it.
+
+        Args:
+            encoded: this process's pairs.
+            valid: (B,) bool; other pairs count nowhere.
+
+        Returns:
+            (loss, metrics) as ``forward`` does.
+        """
+        log_scale = encoded.log_scale
+        if self._config.clamp == "forward":
+            log_scale = clip_log_scale(log_scale)
+        if encoded.logit_bias is None:
+            loss, accuracy = contrastive_loss(
+                encoded.images,
+                encoded.texts,
+                log_scale,
+                valid=valid,
+                directions=self._config.directions,
+                chunk=self._config.chunk,
+            )
+        else:
+            loss, accuracy = sigmoid_loss(
+                encoded.images,
+                encoded.texts,
+                log_scale,
+                encoded.logit_bias,
+                valid=valid,
+                chunk=self._config.chunk,
+            )
+        tower = self.model.config.image
+        patches = encoded.patches.float().mean()
+        metrics = {
+            "accuracy": accuracy,
+            "logit_scale": log_scale.detach().float().exp().squeeze(),
+            "image_tokens": patches + (tower.class_token != "none"),
+            "text_tokens": encoded.text_tokens.float().mean(),
+            "mask_ratio": 1 - patches / tower.num_patches,
+        }
+        return loss, metrics
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Parameters, by name, that the engine keeps within bounds after every step."""
+        if self._config.clamp == "forward":
+            return {}
+        return {"model.logit_scale": (0.0, LARGEST_LOG_SCALE)}
+
+    def step_flops(self, metrics: dict[str, float]) -> float:
+        """Forward and backward FLOPs of one sample; the backward pass costs twice the forward."""
+        config = self.model.config
+        patches = metrics["image_tokens"] - (config.image.class_token != "none")
+        return 3 * dual_encoder_flops(config, patches=patches, tokens=metrics["text_tokens"])
+
+    @torch.no_grad()
+    def draw(self, batch: Batch) -> np.ndarray:
+        """Images above, what the tower sees of them below: (3, 2 H, B W) uint8."""
+        images = self._as_bytes(batch.images)  # (B, 3, H, W)
+        kept = self._keep(batch)
+        seen = images
+        if kept is not None:
+            tower = self.model.config.image
+            stays = kept.mask(tower.num_patches).view(-1, 1, *tower.grid)
+            for side in (2, 3):
+                stays = stays.repeat_interleave(tower.patch_size, dim=side)  # (B, 1, H, W)
+            seen = images.where(stays, _GREY)
+        rows = [row.permute(1, 2, 0, 3).flatten(2) for row in (images, seen)]  # (3, H, B W)
+        return torch.cat(rows, dim=1).cpu().numpy()
+
+    def _as_bytes(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            return images
+        tower = self.model.config.image
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
+        return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _surrogate(encoded: Encoded, gradients: Encoded) -> Tensor:
+    """A scalar whose gradient by what was encoded are the given gradients."""
+    total = (encoded.images * gradients.images).sum() + (encoded.texts * gradients.texts).sum()
+    total = total + (encoded.log_scale * gradients.log_scale).sum()
+    if encoded.logit_bias is not None and gradients.logit_bias is not None:
+        total = total + (encoded.logit_bias * gradients.logit_bias).sum()
+    return total

@@ -1,0 +1,360 @@
+"""A recipe: the typed, printable description of one run.
+
+A recipe is a frozen value. The command line may override any field of it, the resolved value is
+saved as ``recipe.json`` in the run directory, and that file is enough to repeat the run. Every
+number has one place: what can be derived is derived.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from frugal.common.contracts import (
+    DataConfig,
+    EvaluationTask,
+    ImageReduction,
+    ObjectiveConfig,
+    TextReduction,
+)
+from frugal.common.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reductions:
+    """Which tokens the towers never see."""
+
+    image: ImageReduction
+    """Which patches of an image stay."""
+    text: TextReduction
+    """Which tokens of a caption stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    learning_rate: float | None = None
+    """Peak learning rate; give this or --optimiser.learning-rate-per-256."""
+    learning_rate_per_256: float | None = None
+    """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.2
+    no_decay: tuple[str, ...] = ("bias", "norm", "position")
+    """Which parameters are not decayed: bias, norm, position, class_token, logit_scale,
+    embedding, vector (every parameter with fewer than two dimensions)."""
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient."""
+
+    def __post_init__(self) -> None:
+        if (self.learning_rate is None) == (self.learning_rate_per_256 is None):
+            raise InputError(
+                "give exactly one of optimiser.learning_rate "
+                f"({self.learning_rate}) and optimiser.learning_rate_per_256 "
+                f"({self.learning_rate_per_256})"
+            )
+        known = {
+            "bias", "norm", "position", "class_token", "logit_scale", "embedding", "vector"
+        }  # fmt: skip
+        if unknown := sorted(set(self.no_decay) - known):
+            raise InputError(
+                f"optimiser.no_decay does not know {unknown[0]!r}; choose from {sorted(known)}"
+            )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise InputError(
+                f"optimiser.clip_norm is {self.clip_norm}, must be positive; leave it out to "
+                "train without clipping"
+            )
+
+    def peak(self, batch_size: int) -> float:
+        """The peak learning rate at a global batch size."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        assert self.learning_rate_per_256 is not None
+        return self.learning_rate_per_256 * batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupCosine:
+    """Linear warm-up, then half a cosine; a pure function of the samples seen before a step."""
+
+    samples: int
+    """Samples the run trains on."""
+    warmup_samples: int = 0
+    """Samples until the peak is reached."""
+    start: float = 0.0
+    """Learning rate of the very first step."""
+    floor: float = 0.0
+    """Learning rate at the end and beyond."""
+
+    def __post_init__(self) -> None:
+        if self.samples <= 0 or not 0 <= self.warmup_samples <= self.samples:
+            raise InputError(
+                f"schedule.warmup_samples ({self.warmup_samples}) must lie between 0 and "
+                f"schedule.samples ({self.samples}), which must be positive"
+            )
+
+    def learning_rate(self, samples_seen: int, *, peak: float) -> float:
+        """The learning rate of the step that starts after ``samples_seen`` samples."""
+        if samples_seen < self.warmup_samples:
+            return self.start + (peak - self.start) * samples_seen / self.warmup_samples
+        decay = max(self.samples - self.warmup_samples, 1)
+        progress = min((samples_seen - self.warmup_samples) / decay, 1.0)
+        return self.floor + (peak - self.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How the numbers are computed; no choice here changes them beyond rounding."""
+
+    deepspeed_config: Path | None = None
+    """A file of ds_configs/: train with DeepSpeed. Without it Accelerate is used."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the matrix products; weights and optimiser stay float32. auto: bfloat16 where the
+    hardware has it, else float32."""
+    accumulate: int = 1
+    """Micro-batches per step; each is a contrastive batch of its own."""
+    cache_chunk: int | None = None
+    """Gradient caching: encode this many samples at a time, exact loss over the whole batch."""
+    checkpoint_activations: bool = False
+    """Recompute every block in the backward pass instead of storing it."""
+    compile: bool = False
+    """torch.compile the towers."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay per step."""
+    threads: int | None = None
+    """CPU threads of each process; without it the cores are divided among the processes."""
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise InputError(f"engine.accumulate is {self.accumulate}, must be at least 1")
+        if self.cache_chunk is not None and self.cache_chunk < 1:
+            raise InputError(f"engine.cache_chunk is {self.cache_chunk}, must be at least 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise InputError(f"engine.ema_decay is {self.ema_decay}, must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run lives and how often it reports."""
+
+    dir: Path | None = None
+    """Run directory; an interrupted run found there is continued."""
+    seed: int = 0
+    log_every: int = 10
+    """Steps between two log lines."""
+    picture_every: int = 500
+    """Steps between two pictures of a batch with its masks in tensorboard."""
+    save_every: int = 1000
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that stay on disk."""
+    evaluate_every: int | None = None
+    """Steps between two evaluations; without it only after the last step."""
+    start_from: Path | None = None
+    """A run directory or checkpoint whose weights this run starts from, optimiser afresh."""
+    interpolate: bool = False
+    """Allow --run.start-from to resample position tables to another grid or length."""
+    max_skipped: int = 10
+    """Steps in a row whose loss is not finite before the run stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "picture_every", "save_every", "keep", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise InputError(f"run.{name} is {getattr(self, name)}, must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, complete."""
+
+    model: Any
+    """The trainable towers."""
+    data: DataConfig
+    """What it is trained on."""
+    reduction: Reductions
+    """Which tokens are left out."""
+    objective: ObjectiveConfig
+    """What is minimised."""
+    optimiser: AdamW
+    schedule: WarmupCosine
+    batch_size: int
+    """Samples per optimiser step, over all processes."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    evaluation: tuple[EvaluationTask, ...] = ()
+    """What the finished model is measured on."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}, must be at least 1")
+        if self.batch_size % self.engine.accumulate:
+            raise InputError(
+                f"batch_size {self.batch_size} does not divide into engine.accumulate = "
+                f"{self.engine.accumulate} micro-batches; choose a multiple"
+            )
+        for part in (self.model, self.data, self.reduction.image, self.objective):
+            check = getattr(part, "check", None)
+            if check is not None:
+                check(self)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run; the last one may pass ``schedule.samples``."""
+        return math.ceil(self.schedule.samples / self.batch_size)
+
+    def local_batch(self, world_size: int) -> int:
+        """Samples per process and micro-batch.
+
+        Raises:
+            InputError: if the processes do not divide the batch.
+        """
+        parts = self.engine.accumulate * world_size
+        if self.batch_size % parts:
+            raise InputError(
+                f"batch_size {self.batch_size} does not divide among {world_size} processes with "
+                f"engine.accumulate = {self.engine.accumulate}; choose a multiple of {parts}"
+            )
+        return self.batch_size // parts
+
+
+# ------------------------------------------------------------------------------------------------
+# A recipe as JSON. Every dataclass carries its type, so that a recipe of any installed method
+# package can be read back; only dataclasses of the ``frugal`` namespace are ever imported.
+
+
+def to_json(value: Any) -> Any:
+    """A recipe, or any part of one, as JSON-ready values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        encoded = {"type": f"{kind.__module__}.{kind.__qualname__}"}
+        for item in dataclasses.fields(value):
+            encoded[item.name] = to_json(getattr(value, item.name))
+        return encoded
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _dataclass_named(name: str, *, source: str) -> type:
+    module_name, _, class_name = name.rpartition(".")
+    if not module_name.startswith("frugal."):
+        raise InputError(
+            f"{source} names the type {name!r}, which is not one of Frugal's; it was not written "
+            "by this software or was altered"
+        )
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError):
+        raise InputError(
+            f"{source} needs {name!r}, which is not installed; install the package it was made "
+            "with, in a version that has it"
+        ) from None
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise InputError(f"{source} names {name!r}, which is not a part of a recipe")
+    return kind
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """JSON has lists and strings where a recipe has tuples and paths."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hints = [item for item in typing.get_args(hint) if item is not type(None)]
+        return _coerce(value, hints[0]) if len(hints) == 1 else value
+    if hint is Path:
+        return Path(value)
+    if isinstance(value, list):
+        arguments = typing.get_args(hint)
+        repeated = arguments[0] if len(arguments) == 2 and arguments[1] is Ellipsis else None
+        return tuple(_coerce(item, repeated) for item in value)
+    return value
+
+
+def from_json(value: Any, *, source: str = "the recipe") -> Any:
+    """The inverse of :func:`to_json`.
+
+    Raises:
+        InputError: if a type or a field is unknown here.
+    """
+    if isinstance(value, list):
+        return [from_json(item, source=source) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "type" not in value:
+        return {key: from_json(item, source=source) for key, item in value.items()}
+    kind = _dataclass_named(value["type"], source=source)
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for key, item in value.items():
+        if key == "type":
+            continue
+        if key not in hints:
+            raise InputError(
+                f"{source} has a field {key!r} that {value['type']} does not know; it was written "
+                "by another version"
+            )
+        arguments[key] = _coerce(from_json(item, source=source), hints[key])
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise InputError(f"{source} does not describe a whole {value['type']}: {error}") from None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe saved in a file.
+
+    Raises:
+        InputError: if there is none, or it cannot be read.
+    """
+    try:
+        encoded = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"there is no recipe at {path}; give a run directory's recipe.json"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a recipe: {error}") from None
+    recipe = from_json(encoded, source=str(path))
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"{path} does not hold a recipe")
+    return recipe
+
+
+_MAY_CHANGE = ("engine.", "run.", "evaluation", "data.workers")
+"""What a resumed run may do differently: none of it changes the samples or the mathematics."""
+_MUST_STAY = ("engine.accumulate", "engine.ema_decay", "run.seed", "run.start_from")
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        flat = {}
+        for key, item in value.items():
+            flat.update(_flatten(item, f"{prefix}{key}."))
+        return flat
+    return {prefix[:-1]: value}
+
+
+def difference(saved: Recipe, wanted: Recipe) -> list[str]:
+    """What keeps ``wanted`` from continuing a run of ``saved``: one line per field."""
+    old, new = _flatten(to_json(saved)), _flatten(to_json(wanted))
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return [
+        f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
+        for name in changed
+        if name in _MUST_STAY or not name.startswith(_MAY_CHANGE)
+    ]

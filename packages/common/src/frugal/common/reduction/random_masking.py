@@ -1,0 +1,65 @@
+"""Uniform random masking: FLIP's, CLIPA's and MAE's, and the baseline of every other.
+
+Source: Li et al., "Scaling Language-Image Pre-training via Masking", arXiv:2212.00794, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from frugal.common.errors import InputError
+from frugal.common.reduction.image import Kept, PatchView
+
+if TYPE_CHECKING:
+    from frugal.common.randomness import NoiseSource
+
+PURPOSE = "image mask"
+"""Name of the noise that decides which patches stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomMasking:
+    """Keep a uniform random subset of the patches, equally many in every image."""
+
+    mask_ratio: float = 0.5
+    """Fraction of the patches that goes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_ratio < 1:
+            raise InputError(
+                f"mask ratio {self.mask_ratio} must lie in [0, 1): it is the fraction of the "
+                "patches that is removed"
+            )
+
+    def check(self, recipe: Any) -> None:
+        """Refuse a recipe whose images would keep nothing."""
+        tower = getattr(recipe.model, "image", None)
+        if tower is not None:
+            self.num_kept(tower.num_patches)
+
+    def num_kept(self, num_patches: int) -> int:
+        """Patches that stay: truncated in double precision, as the published runs did.
+
+        Raises:
+            InputError: if nothing would stay.
+        """
+        kept = int(num_patches * (1 - self.mask_ratio))
+        if kept == 0:
+            raise InputError(
+                f"mask ratio {self.mask_ratio} keeps none of {num_patches} patches; choose a "
+                "smaller ratio, a larger image or a smaller patch"
+            )
+        return kept
+
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> Kept | None:
+        """The patches with the smallest noise, smallest first.
+
+        Returns:
+            Dense, (B, K); None where the ratio is 0.
+        """
+        if self.mask_ratio == 0:
+            return None
+        count = self.num_kept(view.num_patches)
+        order = noise.uniform(PURPOSE, view.num_patches).argsort(dim=1, stable=True)  # (B, N)
+        return Kept.dense(order[:, :count])

@@ -1,0 +1,247 @@
+"""One self-contained HTML page about a finished run, and the same numbers as JSON.
+
+``python -m frugal.common.report runs/demo`` writes ``report.html`` and ``report.json`` there, for
+a run directory or for a folder that holds the run directories of several stages. The page needs
+no network and no script.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from frugal.common.commands import run_politely
+from frugal.common.errors import InputError
+from frugal.common.evaluation import sections
+from frugal.common.evaluation.page import PAGE, STYLE
+from frugal.common.evaluation.sections import Command
+from frugal.common.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from frugal.common.evaluation.examples import Gathered
+
+REQUIRED = (
+    "zero_shot_top1",
+    "zero_shot_top1_held_out",
+    "image_retrieval_recall_at_1",
+    "text_retrieval_recall_at_1",
+    "retrieval_candidates",
+    "samples_seen",
+    "train_seconds",
+    "samples_per_second",
+    "world_size",
+    "engine",
+)
+"""Numbers that every ``report.json`` holds; null where the run did not measure one."""
+
+
+def write_report(
+    folder: Path,
+    *,
+    numbers: Mapping[str, Any],
+    stages: Mapping[str, Path],
+    gathered: Gathered | None = None,
+    commands: Sequence[Command] = (),
+    title: str = "Training report",
+    summary: str = "",
+) -> Path:
+    """Write ``report.html`` and ``report.json`` into a folder.
+
+    Args:
+        folder: made if missing.
+        numbers: everything of ``REQUIRED`` and whatever else the evaluations gave; goes into
+            ``report.json`` as it is, numbers that are not finite as null.
+        stages: name and run directory (with ``metrics.jsonl``) of each stage of the training, in
+            order; a stage's curve begins at the samples where the one before it ended.
+        gathered: example images and what the model makes of them.
+        commands: what to type next.
+        title: of the page.
+        summary: a sentence below the title.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: if a required number is missing.
+    """
+    missing = [name for name in REQUIRED if name not in numbers]
+    if missing:
+        raise ValueError(f"a report needs {', '.join(missing)}")
+    finite = {name: _finite(value) for name, value in numbers.items()}
+    logged = {name: read_metrics(run_dir) for name, run_dir in stages.items()}
+    body = [sections.headline(finite)]
+    body.append(sections.section("How it learned", sections.curves(logged)))
+    if gathered is not None:
+        classes = sections.classes(gathered.classes, gathered.confused)
+        body += [
+            sections.section("What it sees while training", sections.masked(gathered.masked)),
+            sections.section("What it recognises", sections.classified(gathered.classified)),
+            sections.section("Class by class", classes),
+            sections.section(
+                "The captions it finds nearest", sections.retrieved(gathered.retrieved)
+            ),
+        ]
+    body.append(sections.section("What to type next", sections.commands(commands)))
+    body.append(sections.all_numbers(finite))
+    page = PAGE.format(
+        title=escape(title),
+        style=STYLE,
+        summary=f'<p class="summary">{escape(summary)}</p>' if summary else "",
+        body="\n".join(part for part in body if part),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl`` in order; a line cut short by a crash is left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("samples"), (int, float)):
+            lines.append(line)
+    return lines
+
+
+# From run directories on disk to a report.
+
+
+def find_stages(folder: Path) -> dict[str, Path]:
+    """The run directories in a folder by name, each after the one it started from.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if (folder / "recipe.json").is_file():
+        return {folder.name: folder}
+    runs = [path.parent for path in sorted(folder.glob("*/recipe.json"))]
+    if not runs:
+        raise InputError(
+            f"{folder} holds no run (a folder with recipe.json); give a run directory, or a folder "
+            "of them"
+        )
+    origins = {run: load_recipe(run / "recipe.json").run.start_from for run in runs}
+
+    def ancestors(run: Path) -> int:
+        origin, count = origins[run], 0
+        while origin is not None and count < len(runs):
+            before = [r for r in runs if origin.resolve().is_relative_to(r.resolve())]
+            origin, count = (origins[before[0]], count + 1) if before else (None, count)
+        return count
+
+    return {run.name: run for run in sorted(runs, key=ancestors)}
+
+
+def collect_numbers(stages: Mapping[str, Path]) -> dict[str, Any]:
+    """What ``report.json`` holds: the last stage's evaluations, and how long all stages took.
+
+    Raises:
+        InputError: if a stage has no checkpoint, or the last one no evaluation.
+    """
+    from frugal.common.checkpoint.store import find_checkpoint
+
+    states = [find_checkpoint(run_dir).state for run_dir in stages.values()]
+    last = list(stages.values())[-1]
+    numbers: dict[str, Any] = dict.fromkeys(REQUIRED)
+    files = sorted((last / "evaluation").glob("*.json"))
+    if not files:
+        raise InputError(f"{last} was not evaluated yet; start its training again to finish it")
+    for file in files:
+        numbers |= json.loads(file.read_text())
+    for name in ("step", "samples"):
+        numbers.pop(name, None)
+    samples = sum(state["samples"] for state in states)
+    seconds = sum(state["seconds"] for state in states)
+    return numbers | {
+        "samples_seen": samples,
+        "train_seconds": seconds,
+        "samples_per_second": samples / seconds if seconds else None,
+        "world_size": states[-1]["world_size"],
+        "engine": states[-1]["engine"],
+    }
+
+
+def gather_examples(stages: Mapping[str, Path], *, count: int) -> Gathered:
+    """Pictures and answers of the last stage's model, masked as in the first stage.
+
+    Raises:
+        InputError: if the checkpoint or the data of an evaluation cannot be used.
+    """
+    from frugal.common.evaluate import load_trained
+    from frugal.common.evaluation.examples import gather
+
+    first, last = next(iter(stages.values())), list(stages.values())[-1]
+    trained = load_trained(last)
+    reduction = load_recipe(first / "recipe.json").reduction.image
+    return gather(trained.model, trained.recipe, trained.run, reduction=reduction, count=count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write report.html and report.json about a finished run, or about the stages of one."""
+
+    folder: tyro.conf.Positional[Path]
+    """A run directory, or a folder that holds one per stage; the report goes there."""
+    next: tuple[str, ...] = ()
+    """What to type next, each as 'purpose: command'."""
+    examples: int = 12
+    """Images of each kind on the page."""
+    title: str | None = None
+    """Of the page; by default the name of the folder."""
+
+
+def report(options: Options) -> None:
+    """Collect, write, and say where the page is."""
+    if options.examples < 1:
+        raise InputError(f"--examples is {options.examples}, must be at least 1")
+    stages = find_stages(options.folder)
+    numbers = collect_numbers(stages)
+    commands = [Command(*entry.partition(": ")[::2]) for entry in options.next]
+    path = write_report(
+        options.folder,
+        numbers=numbers,
+        stages=stages,
+        gathered=gather_examples(stages, count=options.examples),
+        commands=commands,
+        title=options.title or f"Report of {options.folder.resolve().name}",
+        summary=f"Stages of the training: {', then '.join(stages)}." if len(stages) > 1 else "",
+    )
+    write = sys.stdout.write
+    for name in REQUIRED:
+        value = numbers[name]
+        write(
+            f"{name:>28}  {value:.4g}\n" if isinstance(value, float) else f"{name:>28}  {value}\n"
+        )
+    write(f"\nThe report is {path}; open it in a browser.\n")
+    for command in commands:
+        write(f"\n{command.purpose}:\n    {command.line}\n")
+
+
+def main() -> None:
+    """The body of ``python -m frugal.common.report``."""
+    run_politely(lambda: report(tyro.cli(Options, prog="python -m frugal.common.report")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""``python -m frugal.common.scenes --out data/scenes``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from frugal.common.errors import InputError
+from frugal.common.scenes.settings import Settings
+from frugal.common.scenes.writing import write
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw the data set; returns the exit code."""
+    try:
+        settings = tyro.cli(
+            Settings,
+            prog="python -m frugal.common.scenes",
+            description="Draw the embedded data set: captioned scenes as webdataset shards.",
+            args=arguments,
+        )
+        sys.stdout.write(write(settings) + "\n")
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

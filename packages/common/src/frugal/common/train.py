@@ -1,0 +1,307 @@
+"""What every training script calls: build the parts in the order data flows, then run the loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal.common.commands import Recipes, read_command_line, run_politely
+from frugal.common.errors import InputError
+from frugal.common.recipe import Recipe, difference, load_recipe, to_json
+from frugal.common.run import Run, launcher_ranks, lock_run_dir, make_logger
+
+if TYPE_CHECKING:
+    from io import TextIOWrapper
+
+    import torch
+
+    from frugal.common.checkpoint.store import Checkpoint, CheckpointStore
+    from frugal.common.contracts import Batch
+    from frugal.common.engine.backend import Engine
+    from frugal.common.engine.saving import WeightAverage
+    from frugal.common.engine.watch import Watch
+
+
+def main(recipes: Recipes, *, method: str) -> None:
+    """The body of ``python -m frugal.<method>.train``."""
+
+    def command() -> None:
+        name, recipe = read_command_line(recipes, program=f"python -m frugal.{method}.train")
+        folder = recipe.run.dir or Path("runs") / f"{method}-{name}"
+        train_recipe(replace(recipe, run=replace(recipe.run, dir=folder)))
+
+    run_politely(command)
+
+
+def train_recipe(recipe: Recipe) -> None:
+    """Train a recipe to its end, from the start or from where its run directory left off.
+
+    Raises:
+        InputError: if the recipe, the data or the run directory cannot be used.
+        RunStopped: if the run ended early for a reason that is no bug.
+    """
+    assert recipe.run.dir is not None
+    _check_run_dir(recipe)
+    from frugal.common.checkpoint.store import CheckpointStore
+    from frugal.common.checkpoint.warm_start import warm_start
+    from frugal.common.data.damage import DamageCounter
+    from frugal.common.engine.loop import Training, train
+    from frugal.common.engine.saving import WeightAverage, restore
+    from frugal.common.engine.watch import Watch
+    from frugal.common.models.positions import resample_table
+
+    run = open_run(recipe)
+    recipe.local_batch(run.world_size)  # refuse before anything is written
+    store = CheckpointStore(run, keep=recipe.run.keep)
+    objective = recipe.objective.build(recipe)
+    if recipe.run.start_from is not None and not store.whole():
+        resample = resample_table if recipe.run.interpolate else None
+        warm_start(objective, recipe.run.start_from, resample=resample, log=run.log)
+    for task in recipe.evaluation:
+        task.folder()
+    engine = make_engine(objective, recipe, run)
+    average = None
+    if recipe.engine.ema_decay is not None:
+        average = WeightAverage(engine, recipe.engine.ema_decay)
+    lock, checkpoint = _claim(run, store)
+    if checkpoint is not None:
+        restore(engine, checkpoint, average)
+    state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0}
+    first_step = state["step"]
+    saved_streams = state.get("stream", [])
+    stream = recipe.data.build(
+        recipe,
+        run,
+        first_sample=first_step * recipe.batch_size,
+        state=saved_streams[run.rank] if len(saved_streams) == run.world_size else {},
+        objective=engine.objective,
+    )
+    damage = DamageCounter(
+        recipe.data.max_damaged,
+        # a small data set is judged after one epoch
+        patience=min(DamageCounter.patience, stream.epoch_samples),
+    )
+    damage.load_state(state.get("damage", {}))
+    _write_run_files(recipe, run, engine)
+    if run.is_main and lock is None:
+        lock = lock_run_dir(run.dir, patience=0.0, log=run.log)
+    watch = Watch(run, first_step=first_step, steps=recipe.steps)
+    watch.text("recipe", "```json\n" + json.dumps(to_json(recipe), indent=2) + "\n```")
+    training = Training(
+        recipe=recipe,
+        run=run,
+        engine=engine,
+        stream=stream,
+        store=store,
+        watch=watch,
+        average=average,
+        evaluate=lambda step: evaluate_all(recipe, run, engine, average, watch, step),
+        draw=lambda batch, step: _draw(batch, step, engine, watch),
+        first_step=first_step,
+        seconds=state.get("seconds", 0.0),
+        skipped_steps=state.get("skipped_steps", 0),
+        skipped_in_row=state.get("skipped_in_row", 0),
+        damage=damage,
+        unshared=DamageCounter(recipe.data.max_damaged),
+    )
+    _announce(recipe, run, engine, checkpoint)
+    if first_step < recipe.steps:
+        train(training)
+    elif not (recipe.run.dir / "evaluation").exists():
+        training.evaluate(first_step)
+    watch.close()
+    engine.close()
+    if lock is not None:
+        lock.close()
+
+
+def _claim(run: Run, store: CheckpointStore) -> tuple[TextIOWrapper | None, Checkpoint | None]:
+    """Wait until nobody else writes to the run directory; the checkpoint to continue from.
+
+    Every process gets the same one.
+    """
+    from frugal.common.checkpoint.store import open_checkpoint
+    from frugal.common.engine.saving import gather_values
+
+    lock = None
+    if run.is_main and run.dir.exists():
+        lock = lock_run_dir(run.dir, patience=120.0, log=run.log)
+    gather_values(None, run.world_size)
+    newest = store.newest() if run.is_main else None
+    name = gather_values(newest.folder.name if newest else None, run.world_size)[0]
+    if name is not None and newest is None:
+        newest = open_checkpoint(store.folder / name)
+    return lock, newest
+
+
+def _check_run_dir(recipe: Recipe) -> None:
+    assert recipe.run.dir is not None
+    saved = recipe.run.dir / "recipe.json"
+    if recipe.run.dir.exists() and not recipe.run.dir.is_dir():
+        raise InputError(f"run.dir {recipe.run.dir} is a file; give a folder")
+    if not saved.exists():
+        return
+    changes = difference(load_recipe(saved), recipe)
+    if changes:
+        more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        raise InputError(
+            f"{recipe.run.dir} holds a run of another recipe ({changes[0]}{more}); choose another "
+            "--run.dir, or give the same recipe to continue that run"
+        )
+
+
+def open_run(recipe: Recipe) -> Run:
+    """Rank, device, threads and log of this process.
+
+    Raises:
+        InputError: if the recipe wants a device that is not there.
+    """
+    import torch
+
+    rank, world_size, local_rank = launcher_ranks()
+    device = _device(recipe, local_rank)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(recipe.engine.threads or max(1, cores // on_this_machine))
+    assert recipe.run.dir is not None
+    return Run(recipe.run.dir, rank, world_size, local_rank, device, make_logger(rank))
+
+
+def _device(recipe: Recipe, local_rank: int) -> torch.device:
+    import torch
+
+    wanted = recipe.engine.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "engine.device is cuda, but torch finds no CUDA device; use --engine.device cpu"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local_rank} of this machine has no GPU of its own: there are "
+            f"{torch.cuda.device_count()}; start fewer processes"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def make_engine(objective: Any, recipe: Recipe, run: Run) -> Engine:
+    """DeepSpeed if the recipe names a file for it, else Accelerate."""
+    if recipe.engine.deepspeed_config is not None:
+        from frugal.common.engine.deepspeed_backend import DeepSpeedEngine
+
+        return DeepSpeedEngine(objective, recipe, run)
+    from frugal.common.engine.accelerate_backend import AccelerateEngine
+
+    return AccelerateEngine(objective, recipe, run)
+
+
+def _write_run_files(recipe: Recipe, run: Run, engine: Engine) -> None:
+    """recipe.json, environment.json and the tokenizer; the recipe only where none stands."""
+    if not run.is_main:
+        return
+    run.dir.mkdir(parents=True, exist_ok=True)
+    environment = _environment(run, engine)
+    (run.dir / "environment.json").write_text(json.dumps(environment, indent=2))
+    save_tokenizer = getattr(recipe.data, "save_tokenizer", None)
+    if save_tokenizer is not None:
+        save_tokenizer(run.dir / "tokenizer")
+    if not (run.dir / "recipe.json").exists():
+        (run.dir / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2))
+
+
+def _environment(run: Run, engine: Engine) -> dict[str, Any]:
+    import importlib.metadata
+
+    import torch
+
+    packages = ("torch", "deepspeed", "accelerate", "transformers", "timm", "open_clip_torch")
+    versions: dict[str, str | None] = {}
+    for package in (*packages, "xformers", "webdataset", "safetensors", "frugal-common"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    device = run.device
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads_per_process": torch.get_num_threads(),
+        "world_size": run.world_size,
+        "engine": engine.name,
+        "compute_dtype": str(engine.dtype).removeprefix("torch."),
+    }
+
+
+def _announce(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint | None) -> None:
+    from frugal.common.models.attention import attention_kernel
+
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.trainable())
+    run.log.info(
+        "%s, %d %s on %s, %s products, attention by %s; %.1f M trained parameters",
+        engine.name,
+        run.world_size,
+        "process" if run.world_size == 1 else "processes",
+        run.device.type,
+        str(engine.dtype).removeprefix("torch."),
+        attention_kernel(run.device),
+        parameters / 1e6,
+    )
+    if checkpoint is None:
+        run.log.info(
+            "training %d steps of %d samples into %s", recipe.steps, recipe.batch_size, run.dir
+        )
+    elif checkpoint.step < recipe.steps:
+        run.log.info("continuing %s from step %d of %d", run.dir, checkpoint.step, recipe.steps)
+    else:
+        run.log.info("%s is complete (%d steps); nothing left to train", run.dir, recipe.steps)
+
+
+def evaluate_all(
+    recipe: Recipe,
+    run: Run,
+    engine: Engine,
+    average: WeightAverage | None,
+    watch: Watch,
+    step: int,
+) -> None:
+    """Run the recipe's evaluations and write ``evaluation/<name>.json``."""
+    import contextlib
+
+    import torch
+
+    if not recipe.evaluation:
+        return
+    model = engine.objective.model
+    averaged = average.applied() if average else contextlib.nullcontext()
+    model.eval()
+    with engine.whole_weights(), averaged, torch.inference_mode():
+        results = {task.name: task.evaluate(model, recipe, run) for task in recipe.evaluation}
+    model.train()
+    if not run.is_main:
+        return
+    folder = run.dir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    for name, numbers in results.items():
+        if not numbers:
+            continue  # this evaluation was given no data
+        content = {"step": step, "samples": step * recipe.batch_size, **numbers}
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
+        watch.numbers(step, numbers)
+
+
+def _draw(batch: Batch, step: int, engine: Engine, watch: Watch) -> None:
+    """A picture of a batch with its masks, where the objective can draw one."""
+    draw = getattr(engine.objective, "draw", None)
+    if draw is not None:
+        watch.picture("batch", draw(batch.rows(0, 8)), step)

@@ -1,0 +1,86 @@
+"""The rules of who may import whom, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = [
+    ("errors", "randomness"),
+    ("contracts", "recipe", "run"),
+    ("reduction",),
+    ("data", "scenes"),
+    ("models",),
+    ("objectives",),
+    ("checkpoint",),
+    ("evaluation",),
+    ("engine",),
+    ("commands", "report", "shards", "train", "evaluate", "export", "plan"),
+]
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+# a recipe holds parts that are configured in later layers; it names their types only
+CONFIGURATIONS = {"frugal.common.models.config"}
+
+
+def sources() -> list[tuple[str, Path]]:
+    """(package, file) of every module of every package."""
+    return [
+        (package.name, file)
+        for package in sorted((ROOT / "packages").iterdir())
+        for file in sorted((package / "src").rglob("*.py"))
+    ]
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of ours that a file imports when it runs, type checking left out."""
+    tree = ast.parse(file.read_text())
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped.update(child for part in node.body for child in ast.walk(part))
+    names = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name for name in names if name.startswith("frugal.")}
+
+
+@pytest.mark.parametrize(("package", "file"), sources(), ids=lambda value: str(value)[-40:])
+def test_a_package_imports_itself_and_common_only(package: str, file: Path) -> None:
+    allowed = (f"frugal.{package}", "frugal.common")
+    assert not [name for name in imported(file) if not f"{name}.".startswith(_dotted(allowed))]
+
+
+def _dotted(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in names)
+
+
+@pytest.mark.parametrize("file", [f for p, f in sources() if p == "common"], ids=lambda f: f.name)
+def test_a_part_of_common_imports_parts_to_its_left_only(file: Path) -> None:
+    inside = file.relative_to(ROOT / "packages/common/src/frugal/common").parts[0]
+    mine = LEVEL[inside.removesuffix(".py")]
+    for name in imported(file) - CONFIGURATIONS:
+        other = name.split(".")[2]
+        assert LEVEL[other] <= mine, f"{file.name} imports {name}"
+
+
+def test_no_package_takes_the_namespace_for_itself() -> None:
+    assert not list((ROOT / "packages").glob("*/src/frugal/__init__.py"))
+
+
+@pytest.mark.parametrize("module", ["frugal.flip.recipes", "frugal.common.scenes"])
+def test_building_recipes_and_help_needs_no_torch(module: str) -> None:
+    check = (
+        f"import sys, {module} as m; [make() for make in getattr(m, 'RECIPES', {{}}).values()];"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'accelerate', 'open_clip', 'matplotlib'};"
+        "sys.exit(' '.join(heavy & sys.modules.keys()) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

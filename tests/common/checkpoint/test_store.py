@@ -1,0 +1,148 @@
+"""Checkpoints on disk: whole or not there, verified, and refused with a sentence when damaged."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint, owners
+from frugal.common.errors import InputError
+from frugal.common.run import Run
+
+
+def store_in(folder: Path, *, keep: int = 2) -> CheckpointStore:
+    run = Run(folder, 0, 1, 0, torch.device("cpu"), logging.getLogger("test"))
+    return CheckpointStore(run, keep=keep)
+
+
+def tensors(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "weight/a": torch.randn(5, 3, generator=generator),
+        "exp_avg/a": torch.randn(5, 3, generator=generator),
+        "weight/nan": torch.full((1,), torch.nan),
+    }
+
+
+def save(store: CheckpointStore, step: int) -> Path:
+    return store.save(tensors(step), {"step": step}, gather=lambda value: [value])
+
+
+def test_a_checkpoint_reads_back_bit_for_bit(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    save(store, 7)
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    assert checkpoint.step == 7
+    read = checkpoint.reader()
+    for name, tensor in tensors(7).items():
+        assert read(name).equal(tensor) or tensor.isnan().all()
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        save(store, step)
+    assert [folder.name for folder in store.whole()] == ["step_000000020", "step_000000030"]
+
+
+def test_what_a_crash_left_half_written_is_not_a_checkpoint(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    save(store, 10)
+    half = tmp_path / "checkpoints" / ".step_000000020.writing"
+    half.mkdir()
+    (half / "tensors-00000-of-00001.safetensors").write_bytes(b"half")
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 10
+    save(store, 20)
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 20
+    assert not half.exists()
+
+
+def test_a_crash_between_rename_and_pointer_loses_nothing(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    save(store, 10)
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.unlink()
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 10
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damage_is_named(tmp_path: Path, damage: str) -> None:
+    store = store_in(tmp_path)
+    file = save(store, 10) / "tensors-00000-of-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[:-1])
+    else:
+        content[-3] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=file.name):
+        store.newest()
+
+
+def test_removing_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    save(store, 10)
+    newer = save(store, 20)
+    for file in newer.iterdir():
+        file.unlink()
+    newer.rmdir()
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 10
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    path = save(store, 10) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        store.newest()
+
+
+def test_a_run_a_folder_of_checkpoints_and_one_step_all_name_a_checkpoint(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    save(store, 10)
+    step = save(store, 20)
+    assert find_checkpoint(tmp_path).step == 20
+    assert find_checkpoint(tmp_path / "checkpoints").step == 20
+    assert find_checkpoint(step).step == 20
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        find_checkpoint(tmp_path / "elsewhere")
+
+
+def test_failure_to_write_leaves_older_checkpoints_alone(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    save(store, 10)
+
+    def lose_the_folder(value: Any) -> list[Any]:
+        shutil.rmtree(tmp_path / "checkpoints" / ".step_000000020.writing", ignore_errors=True)
+        return [value]
+
+    with pytest.raises(InputError, match="step 20 could not be written"):
+        store.save(tensors(20), {"step": 20}, gather=lose_the_folder)
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 10
+
+
+def test_writing_is_spread_evenly_and_every_name_has_one_owner() -> None:
+    sizes = {f"p{n}": (n * 37) % 101 + 1 for n in range(50)}
+    owner = owners(sizes.items(), 4)
+    assert owner.keys() == sizes.keys()
+    load = [sum(sizes[name] for name in sizes if owner[name] == rank) for rank in range(4)]
+    assert max(load) - min(load) <= max(sizes.values())
+    assert owners(reversed(sizes.items()), 4) == owner

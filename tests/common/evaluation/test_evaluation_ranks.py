@@ -1,0 +1,210 @@
+"""Evaluations give the same numbers on any number of processes and at any batch size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.tokenizers import ClipBpe
+from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.embed import Embedder, evaluating, similarity
+from frugal.common.evaluation.metrics import recall_at
+from frugal.common.evaluation.prompts import class_embeddings
+from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.retrieval import embed, open_captioned
+from frugal.common.evaluation.zero_shot import ask, open_question
+from frugal.common.models.config import clip_encoder
+from frugal.common.recipe import EngineOptions
+from frugal.common.run import Run, make_logger
+
+SMALL = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32}
+COUNTS = (1, 10, 134)
+BATCH_SIZES = (3, 64, 100)
+
+
+def write_images(folder: Path) -> None:
+    """Class folders of 1, 10 and 134 noisy images over 3 classes, of several shapes."""
+    generator = np.random.default_rng(0)
+    for count in COUNTS:
+        for number in range(count):
+            path = folder / str(count) / "abc"[number % 3] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            height, width = generator.integers(20, 40, 2)
+            pixels = generator.integers(0, 40, (height, width, 3), dtype=np.uint8)
+            pixels += generator.integers(0, 200, 3, dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    templates = folder / "zeroshot_classification_templates.txt"
+    templates.write_text("a photo of {c}\nthe {c}\n{c}, {c} and {c}\n")
+
+
+def recipe() -> SimpleNamespace:
+    """What evaluations read of a recipe, with towers for 16 x 32 images."""
+    model = clip_encoder("S/8", image_size=(16, 32), text_length=10)
+    model = replace(
+        model,
+        image=replace(model.image, **SMALL),
+        text=replace(model.text, **SMALL),
+        embed_dim=8,
+    )
+    tokenizer = ClipBpe().load()
+    data = SimpleNamespace(tokenizer=SimpleNamespace(load=lambda: tokenizer))
+    return SimpleNamespace(model=model, data=data, engine=EngineOptions(precision="bfloat16"))
+
+
+class Captioned:
+    """Labelled images with captions, some of them the same."""
+
+    def __init__(self, images: LabelledImages) -> None:
+        self.images = images
+        self.captions = [[f"picture {n % 97}", f"{n} of {n % 5}"] for n in range(len(images))]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, *share):
+        for images, _, places in self.images.batches(*share):
+            yield images, places
+
+
+def bits(folder: Path, model, plan, run: Run) -> dict[str, list]:
+    """Embeddings that have to agree to the last bit."""
+    ranks, results = Ranks.current(), {}
+    source = Embedder.of(model, plan, run)
+    data = Captioned(LabelledImages(folder / "134", size=plan.model.image.height_width))
+    with evaluating(model):
+        for size in BATCH_SIZES:
+            embedded = embed(source, data, batch_size=size, ranks=ranks)
+            results[f"embedded by {size}"] = [
+                embedded.images.double().sum(1).tolist(),
+                embedded.texts.double().sum(1).tolist(),
+            ]
+        names = [f"thing {number}" for number in range(300)]
+        classes = class_embeddings(source, names, ["{c}", "a {c}"], ranks=ranks)
+    return results | {"classes": classes.double().sum(1).tolist()}
+
+
+def answers(scenes: Path, model, plan, run: Run) -> dict[str, dict]:
+    """What was said about every single image, and what was nearest to it."""
+    ranks, results = Ranks.current(), {}
+    for size in BATCH_SIZES:
+        source = Embedder.of(model, plan, run)
+        with evaluating(model):
+            task = ZeroShot(templates="name", batch_size=size)
+            question = open_question(task, scenes / "zero_shot", plan)
+            said = ask(task, question, source, ranks=ranks)
+            captioned = open_captioned(Retrieval(), scenes / "retrieval", plan)
+            embedded = embed(source, captioned, batch_size=size, ranks=ranks)
+        nearest = similarity(embedded.images, embedded.texts).topk(5).indices
+        results[f"answers by {size}"] = {
+            "said": said.ranked.tolist(),
+            "labels": said.labels.tolist(),
+            "nearest": nearest.tolist(),
+        }
+    return results
+
+
+def numbers(folder: Path, scenes: Path, rank: int, world_size: int) -> dict[str, dict]:
+    """Every case on this process."""
+    plan = recipe()
+    model = plan.model.build().eval()
+    with torch.no_grad():
+        for weight in model.image.parameters():
+            weight.mul_(6)  # fresh towers see hardly a difference between images
+    run = Run(folder, rank, world_size, rank, torch.device("cpu"), make_logger(rank))
+    results = {}
+    for size in BATCH_SIZES:
+        for count in COUNTS:
+            task = ZeroShot(data=folder / str(count), batch_size=size)
+            results[f"{count} images by {size}"] = task.evaluate(model, plan, run)
+    for size in BATCH_SIZES[1:]:
+        for scene_task in (
+            Retrieval(data=scenes, batch_size=size),
+            ZeroShot(data=scenes, templates="name", batch_size=size),
+        ):
+            results[f"{scene_task.name} by {size}"] = scene_task.evaluate(model, plan, run)
+    results |= answers(scenes, model, plan, run) | bits(folder, model, plan, run)
+    for size in BATCH_SIZES:
+        generator = torch.Generator().manual_seed(size)
+        image_of_text = torch.randint(7, (20,), generator=generator)
+        images = torch.randint(-1, 2, (7, 3), generator=generator).float()  # many ties
+        texts = torch.randint(-1, 2, (20, 3), generator=generator).float()
+        recall = recall_at(
+            images, texts, image_of_text, at=(1, 2), ranks=Ranks.current(), scores_at_once=30
+        )
+        results[f"ties {size}"] = vars(recall)
+    return json.loads(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("labelled")
+    write_images(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(images: Path, scenes: Path) -> dict[str, dict]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes below
+    found = numbers(images, scenes, 0, 1)
+    torch.set_num_threads(threads)
+    return found
+
+
+def test_the_batch_size_changes_nothing(alone: dict[str, dict]) -> None:
+    for name, result in alone.items():
+        kind, by, size = name.partition(" by ")
+        if by:
+            assert result == alone[f"{kind} by {BATCH_SIZES[-1]}"], size
+
+
+def test_the_model_under_test_tells_images_apart(alone: dict[str, dict]) -> None:
+    found = alone["answers by 64"]
+    assert len({row[0] for row in found["said"]}) > 5
+    assert len({row[0] for row in found["nearest"]}) > 3
+    assert len(set(found["labels"])) == 64
+
+
+def test_every_image_is_counted_once(alone: dict[str, dict]) -> None:
+    for count in COUNTS:
+        assert alone[f"{count} images by 3"]["zero_shot_images"] == count
+    scenes = alone["zero_shot by 64"]
+    assert (scenes["zero_shot_images"], scenes["zero_shot_classes"]) == (128, 64)
+    assert scenes["zero_shot_images_held_out"] == 128 * 8 // 64
+    assert alone["retrieval by 64"]["retrieval_candidates"] == 40
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_number_of_processes_changes_nothing(
+    world_size: int, images: Path, scenes: Path, alone: dict[str, dict], tmp_path: Path
+) -> None:
+    command = [sys.executable, __file__, str(tmp_path), str(images), str(scenes), str(world_size)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(world_size)]
+    assert [process.wait(timeout=300) for process in ranks] == [0] * world_size
+    for rank in range(world_size):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+
+
+if __name__ == "__main__":
+    out, image_folder, scene_folder = (Path(word) for word in sys.argv[1:4])
+    size, number = (int(word) for word in sys.argv[4:])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out}/meeting", rank=number, world_size=size
+    )
+    found = numbers(image_folder, scene_folder, number, size)
+    (out / f"{number}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()

@@ -1,0 +1,310 @@
+"""The evaluations of a recipe on files: scenes, class folders, clip_benchmark's layout, photos."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from PIL import Image
+from torch import nn
+
+from frugal.common.data.labelled import CaptionedImages, LabelledImages
+from frugal.common.data.tokenizers import ClipBpe
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.embed import Embedder, evaluating
+from frugal.common.evaluation.examples import confusions, gather, recall_by_class
+from frugal.common.evaluation.zero_shot import Answers
+from frugal.common.models.config import clip_encoder
+from frugal.common.recipe import EngineOptions, from_json, to_json
+from frugal.common.reduction.image import KeepAll
+from frugal.common.reduction.random_masking import RandomMasking
+from frugal.common.run import Run
+
+SMALL = {"width": 24, "depth": 1, "heads": 2, "mlp_width": 32}
+LENGTH = 20
+
+
+def recipe(size: int | tuple[int, int] = 32, evaluation=()) -> SimpleNamespace:
+    model = clip_encoder("S/8", image_size=size, text_length=LENGTH)
+    model = replace(
+        model,
+        image=replace(model.image, **SMALL),
+        text=replace(model.text, **SMALL),
+        embed_dim=12,
+    )
+    return SimpleNamespace(
+        model=model,
+        data=SimpleNamespace(tokenizer=ClipBpe()),
+        engine=EngineOptions(),
+        evaluation=evaluation,
+        run=SimpleNamespace(seed=0),
+        reduction=SimpleNamespace(image=RandomMasking(mask_ratio=0.5)),
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path, 0, 1, 0, torch.device("cpu"), logging.getLogger("frugal"))
+
+
+class OpenClipLike(nn.Module):
+    """The model as clip_benchmark wants one: images decoded by its own loader, texts tokenized."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode_image(self, images):
+        return self.model.encode_image(images)
+
+    def encode_text(self, token_ids):
+        return self.model.encode_text(token_ids, (token_ids != 0).sum(1))
+
+
+def tokenize(texts: list[str]) -> torch.Tensor:
+    tokenizer = ClipBpe().load()
+    rows = [tokenizer.assemble(tokenizer.encode(text), LENGTH) for text in texts]
+    return torch.tensor([row + [0] * (LENGTH - len(row)) for row in rows])
+
+
+def samples(folder: Path, target: str) -> list[tuple[torch.Tensor, str]]:
+    """A folder in clip_benchmark's layout, read with webdataset alone."""
+    shards = int((folder / "test" / "nshards.txt").read_text())
+    urls = [str(folder / "test" / f"{number}.tar") for number in range(shards)]
+    data = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg", target)
+    return [(torch.from_numpy(np.array(image)).permute(2, 0, 1), value) for image, value in data]
+
+
+def batched(pairs: list, size: int):
+    for start in range(0, len(pairs), size):
+        images, targets = zip(*pairs[start : start + size], strict=True)
+        yield torch.stack(images), targets
+
+
+def test_zero_shot_on_scenes_equals_clip_benchmark_on_the_same_files(
+    scenes: Path, run: Run
+) -> None:
+    plan = recipe()
+    model = plan.model.build()
+    ours = ZeroShot(data=scenes, batch_size=50).evaluate(model, plan, run)
+
+    folder = scenes / "zero_shot"
+    names = (folder / "classnames.txt").read_text().splitlines()
+    templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
+    batches = [(x, torch.tensor(y)) for x, y in batched(samples(folder, "cls"), 64)]
+    theirs = OpenClipLike(model).eval()
+    with torch.no_grad():
+        classes = zeroshot_classification.zero_shot_classifier(
+            theirs, tokenize, names, templates, "cpu", amp=False
+        )
+        logits, labels = zeroshot_classification.run_classification(
+            theirs, classes, batches, "cpu", amp=False
+        )
+    right = logits.argmax(1) == labels
+    assert ours["zero_shot_top1"] == float(right.double().mean())
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1)
+    assert ours["zero_shot_top5"] == float(top5.double().mean())
+    held_out = torch.isin(
+        labels, torch.tensor(json.loads((scenes / "scenes.json").read_text())["held_out"])
+    )
+    assert ours["zero_shot_top1_held_out"] == float(right[held_out].double().mean())
+    per_class = [float(right[labels == c].double().mean()) for c in range(64)]
+    assert ours["zero_shot_mean_per_class_recall"] == pytest.approx(sum(per_class) / 64)
+    assert all(type(value) in (int, float) for value in ours.values())
+    assert json.loads(json.dumps(ours)) == ours
+
+
+def test_retrieval_on_scenes_equals_clip_benchmark_on_the_same_files(
+    scenes: Path, run: Run
+) -> None:
+    plan = recipe()
+    model = plan.model.build()
+    ours = Retrieval(data=scenes, batch_size=7).evaluate(model, plan, run)
+    pairs = [(x, text.splitlines()) for x, text in samples(scenes / "retrieval", "txt")]
+    theirs = zeroshot_retrieval.evaluate(
+        OpenClipLike(model).eval(), batched(pairs, 16), tokenize, "cpu", amp=False,
+        recall_k_list=[1, 5, 10],
+    )  # fmt: skip
+    for way in ("image", "text"):
+        for k in (1, 5, 10):
+            name = f"{way}_retrieval_recall_at_{k}"
+            assert ours[name] == pytest.approx(theirs[f"{way}_retrieval_recall@{k}"], abs=1e-6)
+    assert ours["retrieval_candidates"] == ours["retrieval_captions"] == 40
+
+
+def test_the_part_of_a_scenes_folder_may_be_given_itself(scenes: Path, run: Run) -> None:
+    plan = recipe()
+    model = plan.model.build()
+    for kind, part in ((ZeroShot, "zero_shot"), (Retrieval, "retrieval")):
+        whole = kind(data=scenes).evaluate(model, plan, run)
+        assert kind(data=scenes / part).evaluate(model, plan, run) == whole
+
+
+def class_folders(folder: Path, names: list[str], images: int = 2) -> Path:
+    generator = np.random.default_rng(0)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for number in range(images):
+            pixels = generator.integers(0, 256, (24, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.jpg")
+    return folder
+
+
+def test_class_folders_are_read_in_sorted_order_with_their_names(tmp_path: Path, run: Run) -> None:
+    folder = class_folders(tmp_path / "val", ["zebra", "apple_tree", "mole"])
+    plan = recipe((16, 24))
+    model = plan.model.build()
+    numbers = ZeroShot(data=folder, name="mine", templates="name").evaluate(model, plan, run)
+    assert (numbers["mine_images"], numbers["mine_classes"], numbers["mine_top5"]) == (6, 3, 1.0)
+    data = LabelledImages(folder, size=(16, 24))
+    pixels, labels, _ = next(data.batches(0, 1, 6))
+    words = Embedder.of(model, plan, run)
+    with evaluating(model):
+        scores = words.images(pixels) @ words.texts(["apple tree", "mole", "zebra"]).T
+    assert numbers["mine_top1"] == float((scores.argmax(1) == labels).double().mean())
+
+
+def test_imagenet_folders_are_asked_by_imagenets_names(tmp_path: Path, run: Run) -> None:
+    ids = [f"n{number:08d}" for number in range(1000)]
+    folder = class_folders(tmp_path / "val", ids, images=0)
+    for place in (3, 650, 999):
+        Image.new("RGB", (30, 20), (place % 256, 0, 0)).save(folder / ids[place] / "a.png")
+    plan = recipe()
+    numbers = ZeroShot(data=folder).evaluate(plan.model.build(), plan, run)
+    assert (numbers["zero_shot_images"], numbers["zero_shot_classes"]) == (3, 1000)
+
+
+def test_other_than_a_thousand_imagenet_folders_are_refused(tmp_path: Path, run: Run) -> None:
+    folder = class_folders(tmp_path / "val", [f"n{number:08d}" for number in range(7)], images=1)
+    plan = recipe()
+    with pytest.raises(InputError, match=r"val holds 7 classes, but ImageNet-1k has 1000 names"):
+        ZeroShot(data=folder).evaluate(plan.model.build(), plan, run)
+
+
+@pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
+def test_missing_data_is_one_sentence(kind, tmp_path: Path, run: Run) -> None:
+    task = kind(data=tmp_path / "nowhere")
+    with pytest.raises(InputError, match=rf"evaluation '{task.name}' is not there: .*nowhere does"):
+        task.folder()
+    plan = recipe()
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        task.evaluate(None, plan, run)
+
+
+@pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
+def test_an_evaluation_without_data_is_skipped(kind, run: Run, caplog) -> None:
+    logger = logging.getLogger("skipping")
+    with caplog.at_level(logging.INFO, logger="skipping"):
+        assert kind().evaluate(None, recipe(), replace(run, log=logger)) == {}
+    assert f"the evaluation {kind().name} is skipped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"name": "a/b"}, "the name of an evaluation is 'a/b'"),
+    ],
+)
+@pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
+def test_impossible_settings_are_refused(kind, options, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        kind(**options)
+
+
+def test_tasks_survive_json() -> None:
+    tasks = (
+        ZeroShot(data=Path("a/b"), crop=CenterCrop(order="crop_first"), templates="imagenet_80"),
+        Retrieval(name="coco", workers=3),
+    )
+    for task in tasks:
+        assert from_json(json.loads(json.dumps(to_json(task)))) == task
+
+
+def test_naming_an_evaluation_needs_no_torch() -> None:
+    check = "import sys, frugal.common.evaluation.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_photos_of_any_shape_pass_through(real_data: Path, run: Run) -> None:
+    plan = recipe((24, 32))
+    model = plan.model.build()
+    folder = real_data / "coco_mini" / "val"
+    numbers = Retrieval(data=folder, name="coco").evaluate(model, plan, run)
+    captions = CaptionedImages(folder, size=(24, 32)).captions
+    assert numbers["coco_candidates"] == len(captions) > 50
+    assert numbers["coco_captions"] == sum(map(len, captions)) > 4 * len(captions)
+    task = ZeroShot(
+        data=real_data / "imagenet1k_sample" / "val", class_names="imagenet", templates="name"
+    )
+    numbers = task.evaluate(model, plan, run)
+    assert (numbers["zero_shot_images"], numbers["zero_shot_classes"]) == (167, 1000)
+
+
+# Examples for the report.
+
+
+def test_examples_show_the_model_at_work(scenes: Path, run: Run) -> None:
+    plan = recipe(evaluation=(ZeroShot(data=scenes), Retrieval(data=scenes), ZeroShot()))
+    model = plan.model.build().train()
+    gathered = gather(model, plan, run, count=8)
+    assert model.training
+    assert len(gathered.classified) == 8
+    assert len(gathered.retrieved) == len(gathered.masked) == 4
+    assert len({example.truth for example in gathered.classified}) > 4
+    for example in gathered.classified:
+        scores = [guess.score for guess in example.guesses]
+        assert scores == sorted(scores, reverse=True)
+        assert 0 < sum(scores) <= 1 + 1e-6
+        assert [g.right for g in example.guesses] == [
+            g.text in example.truth for g in example.guesses
+        ]
+    captions = CaptionedImages(scenes / "retrieval", size=(32, 32)).captions
+    for example in gathered.retrieved:
+        assert list(example.truth) in captions
+        assert [g.right for g in example.guesses] == [
+            g.text in example.truth for g in example.guesses
+        ]
+    for example in gathered.masked:
+        assert (example.kept, example.patches) == (8, 16)
+        assert (example.image != example.masked).any()
+    numbers = ZeroShot(data=scenes).evaluate(model, plan, run)
+    right = sum(item.right for item in gathered.classes)
+    assert right / 128 == numbers["zero_shot_top1"]
+    assert sum(item.held_out for item in gathered.classes) == 8
+    whole = gather(model, plan, run, reduction=KeepAll(), count=2)
+    assert all(example.kept == example.patches for example in whole.masked)
+
+
+def test_nothing_is_gathered_without_data(run: Run) -> None:
+    plan = recipe(evaluation=(ZeroShot(), Retrieval()))
+    assert gather(plan.model.build(), plan, run).masked == ()
+
+
+def test_classes_and_confusions_are_counted() -> None:
+    labels = torch.tensor([0, 0, 0, 2, 2, 2, 2])
+    best = torch.tensor([0, 1, 1, 2, 0, 1, 0])
+    answers = Answers(labels, best, best[:, None], 3)
+    names = ["a", "b", "c"]
+    counted = [
+        (c.name, c.right, c.images, c.held_out) for c in recall_by_class(answers, names, [2])
+    ]
+    assert counted == [("a", 1, 3, False), ("b", 0, 0, False), ("c", 1, 4, True)]
+    found = [(c.truth, c.said, c.images) for c in confusions(answers, names)]
+    assert found == [("a", "b", 2), ("c", "a", 2), ("c", "b", 1)]
+    assert len(confusions(answers, names, count=1)) == 1
+    none = Answers(labels, labels, labels[:, None], 3)
+    assert confusions(none, names) == []

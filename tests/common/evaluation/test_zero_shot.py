@@ -1,0 +1,407 @@
+"""Zero-shot classification: prompts, class embeddings and accuracies."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification as reference
+from open_clip import zero_shot_metadata
+from sklearn.metrics import balanced_accuracy_score
+from torch import nn
+
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import ZeroShot
+from frugal.common.evaluation.embed import TEXTS_AT_ONCE, Embedder, evaluating, grouped, text_table
+from frugal.common.evaluation.metrics import (
+    mean_per_class_recall,
+    ranked_classes,
+    top_k_accuracy,
+)
+from frugal.common.evaluation.prompts import (
+    class_embeddings,
+    imagenet_class_names,
+    named_templates,
+    prompts,
+)
+from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.zero_shot import (
+    Answers,
+    answer,
+    held_out_classes,
+    names_and_templates,
+)
+
+WIDTH = 12
+
+
+def accuracy(scores, labels, topk) -> list[float]:
+    """clip_benchmark's own; it says float() to arrays of one element, which NumPy 2.4 refuses."""
+    with mock.patch.object(reference, "float", lambda array: array.item(), create=True):
+        return reference.accuracy(scores, labels, topk=topk)
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    pad_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def assemble(self, ids, length: int) -> list[int]:
+        return [1, *ids[: length - 2], 2]
+
+
+class Towers(nn.Module):
+    """Any function of the text and of the mean colour will do; the vectors are not unit length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.words = nn.Embedding(256, WIDTH)
+        self.words.weight.data = torch.randn(256, WIDTH, generator=generator)
+        self.colours = nn.Parameter(torch.randn(3, WIDTH, generator=generator))
+        self.drop = nn.Dropout(0.5)
+        self.texts_seen: list[int] = []
+
+    def encode_text(self, token_ids, text_lengths):
+        self.texts_seen.append(len(token_ids))
+        place = torch.arange(token_ids.shape[1])
+        inside = (place < text_lengths[:, None])[..., None]
+        weight = torch.cos(place * 0.7)[:, None]
+        return self.drop((self.words(token_ids) * weight * inside).sum(1))
+
+    def encode_image(self, images):
+        assert images.dtype == torch.uint8
+        return self.drop(images.float().mean((2, 3)) @ self.colours)
+
+
+def embedder() -> Embedder:
+    return Embedder(Towers().eval(), Bytes(), context_length=64, device=torch.device("cpu"))
+
+
+class Labelled:
+    """Labelled images in memory."""
+
+    class_names = None
+    templates = None
+
+    def __init__(self, images, labels) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, rank, world_size, batch_size, workers):
+        places = torch.arange(len(self))[rank::world_size]
+        for part in places.split(batch_size):
+            yield self.images[part], self.labels[part], part
+
+
+def coloured(count: int, classes: int, seed: int = 0) -> Labelled:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, 3, 4, 6), generator=generator, dtype=torch.uint8)
+    return Labelled(images, torch.randint(classes, (count,), generator=generator))
+
+
+# Metrics.
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("count", "classes"), [(50, 5), (33, 64), (400, 1000), (7, 6)])
+def test_accuracies_equal_clip_benchmark(seed: int, count: int, classes: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(count, classes, generator=generator)
+    labels = torch.randint(classes, (count,), generator=generator)
+    scores[torch.arange(count), labels] += 1.5
+    ranked = ranked_classes(scores)
+    ours = [top_k_accuracy(ranked, labels, k) for k in (1, 5)]
+    assert ours == accuracy(scores, labels, topk=(1, 5))
+    best = scores.argmax(1)
+    expected = balanced_accuracy_score(labels.numpy(), best.numpy())
+    assert mean_per_class_recall(best, labels) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 9, 70, 400])
+def test_ties_fall_as_in_clip_benchmark(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    scores = torch.randint(3, (300, classes), generator=generator).float()
+    labels = torch.randint(classes, (300,), generator=generator)
+    ks = (1, 5) if classes >= 5 else (1,)  # as its evaluate asks for
+    ranked = ranked_classes(scores)
+    assert [top_k_accuracy(ranked, labels, k) for k in ks] == accuracy(scores, labels, topk=ks)
+    for row in ranked:
+        assert len(set(row.tolist())) == min(5, classes)
+
+
+def test_with_fewer_than_five_classes_each_is_among_the_top_five() -> None:
+    scores, labels = torch.randn(40, 3), torch.randint(3, (40,))
+    ranked = ranked_classes(scores)
+    assert ranked.shape == (40, 3)
+    assert top_k_accuracy(ranked, labels, 5) == 1.0
+    right = int((scores.argmax(1) == labels).sum())
+    assert top_k_accuracy(ranked, labels, 1) == right / 40
+
+
+def test_classes_without_images_do_not_count_in_the_mean_per_class() -> None:
+    labels = torch.tensor([0, 0, 0, 0, 7])
+    predicted = torch.tensor([0, 0, 0, 3, 2])
+    assert mean_per_class_recall(predicted, labels) == (3 / 4 + 0) / 2
+
+
+# Prompts.
+
+
+def slow_class_embedding(texts: list[str]) -> np.ndarray:
+    """The definition, one prompt at a time, in float64."""
+    towers, tokens = Towers().double().eval(), Bytes()
+    total = np.zeros(WIDTH)
+    for text in texts:
+        ids = tokens.assemble(tokens.encode(text), 64)
+        with torch.no_grad():
+            vector = towers.encode_text(torch.tensor([ids]), torch.tensor([len(ids)]))[0].numpy()
+        total += vector / math.sqrt((vector**2).sum())
+    mean = total / len(texts)
+    return mean / math.sqrt((mean**2).sum())
+
+
+NAMES = ["red circle", ("sofa", "couch", "settee"), "äpple", "red circle", "tram"]
+TEMPLATES = ["a photo of a {c}.", "{c}", "the {c}, or another {c}"]
+
+
+MANY = [f"{{c}} number {number}" for number in range(150)]
+
+
+@pytest.mark.parametrize(
+    ("names", "templates"),
+    [
+        (NAMES, TEMPLATES),
+        (["tram"], ["{c}"]),
+        (NAMES, MANY),  # more prompts of a class than are encoded at a time
+        ([f"thing {number}" for number in range(100)], TEMPLATES),  # more classes than that
+    ],
+)
+def test_class_embeddings_follow_the_definition(names, templates) -> None:
+    source = embedder()
+    with torch.no_grad():
+        ours = class_embeddings(source, names, templates, ranks=Ranks())
+    assert max(source.model.texts_seen) <= TEXTS_AT_ONCE
+    for row, name in zip(ours, names, strict=True):
+        words = [name] if isinstance(name, str) else name
+        texts = [t.replace("{c}", word) for word in words for t in templates]
+        np.testing.assert_allclose(row.numpy(), slow_class_embedding(texts), atol=1e-6)
+
+
+def test_prompts_are_normalised_before_they_are_averaged() -> None:
+    with torch.no_grad():
+        ours = class_embeddings(embedder(), ["tram"], TEMPLATES, ranks=Ranks())[0]
+        raw = embedder()
+        vectors = []
+        for text in prompts("tram", TEMPLATES):
+            ids = raw.tokenizer.assemble(raw.tokenizer.encode(text), 64)
+            vectors.append(raw.model.encode_text(torch.tensor([ids]), torch.tensor([len(ids)])))
+    averaged_first = nn.functional.normalize(torch.cat(vectors).mean(0), dim=0)
+    assert (ours - averaged_first).abs().max() > 1e-3
+
+
+def test_classes_of_the_same_name_tie_to_the_last_bit() -> None:
+    names = [f"thing {n % 190}" for n in range(380)]
+    ours = class_embeddings(embedder(), names, TEMPLATES, ranks=Ranks())
+    assert torch.equal(ours[:190], ours[190:])
+
+
+def test_images_are_grouped_by_64_however_they_come() -> None:
+    rows = torch.arange(150)
+    whole = [(part, part * 2) for part in rows.split(64)]
+    for size in (1, 7, 50, 64, 100, 1000):
+        ours = list(grouped((part, part * 2) for part in rows.split(size)))
+        for mine, theirs in zip(ours, whole, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert list(grouped(iter([]))) == []
+    assert [len(part[0]) for part in grouped((r,) for r in rows[:128].split(64))] == [64, 64]
+
+
+def test_equal_texts_are_encoded_once() -> None:
+    source = embedder()
+    table = text_table(source, ["one", "two", "one", "three", "two"], ranks=Ranks())
+    assert sum(source.model.texts_seen) - 1 == 3  # one more to learn the width
+    assert torch.equal(table[0], table[2])
+    assert torch.equal(table[1], table[4])
+    assert torch.allclose(table[3], source.texts(["three"])[0], atol=1e-6)
+
+
+def test_texts_too_long_for_the_tower_are_cut_by_the_tokenizer() -> None:
+    source = embedder()
+    assert torch.equal(source.texts(["x" * 500]), source.texts(["x" * 62]))
+
+
+def test_imagenet_names_and_templates_are_open_clips() -> None:
+    names = imagenet_class_names()
+    assert names == list(zero_shot_metadata.IMAGENET_CLASSNAMES)
+    for name, published in (
+        ("imagenet_80", zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES),
+        ("imagenet_7", zero_shot_metadata.SIMPLE_IMAGENET_TEMPLATES),
+    ):
+        templates = named_templates(name)
+        assert prompts("tench", templates) == [template("tench") for template in published]
+        assert len(templates) == int(name.rpartition("_")[2])
+    assert named_templates("name") == ["{c}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "templates", "message"),
+    [
+        ("", ["{c}"], "empty name"),
+        ((), ["{c}"], "empty name"),
+        (("sofa", " "), ["{c}"], "empty name"),
+        ("sofa", [], "no prompt templates"),
+        ("sofa", ["a photo"], "has no {c}"),
+    ],
+)
+def test_useless_prompts_are_refused(name, templates, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prompts(name, templates)
+
+
+def test_braces_in_a_class_name_stay() -> None:
+    assert prompts("f{x}", ["a {c}"]) == ["a f{x}"]
+
+
+# The whole task, on images in memory.
+
+
+def reference_answers(data: Labelled, names) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines in float64, all at once."""
+    classes = np.stack([slow_class_embedding(prompts(name, TEMPLATES)) for name in names])
+    pixels = data.images.double().mean((2, 3)).numpy()
+    vectors = pixels @ Towers().colours.detach().double().numpy()
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = torch.from_numpy(vectors @ classes.T)
+    return scores, data.labels
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_answers_equal_clip_benchmark_on_the_same_embeddings(batch_size: int) -> None:
+    names = [f"colour {n}" for n in range(11)]
+    data = coloured(50, len(names))
+    scores, labels = reference_answers(data, names)
+    source = embedder()
+    with torch.no_grad():
+        classes = class_embeddings(source, names, TEMPLATES, ranks=Ranks())
+        numbers = answer(source, data, classes, batch_size=batch_size).numbers()
+    top1, top5 = accuracy(scores, labels, topk=(1, 5))
+    assert (numbers["top1"], numbers["top5"]) == (top1, top5)
+    expected = balanced_accuracy_score(labels, scores.argmax(1))
+    assert numbers["mean_per_class_recall"] == pytest.approx(expected)
+    assert (numbers["images"], numbers["classes"]) == (50, 11)
+
+
+def test_held_out_classes_are_scored_among_all_classes() -> None:
+    labels = torch.tensor([0, 1, 2, 2, 2, 1])
+    ranked = torch.tensor([[0, 1], [0, 1], [2, 0], [0, 2], [2, 1], [1, 0]])
+    answers = Answers(labels, ranked[:, 0], ranked, 4)
+    assert answers.held_out_numbers([2, 3]) == {
+        "top1_held_out": 2 / 3,
+        "images_held_out": 3,
+        "classes_held_out": 2,
+    }
+    assert answers.held_out_numbers([]) == {}
+    assert answers.held_out_numbers([3]) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: part[:-1], "1 of 9 images were not evaluated exactly once; image 8 came 0"),
+        (lambda part: torch.cat([part, part[:1]]), "image 0 came 2 times"),
+    ],
+)
+def test_an_image_counted_twice_or_not_at_all_is_noticed(change, message: str) -> None:
+    class Wrong(Labelled):
+        def batches(self, rank, world_size, batch_size, workers):
+            part = change(torch.arange(len(self)))
+            yield self.images[part], self.labels[part], part
+
+    data = coloured(9, 2)
+    with pytest.raises(RuntimeError, match=message), torch.no_grad():
+        answer(embedder(), Wrong(data.images, data.labels), torch.eye(2, WIDTH), batch_size=9)
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_without_a_class_name_is_refused(label: int) -> None:
+    data = coloured(4, 2)
+    data.labels[1] = label
+    with pytest.raises(InputError, match=f"label {label}, but there are names for 2 classes"):
+        answer(embedder(), data, torch.eye(2, WIDTH), batch_size=2)
+
+
+def test_no_images_at_all_are_refused() -> None:
+    with pytest.raises(InputError, match="no images to classify"):
+        answer(embedder(), coloured(0, 1), torch.eye(2, WIDTH), batch_size=2)
+
+
+def test_the_mode_of_every_module_comes_back() -> None:
+    model = Towers().train()
+    model.words.eval()
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        raise KeyError
+    assert model.training
+    assert model.drop.training
+    assert not model.words.training
+    assert torch.is_grad_enabled()
+
+
+# Names and templates of a data set.
+
+
+def described(names, templates=None) -> SimpleNamespace:
+    return SimpleNamespace(class_names=names, templates=templates)
+
+
+def test_own_names_and_templates_come_first(tmp_path) -> None:
+    data = described(["cat", "dog"], ["a {c}"])
+    assert names_and_templates(ZeroShot(), data, tmp_path) == (["cat", "dog"], ["a {c}"])
+    bare = ZeroShot(templates="name")
+    assert names_and_templates(bare, data, tmp_path) == (["cat", "dog"], ["{c}"])
+    seven = named_templates("imagenet_7")
+    assert names_and_templates(ZeroShot(), described(["cat"]), tmp_path) == (["cat"], seven)
+
+
+def test_folders_that_are_wordnet_ids_get_imagenets_names(tmp_path) -> None:
+    folders = [f"n{number:08d}" for number in range(1000)]
+    names, templates = names_and_templates(ZeroShot(), described(folders), tmp_path)
+    assert names == list(zero_shot_metadata.IMAGENET_CLASSNAMES)
+    assert templates == named_templates("imagenet_7")
+
+
+@pytest.mark.parametrize("task", [ZeroShot(), ZeroShot(class_names="imagenet")])
+def test_another_number_of_classes_than_imagenets_is_refused(task: ZeroShot, tmp_path) -> None:
+    folders = [f"n{number:08d}" for number in range(998)]
+    with pytest.raises(InputError, match="holds 998 classes, but ImageNet-1k has 1000 names"):
+        names_and_templates(task, described(folders), tmp_path)
+
+
+def test_data_without_names_needs_some(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"add a classnames\.txt"):
+        names_and_templates(ZeroShot(), described(None), tmp_path)
+    task = ZeroShot(class_names="imagenet", templates="imagenet_80")
+    names, templates = names_and_templates(task, described(None), tmp_path)
+    assert (len(names), len(templates)) == (1000, 80)
+
+
+def test_held_out_classes_are_read_and_checked(tmp_path) -> None:
+    assert held_out_classes(tmp_path, 4) == []
+    path = tmp_path / "held_out.txt"
+    path.write_text("3\n1\n")
+    assert held_out_classes(tmp_path, 4) == [1, 3]
+    for wrong in ("4\n", "red circle\n", "-1\n"):
+        path.write_text(wrong)
+        with pytest.raises(InputError, match="one class index below 4 per line"):
+            held_out_classes(tmp_path, 4)

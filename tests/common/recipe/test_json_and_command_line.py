@@ -1,0 +1,116 @@
+"""A recipe as JSON and as a command line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from frugal.common.commands import read_command_line
+from frugal.common.errors import InputError
+from frugal.common.recipe import Recipe, difference, from_json, load_recipe, to_json
+from frugal.flip.recipes import RECIPES, demo
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_comes_back_from_json(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+
+
+def read(*words: str) -> Recipe:
+    return read_command_line(RECIPES, program="test", arguments=list(words))[1]
+
+
+def test_flags_override_any_field() -> None:
+    recipe = read(
+        "demo", "--run.dir", "runs/x", "--reduction.image.mask-ratio", "0.75", "--batch-size",
+        "64", "--data.train", "a.tar", "b.tar", "--model.image.depth", "2",
+        "--evaluation.0.data", "scenes", "--engine.deepspeed-config", "zero1.json",
+    )  # fmt: skip
+    assert recipe.run.dir == Path("runs/x")
+    assert recipe.reduction.image.mask_ratio == 0.75
+    assert recipe.batch_size == 64
+    assert recipe.data.train == ("a.tar", "b.tar")
+    assert recipe.model.image.depth == 2
+    assert recipe.evaluation[0].data == Path("scenes")
+    assert recipe.engine.deepspeed_config == Path("zero1.json")
+
+
+@pytest.mark.parametrize("given", ["--local_rank=1", "--local-rank=1"])
+def test_the_rank_that_launchers_add_is_ignored(given: str) -> None:
+    assert read(given, "demo") == demo()
+    assert read("--local_rank", "1", "demo") == demo()
+
+
+def test_a_saved_recipe_is_a_first_word(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    saved = replace(demo(), batch_size=32)
+    path.write_text(json.dumps(to_json(saved)))
+    assert read(str(path)) == saved
+    assert read(str(path), "--run.seed", "3").run.seed == 3
+
+
+def test_an_unknown_recipe_is_named_with_the_choice() -> None:
+    with pytest.raises(InputError, match=r"there is no recipe 'demmo'; choose from demo"):
+        read("demmo")
+
+
+def test_an_unknown_flag_ends_with_code_2() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read("demo", "--mask-ration", "0.5")
+    assert stopped.value.code == 2
+
+
+def test_a_recipe_of_another_program_is_not_imported(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"type": "os.system"}))
+    with pytest.raises(InputError, match="not one of Frugal's"):
+        load_recipe(path)
+    path.write_text(json.dumps({"type": "frugal.common.recipe.load_recipe"}))
+    with pytest.raises(InputError, match="not a part of a recipe"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"type": "frugal.common.recipe.Recipe"}', "\x00"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(content)
+    with pytest.raises(InputError):
+        load_recipe(path)
+
+
+def test_a_field_of_another_version_is_named() -> None:
+    encoded = to_json(demo())
+    encoded["run"]["colour"] = "red"
+    with pytest.raises(InputError, match="'colour'"):
+        from_json(encoded)
+
+
+def test_only_what_changes_the_run_counts_as_another_recipe() -> None:
+    recipe = demo()
+    same = replace(
+        recipe,
+        run=replace(recipe.run, log_every=3, dir=Path("elsewhere")),
+        engine=replace(recipe.engine, deepspeed_config=Path("zero3.json"), compile=True),
+        data=replace(recipe.data, workers=7),
+        evaluation=(),
+    )
+    assert difference(recipe, same) == []
+    for other in (
+        replace(recipe, run=replace(recipe.run, seed=1)),
+        replace(recipe, engine=replace(recipe.engine, accumulate=2)),
+        replace(recipe, batch_size=512),
+        replace(recipe, data=replace(recipe.data, train=("other.tar",))),
+    ):
+        assert len(difference(recipe, other)) == 1
+
+
+def test_a_batch_that_accumulation_does_not_divide_is_refused() -> None:
+    with pytest.raises(InputError, match="does not divide into"):
+        replace(demo(), engine=replace(demo().engine, accumulate=3))
+
+
+def test_a_batch_that_processes_do_not_divide_is_refused() -> None:
+    with pytest.raises(InputError, match="among 3 processes"):
+        demo().local_batch(3)

@@ -1,0 +1,111 @@
+"""Patches of an image, and which of them are taken."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from frugal.common.contracts import ImageReduction
+from frugal.common.errors import InputError
+from frugal.common.randomness import SampleNoise
+from frugal.common.reduction.image import KeepAll, Kept, PatchView, take_patches
+from frugal.common.reduction.random_masking import RandomMasking
+
+
+def picture(rows: int, columns: int, side: int, count: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = (count, 3, rows * side, columns * side)
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(("rows", "columns", "side"), [(2, 5, 4), (3, 3, 2), (4, 1, 3)])
+def test_patches_stand_row_by_row_with_pixels_in_channel_row_column_order(rows, columns, side):
+    images = picture(rows, columns, side)
+    view = PatchView(images, side)
+    assert view.grid == (rows, columns)
+    for number in range(rows * columns):
+        row, column = divmod(number, columns)
+        patch = images[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
+        assert torch.equal(view.pixels[:, number], patch.flatten(1))
+
+
+def test_a_patch_times_a_flattened_kernel_is_a_convolution():
+    images = picture(2, 5, 4).double()
+    kernel = torch.randn(7, 3, 4, 4, dtype=torch.float64)
+    expected = F.conv2d(images, kernel, stride=4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(PatchView(images, 4).pixels @ kernel.flatten(1).T, expected)
+
+
+def test_patches_of_images_that_are_not_contiguous_are_cut_alike():
+    images = picture(2, 5, 4)
+    channels_last = images.to(memory_format=torch.channels_last)
+    assert torch.equal(PatchView(channels_last, 4).pixels, PatchView(images, 4).pixels)
+
+
+def test_taken_patches_follow_the_order_in_which_they_were_kept():
+    view = PatchView(picture(2, 5, 4), 4)
+    index = torch.tensor([[9, 0, 3], [1, 2, 8], [5, 5, 4]])
+    taken = take_patches(view, Kept.dense(index))
+    assert taken.dtype == torch.uint8
+    for image in range(3):
+        for place in range(3):
+            assert torch.equal(taken[image, place], view.pixels[image, index[image, place]])
+
+
+def test_packed_patches_are_taken_image_after_image():
+    view = PatchView(picture(2, 5, 4), 4)
+    kept = Kept.packed(torch.tensor([9, 0, 3, 7]), torch.tensor([1, 0, 3]))
+    taken = take_patches(view, kept)
+    expected = [view.pixels[0, 9], view.pixels[2, 0], view.pixels[2, 3], view.pixels[2, 7]]
+    assert torch.equal(taken, torch.stack(expected))
+    assert kept.images.tolist() == [0, 2, 2, 2]
+
+
+def test_without_a_reduction_every_patch_is_taken():
+    view = PatchView(picture(2, 5, 4), 4)
+    assert KeepAll().keep(view, noise=SampleNoise(0, torch.arange(3))) is None
+    assert torch.equal(take_patches(view, None), view.pixels)
+
+
+def test_a_mask_and_what_is_kept_describe_each_other():
+    mask = torch.tensor([[True, False, False, True], [False] * 4, [False, True, True, True]])
+    kept = Kept.where(mask)
+    assert kept.is_packed
+    assert kept.counts.tolist() == [2, 0, 3]
+    assert torch.equal(kept.mask(4), mask)
+    dense = Kept.dense(torch.tensor([[2, 0], [1, 3]]))
+    assert not dense.is_packed
+    assert dense.counts.tolist() == [2, 2]
+    assert dense.mask(4).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "message"),
+    [
+        (8, 3, "images of 8x3 pixels are smaller than a patch of 4"),
+        (8, 10, "images of 8x10 pixels do not divide into patches of 4"),
+    ],
+)
+def test_images_that_do_not_divide_into_patches_are_refused(height, width, message):
+    with pytest.raises(InputError, match=message):
+        PatchView(torch.zeros(1, 3, height, width), 4)
+
+
+def test_wrong_shapes_of_kept_patches_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(B, K\)"):
+        Kept.dense(torch.arange(3))
+    with pytest.raises(ValueError, match=r"shape \(T,\)"):
+        Kept.packed(torch.zeros(2, 2).long(), torch.tensor([1, 1]))
+
+
+def test_reductions_satisfy_the_contract():
+    assert isinstance(KeepAll(), ImageReduction)
+    assert isinstance(RandomMasking(), ImageReduction)
+
+
+def test_configurations_of_models_and_reductions_do_not_import_torch():
+    modules = ("reduction.image", "reduction.random_masking", "reduction.text", "models.config")
+    code = "import sys;" + ";".join(f"import frugal.common.{name}" for name in modules)
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)

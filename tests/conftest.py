@@ -1,0 +1,32 @@
+"""Fixtures that several tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small scenes data set of 32-pixel pictures."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    command = [
+        sys.executable, "-m", "frugal.common.scenes", "--out", str(folder), "--image-size", "32",
+        "--train-samples", "150", "--shard-size", "40", "--zero-shot-samples", "128",
+        "--probe-samples", "112", "--retrieval-samples", "40", "--compositional-samples", "10",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real photos with captions, where this machine has them."""
+    folder = Path(os.environ.get("FRUGAL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real data here; set FRUGAL_TEST_DATA to a folder that has it")
+    return folder

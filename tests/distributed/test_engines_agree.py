@@ -1,0 +1,46 @@
+"""One process, DDP and every ZeRO stage train the same model on the same samples."""
+
+from pathlib import Path
+
+import pytest
+
+from support import (
+    ALONE,
+    DDP,
+    Launcher,
+    largest_difference,
+    losses,
+    metrics,
+    saved_tensors,
+    train,
+    zero,
+)
+
+WORDS = ("--engine.ema-decay=0.9",)
+
+
+@pytest.fixture(scope="module")
+def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(ALONE, run, f"--data.train={scenes / 'train'}", *WORDS)
+    return run
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [DDP, zero(0), zero(1), zero(2), zero(3), zero(2, processes=1)],
+    ids=lambda launcher: launcher.name,
+)
+def test_twenty_steps_agree(launcher: Launcher, alone: Path, scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(launcher, run, f"--data.train={scenes / 'train'}", *WORDS)
+    expected, found = losses(alone), losses(run)
+    assert list(found) == list(range(1, 21)) == list(expected)
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, abs=1e-5)
+    left, right = saved_tensors(alone), saved_tensors(run)
+    assert largest_difference(left, right, ("weight", "ema")) < 1e-5
+    assert largest_difference(left, right, ("exp_avg", "exp_avg_sq")) < 1e-4
+    for mine, theirs in zip(metrics(run), metrics(alone), strict=True):
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+        assert mine["read_samples"] == theirs["read_samples"] == mine["samples"]

@@ -1,0 +1,242 @@
+"""FLIP from the command line to the report, launched as users launch it."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from support import (
+    ALONE,
+    BIN,
+    ROOT,
+    Launcher,
+    environment,
+    largest_difference,
+    losses,
+    metrics,
+    saved_tensors,
+    train,
+    zero,
+)
+
+
+@pytest.fixture(scope="module")
+def two_stages(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Masked and unmasked training under the deepspeed launcher with two ranks, evaluated."""
+    folder = tmp_path_factory.mktemp("two_stages")
+    words = (
+        f"--data.train={scenes / 'train'}",
+        f"--evaluation.0.data={scenes}",
+        f"--evaluation.1.data={scenes}",
+        "--run.picture-every=10",
+    )
+    train(zero(1), folder / "masked", *words)
+    source = f"--run.start-from={folder / 'masked'}"
+    train(zero(1), folder / "unmasked", *words, source, recipe="demo-tuning")
+    return folder
+
+
+def test_a_run_directory_holds_what_is_promised(two_stages: Path) -> None:
+    run = two_stages / "masked"
+    for name in ("recipe.json", "environment.json", "metrics.jsonl", "checkpoints/latest"):
+        assert (run / name).is_file(), name
+    assert list((run / "tensorboard").glob("events.*"))
+    assert list((run / "tokenizer").iterdir())
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["engine"] == "deepspeed zero1"
+    line = metrics(run)[-1]
+    for name in (
+        "loss", "learning_rate", "logit_scale", "gradient_norm", "samples_per_second",
+        "tokens_per_second", "data_wait", "flops_per_second", "share_of_peak",
+    ):  # fmt: skip
+        assert isinstance(line[name], float), name
+    assert 0 < line["share_of_peak"] < 1.5
+    assert line["image_tokens"] == 8 + 1  # half of sixteen patches, and the class token
+
+
+def test_the_second_stage_starts_from_the_first_and_sees_whole_images(two_stages: Path) -> None:
+    lines = metrics(two_stages / "unmasked")
+    assert lines[0]["image_tokens"] == 16 + 1
+    assert lines[0]["loss"] < metrics(two_stages / "masked")[0]["loss"]
+
+
+def test_evaluations_count_every_image_once(two_stages: Path) -> None:
+    zero_shot = json.loads((two_stages / "unmasked/evaluation/zero_shot.json").read_text())
+    retrieval = json.loads((two_stages / "unmasked/evaluation/retrieval.json").read_text())
+    assert zero_shot["zero_shot_images"] == 128
+    assert zero_shot["zero_shot_classes"] == 64
+    assert retrieval["retrieval_candidates"] == 40
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_evaluate_command_repeats_the_numbers(
+    processes: int, two_stages: Path, scenes: Path, tmp_path: Path
+) -> None:
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={processes}", "-m"]
+    run = two_stages / "unmasked"
+    command = [
+        *launcher, "frugal.common.evaluate", "--checkpoint", str(run), "--data", str(scenes),
+        "--out", str(tmp_path), "--batch-size", "50", "--workers", "0",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+    for name in ("zero_shot", "retrieval"):
+        again = json.loads((tmp_path / f"{name}.json").read_text())
+        before = json.loads((run / "evaluation" / f"{name}.json").read_text())
+        for key, value in before.items():
+            assert again[key] == pytest.approx(value, abs=0.02), key
+
+
+def test_tensorboard_and_the_file_hold_the_same_scalars(two_stages: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = two_stages / "masked"
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
+    board.Reload()
+    for name in ("loss", "learning_rate", "gradient_norm", "logit_scale", "samples_per_second"):
+        drawn = {event.step: event.value for event in board.Scalars(name)}
+        assert drawn == {line["step"]: pytest.approx(line[name]) for line in metrics(run)}
+    assert "batch" in board.Tags()["images"]
+    assert any(name.startswith("recipe") for name in board.Tags()["tensors"])
+
+
+def test_the_report_is_written_with_its_numbers(two_stages: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    shutil.copytree(two_stages, folder)
+    command = [sys.executable, "-m", "frugal.common.report", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+    report = json.loads((folder / "report.json").read_text())
+    for name in (
+        "zero_shot_top1", "zero_shot_top1_held_out", "image_retrieval_recall_at_1",
+        "text_retrieval_recall_at_1", "retrieval_candidates", "samples_seen", "train_seconds",
+        "samples_per_second", "world_size", "engine",
+    ):  # fmt: skip
+        assert report[name] is not None, name
+    assert report["samples_seen"] == 2 * 480
+    assert "<img" in (folder / "report.html").read_text()
+
+
+def spoil(source: Path, target: Path) -> dict[str, int]:
+    """Copy a shard with every tenth sample damaged; how many of each kind."""
+    spoiled = {"image": 0, "no caption": 0}
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        for number, member in enumerate(old.getmembers()):
+            content = old.extractfile(member).read()
+            sample = number // 3
+            if sample % 20 == 3 and member.name.endswith(".jpg"):
+                content = content[: len(content) // 3]
+                spoiled["image"] += 1
+            if sample % 20 == 13 and not member.name.endswith(".jpg"):
+                spoiled["no caption"] += member.name.endswith(".txt")
+                continue
+            member.size = len(content)
+            new.addfile(member, io.BytesIO(content))
+    return spoiled
+
+
+def test_damaged_samples_are_counted_and_nothing_is_lost(scenes: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "00000.tar"
+    spoiled = spoil(scenes / "train" / "00000.tar", shard)
+    assert sum(spoiled.values()) == 4  # of 40
+    run = tmp_path / "run"
+    words = (f"--data.train={shard}", "--batch-size=20", "--schedule.samples=80")
+    train(zero(1), run, *words, "--schedule.warmup-samples=0", "--data.max-damaged=0.2")
+    line = metrics(run)[-1]
+    assert line["damaged"] == {kind: 2 * count for kind, count in spoiled.items()}  # two epochs
+    assert line["read_samples"] == 80
+    assert line["trained_samples"] == 80 - 2 * 4
+    output = train(
+        zero(1), tmp_path / "strict", *words, "--schedule.warmup-samples=0",
+        "--data.max-damaged=0.05", expect=2,
+    )  # fmt: skip
+    assert "data.max_damaged" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("launcher", [ALONE, zero(2)], ids=lambda launcher: launcher.name)
+def test_a_loss_that_stays_not_finite_ends_the_run_with_a_sentence(
+    launcher: Launcher, scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    output = train(
+        launcher, run, f"--data.train={scenes / 'train'}", "--optimiser.learning-rate=1e30",
+        "--optimiser.clip-norm=None", "--schedule.warmup-samples=0", "--run.max-skipped=3",
+        expect=1,
+    )  # fmt: skip
+    assert "Traceback" not in output
+    sentence = next(line for line in output.splitlines() if line.startswith("error: "))
+    assert "3 steps in a row" in sentence
+    assert "learning rate of" in sentence
+    listing = json.loads((run / "not_finite.json").read_text())
+    assert len(listing["keys"]) == 24
+    assert all(".tar" in key for key in listing["keys"])
+
+
+@pytest.mark.parametrize("words", [("--engine.accumulate=2",), ("--engine.cache-chunk=5",)])
+@pytest.mark.parametrize(
+    "launcher", [zero(0), zero(2), zero(3)], ids=lambda launcher: launcher.name
+)
+def test_accumulation_and_gradient_caching_agree_with_one_process(
+    launcher: Launcher, words: tuple[str, ...], scenes: Path, tmp_path: Path
+) -> None:
+    data = (f"--data.train={scenes / 'train'}", "--schedule.samples=144")
+    alone = words if words == ("--engine.accumulate=2",) else ()  # caching changes no number
+    train(ALONE, tmp_path / "alone", *data, *alone)
+    train(launcher, tmp_path / "run", *data, *words)
+    expected = losses(tmp_path / "alone")
+    for step, loss in losses(tmp_path / "run").items():
+        assert loss == pytest.approx(expected[step], abs=1e-5)
+    left, right = saved_tensors(tmp_path / "alone"), saved_tensors(tmp_path / "run")
+    assert largest_difference(left, right) < 1e-5
+
+
+def test_help_answers_at_once_and_without_torch() -> None:
+    command = [sys.executable, "-m", "frugal.flip.train", "--help"]
+    subprocess.run(command, check=True, capture_output=True)
+    start = time.perf_counter()
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert time.perf_counter() - start < 2
+    assert "vit-l16-laion400m" in result.stdout
+
+
+def test_real_photos_are_learned_under_deepspeed(real_data: Path, tmp_path: Path) -> None:
+    photos = real_data / "flickr8k" / "train"
+    run = tmp_path / "run"
+    command = [
+        *zero(1).command("frugal.flip.train"), "demo", *zero(1).flags(), f"--run.dir={run}",
+        f"--data.train={photos}", f"--evaluation.1.data={photos}",
+        "--schedule.samples=48000", "--schedule.warmup-samples=4000", "--run.save-every=1000",
+    ]  # fmt: skip
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=900
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    numbers = json.loads((run / "evaluation" / "retrieval.json").read_text())
+    assert numbers["retrieval_candidates"] == 1850
+    chance = 10 / 1850
+    assert numbers["image_retrieval_recall_at_10"] > 8 * chance
+    assert numbers["text_retrieval_recall_at_10"] > 8 * chance
+
+    # photographs of any aspect ratio pass through evaluation
+    coco = real_data / "coco_mini" / "val"
+    with tarfile.open(next(coco.glob("*.tar"))) as archive:
+        member = next(m for m in archive.getmembers() if m.name.endswith(".jpg"))
+        width, height = Image.open(archive.extractfile(member)).size
+    assert width != height
+    command = [
+        sys.executable, "-m", "frugal.common.evaluate", "--checkpoint", str(run), "--data",
+        str(coco), "--tasks", "retrieval", "--out", str(tmp_path), "--workers", "0",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+    numbers = json.loads((tmp_path / "retrieval.json").read_text())
+    assert numbers["retrieval_candidates"] == 106
+    assert numbers["retrieval_captions"] == 530

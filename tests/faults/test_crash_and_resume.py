@@ -1,0 +1,156 @@
+"""A run that is killed and continued ends as the run that was left alone."""
+
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from support import (
+    ALONE,
+    DDP,
+    Launcher,
+    kill_at_step,
+    largest_difference,
+    losses,
+    metrics,
+    saved_tensors,
+    start,
+    train,
+    wait_for_step,
+    zero,
+)  # fmt: skip
+
+SAVES = ("--run.save-every=3", "--run.keep=20", "--engine.ema-decay=0.9")
+EVERYTHING = ("weight", "exp_avg", "exp_avg_sq", "ema")
+
+
+@pytest.mark.parametrize(
+    "launcher", [ALONE, DDP, zero(1), zero(3)], ids=lambda launcher: launcher.name
+)
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(
+    launcher: Launcher, scenes: Path, tmp_path: Path
+) -> None:
+    # 150 training samples and batches of 24: every epoch ends inside a batch
+    words = (
+        f"--data.train={scenes / 'train'}",
+        "--schedule.samples=2400",
+        *SAVES,
+        "--run.save-every=11",
+    )
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    train(launcher, undisturbed, *words)
+    process = start(launcher, disturbed, *words)
+    kill_at_step(process, disturbed, random.Random().randint(4, 50), signal.SIGKILL)
+    assert len(metrics(disturbed)) < 100
+    train(launcher, disturbed, *words)
+    left, right = saved_tensors(undisturbed), saved_tensors(disturbed)
+    assert largest_difference(left, right, EVERYTHING) == 0.0
+    assert losses(disturbed) == losses(undisturbed)
+    steps = [line["step"] for line in metrics(disturbed)]
+    assert steps == list(range(1, 101)), "metrics.jsonl holds every step once"
+    assert metrics(disturbed)[-1]["read_samples"] == 2400
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(ALONE, run, f"--data.train={scenes / 'train'}", *SAVES)
+    return run
+
+
+CHANGES = [
+    (ALONE, zero(3, processes=4)),
+    (DDP, zero(1)),
+    (zero(0), zero(2)),
+    (zero(1), ALONE),
+    (zero(2), zero(3)),
+    (zero(3), Launcher("four DDP processes", processes=4)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES, ids=lambda launcher: launcher.name)
+def test_a_run_continues_under_another_engine_stage_or_number_of_processes(
+    before: Launcher, after: Launcher, undisturbed: Path, scenes: Path, tmp_path: Path
+) -> None:
+    words = (f"--data.train={scenes / 'train'}", *SAVES)
+    run = tmp_path / "run"
+    train(before, run, *words)
+    forget_after(run, step=9)
+    train(after, run, *words)
+    expected, found = losses(undisturbed), losses(run)
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, abs=1e-5)
+    assert largest_difference(saved_tensors(run), saved_tensors(undisturbed), ("weight",)) < 1e-5
+
+
+def forget_after(run: Path, *, step: int) -> None:
+    """Leave a run as if it had ended right after the checkpoint of a step."""
+    checkpoints = run / "checkpoints"
+    for folder in checkpoints.glob("step_*"):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+    (checkpoints / "latest").write_text(f"step_{step:09d}\n")
+
+
+LONG = ("--schedule.samples=2400", "--engine.ema-decay=0.9")  # saved at its end only
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed_long") / "run"
+    train(ALONE, run, f"--data.train={scenes / 'train'}", *LONG)
+    return run
+
+
+def check_saved_and_continue(
+    launcher: Launcher, run: Path, undisturbed_long: Path, words: tuple[str, ...]
+) -> None:
+    stopped_after = metrics(run)[-1]["step"]
+    assert 5 <= stopped_after < 100
+    pointer = (run / "checkpoints" / "latest").read_text().strip()
+    assert pointer == f"step_{stopped_after:09d}"
+    train(launcher, run, *words)
+    expected = saved_tensors(undisturbed_long)
+    assert largest_difference(saved_tensors(run), expected, ("weight",)) < 1e-5
+
+
+@pytest.mark.parametrize("launcher", [ALONE, zero(2)], ids=lambda launcher: launcher.name)
+def test_sigterm_writes_a_checkpoint_first(
+    launcher: Launcher, undisturbed_long: Path, scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", *LONG)
+    process = start(launcher, run, *words)
+    kill_at_step(process, run, 5, signal.SIGTERM)
+    assert process.returncode != 0
+    check_saved_and_continue(launcher, run, undisturbed_long, words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_ends_alone_takes_its_processes_along(
+    number: int, undisturbed_long: Path, scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", *LONG)
+    process = start(zero(1), run, *words)
+    wait_for_step(process, run, 5)
+    process.send_signal(number)  # to the deepspeed command only, which hands nothing on
+    process.wait(timeout=60)
+    # at once: the continued run waits until the processes of the first have saved and gone
+    train(zero(1), run, *words)
+    expected = saved_tensors(undisturbed_long)
+    assert largest_difference(saved_tensors(run), expected, ("weight",)) < 1e-5
+    steps = [line["step"] for line in metrics(run)]
+    assert steps == list(range(1, 101))
+
+
+def test_a_finished_run_is_left_alone(undisturbed: Path, scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
+    output = train(ALONE, run, f"--data.train={scenes / 'train'}", *SAVES)
+    assert "complete (20 steps)" in output
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == before

@@ -1,0 +1,169 @@
+"""What several tests need: a small scenes data set, a small model, and real launches of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+TINY = (
+    "--model.image.width=32", "--model.image.depth=1", "--model.image.heads=2",
+    "--model.image.mlp-width=64", "--model.image.image-size=32",
+    "--model.text.width=32", "--model.text.depth=1", "--model.text.heads=2",
+    "--model.text.mlp-width=64", "--model.embed-dim=16",
+    "--data.workers=0", "--engine.precision=float32", "--run.log-every=1",
+    "--batch-size=24", "--schedule.samples=480", "--schedule.warmup-samples=48",
+)  # fmt: skip
+"""FLIP's demo, small enough for seconds: 20 steps of 24 samples in float32."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A way in which users start a training script."""
+
+    name: str
+    processes: int = 1
+    deepspeed_stage: int | None = None
+
+    def command(self, module: str) -> list[str]:
+        """The words before the recipe."""
+        if self.deepspeed_stage is not None and self.processes > 1:
+            return [
+                str(BIN / "deepspeed"), "--num_accelerators", str(self.processes),
+                "--master_port", str(free_port()), "--module", module,
+            ]  # fmt: skip
+        if self.processes > 1:
+            return [
+                str(BIN / "torchrun"), "--master_port", str(free_port()),
+                "--nproc_per_node", str(self.processes), "-m", module,
+            ]  # fmt: skip
+        return [sys.executable, "-m", module]
+
+    def flags(self) -> list[str]:
+        """The engine's flags."""
+        if self.deepspeed_stage is None:
+            return []
+        file = ROOT / "ds_configs" / f"zero{self.deepspeed_stage}.json"
+        return [f"--engine.deepspeed-config={file}"]
+
+
+ALONE = Launcher("one process")
+DDP = Launcher("two DDP processes", processes=2)
+
+
+def zero(stage: int, processes: int = 2) -> Launcher:
+    """Processes under the deepspeed launcher at a ZeRO stage."""
+    return Launcher(f"{processes} x ZeRO-{stage}", processes=processes, deepspeed_stage=stage)
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a launched run: nothing of a launcher around the tests."""
+    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    kept = {name: value for name, value in os.environ.items() if name not in ranks}
+    return kept | {"PATH": f"{BIN}:{kept['PATH']}", "DS_ACCELERATOR": "cpu"}
+
+
+def flip_command(launcher: Launcher, run: Path, *words: str, recipe: str = "demo") -> list[str]:
+    """The words that train the tiny FLIP; later words win over earlier ones."""
+    return [
+        *launcher.command("frugal.flip.train"), recipe, *TINY, *launcher.flags(),
+        f"--run.dir={run}", *words,
+    ]  # fmt: skip
+
+
+def train(launcher: Launcher, run: Path, *words: str, recipe: str = "demo", expect: int = 0) -> str:
+    """Train the tiny FLIP to its end, as a user would; what it wrote to standard error."""
+    command = flip_command(launcher, run, *words, recipe=recipe)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=600
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == expect, f"exit code {result.returncode}\n{output[-6000:]}"
+    return output
+
+
+def start(launcher: Launcher, run: Path, *words: str) -> subprocess.Popen[bytes]:
+    """Start training the tiny FLIP in a process group of its own."""
+    return subprocess.Popen(
+        flip_command(launcher, run, *words),
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=(run.parent / f"{run.name}.log").open("wb"),
+    )
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
+    """Return once a step is logged."""
+    deadline = time.monotonic() + 300
+    while not any(line["step"] >= step for line in metrics(run)):
+        assert process.poll() is None, (run.parent / f"{run.name}.log").read_text()[-6000:]
+        assert time.monotonic() < deadline, "the step was never reached"
+        time.sleep(0.005)
+
+
+def kill_at_step(process: subprocess.Popen[bytes], run: Path, step: int, number: int) -> None:
+    """Send a signal to a run, all of its processes, once a step is logged; wait for its end."""
+    wait_for_step(process, run, step)
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(number)
+    process.wait(timeout=120)  # first: psutil would take its exit code away
+    psutil.wait_procs(tree[1:], timeout=120)
+
+
+def metrics(run: Path) -> list[dict]:
+    """The whole lines of ``metrics.jsonl``."""
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1] if line]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of every logged step."""
+    return {line["step"]: line["loss"] for line in metrics(run)}
+
+
+def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint, by ``kind/name``."""
+    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def largest_difference(
+    left: dict[str, torch.Tensor],
+    right: dict[str, torch.Tensor],
+    kinds: Sequence[str] = ("weight",),
+) -> float:
+    """Over the tensors of the given kinds, which both must have."""
+    assert left.keys() == right.keys()
+    names = [name for name in left if name.split("/")[0] in kinds]
+    assert names
+    return max((left[name] - right[name]).abs().max().item() for name in names)
