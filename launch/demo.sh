@@ -8,7 +8,7 @@ data=${DATA:-data/scenes}
 run=${RUN:-runs/demo}
 config=ds_configs/zero1.json
 
-python -m frugal.common.scenes --out "$data" --train-samples 40000
+python -m frugal.common.scenes --out "$data" --train-samples 40000 --image-size 40
 
 flags=(
     --data.train "$data/train"

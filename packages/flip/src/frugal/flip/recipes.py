@@ -125,7 +125,7 @@ def demo() -> Recipe:
             no_decay=("bias", "norm", "position", "class_token", "logit_scale"),
             clip_norm=1.0,
         ),
-        schedule=WarmupCosine(samples=310_000, warmup_samples=15_000),
+        schedule=WarmupCosine(samples=280_000, warmup_samples=15_000),
         batch_size=256,
         run=RunOptions(log_every=20, save_every=400, picture_every=400),
         evaluation=(ZeroShot(), Retrieval()),

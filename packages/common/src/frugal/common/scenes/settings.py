@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from frugal.common.errors import InputError
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the same settings would give other bytes."""
 _MOST_CANDIDATES = 600  # pairs of classes run out; see samples.retrieval_numbers
 

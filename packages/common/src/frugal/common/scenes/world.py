@@ -60,8 +60,8 @@ SEEN: tuple[Class, ...] = tuple(pair for pair in CLASSES if pair not in HELD_OUT
 
 _MARGIN = 0.02
 _ROOM = 0.27  # the largest radius that fits beside or above a small thing
-_PLAIN = 0.7  # a thing is plain this often before a texture is drawn at all
-_COUNT_WEIGHTS = (0.7, 0.22, 0.08)  # pictures of one, two and three things
+_PLAIN = 0.8  # a thing is plain this often before a texture is drawn at all
+_COUNT_WEIGHTS = (0.75, 0.18, 0.07)  # pictures of one, two and three things
 
 
 def class_names() -> list[str]:
@@ -274,7 +274,7 @@ def sample_scene(
         background=background,
         background_rgb=_shade(BACKGROUNDS[background], 8, generator),
         fade=(between(-16.0, 16.0, generator), between(-16.0, 16.0, generator)),
-        clutter=int(generator.random() * 6),
-        noise=between(0.0, 12.0, generator),
+        clutter=int(generator.random() * 4),
+        noise=between(0.0, 8.0, generator),
         grain=int(generator.integers(1 << 32)),
     )
