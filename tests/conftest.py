@@ -9,6 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 
+from support import ALONE, train
+
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -21,6 +23,14 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps of the tiny FLIP in one process, with a moving average of the weights."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(ALONE, run, f"--data.train={scenes / 'train'}", "--engine.ema-decay=0.9")
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -148,11 +148,15 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(run)}
 
 
+def newest(run: Path) -> Path:
+    """The folder of the newest checkpoint."""
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+
+
 def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Everything in the newest checkpoint, by ``kind/name``."""
-    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
     tensors: dict[str, torch.Tensor] = {}
-    for file in folder.glob("*.safetensors"):
+    for file in newest(run).glob("*.safetensors"):
         tensors |= load_file(file)
     return tensors
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from support import (
-    ALONE,
     DDP,
     Launcher,
     largest_difference,
@@ -16,15 +15,6 @@ from support import (
     zero,
 )
 
-WORDS = ("--engine.ema-decay=0.9",)
-
-
-@pytest.fixture(scope="module")
-def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("alone") / "run"
-    train(ALONE, run, f"--data.train={scenes / 'train'}", *WORDS)
-    return run
-
 
 @pytest.mark.parametrize(
     "launcher",
@@ -33,7 +23,7 @@ def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_twenty_steps_agree(launcher: Launcher, alone: Path, scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(launcher, run, f"--data.train={scenes / 'train'}", *WORDS)
+    train(launcher, run, f"--data.train={scenes / 'train'}", "--engine.ema-decay=0.9")
     expected, found = losses(alone), losses(run)
     assert list(found) == list(range(1, 21)) == list(expected)
     for step, loss in expected.items():
