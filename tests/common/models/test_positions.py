@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from frugal.common.errors import InputError
+from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.models.positions import (
     resample_grid,
     resample_length,
@@ -107,18 +108,42 @@ def test_rows_and_columns_are_not_confused_on_a_rectangular_grid():
     torch.testing.assert_close(new.reshape(3, 10), torch.arange(3.0)[:, None].expand(3, 10))
 
 
-@pytest.mark.parametrize("front", [0, 1])
-def test_tables_of_saved_models_are_resampled_by_their_name(front):
-    table = torch.randn(1, front + 9, 4)
-    image = resample_table("model.image.pos_embed", table, torch.Size((1, front + 16, 4)))
-    torch.testing.assert_close(image, resample_grid(table, old_grid=(3, 3), new_grid=(4, 4)))
-    text = resample_table("model.text.pos_embed", table, torch.Size((1, 16, 4)))
-    torch.testing.assert_close(text, resample_length(table, 16))
+def image_tower(image_size, **options) -> ImageTower:
+    shape = {"width": 4, "depth": 1, "heads": 1, "mlp_width": 4, "patch_size": 2}
+    return ImageTower(**shape, image_size=image_size, pooling="mean", **options)
 
 
-@pytest.mark.parametrize(("rows", "wanted"), [(10, 16), (9, 17), (12, 16), (9, 12)])
-def test_tables_whose_grids_cannot_be_told_are_refused(rows, wanted):
-    with pytest.raises(
-        InputError, match=f"image.pos_embed has {rows} rows there and {wanted} here"
-    ):
-        resample_table("image.pos_embed", torch.randn(1, rows, 4), torch.Size((1, wanted, 4)))
+@pytest.mark.parametrize("kind", ["with_position", "without_position", "none"])
+def test_tables_of_saved_towers_are_resampled_between_their_grids(kind):
+    old, new = image_tower((6, 10), class_token=kind), image_tower((8, 4), class_token=kind)
+    table = torch.randn(1, old.num_positions, 4)
+    resampled = resample_table("image.pos_embed", table, old=old, new=new)
+    expected = resample_grid(table, old_grid=(3, 5), new_grid=(4, 2))
+    assert resampled.shape == (1, new.num_positions, 4)
+    torch.testing.assert_close(resampled, expected)
+
+
+def test_a_table_of_an_unknown_tower_counts_as_square():
+    table = torch.randn(1, 1 + 9, 4)
+    resampled = resample_table("image.pos_embed", table, old=None, new=image_tower((8, 4)))
+    expected = resample_grid(table, old_grid=(3, 3), new_grid=(4, 2))
+    torch.testing.assert_close(resampled, expected)
+
+
+def test_a_text_table_is_resampled_linearly():
+    text = TextTower(width=4, depth=1, heads=1, mlp_width=4, vocabulary=9, length=16)
+    table = torch.randn(1, 10, 4)
+    resampled = resample_table("text.pos_embed", table, old=None, new=text)
+    torch.testing.assert_close(resampled, resample_length(table, 16))
+
+
+@pytest.mark.parametrize(
+    ("rows", "old", "grid"),
+    [(9, None, "a square"), (12, None, "a square"), (0, None, "a square"), (9, (6, 6), "a")],
+)
+def test_a_table_that_does_not_belong_to_the_old_grid_is_refused(rows, old, grid):
+    tower = None if old is None else image_tower(old)
+    with pytest.raises(InputError, match=f"has {rows} rows there, .* {grid} grid"):
+        resample_table(
+            "image.pos_embed", torch.randn(1, rows, 4), old=tower, new=image_tower((8, 8))
+        )

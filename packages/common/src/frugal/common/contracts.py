@@ -7,7 +7,7 @@ answer at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from frugal.common.randomness import NoiseSource
     from frugal.common.recipe import Recipe
+    from frugal.common.reduction.text import Placed
     from frugal.common.run import Run
 
 
@@ -36,6 +37,9 @@ class Batch:
     """(B, T) int64, padded on the right."""
     text_lengths: Tensor | None = None
     """(B,) int64: tokens before the padding."""
+    text_positions: Tensor | None = None
+    """(B, T) int64: the slot of the text tower that each token stands in, ascending; padding has
+    one too. Without them the tokens stand in the first slots, and padding in all others."""
     labels: Tensor | None = None
     """(B,) int64 class indices, where the data has classes."""
     keys: list[str] = field(default_factory=list)
@@ -77,10 +81,19 @@ class ImageReduction(Protocol):
 
 @runtime_checkable
 class TextReduction(Protocol):
-    """Decides which tokens of a caption stay; runs in the loader, one caption at a time."""
+    """Decides which tokens of a caption stay; runs in the loader, one caption at a time.
 
-    def encode(self, caption: str, tokenizer: Any, *, length: int, generator: Any) -> list[int]:
-        """At most ``length`` token ids, special tokens included, without padding."""
+    What it needs beside the caption (a tagger, a file of counts) it loads, or refuses in a
+    sentence, in an optional ``prepare(tokenizer, *, length)``, called before training starts.
+    """
+
+    def encode(
+        self, caption: str, tokenizer: Any, *, length: int, generator: Any
+    ) -> list[int] | Placed:
+        """At most ``length`` token ids, special tokens included, without padding.
+
+        Or, where tokens keep the slots they had, ids with positions; always or never.
+        """
         ...
 
 
@@ -152,6 +165,10 @@ class DataConfig(ABC):
         """A stream that continues at ``first_sample``, a multiple of the global batch size."""
 
 
+Show = Callable[[str, Any], None]
+"""Takes a name and a (3, H, W) uint8 picture."""
+
+
 class EvaluationTask(ABC):
     """One evaluation of a recipe."""
 
@@ -163,5 +180,10 @@ class EvaluationTask(ABC):
         """Its data, or None without any; refuses what is not there, before training starts."""
 
     @abstractmethod
-    def evaluate(self, model: Any, recipe: Recipe, run: Run) -> dict[str, Any]:
-        """Numbers by name, {} without data; every process of the run calls this."""
+    def evaluate(
+        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+    ) -> dict[str, Any]:
+        """Numbers by name, {} without data; every process of the run calls this.
+
+        ``show`` takes pictures of what the model said, on the process that wants them.
+        """

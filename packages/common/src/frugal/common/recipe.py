@@ -202,7 +202,13 @@ class Recipe:
                 f"batch_size {self.batch_size} does not divide into engine.accumulate = "
                 f"{self.engine.accumulate} micro-batches; choose a multiple"
             )
-        for part in (self.model, self.data, self.reduction.image, self.objective):
+        for part in (
+            self.model,
+            self.data,
+            self.reduction.image,
+            self.reduction.text,
+            self.objective,
+        ):
             check = getattr(part, "check", None)
             if check is not None:
                 check(self)

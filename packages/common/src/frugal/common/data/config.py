@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal.common.contracts import DataConfig
+from frugal.common.data.colour import NO_CHANGE, ColourJitter
 from frugal.common.data.samples import Fields
 from frugal.common.data.tokenizers import TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
@@ -31,6 +32,8 @@ class PairData(DataConfig):
     tokenizer: TokenizerConfig | None
     """None reads images alone."""
     augmentation: Augmentation = field(default_factory=RandomResizedCrop)
+    colour: ColourJitter = NO_CHANGE
+    """Random changes of colour, made on the device; by default none."""
     fields: Fields = field(default_factory=Fields)
     shuffle_shards: int = 16
     """Shards whose samples are mixed with one another."""

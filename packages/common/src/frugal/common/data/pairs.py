@@ -16,6 +16,7 @@ from frugal.common.data.order import Order
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard
 from frugal.common.data.transforms import Augmentation
 from frugal.common.randomness import sample_generator
+from frugal.common.reduction.text import Placed
 
 _OPEN_SHARDS = 64
 
@@ -83,7 +84,7 @@ class Preparation:
         generator = sample_generator(self.seed, "caption", number)
         return raw.captions[int(generator.integers(len(raw.captions)))]
 
-    def token_ids(self, caption: str, number: int) -> list[int]:
+    def token_ids(self, caption: str, number: int) -> list[int] | Placed:
         """At most ``text_length`` ids of the tokens of a caption that stay."""
         generator = sample_generator(self.seed, "text", number)
         return self.text.encode(
@@ -110,20 +111,30 @@ class BatchBuilder:
             self.token_ids = np.full(shape, preparation.tokenizer.pad_id, np.int64)
             # one token, so that attention over the empty slot of a damaged sample stays finite
             self.lengths = np.ones(count, np.int64)
+        self.positions: np.ndarray | None = None
 
     def add(self, key: str, raw: RawSample) -> None:
         """Prepare a sample and put it into the next slot; raises ``Damaged`` if it cannot be."""
         slot = len(self.keys)
         number = int(self.numbers[slot])
-        ids: list[int] | None = None
+        tokens: list[int] | Placed | None = None
         if self.preparation.tokenizer is not None:
-            ids = self.preparation.token_ids(self.preparation.caption(raw, number), number)
+            tokens = self.preparation.token_ids(self.preparation.caption(raw, number), number)
         self.images[slot] = self.preparation.image(raw, number)
-        if ids is not None:
-            self.token_ids[slot, : len(ids)] = ids
-            self.lengths[slot] = max(len(ids), 1)
+        if tokens is not None:
+            self._add_text(slot, tokens)
         self.valid[slot] = True
         self.keys.append(key)
+
+    def _add_text(self, slot: int, tokens: list[int] | Placed) -> None:
+        ids = tokens.ids if isinstance(tokens, Placed) else tokens
+        self.token_ids[slot, : len(ids)] = ids
+        self.lengths[slot] = max(len(ids), 1)
+        if isinstance(tokens, Placed):
+            if self.positions is None:  # a damaged sample keeps the first slots
+                first = np.arange(len(tokens.positions), dtype=np.int64)
+                self.positions = np.tile(first, (len(self.numbers), 1))
+            self.positions[slot] = tokens.positions
 
     def skip(self, key: str, damaged: Damaged) -> None:
         """Leave the next slot empty."""
@@ -142,6 +153,10 @@ class BatchBuilder:
         if self.preparation.tokenizer is not None:
             fields["token_ids"] = torch.from_numpy(self.token_ids)  # (B, T)
             fields["text_lengths"] = torch.from_numpy(self.lengths)  # (B,)
+        if self.positions is not None:
+            slots = self.positions.shape[1]
+            fields["token_ids"] = fields["token_ids"][:, :slots].contiguous()  # (B, K)
+            fields["text_positions"] = torch.from_numpy(self.positions)  # (B, K)
         return fields
 
 

@@ -93,6 +93,10 @@ def _preparation(data: PairData, recipe: Recipe) -> Preparation:
     if data.tokenizer is not None:
         tokenizer = data.tokenizer.load()
         _check_tokenizer(tokenizer, recipe)
+        tokenizer.assemble((), recipe.model.text.length)  # refuses what leaves no room for words
+        prepare = getattr(recipe.reduction.text, "prepare", None)
+        if prepare is not None:
+            prepare(tokenizer, length=recipe.model.text.length)
     return Preparation(
         seed=recipe.run.seed,
         augmentation=data.augmentation,

@@ -40,9 +40,14 @@ class DualEncoder(nn.Module):
         """(B, 3, H, W) images, of which only the kept patches are seen, to (B, E) unit float32."""
         return unit(self.image(images, kept), self.config.norm_epsilon)
 
-    def encode_text(self, token_ids: Tensor, text_lengths: Tensor | None = None) -> Tensor:
-        """(B, T) token ids and (B,) their lengths to (B, E) unit float32."""
-        return unit(self.text(token_ids, text_lengths), self.config.norm_epsilon)
+    def encode_text(
+        self,
+        token_ids: Tensor,
+        text_lengths: Tensor | None = None,
+        text_positions: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T) token ids, (B,) their lengths and (B, T) their slots to (B, E) unit float32."""
+        return unit(self.text(token_ids, text_lengths, text_positions), self.config.norm_epsilon)
 
     def forward(
         self,

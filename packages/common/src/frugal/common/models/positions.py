@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImagePositions, ImageTower
+from frugal.common.models.config import ImagePositions, ImageTower, TextTower
 
 
 def sincos_table(
@@ -120,27 +120,34 @@ def image_table(tower: ImageTower) -> Tensor:
     return sincos_table(tower.grid, tower.width, tower.positions, class_row=class_row)[None]
 
 
-def resample_table(name: str, table: Tensor, shape: torch.Size) -> Tensor:
-    """A learned table of a saved model for one of another grid or length.
+def resample_table(
+    name: str, table: Tensor, *, old: ImageTower | TextTower | None, new: ImageTower | TextTower
+) -> Tensor:
+    """A learned table of a saved model for a tower of another grid or length.
 
     Args:
-        name: of the parameter, ``...image.pos_embed`` or ``...text.pos_embed``.
+        name: of the parameter, for messages.
         table: (1, rows, D) as saved.
-        shape: (1, rows', D) as wanted.
+        old: the tower it was saved from; where that is not known, images count as square.
+        new: the tower that takes it.
 
     Returns:
-        (1, rows', D): linear for texts, bicubic between square grids for images.
+        (1, rows', D): linear for texts, bicubic for images.
 
     Raises:
-        InputError: if an image table does not belong to a square grid.
+        InputError: if an image table does not belong to the old grid.
     """
-    if not name.endswith("image.pos_embed"):
-        return resample_length(table, shape[1])
-    sides = [math.isqrt(rows) for rows in (table.shape[1], shape[1])]
-    fronts = [rows - side**2 for rows, side in zip((table.shape[1], shape[1]), sides, strict=True)]
-    if fronts not in ([0, 0], [1, 1]):
+    if isinstance(new, TextTower):
+        return resample_length(table, new.length)
+    front = new.num_positions - new.num_patches
+    patches = table.shape[1] - front
+    side = math.isqrt(max(patches, 0))
+    old_grid = old.grid if isinstance(old, ImageTower) else (side, side)
+    if patches != math.prod(old_grid):
+        grid = f"a grid of {old_grid[0]}x{old_grid[1]}" if old is not None else "a square grid"
         raise InputError(
-            f"{name} has {table.shape[1]} rows there and {shape[1]} here, which are not those of "
-            "square images with the same kind of class token; only such tables are resampled"
+            f"{name} has {table.shape[1]} rows there, which are not those of {grid} patches "
+            f"{'with' if front else 'without'} a position for the class token; only such a table "
+            "is resampled for this model"
         )
-    return resample_grid(table, old_grid=(sides[0],) * 2, new_grid=(sides[1],) * 2)
+    return resample_grid(table, old_grid=old_grid, new_grid=new.grid)

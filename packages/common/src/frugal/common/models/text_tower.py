@@ -38,6 +38,7 @@ class TextTransformer(nn.Module):
         self,
         token_ids: Tensor,
         text_lengths: Tensor | None = None,
+        text_positions: Tensor | None = None,
         *,
         output: Literal["embedding", "pooled"] = "embedding",
     ) -> Tensor:
@@ -48,18 +49,24 @@ class TextTransformer(nn.Module):
             text_lengths: (B,) tokens before the padding. Without them the end-of-text token is
                 the highest id of a caption, as in CLIP's vocabulary; elsewhere padding is what
                 stands behind the last id that is not the padding's.
+            text_positions: (B, T) slots of the tower that the tokens, padding included, stand in,
+                ascending. The tower sees these slots and no others, and pools the first or last
+                of them where it pools the first or last slot. Without them: the first slots.
             output: ``embedding``, the pooled and projected vector; ``pooled``, the same before
                 the projection.
 
         Returns:
             (B, E) or (B, D).
         """
-        token_ids = self._checked(token_ids)
+        token_ids = self._checked(token_ids, text_positions)
         lengths = self._lengths(token_ids, text_lengths)
         if self.config.packed:
-            tokens, layout = self._embed_packed(token_ids, lengths)
+            tokens, layout = self._embed_packed(token_ids, lengths, text_positions)
         else:
-            tokens = self.token_embedding(token_ids) + self.pos_embed[:, : token_ids.shape[1]]
+            positions = self.pos_embed[:, : token_ids.shape[1]]  # (1, T, D)
+            if text_positions is not None:
+                positions = F.embedding(text_positions, self.pos_embed[0])  # (B, T, D)
+            tokens = self.token_embedding(token_ids) + positions
             key_lengths = lengths if self.config.pad_mask else None
             layout = Layout(causal=self.config.causal, key_lengths=key_lengths)
         picked = self._picked(token_ids, lengths, layout)
@@ -73,14 +80,19 @@ class TextTransformer(nn.Module):
         """(B, D): the pooled vector before the projection."""
         return self(token_ids, text_lengths, output="pooled")
 
-    def _checked(self, token_ids: Tensor) -> Tensor:
+    def _checked(self, token_ids: Tensor, text_positions: Tensor | None) -> Tensor:
         width, length = token_ids.shape[1], self.config.length
+        if text_positions is not None and text_positions.shape != token_ids.shape:
+            raise ValueError(
+                f"there are {tuple(text_positions.shape)} positions for {tuple(token_ids.shape)} "
+                "tokens; every token has one"
+            )
         if width > length:
             raise InputError(
                 f"captions of {width} tokens reached a text tower of {length}; set "
                 "model.text.length to the tokens of the longest caption"
             )
-        if width < length and self.config.padding_matters:
+        if width < length and self.config.padding_matters and text_positions is None:
             # the tower was trained on captions that always fill every slot
             return F.pad(token_ids, (0, length - width), value=self.config.pad_id)
         return token_ids
@@ -94,10 +106,14 @@ class TextTransformer(nn.Module):
             text_lengths = (places * (token_ids != self.config.pad_id)).amax(1)
         return text_lengths.clamp(1, token_ids.shape[1])
 
-    def _embed_packed(self, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Layout]:
+    def _embed_packed(
+        self, token_ids: Tensor, lengths: Tensor, text_positions: Tensor | None
+    ) -> tuple[Tensor, Layout]:
         packed = Packed.of(lengths)
-        ids = token_ids.flatten()[packed.sequence * token_ids.shape[1] + packed.place]  # (total,)
-        tokens = self.token_embedding(ids) + F.embedding(packed.place, self.pos_embed[0])
+        stays = packed.sequence * token_ids.shape[1] + packed.place  # (total,)
+        slots = packed.place if text_positions is None else text_positions.flatten()[stays]
+        ids = token_ids.flatten()[stays]
+        tokens = self.token_embedding(ids) + F.embedding(slots, self.pos_embed[0])
         return tokens, Layout(packed=packed, causal=self.config.causal)
 
     def _picked(self, token_ids: Tensor, lengths: Tensor, layout: Layout) -> Picked | None:

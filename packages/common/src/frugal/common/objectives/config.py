@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from frugal.common.data.colour import NO_CHANGE
 from frugal.common.errors import InputError
 from frugal.common.randomness import stable_key
 from frugal.common.recipe import Recipe
@@ -71,5 +72,9 @@ class Contrastive:
             model.image.compile()
             model.text.compile()
         return ContrastiveObjective(
-            model, self, reduction=recipe.reduction.image, seed=recipe.run.seed
+            model,
+            self,
+            reduction=recipe.reduction.image,
+            seed=recipe.run.seed,
+            colour=getattr(recipe.data, "colour", NO_CHANGE),
         )

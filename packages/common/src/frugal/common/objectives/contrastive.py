@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from frugal.common.contracts import Batch, ImageReduction
+from frugal.common.data.colour import NO_CHANGE, ColourJitter
 from frugal.common.errors import InputError
 from frugal.common.models.cost import dual_encoder_flops
 from frugal.common.models.dual_encoder import DualEncoder
@@ -49,7 +51,13 @@ class ContrastiveObjective(nn.Module):
     """Pairs of a batch to their loss over the batch of all processes."""
 
     def __init__(
-        self, model: DualEncoder, config: Contrastive, *, reduction: ImageReduction, seed: int
+        self,
+        model: DualEncoder,
+        config: Contrastive,
+        *,
+        reduction: ImageReduction,
+        seed: int,
+        colour: ColourJitter = NO_CHANGE,
     ) -> None:
         """Take the model and train it.
 
@@ -58,12 +66,14 @@ class ContrastiveObjective(nn.Module):
             config: which loss.
             reduction: which patches stay; its noise is a function of seed and sample.
             seed: the run's.
+            colour: how the colours of images change; drawn from seed and sample too.
         """
         super().__init__()
         self.model = model
         self._config = config
         self._reduction = reduction
         self._seed = seed
+        self._colour = colour
 
     def forward(
         self, batch: Batch, *, encode_only: bool = False, gradients: Encoded | None = None
@@ -90,6 +100,7 @@ class ContrastiveObjective(nn.Module):
         return self.loss(encoded, batch.valid)
 
     def _encode(self, batch: Batch) -> Encoded:
+        batch = self._coloured(batch)
         if batch.token_ids is None:
             raise InputError(
                 "a contrastive objective needs captions, but the data has none; choose a source "
@@ -100,24 +111,29 @@ class ContrastiveObjective(nn.Module):
         patches = batch.sample_numbers.new_full((len(batch),), self.model.config.image.num_patches)
         return Encoded(
             images=self.model.encode_image(batch.images, kept),
-            texts=self.model.encode_text(batch.token_ids, batch.text_lengths),
+            texts=self.model.encode_text(batch.token_ids, batch.text_lengths, batch.text_positions),
             # copies: under ZeRO-3 and FSDP a parameter may be gone when this call returns
             log_scale=self.model.logit_scale.clone(),
             logit_bias=None if bias is None else bias.clone(),
             patches=patches if kept is None else kept.counts,
-            text_tokens=self._text_tokens(batch.token_ids, batch.text_lengths),
+            text_tokens=self._text_tokens(batch, batch.token_ids),
         )
+
+    def _coloured(self, batch: Batch) -> Batch:
+        noise = SampleNoise(self._seed, batch.sample_numbers)
+        return replace(batch, images=self._colour.apply(batch.images, noise=noise))
 
     def _keep(self, batch: Batch) -> Kept | None:
         view = PatchView(batch.images, self.model.config.image.patch_size)
         return self._reduction.keep(view, noise=SampleNoise(self._seed, batch.sample_numbers))
 
-    def _text_tokens(self, token_ids: Tensor, text_lengths: Tensor | None) -> Tensor:
+    def _text_tokens(self, batch: Batch, token_ids: Tensor) -> Tensor:
         tower = self.model.config.text
-        if tower.packed and text_lengths is not None:
-            return text_lengths.clamp(min=1)
-        slots = tower.length if tower.padding_matters else token_ids.shape[1]
-        return token_ids.new_full((len(token_ids),), slots)
+        if tower.packed and batch.text_lengths is not None:
+            return batch.text_lengths.clamp(min=1)
+        fills_up = tower.padding_matters and batch.text_positions is None
+        slots = tower.length if fills_up else token_ids.shape[1]
+        return token_ids.new_full((len(batch),), slots)
 
     def loss(self, encoded: Encoded, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of encoded pairs, in float32, and what to report beside it.
@@ -176,6 +192,7 @@ class ContrastiveObjective(nn.Module):
     @torch.no_grad()
     def draw(self, batch: Batch) -> np.ndarray:
         """Images above, what the tower sees of them below: (3, 2 H, B W) uint8."""
+        batch = self._coloured(batch)
         images = self._as_bytes(batch.images)  # (B, 3, H, W)
         kept = self._keep(batch)
         seen = images

@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+@dataclass(frozen=True)
+class Placed:
+    """The tokens that stay, and the slots of the text tower in which they stood.
+
+    What a reduction answers if its tokens do not stand in the first slots.
+    """
+
+    ids: list[int]
+    """Tokens of the caption that stay, special tokens included."""
+    positions: list[int]
+    """Slots that stay, ascending and equally many for every caption: those of ``ids`` first, what
+    is left of them holds padding."""
+
+
 class CaptionTokenizer(Protocol):
     """What a text reduction asks of a tokenizer."""
 

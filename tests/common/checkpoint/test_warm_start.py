@@ -1,0 +1,176 @@
+"""A stage that starts from another: which tables are kept, computed, resampled or refused."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from frugal.common.checkpoint.store import CheckpointStore
+from frugal.common.checkpoint.warm_start import warm_start
+from frugal.common.errors import InputError
+from frugal.common.models.positions import (
+    resample_grid,
+    resample_length,
+    resample_table,
+    sincos_table,
+)
+from frugal.common.recipe import Recipe, to_json
+from frugal.common.run import Run
+from frugal.flip.recipes import demo
+
+LOG = logging.getLogger("test")
+TABLE = "model.image.pos_embed"
+
+
+def recipe_of(*, seed: int = 0, length: int = 8, **image) -> Recipe:
+    """FLIP's demo with towers of a few numbers."""
+    recipe = demo()
+    small = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 16}
+    model = recipe.model
+    return replace(
+        recipe,
+        model=replace(
+            model,
+            image=replace(model.image, **small, **image),
+            text=replace(model.text, **small, vocabulary=30, length=length),
+            embed_dim=8,
+        ),
+        run=replace(recipe.run, seed=seed),
+    )
+
+
+def saved(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Write a run of freshly drawn weights; what it holds."""
+    weights = recipe.objective.build(recipe).state_dict()
+    store = CheckpointStore(Run(folder, 0, 1, 0, torch.device("cpu"), LOG), keep=1)
+    tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
+    store.save(tensors, {"step": 3}, gather=lambda value: [value])
+    (folder / "recipe.json").write_text(json.dumps(to_json(recipe)))
+    return weights
+
+
+def started(source: Path, recipe: Recipe, *, interpolate: bool = True) -> torch.nn.Module:
+    objective = recipe.objective.build(recipe)
+    resample = resample_table if interpolate else None
+    warm_start(objective, source, resample=resample, log=LOG)
+    return objective
+
+
+def assert_others_kept(objective: torch.nn.Module, weights: dict, *changed: str) -> None:
+    state = objective.state_dict()
+    others = state.keys() - set(changed)
+    assert len(others) >= len(state) - len(changed)
+    for name in others:
+        assert torch.equal(state[name], weights[name]), name
+
+
+def test_the_same_architecture_takes_every_weight(tmp_path):
+    weights = saved(tmp_path, recipe_of())
+    assert_others_kept(started(tmp_path, recipe_of(seed=1), interpolate=False), weights)
+
+
+def test_learned_tables_are_resampled_between_grids_that_are_not_square(tmp_path):
+    weights = saved(tmp_path, recipe_of(image_size=(16, 40)))
+    objective = started(tmp_path, recipe_of(seed=1, image_size=(32, 24), length=12))
+    state = objective.state_dict()
+    expected = resample_grid(weights[TABLE], old_grid=(2, 5), new_grid=(4, 3))
+    torch.testing.assert_close(state[TABLE], expected, rtol=0, atol=1e-6)
+    expected = resample_length(weights["model.text.pos_embed"], 12)
+    torch.testing.assert_close(state["model.text.pos_embed"], expected, rtol=0, atol=1e-6)
+    assert_others_kept(objective, weights, TABLE, "model.text.pos_embed")
+
+
+def test_a_grid_of_as_many_patches_in_another_shape_is_resampled_too(tmp_path):
+    weights = saved(tmp_path, recipe_of(image_size=(16, 64)))
+    other = recipe_of(seed=1, image_size=32)
+    state = started(tmp_path, other).state_dict()
+    expected = resample_grid(weights[TABLE], old_grid=(2, 8), new_grid=(4, 4))
+    torch.testing.assert_close(state[TABLE], expected, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match=r"2x8 patches, here 4x4 patches.*--run\.interpolate"):
+        started(tmp_path, other, interpolate=False)
+
+
+@pytest.mark.parametrize("flavour", ["sincos", "sincos_bigvision"])
+def test_a_fixed_table_becomes_learned_as_the_table_of_the_new_grid(tmp_path, flavour):
+    weights = saved(tmp_path, recipe_of(positions=flavour, image_size=(16, 32)))
+    assert TABLE not in weights
+    objective = started(tmp_path, recipe_of(seed=1, image_size=(48, 24)))
+    expected = sincos_table((6, 3), 16, flavour, class_row=True)[None]
+    torch.testing.assert_close(objective.state_dict()[TABLE], expected, rtol=0, atol=1e-6)
+    assert objective.get_parameter(TABLE).requires_grad
+    assert_others_kept(objective, weights, TABLE)
+
+
+def test_a_fixed_table_becomes_learned_on_its_own_grid_without_permission(tmp_path):
+    saved(tmp_path, recipe_of(positions="sincos", image_size=32))
+    objective = started(tmp_path, recipe_of(seed=1, image_size=32), interpolate=False)
+    expected = sincos_table((4, 4), 16, "sincos", class_row=True)[None]
+    torch.testing.assert_close(objective.state_dict()[TABLE], expected, rtol=0, atol=1e-6)
+
+
+def test_a_fixed_table_that_stays_fixed_is_that_of_the_new_grid(tmp_path):
+    saved(tmp_path, recipe_of(positions="sincos", image_size=(16, 32)))
+    objective = started(tmp_path, recipe_of(seed=1, positions="sincos", image_size=(48, 24)))
+    expected = sincos_table((6, 3), 16, "sincos", class_row=True)[None]
+    torch.testing.assert_close(objective.get_buffer(TABLE), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+def test_weights_of_another_grid_are_refused_without_permission(tmp_path, positions):
+    saved(tmp_path, recipe_of(positions=positions, image_size=32))
+    other = recipe_of(positions=positions, image_size=48)
+    with pytest.raises(
+        InputError,
+        match=r"image\.pos_embed of .* another grid .*4x4 patches, here 6x6 patches.*interpolate",
+    ):
+        started(tmp_path, other, interpolate=False)
+
+
+def test_weights_of_another_text_length_are_refused_without_permission(tmp_path):
+    saved(tmp_path, recipe_of())
+    with pytest.raises(InputError, match=r"text\.pos_embed .* \(8 tokens, here 9 tokens\)"):
+        started(tmp_path, recipe_of(length=9), interpolate=False)
+
+
+def test_without_a_recipe_beside_them_tables_count_as_square(tmp_path):
+    weights = saved(tmp_path / "run", recipe_of(image_size=16))
+    step = next((tmp_path / "run" / "checkpoints").glob("step_*"))
+    shutil.copytree(step, tmp_path / "copy" / step.name)
+    state = started(tmp_path / "copy" / step.name, recipe_of(seed=1, image_size=(24, 40)))
+    expected = resample_grid(weights[TABLE], old_grid=(2, 2), new_grid=(3, 5))
+    torch.testing.assert_close(state.state_dict()[TABLE], expected, rtol=0, atol=1e-6)
+
+
+def test_a_refused_start_leaves_the_model_as_it_was(tmp_path):
+    saved(tmp_path, recipe_of(image_size=16))
+    recipe = recipe_of(seed=1, image_size=32)
+    recipe = replace(recipe, model=replace(recipe.model, embed_dim=12))
+    objective = recipe.objective.build(recipe)
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    with pytest.raises(InputError, match=r"image\.projection\.weight has the shape \(8, 16\)"):
+        warm_start(objective, tmp_path, resample=resample_table, log=LOG)
+    assert all(torch.equal(objective.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"depth": 2}, "it lacks model.image.blocks.1"), ({"width": 32}, "has the shape")],
+)
+def test_another_architecture_is_refused(tmp_path, changes, message):
+    saved(tmp_path, recipe_of())
+    recipe = recipe_of()
+    recipe = replace(
+        recipe, model=replace(recipe.model, image=replace(recipe.model.image, **changes))
+    )
+    with pytest.raises(InputError, match=message):
+        started(tmp_path, recipe)
+
+
+def test_a_class_token_that_gains_a_position_is_refused(tmp_path):
+    saved(tmp_path, recipe_of(class_token="without_position", image_size=16))
+    with pytest.raises(InputError, match=r"4 rows there, .* 2x2 patches with a position for the"):
+        started(tmp_path, recipe_of(image_size=32))
