@@ -105,7 +105,7 @@ def test_tensorboard_and_the_file_hold_the_same_scalars(two_stages: Path) -> Non
     for name in ("loss", "learning_rate", "gradient_norm", "logit_scale", "samples_per_second"):
         drawn = {event.step: event.value for event in board.Scalars(name)}
         assert drawn == {line["step"]: pytest.approx(line[name]) for line in metrics(run)}
-    assert "batch" in board.Tags()["images"]
+    assert set(board.Tags()["images"]) == {"batch", "evaluation/zero_shot", "evaluation/retrieval"}
     assert any(name.startswith("recipe") for name in board.Tags()["tensors"])
 
 

@@ -49,6 +49,14 @@ def test_training_windows_are_those_of_the_reference(case):
     assert (window is not None) == case["accepted"]
     if window is not None:
         assert [window.height, window.width] == case["window_top_left_h_w"][2:]
+        draws = list(zip(case["area_fraction"], case["log_ratio"], strict=True))
+        tried = [
+            random_window(
+                case["height"], case["width"], fractions=[area], log_ratios=[ratio], place=(0, 0)
+            )
+            for area, ratio in draws[: case["chosen"] + 1]
+        ]
+        assert tried == [None] * case["chosen"] + [window]
     else:
         size = (case["out"], case["out"])
         fallback = centre_window(case["height"], case["width"], size=size, margin=32)
@@ -138,6 +146,117 @@ def test_a_window_is_resized_as_torchvision_does(make_picture, encode, interpola
     window = Window(11, 23, 64, 83)
     ours = resize_window(open_image(content), window, (20, 36), interpolation=interpolation)
     assert np.array_equal(ours.transpose(1, 2, 0), np.asarray(expected))
+
+
+# TensorFlow's kernels, slowly, on images and sizes of any shape.
+
+
+def slow_weight(distance, a):
+    """Keys' cubic convolution (IEEE Transactions on ASSP 29, 1981) with its free parameter."""
+    x = abs(distance)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+
+def slow_line(line, count, kernel):
+    """One row or column of grey levels, resized in float64."""
+    result = []
+    for place in range(count):
+        if kernel == "tf2_bicubic":
+            source, a = (place + 0.5) * len(line) / count - 0.5, -0.5
+        else:
+            source, a = place * len(line) / count, -0.75
+        taps = [math.floor(source) + offset for offset in (-1, 0, 1, 2)]
+        weights = [slow_weight(source - tap, a) for tap in taps]
+        if kernel == "tf2_bicubic":
+            weights = [w * (0 <= tap < len(line)) for w, tap in zip(weights, taps, strict=True)]
+            weights = [w / sum(weights) for w in weights]
+        levels = [float(line[min(max(tap, 0), len(line) - 1)]) for tap in taps]
+        result.append(sum(w * level for w, level in zip(weights, levels, strict=True)))
+    return result
+
+
+def slow_resize(pixels, size, kernel):
+    rows = np.array([slow_line(row, size[1], kernel) for row in pixels])
+    return np.array([slow_line(column, size[0], kernel) for column in rows.T]).T
+
+
+TENSORFLOW = pytest.mark.parametrize("kernel", ["tf1_bicubic", "tf2_bicubic"])
+
+
+@TENSORFLOW
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((37, 81), (16, 24)), ((90, 33), (8, 40)), ((5, 9), (20, 12)), ((1, 1), (4, 6)),
+     ((2, 3), (2, 3))],
+)  # fmt: skip
+def test_tensorflows_kernels_follow_their_definition(encode, kernel, mode, shape, size):
+    drawn = np.random.default_rng(3).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(drawn).convert(mode)
+    levels = resize_window(
+        open_image(encode(image, "PNG")), Window(0, 0, *shape), size, interpolation=kernel
+    )
+    assert levels.shape == (3, *size) and levels.dtype == np.float32
+    pixels = np.asarray(image.convert("RGB"))
+    for channel in range(3):
+        # TensorFlow rounds every place to 1/1024 of a pixel; noise of 255 grey levels shows it
+        expected = slow_resize(pixels[:, :, channel], size, kernel)
+        assert np.abs(levels[channel] - expected).max() < 0.5
+        assert np.abs(levels[channel] - expected).mean() < 0.1
+
+
+@TENSORFLOW
+def test_what_lies_outside_of_a_crop_does_not_reach_tensorflows_kernels(encode, kernel):
+    pixels = np.random.default_rng(4).integers(0, 256, (50, 30, 3), dtype=np.uint8)
+    crop = CenterCrop(order="crop_first", interpolation=kernel)
+    ours = crop.grey_levels(encode(Image.fromarray(pixels), "PNG"), size=(12, 16))
+    top, left, height, width = centre_window(50, 30, size=(12, 16))
+    cut = Image.fromarray(pixels[int(top) : int(top + height), int(left) : int(left + width)])
+    alone = resize_window(
+        open_image(encode(cut, "PNG")), Window(0, 0, height, width), (12, 16), interpolation=kernel
+    )
+    assert np.array_equal(ours, alone)
+
+
+@TENSORFLOW
+def test_tensorflows_kernels_are_not_taken_to_a_reduced_image(make_picture, encode, kernel):
+    content = encode(make_picture(3, 240, 320), quality=80)
+    reduced, full = (
+        RandomResizedCrop(interpolation=kernel, reduced_decoding=r).decode(
+            content, size=(24, 24), generator=generator()
+        )
+        for r in (True, False)
+    )
+    assert np.array_equal(reduced, full)
+
+
+@TENSORFLOW
+def test_resizing_first_gives_the_middle_of_the_whole_image_resized(encode, kernel):
+    pixels = np.random.default_rng(5).integers(0, 256, (48, 120, 3), dtype=np.uint8)
+    content = encode(Image.fromarray(pixels), "PNG")
+    middle = CenterCrop(interpolation=kernel).grey_levels(content, size=(16, 16))
+    whole = resize_window(
+        open_image(content), Window(0, 0, 48, 120), (16, 40), interpolation=kernel
+    )
+    assert np.abs(middle - whole[:, :, 12:28]).max() < 1e-3
+
+
+@TENSORFLOW
+def test_an_augmentation_hands_out_bytes_whatever_the_kernel(encode, kernel):
+    # black and white stripes: the kernels overshoot both
+    stripes = np.zeros((60, 60, 3), np.uint8)
+    stripes[:, np.arange(60) % 10 < 5] = 255
+    content = encode(Image.fromarray(stripes), "PNG")
+    centre = CenterCrop(order="crop_first", interpolation=kernel)
+    levels = centre.grey_levels(content, size=(37, 37))
+    assert levels.min() < -1 and levels.max() > 256
+    assert np.array_equal(
+        centre.decode(content, size=(37, 37)), np.rint(levels).clip(0, 255).astype(np.uint8)
+    )
+    crop = RandomResizedCrop(interpolation=kernel)
+    assert crop.decode(content, size=(37, 37), generator=generator()).dtype == np.uint8
 
 
 @pytest.mark.parametrize("size", [(24, 24), (40, 56), (112, 64)])

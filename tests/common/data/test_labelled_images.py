@@ -162,3 +162,38 @@ def test_images_are_uint8_of_the_wanted_shape(benchmark):
     assert images.shape == (5, 3, 12, 20) and images.dtype == torch.uint8
     assert labels.dtype == places.dtype == torch.int64
     assert np.ptp(images.numpy()) > 50
+
+
+def test_tensorflows_kernels_hand_out_grey_levels(benchmark):
+    crop = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
+    data = LabelledImages(benchmark, size=(12, 20), crop=crop)
+    images, _, _ = collect(data, 3, 5)
+    assert images.shape == (18, 3, 12, 20) and images.dtype == torch.float32
+    samples = webdataset.WebDataset(
+        f"{benchmark}/test/{{0..11}}.tar", shardshuffle=False, empty_check=False
+    )
+    for ours, sample in zip(images, samples, strict=True):
+        assert np.array_equal(ours, crop.grey_levels(sample["webp"], size=(12, 20)))
+
+
+def test_folders_that_are_numbers_are_counted_as_numbers(tmp_path, make_picture):
+    for name in ("10", "9", "100", "0"):
+        (tmp_path / "v2" / name).mkdir(parents=True)
+        make_picture(int(name), 20, 20).save(tmp_path / "v2" / name / "a.jpeg")
+    data = LabelledImages(tmp_path / "v2", size=SIZE)
+    assert data.class_folders == data.class_names == ["0", "9", "10", "100"]
+    images, labels, _ = collect(data, 1, 4)
+    assert labels.tolist() == [0, 1, 2, 3]
+    ten = CenterCrop().decode((tmp_path / "v2" / "10" / "a.jpeg").read_bytes(), size=SIZE)
+    assert np.array_equal(images[2], ten)
+
+
+def test_folders_left_out_of_the_names_are_not_read(tmp_path, make_picture):
+    for name in ("a", "b", "c"):
+        (tmp_path / "f" / name).mkdir(parents=True)
+        make_picture(1, 20, 20).save(tmp_path / "f" / name / "1.png")
+    (tmp_path / "f" / "b" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "f" / "classnames.json").write_text('{"c": "kite", "a": "tall ship"}')
+    data = LabelledImages(tmp_path / "f", size=SIZE)
+    assert (data.class_folders, data.class_names) == (["a", "c"], ["tall ship", "kite"])
+    assert collect(data, 1, 4)[1].tolist() == [0, 1]

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -13,6 +14,7 @@ from frugal.common.data import vocabularies
 from frugal.common.data.tokenizers import (
     ClipBpe,
     HuggingFace,
+    SavedTokenizer,
     Tokenizer,
     WordPiece,
     load_tokenizer,
@@ -36,6 +38,7 @@ ODD_TEXTS = [
     "\uff26\uff35\uff2c\uff2c \ufb01ne e\u0301 \u0130stanbul STRASSE Stra\u00dfe",
     "lone \ud800 surrogate",
     "word" * 60,
+    "[MASK] a [CLS] token [SEP] in text",
 ]
 
 
@@ -123,6 +126,25 @@ def test_word_pieces_equal_tensorflow_text(case: dict, word_piece: Tokenizer) ->
     assert ids == case["ids"]
 
 
+def test_the_recorded_captions_are_of_every_kind() -> None:
+    captions = [case["caption"] for case in CAPTIONS]
+    assert "" in captions
+    assert any("[CLS]" in caption for caption in captions)
+    assert any("[MASK]" in caption for caption in captions)
+    assert any(100 in case["ids"] for case in CAPTIONS)
+    assert any(len(case["ids"]) == case["max_len"] for case in CAPTIONS)  # cut
+    assert any(not case["plain_hf_agrees"] for case in CAPTIONS)
+
+
+def test_a_vocabulary_file_may_come_from_another_system(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(BERT.read_bytes().rstrip(b"\n").replace(b"\n", b"\r\n"))
+    tokenizer = WordPiece(vocab=path, entries=30522).load()
+    for case in CAPTIONS:
+        ids = tokenizer.assemble(tokenizer.encode(case["caption"]), case["max_len"])
+        assert ids == case["ids"]
+
+
 def test_word_pieces_equal_transformers_on_folded_text(word_piece: Tokenizer) -> None:
     from transformers import BertTokenizer
 
@@ -185,11 +207,14 @@ def test_word_piece_decodes_to_words(word_piece: Tokenizer) -> None:
     assert word_piece.decode([*word_piece.encode("itap of a tench"), 0, 0]) == "itap of a tench"
 
 
-def test_a_vocabulary_of_another_length_is_refused(tmp_path: Path) -> None:
-    cut = tmp_path / "vocab.txt"
-    cut.write_text("\n".join(BERT.read_text(encoding="utf-8").split("\n")[:20_000]) + "\n")
-    with pytest.raises(InputError, match="has 20000 lines instead of 30522"):
-        WordPiece(vocab=cut, entries=30522).load()
+@pytest.mark.parametrize("lines", [20_000, 30_521, 30_523])
+def test_a_vocabulary_of_another_length_is_refused(lines: int, tmp_path: Path) -> None:
+    entries = [*BERT.read_text(encoding="utf-8").removesuffix("\n").split("\n"), "one too many"]
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(entries[:lines]) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=f"has {lines} lines instead of 30522") as caught:
+        WordPiece(vocab=path, entries=30522).load()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +279,8 @@ def test_hugging_face_ids_equal_transformers(
 ) -> None:
     from transformers import AutoTokenizer
 
-    reference = AutoTokenizer.from_pretrained(bert_folder)
+    # what is written in a caption is never a special token
+    reference = AutoTokenizer.from_pretrained(bert_folder, split_special_tokens=True)
     config = HuggingFace(name=str(bert_folder), class_token=class_token, separator=separator)
     tokenizer = config.load()
     for text in [case["caption"] for case in CAPTIONS] + ["a dog " * 30]:
@@ -265,6 +291,71 @@ def test_hugging_face_ids_equal_transformers(
         assert tokenizer.assemble(tokenizer.encode(text), length) == expected
     assert (tokenizer.vocab_size, tokenizer.pad_id) == (30522, 0)
     assert tokenizer.end_id == (102 if separator else None)
+
+
+def old_folder(folder: Path, **files: dict) -> Path:
+    """A folder as older versions of transformers wrote it, its vocabulary in ``vocab.txt``."""
+    folder.mkdir()
+    shutil.copy(BERT, folder / "vocab.txt")
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["saved now", "tokenizer_config", "config"])
+def test_hugging_face_equals_tensorflow_text_where_plain_bert_does(
+    kind: str, bert_folder: Path, tmp_path: Path
+) -> None:
+    described = {
+        "tokenizer_config": {"tokenizer_class": "BertTokenizer", "do_lower_case": True},
+        "config": {"model_type": "bert"},
+    }
+    folder = bert_folder
+    if kind in described:
+        folder = old_folder(tmp_path / "bert", **{kind: described[kind]})
+    tokenizer = HuggingFace(name=str(folder), class_token=False, separator=False).load()
+    for case in CAPTIONS:
+        ids = tokenizer.assemble(tokenizer.encode(case["caption"]), case["max_len"])
+        assert (ids == case["ids"]) == case["plain_hf_agrees"], case["caption"]
+
+
+@pytest.mark.parametrize("kind", ["saved now", "old"])
+def test_word_pieces_take_their_vocabulary_from_a_hugging_face_folder(
+    kind: str, bert_folder: Path, tmp_path: Path
+) -> None:
+    folder = old_folder(tmp_path / "bert") if kind == "old" else bert_folder
+    tokenizer = WordPiece(vocab=folder, entries=30522).load()
+    for case in CAPTIONS:
+        ids = tokenizer.assemble(tokenizer.encode(case["caption"]), case["max_len"])
+        assert ids == case["ids"]
+
+
+def test_a_folder_without_word_pieces_is_refused(byte_level_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"tokenizer\.json does not hold a WordPiece vocabulary"):
+        WordPiece(vocab=byte_level_folder).load()
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot be read \(No such file"):
+        WordPiece(vocab=tmp_path).load()
+    for content in ("{", "[]", '{"model": {"type": "WordPiece", "vocab": {"[PAD]": 0, "a": 2}}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match="does not hold a WordPiece vocabulary"):
+            WordPiece(vocab=tmp_path).load()
+
+
+def test_a_tokenizer_whose_vocabulary_was_ignored_is_refused(tmp_path: Path) -> None:
+    from transformers import BertTokenizer
+
+    # transformers 5 swallows the old name of the argument: every word becomes [UNK]
+    trapped = BertTokenizer(vocab_file=str(BERT))
+    assert set(trapped("a photo of a dog", add_special_tokens=False)["input_ids"]) == {
+        trapped.unk_token_id
+    }
+    trapped.save_pretrained(tmp_path / "trapped")
+    lost = old_folder(tmp_path / "lost", tokenizer_config={"tokenizer_class": "BertTokenizer"})
+    (lost / "vocab.txt").unlink()
+    for folder in (tmp_path / "trapped", lost):
+        with pytest.raises(InputError, match=f"{folder} knows no words") as caught:
+            HuggingFace(name=str(folder)).load()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_without_special_tokens_has_none(byte_level_folder: Path) -> None:
@@ -321,7 +412,11 @@ def test_a_saved_or_pickled_tokenizer_behaves_the_same(
 ) -> None:
     tokenizer = every_tokenizer(bert_folder, byte_level_folder)[name]
     tokenizer.save(tmp_path / "saved" / "here")
-    restored = [load_tokenizer(tmp_path / "saved" / "here"), pickle.loads(pickle.dumps(tokenizer))]
+    restored = [
+        load_tokenizer(tmp_path / "saved" / "here"),
+        SavedTokenizer(folder=tmp_path / "saved" / "here").load(),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ]
     for other in restored:
         for text in ODD_TEXTS + random_texts(3, 200):
             ids = tokenizer.encode(text)

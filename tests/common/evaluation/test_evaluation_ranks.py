@@ -18,6 +18,7 @@ from PIL import Image
 
 from frugal.common.data.labelled import LabelledImages
 from frugal.common.data.tokenizers import ClipBpe
+from frugal.common.data.transforms import CenterCrop
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating, similarity
 from frugal.common.evaluation.metrics import recall_at
@@ -60,7 +61,16 @@ def recipe() -> SimpleNamespace:
     )
     tokenizer = ClipBpe().load()
     data = SimpleNamespace(tokenizer=SimpleNamespace(load=lambda: tokenizer))
-    return SimpleNamespace(model=model, data=data, engine=EngineOptions(precision="bfloat16"))
+    return SimpleNamespace(
+        model=model,
+        data=data,
+        engine=EngineOptions(precision="bfloat16"),
+        run=SimpleNamespace(seed=3),
+    )
+
+
+VIEWS = Retrieval(mask_ratio=0.5, views=3)
+PUBLISHED = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
 
 
 class Captioned:
@@ -82,14 +92,19 @@ def bits(folder: Path, model, plan, run: Run) -> dict[str, list]:
     """Embeddings that have to agree to the last bit."""
     ranks, results = Ranks.current(), {}
     source = Embedder.of(model, plan, run)
-    data = Captioned(LabelledImages(folder / "134", size=plan.model.image.height_width))
+    views = Embedder.of(model, plan, run, VIEWS)
+    pixels = LabelledImages(folder / "134", size=plan.model.image.height_width)
+    floats = LabelledImages(folder / "134", size=plan.model.image.height_width, crop=PUBLISHED)
     with evaluating(model):
         for size in BATCH_SIZES:
-            embedded = embed(source, data, batch_size=size, ranks=ranks)
-            results[f"embedded by {size}"] = [
-                embedded.images.double().sum(1).tolist(),
-                embedded.texts.double().sum(1).tolist(),
-            ]
+            for kind, embedder, images in (
+                ("whole", source, pixels), ("masked", views, pixels), ("published", source, floats)
+            ):  # fmt: skip
+                embedded = embed(embedder, Captioned(images), batch_size=size, ranks=ranks)
+                results[f"{kind} embedded by {size}"] = [
+                    embedded.images.double().sum(1).tolist(),
+                    embedded.texts.double().sum(1).tolist(),
+                ]
         names = [f"thing {number}" for number in range(300)]
         classes = class_embeddings(source, names, ["{c}", "a {c}"], ranks=ranks)
     return results | {"classes": classes.double().sum(1).tolist()}
@@ -132,6 +147,7 @@ def numbers(folder: Path, scenes: Path, rank: int, world_size: int) -> dict[str,
         for scene_task in (
             Retrieval(data=scenes, batch_size=size),
             ZeroShot(data=scenes, templates="name", batch_size=size),
+            ZeroShot(data=scenes, templates="name", name="masked", mask_ratio=0.5, batch_size=size),
         ):
             results[f"{scene_task.name} by {size}"] = scene_task.evaluate(model, plan, run)
     results |= answers(scenes, model, plan, run) | bits(folder, model, plan, run)
@@ -175,6 +191,14 @@ def test_the_model_under_test_tells_images_apart(alone: dict[str, dict]) -> None
     assert len({row[0] for row in found["said"]}) > 5
     assert len({row[0] for row in found["nearest"]}) > 3
     assert len(set(found["labels"])) == 64
+
+
+def test_masked_and_published_images_are_other_images(alone: dict[str, dict]) -> None:
+    found = [alone[f"{kind} embedded by 64"][0] for kind in ("whole", "masked", "published")]
+    assert all(len(embeddings) == 134 for embeddings in found)
+    for other in found[1:]:
+        # the class token of some images attends to itself alone
+        assert sum(one != two for one, two in zip(found[0], other, strict=True)) > 60
 
 
 def test_every_image_is_counted_once(alone: dict[str, dict]) -> None:

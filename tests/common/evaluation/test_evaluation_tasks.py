@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from clip_benchmark.datasets.builder import all_imagenet_wordnet_ids
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from open_clip import zero_shot_metadata
 from PIL import Image
 from torch import nn
 
@@ -25,7 +27,8 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.examples import confusions, gather, recall_by_class
-from frugal.common.evaluation.zero_shot import Answers
+from frugal.common.evaluation.prompts import named_templates
+from frugal.common.evaluation.zero_shot import Answers, open_question
 from frugal.common.models.config import clip_encoder
 from frugal.common.recipe import EngineOptions, from_json, to_json
 from frugal.common.reduction.image import KeepAll
@@ -176,21 +179,95 @@ def test_class_folders_are_read_in_sorted_order_with_their_names(tmp_path: Path,
     assert numbers["mine_top1"] == float((scores.argmax(1) == labels).double().mean())
 
 
+def one_picture(folder: Path, number: int) -> None:
+    folder.mkdir(parents=True)
+    Image.new("RGB", (30, 20), (number % 256, 0, 0)).save(folder / "a.png")
+
+
 def test_imagenet_folders_are_asked_by_imagenets_names(tmp_path: Path, run: Run) -> None:
-    ids = [f"n{number:08d}" for number in range(1000)]
-    folder = class_folders(tmp_path / "val", ids, images=0)
-    for place in (3, 650, 999):
-        Image.new("RGB", (30, 20), (place % 256, 0, 0)).save(folder / ids[place] / "a.png")
+    for number, name in enumerate(all_imagenet_wordnet_ids):
+        if number in (3, 650, 999):
+            one_picture(tmp_path / "val" / name, number)
+        else:
+            (tmp_path / "val" / name).mkdir(parents=True)
     plan = recipe()
-    numbers = ZeroShot(data=folder).evaluate(plan.model.build(), plan, run)
+    numbers = ZeroShot(data=tmp_path / "val").evaluate(plan.model.build(), plan, run)
     assert (numbers["zero_shot_images"], numbers["zero_shot_classes"]) == (3, 1000)
 
 
-def test_other_than_a_thousand_imagenet_folders_are_refused(tmp_path: Path, run: Run) -> None:
-    folder = class_folders(tmp_path / "val", [f"n{number:08d}" for number in range(7)], images=1)
+def labels_and_names(folder: Path, **options) -> list[tuple[int, str]]:
+    """The number of the class and the name that each picture is asked about, by its colour."""
     plan = recipe()
-    with pytest.raises(InputError, match=r"val holds 7 classes, but ImageNet-1k has 1000 names"):
-        ZeroShot(data=folder).evaluate(plan.model.build(), plan, run)
+    question = open_question(ZeroShot(data=folder, **options), folder, plan)
+    found = {}
+    for images, labels, _ in question.images.batches(0, 1, 50):
+        for image, label in zip(images, labels.tolist(), strict=True):
+            found[int(image[0, 0, 0])] = (label, question.labels[label])
+    return [found[colour] for colour in sorted(found)]
+
+
+def test_imagenet_v2_is_labelled_by_the_numbers_of_its_folders(tmp_path: Path) -> None:
+    names = zero_shot_metadata.IMAGENET_CLASSNAMES
+    for number in range(1000):
+        (tmp_path / "v2" / str(number)).mkdir(parents=True)
+    for number in (2, 10, 100, 199):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / "v2" / str(number) / "a.jpeg")
+    assert labels_and_names(tmp_path / "v2") == [(n, names[n]) for n in (2, 10, 100, 199)]
+
+
+def test_imagenet_a_and_r_are_classified_among_their_own_classes(tmp_path: Path) -> None:
+    places = [9, 17, 103, 111]
+    for number, place in enumerate(places):
+        one_picture(tmp_path / "a" / all_imagenet_wordnet_ids[place], number)
+    (tmp_path / "a" / "README.txt").write_text("not a class")
+    expected = [
+        (number, zero_shot_metadata.IMAGENET_CLASSNAMES[place])
+        for number, place in enumerate(places)
+    ]
+    assert labels_and_names(tmp_path / "a") == expected
+    question = open_question(ZeroShot(templates="imagenet_80"), tmp_path / "a", recipe())
+    assert (len(question.names), len(question.templates)) == (4, 80)
+
+
+@pytest.fixture
+def objectnet(tmp_path: Path) -> Path:
+    """ObjectNet's layout: folders named its own way, two of them of classes of ImageNet."""
+    root = tmp_path / "objectnet-1.0"
+    labels = {"air_freshener": "Air freshener", "banana": "Banana", "t_shirt": "T-shirt"}
+    for number, name in enumerate(labels):
+        one_picture(root / "images" / name, 10 * number)
+    shared = {"Banana": "banana", "T-shirt": "jersey, T-shirt, tee shirt; sweatshirt"}
+    (root / "mappings").mkdir()
+    for name, content in (
+        ("folder_to_objectnet_label", labels), ("objectnet_to_imagenet_1k", shared)
+    ):  # fmt: skip
+        (root / "mappings" / f"{name}.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize("part", ["", "images"])
+def test_objectnet_is_asked_by_bare_names_about_the_classes_it_shares(
+    part: str, objectnet: Path
+) -> None:
+    assert labels_and_names(objectnet / part) == [(0, "Banana"), (1, "T-shirt")]
+    assert open_question(ZeroShot(), objectnet / part, recipe()).templates == ["{c}"]
+
+
+def test_a_file_of_names_chooses_class_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    for number, name in enumerate(("x1", "x2", "x3")):
+        one_picture(folder / name, number)
+    names = folder / "classnames.json"
+    names.write_text(json.dumps({"x3": "kite", "x1": "boat"}))
+    assert labels_and_names(folder) == [(0, "boat"), (1, "kite")]
+    assert open_question(ZeroShot(), folder, recipe()).templates == named_templates("imagenet_7")
+    names.write_text(json.dumps({"x4": "kite"}))
+    with pytest.raises(InputError, match=r"classnames\.json names the class folder 'x4', which"):
+        open_question(ZeroShot(), folder, recipe())
+    for content in ("{", "[]", "{}", '{"x1": 3}'):
+        names.write_text(content)
+        with pytest.raises(InputError, match=r"classnames\.json (does not map|cannot be read)"):
+            open_question(ZeroShot(), folder, recipe())
 
 
 @pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
@@ -217,6 +294,11 @@ def test_an_evaluation_without_data_is_skipped(kind, run: Run, caplog) -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"name": "a/b"}, "the name of an evaluation is 'a/b'"),
+        ({"mask_ratio": 1.0}, "mask_ratio is 1.0, must be at least 0 and less than 1"),
+        ({"mask_ratio": -0.1}, "mask_ratio is -0.1"),
+        ({"mask_ratio": float("nan")}, "mask_ratio is nan"),
+        ({"mask_ratio": 0.5, "views": 0}, "views is 0"),
+        ({"views": 2}, "views is 2, but without a mask_ratio all views are the same"),
     ],
 )
 @pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
@@ -229,6 +311,11 @@ def test_tasks_survive_json() -> None:
     tasks = (
         ZeroShot(data=Path("a/b"), crop=CenterCrop(order="crop_first"), templates="imagenet_80"),
         Retrieval(name="coco", workers=3),
+        Retrieval(
+            mask_ratio=0.75,
+            views=4,
+            published_crop=CenterCrop(order="crop_first", interpolation="tf1_bicubic"),
+        ),
     )
     for task in tasks:
         assert from_json(json.loads(json.dumps(to_json(task)))) == task

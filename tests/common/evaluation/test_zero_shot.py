@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from clip_benchmark.datasets.builder import all_imagenet_wordnet_ids
 from clip_benchmark.metrics import zeroshot_classification as reference
 from open_clip import zero_shot_metadata
 from sklearn.metrics import balanced_accuracy_score
@@ -361,8 +362,13 @@ def test_the_mode_of_every_module_comes_back() -> None:
 # Names and templates of a data set.
 
 
-def described(names, templates=None) -> SimpleNamespace:
-    return SimpleNamespace(class_names=names, templates=templates)
+def described(names, templates=None, folders=None) -> SimpleNamespace:
+    return SimpleNamespace(class_names=names, templates=templates, class_folders=folders)
+
+
+def class_folders(names, classnames=None) -> SimpleNamespace:
+    """Data whose labels count class folders, which may have been given names of their own."""
+    return described(list(classnames or names), folders=list(names))
 
 
 def test_own_names_and_templates_come_first(tmp_path) -> None:
@@ -374,18 +380,71 @@ def test_own_names_and_templates_come_first(tmp_path) -> None:
     assert names_and_templates(ZeroShot(), described(["cat"]), tmp_path) == (["cat"], seven)
 
 
+IMAGENET = list(zero_shot_metadata.IMAGENET_CLASSNAMES)
+NAME_OF = dict(zip(all_imagenet_wordnet_ids, IMAGENET, strict=True))
+
+
+def names_of(data, tmp_path, **options) -> list:
+    return names_and_templates(ZeroShot(**options), data, tmp_path)[0]
+
+
 def test_folders_that_are_wordnet_ids_get_imagenets_names(tmp_path) -> None:
-    folders = [f"n{number:08d}" for number in range(1000)]
-    names, templates = names_and_templates(ZeroShot(), described(folders), tmp_path)
-    assert names == list(zero_shot_metadata.IMAGENET_CLASSNAMES)
+    data = class_folders(all_imagenet_wordnet_ids)
+    names, templates = names_and_templates(ZeroShot(), data, tmp_path)
+    assert names == IMAGENET
     assert templates == named_templates("imagenet_7")
+    assert names_of(data, tmp_path, class_names="imagenet") == IMAGENET
 
 
-@pytest.mark.parametrize("task", [ZeroShot(), ZeroShot(class_names="imagenet")])
-def test_another_number_of_classes_than_imagenets_is_refused(task: ZeroShot, tmp_path) -> None:
-    folders = [f"n{number:08d}" for number in range(998)]
-    with pytest.raises(InputError, match="holds 998 classes, but ImageNet-1k has 1000 names"):
-        names_and_templates(task, described(folders), tmp_path)
+@pytest.mark.parametrize("options", [{}, {"class_names": "imagenet"}])
+def test_some_of_imagenets_classes_are_asked_about_alone(tmp_path, options) -> None:
+    # as ImageNet-A and ImageNet-R are: 200 of the 1,000
+    some = sorted(all_imagenet_wordnet_ids[n] for n in range(3, 1000, 5))
+    assert len(some) == 200
+    assert names_of(class_folders(some), tmp_path, **options) == [NAME_OF[n] for n in some]
+    in_tars = described(some)
+    if not options:
+        assert names_of(in_tars, tmp_path) == [NAME_OF[n] for n in some]
+
+
+@pytest.mark.parametrize("options", [{}, {"class_names": "imagenet"}])
+def test_folders_numbered_as_imagenets_classes_get_its_names(tmp_path, options) -> None:
+    numbers = class_folders([str(number) for number in range(1000)])
+    assert names_of(numbers, tmp_path, **options) == IMAGENET
+
+
+def test_a_few_numbers_are_not_taken_for_imagenets_classes(tmp_path) -> None:
+    digits = class_folders([str(number) for number in range(10)])
+    assert names_of(digits, tmp_path) == list("0123456789")
+    with pytest.raises(InputError, match="holds 10 classes, but ImageNet-1k has 1000 names"):
+        names_of(digits, tmp_path, class_names="imagenet")
+
+
+def test_names_given_to_the_folders_win_over_imagenets(tmp_path) -> None:
+    some = all_imagenet_wordnet_ids[:2]
+    data = class_folders(some, ["a fish", "another"])
+    assert names_of(data, tmp_path) == ["a fish", "another"]
+    assert names_of(data, tmp_path, class_names="imagenet") == [NAME_OF[n] for n in some]
+
+
+@pytest.mark.parametrize("odd", ["n99999999", "notes"])
+def test_a_folder_that_is_no_class_of_imagenet_is_refused(tmp_path, odd: str) -> None:
+    data = class_folders([*all_imagenet_wordnet_ids[:5], odd])
+    with pytest.raises(InputError, match=f"has the class {odd}, which is no WordNet id of ImageN"):
+        names_of(data, tmp_path)
+
+
+def test_folders_that_cannot_be_told_apart_by_imagenets_names_are_refused(tmp_path) -> None:
+    data = class_folders([f"class {number:03d}" for number in range(1000)])
+    with pytest.raises(InputError, match="neither ImageNet-1k's WordNet ids nor the numbers"):
+        names_of(data, tmp_path, class_names="imagenet")
+
+
+def test_another_number_of_classes_than_imagenets_is_refused(tmp_path) -> None:
+    names = [f"class {number}" for number in range(998)]
+    for data in (described(names), class_folders(names)):
+        with pytest.raises(InputError, match="holds 998 classes, but ImageNet-1k has 1000 names"):
+            names_of(data, tmp_path, class_names="imagenet")
 
 
 def test_data_without_names_needs_some(tmp_path) -> None:

@@ -28,10 +28,16 @@ def read_command_line(
     Returns:
         The name and the recipe. A mistake on the command line ends the process with exit code 2.
     """
-    words = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
+    words = without_local_rank(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].endswith(".json"):
         saved = load_recipe(Path(words[0]))
-        recipe = tyro.cli(Recipe, default=saved, args=words[1:], prog=f"{program} {words[0]}")
+        recipe = tyro.cli(
+            Recipe,
+            default=saved,
+            args=words[1:],
+            prog=f"{program} {words[0]}",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
         return Path(words[0]).parent.name, recipe
     choices = {_dashed(name): (_first_sentence(make), make()) for name, make in recipes.items()}
     if words:
@@ -53,7 +59,8 @@ def _first_sentence(make: Callable[[], Recipe]) -> str:
     return (make.__doc__ or "").strip().split("\n")[0]
 
 
-def _without_local_rank(words: list[str]) -> list[str]:
+def without_local_rank(words: list[str]) -> list[str]:
+    """The words of a command line without the one that the deepspeed launcher adds."""
     kept = []
     skip = False
     for word in words:

@@ -10,29 +10,50 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from frugal.common.commands import run_politely
-from frugal.common.evaluation.config import Retrieval, ZeroShot
-from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.commands import run_politely, without_local_rank
+from frugal.common.data.tokenizers import SavedTokenizer
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import ImageEvaluation, Retrieval, ZeroShot
+from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.run import Run
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from frugal.common.checkpoint.store import Checkpoint
+
+_KINDS: dict[str, type[ZeroShot] | type[Retrieval]] = {
+    "zero-shot": ZeroShot,
+    "retrieval": Retrieval,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Evaluate a run of any method; under torchrun or deepspeed, on several processes."""
+    """Evaluate a run of any method; under torchrun or deepspeed, on several processes.
+
+    What is not given here is as the run's recipe evaluates: its crop, prompts, masks and data.
+    """
 
     checkpoint: Path
     """A run directory, or one of its checkpoints."""
-    data: Path
-    """A scenes folder, class-per-folder images, or clip_benchmark's webdataset layout."""
+    data: Path | None = None
+    """A scenes folder, class-per-folder images, or clip_benchmark's webdataset layout; by default
+    what the recipe's own evaluations name."""
     tasks: tuple[Literal["zero-shot", "retrieval"], ...] = ("zero-shot", "retrieval")
     """What to measure."""
-    templates: Literal["data", "imagenet_7", "imagenet_80", "name"] = "data"
+    name: str | None = None
+    """Of the JSON file and first part of the name of every number, where one task is measured."""
+    templates: Literal["data", "imagenet_7", "imagenet_80", "name"] | None = None
     """Prompts of zero-shot classification; data: those the data comes with."""
-    class_names: Literal["data", "imagenet"] = "data"
+    class_names: Literal["data", "imagenet"] | None = None
     """Names of zero-shot classification."""
+    published: bool = False
+    """Crop and resize the images as the method's published numbers were measured."""
+    mask_ratio: float | None = None
+    """Fraction of the patches that the image tower does not see."""
+    views: int | None = None
+    """Masked views of every image, whose embeddings are averaged."""
     out: Path | None = None
     """Folder for one JSON file per task; by default evaluation/ in the run directory."""
     batch_size: int = 256
@@ -52,21 +73,34 @@ def load_trained(path: Path, *, device: Literal["auto", "cpu", "cuda"] = "auto")
     Raises:
         InputError: if there is no whole checkpoint.
     """
+    return _load(*_find(path), device=device)
+
+
+def _find(path: Path) -> tuple[Checkpoint, Recipe]:
+    """A checkpoint and the recipe of its run, with the folder where that lies now."""
     from frugal.common.checkpoint.store import find_checkpoint
-    from frugal.common.checkpoint.warm_start import warm_start
-    from frugal.common.train import open_run
 
     checkpoint = find_checkpoint(path)
     folder = checkpoint.folder.parent.parent
     recipe = load_recipe(folder / "recipe.json")
-    recipe = replace(
-        recipe,
-        run=replace(recipe.run, dir=folder),
-        engine=replace(recipe.engine, device=device, compile=False),
-    )
+    return checkpoint, replace(recipe, run=replace(recipe.run, dir=folder))
+
+
+def _load(
+    checkpoint: Checkpoint, recipe: Recipe, *, device: Literal["auto", "cpu", "cuda"]
+) -> Trained:
+    from frugal.common.checkpoint.warm_start import warm_start
+    from frugal.common.train import open_run
+
+    recipe = replace(recipe, engine=replace(recipe.engine, device=device, compile=False))
     run = open_run(recipe)
     objective = recipe.objective.build(recipe)
-    warm_start(objective, path, resample=None, log=run.log)
+    warm_start(objective, checkpoint.folder, resample=None, log=run.log)
+    data: Any = recipe.data
+    if getattr(data, "tokenizer", None) is not None and (run.dir / "tokenizer").is_dir():
+        # what the recipe names may lie on another machine, or on the hub
+        saved = SavedTokenizer(folder=run.dir / "tokenizer")
+        recipe = replace(recipe, data=replace(data, tokenizer=saved))
     return Trained(recipe, run, objective.to(run.device).model.eval(), checkpoint.step)
 
 
@@ -84,10 +118,11 @@ def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
     import torch
 
-    tasks = [_task(name, options) for name in options.tasks]
+    checkpoint, recipe = _find(options.checkpoint)
+    tasks = chosen_tasks(options, recipe)
     for task in tasks:
         task.folder()
-    trained = load_trained(options.checkpoint, device=options.device)
+    trained = _load(checkpoint, recipe, device=options.device)
     run = trained.run
     if run.world_size > 1:
         torch.distributed.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
@@ -96,33 +131,74 @@ def evaluate(options: Options) -> None:
         with torch.inference_mode():
             numbers = task.evaluate(trained.model, trained.recipe, run)
         if run.is_main:
-            _report(task.name, numbers, out, trained, options)
+            _report(task, numbers, out, trained)
     if run.world_size > 1:
         torch.distributed.destroy_process_group()
 
 
-def _task(name: str, options: Options) -> Any:
-    common: dict[str, Any] = {
-        "data": options.data,
-        "batch_size": options.batch_size,
-        "workers": options.workers,
-    }
-    if name == "retrieval":
-        return Retrieval(**common)
-    return ZeroShot(**common, templates=options.templates, class_names=options.class_names)
+def chosen_tasks(options: Options, recipe: Recipe) -> list[ImageEvaluation]:
+    """The evaluations of a recipe that the command line asks for, with what it says differently.
+
+    Given data, one of each kind; the recipe's first, or one with its defaults where it has none.
+    Without, all of the recipe's that have data.
+
+    Raises:
+        InputError: if there is nothing to measure, or a flag would have no effect.
+    """
+    if not options.tasks:
+        raise InputError(f"--tasks is empty; choose from {', '.join(_KINDS)}")
+    tasks: list[ImageEvaluation] = []
+    for kind in (_KINDS[word] for word in dict.fromkeys(options.tasks)):
+        own = [task for task in recipe.evaluation if isinstance(task, kind)]
+        if options.data is None:
+            tasks += [task for task in own if task.data is not None]
+        else:
+            tasks.append(own[0] if own else kind())
+    if not tasks:
+        raise InputError(
+            f"there is nothing to measure: the recipe of {options.checkpoint} names no data for "
+            f"{' or '.join(options.tasks)}; give --data"
+        )
+    if options.name is not None and len(tasks) > 1:
+        raise InputError(
+            f"--name {options.name} is for one evaluation, but there are {len(tasks)}; choose "
+            "one with --tasks"
+        )
+    asks = any(isinstance(task, ZeroShot) for task in tasks)
+    if not asks and (options.templates is not None or options.class_names is not None):
+        raise InputError(
+            "--templates and --class-names are for zero-shot classification; add zero-shot to "
+            "--tasks, or leave them out"
+        )
+    return [_as_asked(task, options) for task in tasks]
 
 
-def _report(
-    name: str, numbers: dict[str, Any], out: Path, trained: Trained, options: Options
-) -> None:
+def _as_asked(task: ImageEvaluation, options: Options) -> ImageEvaluation:
+    fields = ["data", "name", "mask_ratio", "views", "batch_size", "workers"]
+    if isinstance(task, ZeroShot):
+        fields += ["templates", "class_names"]
+    given = {field: getattr(options, field) for field in fields}
+    changes = {field: value for field, value in given.items() if value is not None}
+    if options.published:
+        if task.published_crop is None:
+            raise InputError(
+                f"the recipe of {options.checkpoint} does not say how images were prepared for "
+                f"published numbers of {task.name}; leave out --published"
+            )
+        changes["crop"] = task.published_crop
+    return replace(task, **changes)
+
+
+def _report(task: ImageEvaluation, numbers: dict[str, Any], out: Path, trained: Trained) -> None:
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "step": trained.step,
         "samples": trained.step * trained.recipe.batch_size,
-        "data": str(options.data),
+        "data": str(task.data),
         **numbers,
+        f"{task.name}_settings": to_json(task),
     }
-    (out / f"{name}.json").write_text(json.dumps(content, indent=2))
+    (out / f"{task.name}.json").write_text(json.dumps(content, indent=2))
     for key, value in numbers.items():
         shown = f"{value:8.2%}" if isinstance(value, float) else f"{value:8,}"
         sys.stdout.write(f"{key:>40}  {shown}\n")
@@ -130,7 +206,12 @@ def _report(
 
 def main() -> None:
     """The body of ``python -m frugal.common.evaluate``."""
-    run_politely(lambda: evaluate(tyro.cli(Options, prog="python -m frugal.common.evaluate")))
+
+    def command() -> None:
+        words = without_local_rank(sys.argv[1:])
+        evaluate(tyro.cli(Options, args=words, prog="python -m frugal.common.evaluate"))
+
+    run_politely(command)
 
 
 if __name__ == "__main__":

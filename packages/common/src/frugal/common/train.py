@@ -282,11 +282,18 @@ def evaluate_all(
 
     if not recipe.evaluation:
         return
+
+    def picture(name: str, image: Any) -> None:
+        watch.picture(f"evaluation/{name}", image, step)
+
+    show = picture if run.is_main else None
     model = engine.objective.model
     averaged = average.applied() if average else contextlib.nullcontext()
     model.eval()
     with engine.whole_weights(), averaged, torch.inference_mode():
-        results = {task.name: task.evaluate(model, recipe, run) for task in recipe.evaluation}
+        results = {
+            task.name: task.evaluate(model, recipe, run, show=show) for task in recipe.evaluation
+        }
     model.train()
     if not run.is_main:
         return

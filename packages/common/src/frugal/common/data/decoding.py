@@ -1,4 +1,4 @@
-"""Encoded pictures to uint8 arrays of a wanted size, decoding no more pixels than needed."""
+"""Encoded pictures to arrays of a wanted size, decoding no more pixels than needed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,26 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 
-Interpolation = Literal["bicubic", "bilinear"]
+Interpolation = Literal["bicubic", "bilinear", "tf1_bicubic", "tf2_bicubic"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Named, because Pillow also opens PostScript, for which it would start another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _BRIGHTEST_16_BIT = 65535.0
+
+
+class TensorFlowCubic(NamedTuple):
+    """One of TensorFlow's two cubic kernels; four pixels wide however much the image shrinks."""
+
+    a: float
+    """Of Keys' cubic convolution: its slope one pixel away."""
+    has_centres: bool
+    """Pixels lie at their centres, and those beyond the border do not count (TensorFlow 2); else
+    at their top left corners, and the border repeats (TensorFlow 1)."""
+
+
+_CUBICS = {"tf1_bicubic": TensorFlowCubic(-0.75, False), "tf2_bicubic": TensorFlowCubic(-0.5, True)}
+_CUBIC_STEPS = np.float32(1024)
+"""TensorFlow looks its kernels up in tables with this many entries per pixel."""
 
 
 class Window(NamedTuple):
@@ -48,26 +63,31 @@ def resize_window(
     reduced: bool = False,
     isolated: bool = True,
 ) -> np.ndarray:
-    """A window of an opened image, resized with anti-aliasing.
+    """A window of an opened image, resized.
 
     Args:
         image: from :func:`open_image`; its orientation tag is ignored, as in open_clip.
         window: what to cut out.
         size: (height, width) of the result.
-        interpolation: the kernel; it widens when the window shrinks.
+        interpolation: the kernel; bicubic and bilinear widen when the window shrinks
+            (anti-aliasing), TensorFlow's do not.
         reduced: decode JPEG at 1/2, 1/4 or 1/8 of its size where that leaves the window no
             smaller than the result. Differs from a full decode by about 1 grey level on average.
+            Not for TensorFlow's kernels, which depend on every pixel.
         isolated: nothing outside of the window counts, as if it had been cut out first; else
             the kernel reaches over its border, as if the whole image had been resized first.
 
     Returns:
-        (3, height, width) uint8.
+        (3, height, width) uint8; with TensorFlow's kernels float32 grey levels, which may lie a
+        little below 0 and above 255.
 
     Raises:
         Damaged: if the pixels cannot be decoded.
     """
     height, width = size
-    scale = _reduction(image, min(window.height / height, window.width / width)) if reduced else 1
+    cubic = _CUBICS.get(interpolation)
+    shrinking = min(window.height / height, window.width / width)
+    scale = _reduction(image, shrinking) if reduced and cubic is None else 1
     pixels = decode_rgb(image)
     left, top = window.left / scale, window.top / scale
     right = min(left + window.width / scale, pixels.width)
@@ -77,10 +97,79 @@ def resize_window(
         pixels = pixels.crop((*corner, math.ceil(right), math.ceil(bottom)))
         left, right = left - corner[0], right - corner[0]
         top, bottom = top - corner[1], bottom - corner[1]
+    if cubic is not None:
+        inside = Window(top, left, bottom - top, right - left)
+        resized_levels = resize_as_tensorflow(np.asarray(pixels), inside, size, cubic)
+        return resized_levels.transpose(2, 0, 1)  # (3, height, width)
     resized = pixels.resize(
         (width, height), _FILTERS[interpolation], box=(left, top, right, bottom)
     )
     return np.asarray(resized).transpose(2, 0, 1)  # (3, height, width)
+
+
+def resize_as_tensorflow(
+    pixels: np.ndarray, window: Window, size: tuple[int, int], cubic: TensorFlowCubic
+) -> np.ndarray:
+    """A window of (H, W, C) grey levels as TensorFlow resizes it, without anti-aliasing.
+
+    Pixels outside of the window count: cut it out first where they should not.
+
+    Returns:
+        (height, width, C) float32, not clipped.
+    """
+    height, width = pixels.shape[:2]
+    rows = _taps(window.top, window.height, size[0], height, cubic)
+    columns = _taps(window.left, window.width, size[1], width, cubic)
+    across = _blend(pixels, *rows)  # (height, W, C)
+    return _blend(across.swapaxes(0, 1), *columns).swapaxes(0, 1)  # (height, width, C)
+
+
+def _blend(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted sums of four rows each: (H, W, C) with (4, count) taps to (count, W, C) float32."""
+    blended = np.zeros((taps.shape[1], *rows.shape[1:]), np.float32)
+    # one tap at a time: (count, 4, W, C) would be the largest array by far
+    for tap, weight in zip(taps, weights, strict=True):
+        blended += weight[:, None, None] * rows[tap]
+    return blended
+
+
+def _taps(
+    start: float, length: float, count: int, limit: int, cubic: TensorFlowCubic
+) -> tuple[np.ndarray, np.ndarray]:
+    """The four pixels, of ``limit``, behind each of ``count`` results along one side.
+
+    Returns:
+        (4, count) numbers of pixels, and (4, count) float32 weights.
+    """
+    scale, place = np.float32(length / count), np.arange(count, dtype=np.float32)
+    if cubic.has_centres:
+        source = (place + np.float32(0.5)) * scale - np.float32(0.5)
+    else:
+        source = place * scale
+    source = source + np.float32(start)
+    first = np.floor(source)
+    beyond = np.rint((source - first) * _CUBIC_STEPS) / _CUBIC_STEPS  # (count,) in [0, 1]
+    offsets = np.arange(-1, 3)[:, None]
+    weights = _keys(np.abs(beyond - offsets), cubic.a)  # (4, count)
+    pixels = first.astype(np.int64) + offsets
+    if cubic.has_centres:
+        weights = np.where((pixels >= 0) & (pixels < limit), weights, 0)
+        weights = weights / weights.sum(0)
+    return pixels.clip(0, limit - 1), weights.astype(np.float32)
+
+
+def _keys(distance: np.ndarray, a: float) -> np.ndarray:
+    """Cubic convolution (Keys, 1981) at distances of at most 2 pixels."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return np.where(distance <= 1, near, far)
+
+
+def as_bytes(levels: np.ndarray) -> np.ndarray:
+    """Grey levels as uint8: rounded, and clipped to what bytes can hold."""
+    if levels.dtype == np.uint8:
+        return levels
+    return np.rint(levels).clip(0, 255).astype(np.uint8)
 
 
 def _reduction(image: Image.Image, shrinking: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,47 +84,97 @@ def image_files(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the sub-folders; class numbers count them in this order."""
-    return sorted(
+    """The names of the sub-folders, sorted; numbers (ImageNet-V2: 0 to 999) by their value."""
+    names = [
         entry.name
         for entry in os.scandir(folder)
         if entry.is_dir() and not entry.name.startswith(".")
-    )
+    ]
+    if all(name.isascii() and name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
-def class_names(folder: Path) -> list[str]:
-    """One readable name per class folder: from ``classnames.txt``, else the folders' names.
+def named_folders(folder: Path) -> dict[str, str]:
+    """What the classes are called, by class folder; class numbers count them in this order.
+
+    ``classnames.json`` names folders, and folders that it does not name are left out; so do the
+    mappings that ObjectNet comes with, which name the classes it shares with ImageNet-1k.
+    ``classnames.txt`` has one line for every folder. Without any, folders are called as they are.
 
     Raises:
-        InputError: if ``classnames.txt`` does not have one line per class folder.
+        InputError: if a file of names does not fit the folders.
     """
     folders = class_folders(folder)
+    if chosen := _chosen_folders(folder):
+        source, by_folder = chosen
+        if missing := sorted(by_folder.keys() - set(folders)):
+            raise InputError(
+                f"{source} names the class folder {missing[0]!r}, which {folder} does not have; "
+                "copy it, or correct the file"
+            )
+        return {name: by_folder[name] for name in folders if name in by_folder}
     listed = folder / "classnames.txt"
     if not listed.is_file():
-        return [name.replace("_", " ") for name in folders]
+        return {name: name.replace("_", " ") for name in folders}
     names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines()]
     if len(names) != len(folders):
         raise InputError(
             f"{listed} names {len(names)} classes but {folder} has {len(folders)} class folders; "
             "write one line per folder, in their sorted order"
         )
-    return names
+    return dict(zip(folders, names, strict=True))
+
+
+_OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+
+
+def find_objectnet(folder: Path) -> Path | None:
+    """Where the mappings of ObjectNet lie, if this is it or its images; None for other data."""
+    places = (folder / "mappings", folder.parent / "mappings")
+    return next((p for p in places if all((p / name).is_file() for name in _OBJECTNET)), None)
+
+
+def _chosen_folders(folder: Path) -> tuple[Path, dict[str, str]] | None:
+    """Where it is said which class folders count, and what they are called."""
+    named, mappings = folder / "classnames.json", find_objectnet(folder)
+    if named.is_file():
+        return named, _read_names(named)
+    if mappings is None:
+        return None
+    labels, shared = (_read_names(mappings / name) for name in _OBJECTNET)
+    return mappings, {name: label for name, label in labels.items() if label in shared}
+
+
+def _read_names(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
+    is_mapping = isinstance(content, dict) and content
+    if not is_mapping or not all(isinstance(value, str) for value in content.values()):
+        raise InputError(
+            f"{path} does not map strings to strings; write the name of every class by its folder, "
+            'such as {"n01440764": "tench"}'
+        )
+    return content
 
 
 def open_image_folder(folder: Path, fields: Fields) -> FileList:
     """The images of a folder with one sub-folder per class, with captions from the template."""
     files: list[str] = []
     labels: list[int] = []
-    names = class_names(folder)
-    for label, class_folder in enumerate(class_folders(folder)):
+    names = named_folders(folder)
+    for label, class_folder in enumerate(names):
         found = image_files(folder / class_folder, fields.image)
         files += [str(file.relative_to(folder)) for file in found]
         labels += [label] * len(found)
+    captions = [fields.template.format(name) for name in names.values()]
     return FileList(
         name=str(folder),
         base=str(folder),
         files=StringTable.of(files),
-        texts=StringTable.of(fields.template.format(names[label]) for label in labels),
+        texts=StringTable.of(captions[label] for label in labels),
         labels=np.array(labels, np.int64),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from frugal.common.data.damage import Damaged
-from frugal.common.data.folders import class_names
+from frugal.common.data.decoding import as_bytes
+from frugal.common.data.folders import find_objectnet, named_folders
 from frugal.common.data.pairs import Shelf
 from frugal.common.data.samples import Fields, Reader
 from frugal.common.data.sources import find_files, index_missing, open_source
@@ -55,9 +56,9 @@ class _Images(Dataset[dict[str, Any]]):
         first = int(self._ends[shard - 1]) if shard else 0
         return self._shelf.reader(shard), place - first
 
-    def __getitem__(self, places: range) -> dict[str, Any]:
+    def __getitem__(self, places: Sequence[int]) -> dict[str, Any]:
         """Images (b, 3, H, W), labels (b,) with -1 for none, and places (b,); or a mistake."""
-        images = np.empty((len(places), 3, *self._size), np.uint8)
+        images: list[np.ndarray] = []
         labels = np.full(len(places), -1, np.int64)
         for row, place in enumerate(places):
             key = f"image {place}"
@@ -65,15 +66,22 @@ class _Images(Dataset[dict[str, Any]]):
                 reader, index = self.locate(place)
                 key = reader.key(index)
                 raw = reader.read(index)
-                images[row] = self._crop.decode(raw.image, size=self._size)
+                images.append(self._crop.grey_levels(raw.image, size=self._size))
             except (Damaged, InputError) as error:
                 return {"mistake": f"{key} cannot be evaluated ({error}); repair or remove it"}
             labels[row] = -1 if raw.label is None else raw.label
         return {
-            "images": torch.from_numpy(images),
+            "images": torch.from_numpy(np.stack(images)),
             "labels": torch.from_numpy(labels),
-            "places": torch.arange(places.start, places.stop),
+            "places": torch.tensor(places),
         }
+
+    def pictures(self, places: Sequence[int]) -> np.ndarray:
+        """(b, 3, H, W) uint8: some of the images as the model sees them, for people."""
+        fields = self[places]
+        if "mistake" in fields:
+            raise InputError(fields["mistake"])
+        return as_bytes(fields["images"].numpy())
 
     def batches(
         self, rank: int, world_size: int, batch_size: int, workers: int
@@ -104,8 +112,10 @@ def _check_number_of_shards(folder: Path, files: list[Path]) -> None:
 
 def _test_split(folder: Path) -> Path:
     """clip_benchmark keeps its splits in sub-folders; other layouts are the folder itself."""
-    split = folder / "test"
-    return split if split.is_dir() and next(split.glob("*.tar"), None) else folder
+    split, images = folder / "test", folder / "images"
+    if split.is_dir() and next(split.glob("*.tar"), None):
+        return split
+    return images if images.is_dir() and find_objectnet(folder) else folder
 
 
 def _lines(folder: Path, name: str) -> list[str] | None:
@@ -125,7 +135,8 @@ class LabelledImages:
         """Open a folder with one sub-folder per class, or tars with ``cls`` members.
 
         Tars may lie in the folder itself or, as clip_benchmark has them, in ``test/`` below it.
-        Every process of a run must call this: they build missing indexes together.
+        Of ObjectNet, the classes that it shares with ImageNet-1k are read. Every process of a
+        run must call this: they build missing indexes together.
 
         Args:
             folder: where the images are.
@@ -137,16 +148,24 @@ class LabelledImages:
         """
         split = _test_split(folder)
         self._images = _Images(split, Fields(caption=()), size=size, crop=crop or CenterCrop())
-        is_class_folder = self._images.source.shards[0].name == str(split)
-        self.class_names = (
-            class_names(split) if is_class_folder else _lines(split, "classnames.txt")
-        )
+        self.class_folders: list[str] | None = None
+        """The class folders in the order of the class numbers; None for tars."""
+        self.class_names = _lines(split, "classnames.txt")
         """One name per class; None if the data does not say."""
         self.templates = _lines(split, "zeroshot_classification_templates.txt")
         """Prompts with ``{c}`` in place of the class; None if the data has none."""
+        if self._images.source.shards[0].name == str(split):
+            named = named_folders(split)
+            self.class_folders, self.class_names = list(named), list(named.values())
+            if self.templates is None and find_objectnet(split):
+                self.templates = ["{c}"]  # as the field asks about it: bare names
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def pictures(self, places: Sequence[int]) -> np.ndarray:
+        """(b, 3, H, W) uint8: the images at some places, for people to look at."""
+        return self._images.pictures(places)
 
     def batches(
         self, rank: int, world_size: int, batch_size: int, workers: int = 0
@@ -154,7 +173,8 @@ class LabelledImages:
         """This process's part of the images: every image comes once, on one process.
 
         Yields:
-            images (b, 3, H, W) uint8, labels (b,) int64, places in the data (b,) int64.
+            images (b, 3, H, W) uint8, or float32 grey levels where the crop resizes with a kernel
+            of TensorFlow; labels (b,) int64; places in the data (b,) int64.
 
         Raises:
             InputError: if an image is damaged or has no label.
@@ -218,13 +238,18 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self._images)
 
+    def pictures(self, places: Sequence[int]) -> np.ndarray:
+        """(b, 3, H, W) uint8: the images at some places, for people to look at."""
+        return self._images.pictures(places)
+
     def batches(
         self, rank: int, world_size: int, batch_size: int, workers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the images: every image comes once, on one process.
 
         Yields:
-            images (b, 3, H, W) uint8, places in the data (b,) int64.
+            images (b, 3, H, W) uint8 or float32, as :class:`LabelledImages` does; places in the
+            data (b,) int64.
 
         Raises:
             InputError: if an image is damaged.

@@ -168,7 +168,8 @@ class WordPiece:
     """
 
     vocab: Path | None = None
-    """One entry per line; without it BERT's uncased vocabulary is fetched from the hub."""
+    """A file with one entry per line, or the folder of a Hugging Face BERT tokenizer; without it
+    BERT's uncased vocabulary is fetched from the hub."""
     entries: int | None = None
     """Lines the file must have: 30522 for BERT's uncased vocabulary; without it any number."""
     class_token: bool = False
@@ -195,6 +196,22 @@ class WordPiece:
             )
         prefix = (entries.index("[CLS]"),) if self.class_token else ()
         return Tokenizer(WordPieces(entries), pad_id=entries.index("[PAD]"), prefix=prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTokenizer:
+    """The tokenizer that a run keeps; needs neither the network nor the file it was made from."""
+
+    folder: Path
+    """``tokenizer/`` of a run directory."""
+
+    def load(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InputError: if there is none, or it is damaged.
+        """
+        return load_tokenizer(self.folder)
 
 
 TokenizerConfig = ClipBpe | HuggingFace | WordPiece

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from frugal.common.data.decoding import Interpolation, Window, open_image, resize_window
+from frugal.common.data.decoding import (
+    Interpolation,
+    Window,
+    as_bytes,
+    open_image,
+    resize_window,
+)
 from frugal.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +68,7 @@ def centre_window(height: int, width: int, *, size: tuple[int, int], margin: int
 
     With a margin, a window that will be ``size`` leaves room for ``margin`` pixels of it around
     itself: 0.875 of the shorter side for 32 pixels at 224. Odd rests go to the top and left, as
-    in TensorFlow's ImageNet preprocessing and in FLIP (spec 6).
+    in TensorFlow's ImageNet preprocessing and in FLIP.
     """
     share = min(size) / (min(size) + margin)
     unit = min(height / size[0], width / size[1])
@@ -89,7 +95,7 @@ def clamped_window(height: int, width: int, *, ratio: tuple[float, float]) -> Wi
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
-    """A random rectangle of the image, resized and perhaps mirrored (FLIP, spec 6)."""
+    """A random rectangle of the image, resized and perhaps mirrored (FLIP, arXiv:2212.00794)."""
 
     scale: tuple[float, float] = (0.5, 1.0)
     """Least and largest share of the image's area."""
@@ -103,8 +109,12 @@ class RandomResizedCrop:
     """If none fits. centre: FLIP's centred window with a margin of 32 pixels at the size of the
     result. clamp: torchvision's largest centred window of an allowed ratio."""
     interpolation: Interpolation = "bicubic"
+    """bicubic, bilinear: with anti-aliasing (torchvision). tf2_bicubic: TensorFlow's without it,
+    with which FLIP's published models were trained; tf1_bicubic: TensorFlow 1's. What either of
+    the two puts between and beyond the 256 grey levels is rounded and clipped in training."""
     reduced_decoding: bool = True
-    """Decode JPEG at a reduced scale where the crop is shrunk that much anyway."""
+    """Decode JPEG at a reduced scale where the crop is shrunk that much anyway; TensorFlow's
+    kernels take every pixel."""
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -150,12 +160,14 @@ class RandomResizedCrop:
         """(3, height, width) uint8; raises ``Damaged`` if the picture cannot be decoded."""
         image = open_image(encoded)
         window, mirrored = self.window(image.height, image.width, size=size, generator=generator)
-        pixels = resize_window(
-            image,
-            window,
-            size,
-            interpolation=self.interpolation,
-            reduced=self.reduced_decoding,
+        pixels = as_bytes(
+            resize_window(
+                image,
+                window,
+                size,
+                interpolation=self.interpolation,
+                reduced=self.reduced_decoding,
+            )
         )
         return pixels[:, :, ::-1] if mirrored else pixels
 
@@ -164,11 +176,13 @@ class RandomResizedCrop:
 class CenterCrop:
     """The middle of the image, resized; nothing is drawn."""
 
-    order: Literal["resize_first", "crop_first"] = "resize_first"
+    order: Literal["resize_first", "crop_first", "stretch"] = "resize_first"
     """resize_first: shrink the shorter side to the size, then cut out the middle (open_clip,
     torchvision). crop_first: cut out the centred window of the full shorter side, then resize it
-    (FLIP, spec 6)."""
+    (FLIP). stretch: resize the whole image, whatever its shape (CLIPA-v2)."""
     interpolation: Interpolation = "bicubic"
+    """bicubic, bilinear: with anti-aliasing (torchvision). tf1_bicubic, tf2_bicubic: TensorFlow's
+    without it; the first is the one that FLIP's published accuracies were measured with."""
 
     def decode(
         self,
@@ -178,13 +192,27 @@ class CenterCrop:
         generator: np.random.Generator | None = None,
     ) -> np.ndarray:
         """(3, height, width) uint8; raises ``Damaged`` if the picture cannot be decoded."""
+        return as_bytes(self.grey_levels(encoded, size=size))
+
+    def grey_levels(self, encoded: bytes, *, size: tuple[int, int]) -> np.ndarray:
+        """The same before it is rounded to bytes: what evaluations take.
+
+        Returns:
+            (3, height, width) uint8, or with TensorFlow's kernels float32, which may lie a little
+            below 0 and above 255.
+
+        Raises:
+            Damaged: if the picture cannot be decoded.
+        """
         image = open_image(encoded)
         height, width = image.height, image.width
-        isolated = self.order == "crop_first"
-        if isolated:
+        if self.order == "stretch":
+            window = Window(0, 0, height, width)
+        elif self.order == "crop_first":
             window = centre_window(height, width, size=size)
         else:
             window = _middle_of_resized(height, width, size=size)
+        isolated = self.order != "resize_first"
         return resize_window(
             image, window, size, interpolation=self.interpolation, isolated=isolated
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import html
 import importlib.util
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -206,14 +207,24 @@ class Transformers:
             )
         from transformers import AutoTokenizer
 
+        source = f"the folder {name}" if is_folder else f"the Hugging Face hub's {name!r}"
         try:
-            return cls(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+            # a "[SEP]" that somebody wrote into a caption is text, and never ends it
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=False, split_special_tokens=True
+            )
         except Exception as error:  # noqa: BLE001 - each kind of file raises errors of its own
-            source = f"the folder {name}" if is_folder else f"the Hugging Face hub's {name!r}"
             raise InputError(
                 f"no tokenizer could be loaded from {source} ({_first_line(error)}); give a "
                 "folder that holds one, or a name while the hub can be reached"
             ) from None
+        # transformers 5 ignores a vocabulary that it does not find, or is given as vocab_file=
+        if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+            raise InputError(
+                f"the tokenizer of {source} knows no words, only {len(tokenizer)} special tokens; "
+                "save it again with its vocabulary (BertTokenizer takes vocab=, not vocab_file=)"
+            )
+        return cls(tokenizer)
 
     @property
     def size(self) -> int:
@@ -244,7 +255,7 @@ class Transformers:
         )
 
     def encode(self, text: str) -> list[int]:
-        """The content as ids."""
+        """The content as ids; special tokens written out in it are ordinary text."""
         if not text.isascii():
             text = text.encode(errors="replace").decode()  # a lone surrogate is no text
         # a caption beyond the tokenizer's own limit is cut later, hence no warning
@@ -360,13 +371,47 @@ class WordPieces:
 
 
 def read_entries(path: Path) -> list[str]:
-    """The lines of a vocabulary file.
+    """The entries of a WordPiece vocabulary, by their ids.
+
+    Args:
+        path: a file with one entry per line, or the folder of a Hugging Face tokenizer, which
+            holds it as ``vocab.txt`` or inside ``tokenizer.json``.
 
     Raises:
         InputError: if it cannot be read, is empty, or holds an entry twice.
     """
+    if path.is_dir():
+        if not (path / "vocab.txt").is_file():
+            return _folder_entries(path / "tokenizer.json")
+        path = path / "vocab.txt"
+    lines = _read_text(path).removesuffix("\n").split("\n")
+    if len(set(lines)) < len(lines):
+        twice = Counter(lines).most_common(1)[0][0]
+        raise InputError(
+            f"the vocabulary {path} holds {twice!r} twice; give a text file with one entry per line"
+        )
+    return lines
+
+
+def _folder_entries(path: Path) -> list[str]:
+    """The entries that a ``tokenizer.json`` of Hugging Face numbers from 0 on."""
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        model = json.loads(_read_text(path))["model"]
+        entries = sorted(model["vocab"], key=model["vocab"].__getitem__)
+        is_word_piece = model["type"] == "WordPiece"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        is_word_piece, model, entries = False, {}, []
+    if not is_word_piece or sorted(model["vocab"].values()) != list(range(len(entries))):
+        raise InputError(
+            f"{path} does not hold a WordPiece vocabulary; give a text file with one entry per "
+            "line, or the folder of a BERT tokenizer"
+        )
+    return entries
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"the vocabulary {path} cannot be read ({error.strerror}); give a text file with one "
@@ -376,12 +421,6 @@ def read_entries(path: Path) -> list[str]:
         raise InputError(
             f"the vocabulary {path} is not UTF-8 text; give a text file with one entry per line"
         ) from None
-    if len(set(lines)) < len(lines):
-        twice = Counter(lines).most_common(1)[0][0]
-        raise InputError(
-            f"the vocabulary {path} holds {twice!r} twice; give a text file with one entry per line"
-        )
-    return lines
 
 
 def bert_vocabulary() -> Path:

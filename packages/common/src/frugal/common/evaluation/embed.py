@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor, nn
 
 from frugal.common.data.labelled import GROUP
+from frugal.common.evaluation.config import ImageEvaluation
 from frugal.common.evaluation.ranks import Ranks
+from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import Recipe
+from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.random_masking import PURPOSE, RandomMasking
 from frugal.common.run import Run
+
+if TYPE_CHECKING:
+    from frugal.common.models.config import ImageTower
 
 
 @contextmanager
@@ -54,14 +62,46 @@ def grouped(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...
         yield tuple(torch.cat(parts) for parts in zip(*held, strict=True))
 
 
+@dataclass(frozen=True)
+class MaskedViews:
+    """Random parts of the patches of an image, seen one after the other.
+
+    Source: the ensemble of masked views of Li et al., arXiv:2212.00794, section 4.1.
+    """
+
+    masking: RandomMasking
+    """How much each view leaves out; the first is what it would draw in training."""
+    count: int
+    """Views of every image."""
+    seed: int
+
+    def of(self, view: PatchView, places: Tensor) -> Iterator[Kept]:
+        """The patches of each view, (B, K), a function of the seed and the places (B,) alone.
+
+        As many views as fit into an image share out one permutation of its patches; further ones
+        share out the next.
+        """
+        num_kept = self.masking.num_kept(view.num_patches)
+        together = view.num_patches // num_kept
+        noise = SampleNoise(self.seed, places)
+        for first in range(0, self.count, together):
+            purpose = f"{PURPOSE} {first}" if first else PURPOSE
+            order = noise.uniform(purpose, view.num_patches).argsort(dim=1, stable=True)  # (B, N)
+            views = min(together, self.count - first)
+            yield from map(Kept.dense, order[:, : views * num_kept].split(num_kept, dim=1))
+
+
 class Embedder:
     """A dual encoder with its tokenizer: what goes in is images and strings.
 
     Args:
-        model: has ``encode_image(images)`` and ``encode_text(token_ids, text_lengths)``.
+        model: has ``encode_image(images)`` and ``encode_text(token_ids, text_lengths)``; with
+            views ``encode_image(images, kept)``.
         tokenizer: has ``encode``, ``assemble`` and ``pad_id``.
         context_length: tokens of every text, padding included.
         precision: of the matrix products on CUDA; elsewhere float32.
+        image: the image tower, for images that are not uint8 and for views.
+        views: what of an image the model sees; all of it by default.
     """
 
     def __init__(
@@ -72,23 +112,46 @@ class Embedder:
         context_length: int,
         device: torch.device,
         precision: str = "float32",
+        image: ImageTower | None = None,
+        views: MaskedViews | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.context_length = context_length
         self.device = device
         self.precision = precision
+        self.image = image
+        self.views = views
 
     @classmethod
-    def of(cls, model: Any, recipe: Recipe, run: Run) -> Embedder:
-        """The model as its recipe trains it, on the device of the run."""
+    def of(
+        cls, model: Any, recipe: Recipe, run: Run, task: ImageEvaluation | None = None
+    ) -> Embedder:
+        """The model as its recipe trains it, on the device of the run.
+
+        Args:
+            model: a dual encoder.
+            recipe: its own.
+            run: where it runs.
+            task: says what of every image the model sees; whole images by default.
+
+        Raises:
+            InputError: if the tokenizer cannot be loaded, or the task keeps no patch of an image.
+        """
         data: Any = recipe.data
+        views = None
+        if task is not None and task.mask_ratio:
+            masking = RandomMasking(mask_ratio=task.mask_ratio)
+            masking.num_kept(recipe.model.image.num_patches)
+            views = MaskedViews(masking, task.views, recipe.run.seed)
         return cls(
             model,
             data.tokenizer.load(),
             context_length=recipe.model.text.length,
             device=torch.device(run.device),
             precision=recipe.engine.precision,
+            image=recipe.model.image,
+            views=views,
         )
 
     def _autocast(self) -> AbstractContextManager:
@@ -105,11 +168,36 @@ class Embedder:
         """Length of an embedding; also known to a process that has nothing to embed."""
         return self.texts([""]).shape[1]
 
-    def images(self, images: Tensor) -> Tensor:
-        """(B, E) float32 on the device, from (B, 3, H, W) uint8 on any."""
+    def images(self, images: Tensor, places: Tensor | None = None) -> Tensor:
+        """(B, E) float32 unit vectors on the device.
+
+        Args:
+            images: (B, 3, H, W) on any device; uint8, or float32 grey levels.
+            places: (B,) int64 numbers of the images in their data, which views are drawn for.
+        """
+        images = self._normalised(images.to(self.device, non_blocking=True))
+        if self.views is None:
+            return self._see(images)
+        assert self.image is not None and places is not None
+        view = PatchView(images, self.image.patch_size)
+        parts = self.views.of(view, places.to(self.device))
+        embeddings = torch.stack([self._see(images, part) for part in parts])  # (views, B, E)
+        return F.normalize(embeddings.mean(0), dim=-1)  # (B, E)
+
+    def _see(self, images: Tensor, *kept: Kept) -> Tensor:
         with self._autocast():
-            features = self.model.encode_image(images.to(self.device, non_blocking=True))
+            features = self.model.encode_image(images, *kept)
         return F.normalize(features.float(), dim=-1)  # (B, E)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Float images as towers take them; they normalise uint8 themselves."""
+        if images.dtype == torch.uint8:
+            return images
+        assert self.image is not None
+        mean, std = (
+            images.new_tensor(values).view(3, 1, 1) for values in (self.image.mean, self.image.std)
+        )
+        return (images / 255 - mean) / std
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), E) float32 on the device, 256 texts at a time."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from frugal.common.contracts import ImageReduction
+from frugal.common.data.decoding import as_bytes
 from frugal.common.data.labelled import GROUP
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating, similarity, text_table
-from frugal.common.evaluation.pictures import Picture, as_array, grey_dropped
+from frugal.common.evaluation.pictures import Picture, as_array, example_places, grey_dropped
 from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import open_captioned
@@ -117,16 +117,14 @@ class _Chosen:
 
 def _some(data: Any, count: int, *, workers: int) -> Iterator[_Chosen]:
     """At most ``count`` images drawn from all of a data set, always the same, in its order."""
-    count = min(count, len(data))
-    # drawn, because even steps meet the same few classes where labels repeat in turn
-    wanted = set(np.random.default_rng(0).choice(len(data), count, replace=False).tolist())
+    wanted = set(example_places(len(data), count))
     chosen: list[_Chosen] = []
     for images, *labels, places in data.batches(0, 1, GROUP, workers):
         for row, place in enumerate(places.tolist()):
             if place in wanted:
                 label = int(labels[0][row]) if labels else None
                 chosen.append(_Chosen(place, images[row], label))
-        if len(chosen) == count:
+        if len(chosen) == len(wanted):
             break
     return iter(sorted(chosen, key=lambda item: item.place))
 
@@ -162,7 +160,7 @@ def zero_shot_examples(
             for probability, number in zip(*(part.tolist() for part in best), strict=True)
         ]
         assert item.label is not None
-        examples.append(Example(as_array(item.image), (names[item.label],), tuple(said)))
+        examples.append(Example(as_bytes(as_array(item.image)), (names[item.label],), tuple(said)))
     return examples
 
 
@@ -194,7 +192,7 @@ def retrieval_examples(
             Guess(captions[number], cosine, captions[number] in own)
             for cosine, number in zip(*(part.tolist() for part in best), strict=True)
         ]
-        examples.append(Example(as_array(item.image), own, tuple(said)))
+        examples.append(Example(as_bytes(as_array(item.image)), own, tuple(said)))
     return examples
 
 

@@ -17,6 +17,15 @@ _GAP = 3
 _RIGHT, _WRONG, _INK, _PAPER = (24, 121, 78), (186, 52, 40), (40, 40, 40), (250, 250, 248)
 
 
+def example_places(total: int, count: int = 12) -> list[int]:
+    """At most ``count`` places among ``total``, ascending and always the same.
+
+    Drawn, because even steps meet the same few classes where labels repeat in turn.
+    """
+    drawn = np.random.default_rng(0).choice(total, min(count, total), replace=False)
+    return sorted(drawn.tolist())
+
+
 def as_array(values: Any) -> NDArray:
     """A tensor of any device, or an array, as an array."""
     if hasattr(values, "detach"):

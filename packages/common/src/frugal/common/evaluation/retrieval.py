@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frugal.common.contracts import Show
 from frugal.common.data.labelled import CaptionedImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval
-from frugal.common.evaluation.embed import Embedder, evaluating, grouped, text_table
+from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity, text_table
 from frugal.common.evaluation.metrics import Recall, recall_at
+from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -69,7 +71,7 @@ def embed(
     batches = data.batches(ranks.rank, ranks.world_size, batch_size, workers)
     for pixels, places in grouped(batches):
         places = places.to(embedder.device)
-        images[places] = embedder.images(pixels)
+        images[places] = embedder.images(pixels, places)
         delivered.index_add_(0, places, torch.ones_like(places))
     check_delivery(ranks.sum(delivered).cpu())
     texts = text_table(embedder, captions, ranks=ranks)
@@ -86,17 +88,19 @@ def open_captioned(task: Retrieval, folder: Path, recipe: Recipe) -> CaptionedIm
 
 
 def evaluate(
-    task: Retrieval, folder: Path, model: Any, recipe: Recipe, run: Run
+    task: Retrieval, folder: Path, model: Any, recipe: Recipe, run: Run, show: Show | None
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.Retrieval.evaluate`."""
     ranks = Ranks.current()
     captioned = open_captioned(task, folder, recipe)
-    embedder = Embedder.of(model, recipe, run)
+    embedder = Embedder.of(model, recipe, run, task)
     with evaluating(model):
         embedded = embed(
             embedder, captioned, batch_size=task.batch_size, workers=task.workers, ranks=ranks
         )
         recall = embedded.recall(ranks)
+    if show is not None:
+        show(task.name, _picture(captioned, embedded))
     numbers: dict[str, float | int] = {}
     for kind, values in (("image", recall.image_retrieval), ("text", recall.text_retrieval)):
         for k, value in values.items():
@@ -104,3 +108,16 @@ def evaluate(
     numbers[f"{task.name}_candidates"] = len(embedded.images)
     numbers[f"{task.name}_captions"] = len(embedded.texts)
     return numbers
+
+
+def _picture(captioned: CaptionedImages, embedded: Embedded) -> Picture:
+    """Some images with the nearest of all captions."""
+    places = example_places(len(captioned))
+    captions = [caption for own in captioned.captions for caption in own]
+    nearest = similarity(embedded.images[places], embedded.texts).argmax(1)  # (places,)
+    right = [
+        owner == place
+        for owner, place in zip(embedded.image_of_text[nearest].tolist(), places, strict=True)
+    ]
+    said = [captions[number] for number in nearest.tolist()]
+    return draw_predictions(captioned.pictures(places), said, right)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frugal.common.contracts import Show
 from frugal.common.data.labelled import LabelledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity
 from frugal.common.evaluation.metrics import mean_per_class_recall, ranked_classes, top_k_accuracy
+from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.prompts import (
     ClassName,
     class_embeddings,
@@ -93,7 +95,7 @@ def answer(
     table = torch.zeros(len(data), 3 + width, dtype=torch.int64, device=classes.device)
     batches = data.batches(ranks.rank, ranks.world_size, batch_size, workers)
     for images, labels, places in grouped(batches):
-        scores = similarity(embedder.images(images), classes)  # (b, C)
+        scores = similarity(embedder.images(images, places), classes)  # (b, C)
         said = torch.cat([scores.argmax(1, keepdim=True), ranked_classes(scores)], dim=1)
         labels = labels.to(said.device)[:, None]
         rows = torch.cat([torch.ones_like(labels), labels, said], dim=1)  # (b, 3 + K)
@@ -111,6 +113,7 @@ def answer(
 
 
 _WORDNET_ID = re.compile(r"n\d{8}")
+_NUMBERS = [str(number) for number in range(1000)]
 
 
 def names_and_templates(
@@ -119,18 +122,13 @@ def names_and_templates(
     """What the classes are called and what is written around the names.
 
     Raises:
-        InputError: if the data has no names, or not as many as ImageNet where it should.
+        InputError: if the data has no names, or they cannot be brought together with ImageNet's.
     """
-    own: list[ClassName] = list(data.class_names or ())
-    wordnet = bool(own) and all(isinstance(n, str) and _WORDNET_ID.fullmatch(n) for n in own)
-    names = own
-    if task.class_names == "imagenet" or wordnet:
-        names = list(imagenet_class_names())
-        if own and len(own) != len(names):
-            raise InputError(
-                f"{source} holds {len(own)} classes, but ImageNet-1k has {len(names)} names; use "
-                "the complete folder, or give your classes names of their own"
-            )
+    names: list[ClassName] = list(data.class_names or ())
+    is_imagenet = names == _NUMBERS or any(map(_is_wordnet_id, names))
+    if task.class_names == "imagenet" or is_imagenet:
+        own = data.class_folders or names if task.class_names == "imagenet" else names
+        names = _imagenet_names(own, source, has_numbers=data.class_folders is None)
     if not names:
         raise InputError(
             f"{source} does not say what its classes are called; add a classnames.txt with one "
@@ -139,6 +137,45 @@ def names_and_templates(
     if task.templates != "data":
         return names, named_templates(task.templates)
     return names, list(data.templates or ()) or named_templates("imagenet_7")
+
+
+def _is_wordnet_id(name: ClassName) -> bool:
+    return isinstance(name, str) and _WORDNET_ID.fullmatch(name) is not None
+
+
+def _imagenet_names(
+    own: Sequence[ClassName], source: Path, *, has_numbers: bool
+) -> list[ClassName]:
+    """ImageNet-1k's names for the classes of a data set, in the order of its class numbers.
+
+    Args:
+        own: the class folders, or what the data calls its classes, if anything.
+        source: of the data, for messages.
+        has_numbers: labels come with the images; else they count the class folders.
+    """
+    names = imagenet_class_names()
+    if any(map(_is_wordnet_id, own)):
+        from timm.data import ImageNetInfo
+
+        by_id = dict(zip(ImageNetInfo("imagenet-1k").label_names(), names, strict=True))
+        if unknown := [name for name in own if name not in by_id]:
+            raise InputError(
+                f"{source} has the class {unknown[0]}, which is no WordNet id of ImageNet-1k; "
+                "remove it, or give your classes names of their own in a classnames.txt"
+            )
+        return [by_id[str(name)] for name in own]
+    if own and len(own) != len(names):
+        raise InputError(
+            f"{source} holds {len(own)} classes, but ImageNet-1k has {len(names)} names; use "
+            "the complete folder, or give your classes names of their own"
+        )
+    if not has_numbers and list(own) != _NUMBERS:
+        raise InputError(
+            f"the class folders of {source} are neither ImageNet-1k's WordNet ids nor the numbers "
+            f"0 to 999 (the first is {own[0]!r}), so it cannot be told which class is which; "
+            "rename them"
+        )
+    return list(names)
 
 
 def held_out_classes(data: Path, num_classes: int) -> list[int]:
@@ -200,12 +237,34 @@ def ask(task: ZeroShot, question: Question, embedder: Embedder, *, ranks: Ranks)
 
 
 def evaluate(
-    task: ZeroShot, folder: Path, model: Any, recipe: Recipe, run: Run
+    task: ZeroShot, folder: Path, model: Any, recipe: Recipe, run: Run, show: Show | None
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.ZeroShot.evaluate`."""
     question = open_question(task, folder, recipe)
-    embedder = Embedder.of(model, recipe, run)
+    run.log.info(
+        "%s: %s images among %s classes, %d prompts for each name",
+        task.name,
+        f"{len(question.images):,}",
+        f"{len(question.names):,}",
+        len(question.templates),
+    )
+    embedder = Embedder.of(model, recipe, run, task)
     with evaluating(model):
         answers = ask(task, question, embedder, ranks=Ranks.current())
+    if show is not None:
+        show(task.name, _picture(question, answers))
     numbers = answers.numbers() | answers.held_out_numbers(question.held_out)
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
+
+
+def _picture(question: Question, answers: Answers) -> Picture:
+    """Some images with the class that the model chose, and the true one where it is another."""
+    places = example_places(len(question.images))
+    truth = [question.labels[label] for label in answers.labels[places].tolist()]
+    said = [question.labels[label] for label in answers.best[places].tolist()]
+    right = (answers.best == answers.labels)[places].tolist()
+    captions = [
+        one if hit else f"{one}, not {other}"
+        for one, other, hit in zip(said, truth, right, strict=True)
+    ]
+    return draw_predictions(question.images.pictures(places), captions, right)

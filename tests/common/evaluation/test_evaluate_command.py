@@ -1,0 +1,183 @@
+"""``python -m frugal.common.evaluate``: what a run's recipe says, and what the words change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from frugal.common.data.tokenizers import ClipBpe, HuggingFace
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.evaluate import Options, chosen_tasks, evaluate, load_trained
+from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.embed import Embedder
+from frugal.common.recipe import Recipe, load_recipe, to_json
+from support import ALONE, ROOT, environment, train
+
+OWN = CenterCrop(order="crop_first", interpolation="bilinear")
+PUBLISHED = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
+
+
+@pytest.fixture(scope="module")
+def trained_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 16-pixel images whose recipe evaluates in a way of its own, without data."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train(
+        ALONE, run, f"--data.train={scenes / 'train'}", "--model.image.image-size=16",
+        "--schedule.samples=24", "--schedule.warmup-samples=0",
+    )  # fmt: skip
+    recipe = load_recipe(run / "recipe.json")
+    tasks = (
+        ZeroShot(crop=OWN, published_crop=PUBLISHED, templates="name"),
+        Retrieval(crop=OWN, mask_ratio=0.5, views=2),
+    )
+    write_recipe(run, replace(recipe, evaluation=tasks))
+    return run
+
+
+def write_recipe(run: Path, recipe: Recipe) -> None:
+    (run / "recipe.json").write_text(json.dumps(to_json(recipe)))
+
+
+@pytest.fixture
+def run(trained_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(trained_run, tmp_path / "run"))
+
+
+def measured(run: Path, file: str, **words) -> dict:
+    """The numbers and settings that the command writes."""
+    evaluate(Options(checkpoint=run, workers=0, device="cpu", out=run / "out", **words))
+    return json.loads((run / "out" / f"{file}.json").read_text())
+
+
+def directly(run: Path, task) -> dict:
+    """The same task, asked for in Python."""
+    trained = load_trained(run, device="cpu")
+    with torch.inference_mode():
+        return task.evaluate(trained.model, trained.recipe, trained.run)
+
+
+def assert_holds(content: dict, numbers: dict) -> None:
+    assert {name: content[name] for name in numbers} == numbers
+
+
+def test_a_recipe_says_how_its_run_is_evaluated(run: Path, scenes: Path) -> None:
+    own = directly(run, ZeroShot(data=scenes, crop=OWN, templates="name"))
+    assert_holds(measured(run, "zero_shot", data=scenes), own)
+    assert own != directly(run, ZeroShot(data=scenes))
+    masked = directly(run, Retrieval(data=scenes, crop=OWN, mask_ratio=0.5, views=2))
+    content = json.loads((run / "out" / "retrieval.json").read_text())
+    assert_holds(content, masked)
+    assert masked != directly(run, Retrieval(data=scenes, crop=OWN))
+
+
+def test_words_change_what_the_recipe_says(run: Path, scenes: Path) -> None:
+    words = {"templates": "data", "mask_ratio": 0.75, "views": 4, "tasks": ("zero-shot",)}
+    expected = ZeroShot(data=scenes, crop=OWN, mask_ratio=0.75, views=4, name="mine")
+    content = measured(run, "mine", data=scenes, name="mine", **words)
+    assert_holds(content, directly(run, expected))
+    assert content["mine_settings"]["crop"]["interpolation"] == "bilinear"
+
+
+def test_published_takes_the_published_crop(run: Path, scenes: Path) -> None:
+    words = {"data": scenes, "tasks": ("zero-shot",), "published": True}
+    expected = directly(run, ZeroShot(data=scenes, crop=PUBLISHED, templates="name"))
+    content = measured(run, "zero_shot", **words)
+    assert_holds(content, expected)
+    assert content["zero_shot_settings"]["crop"] == to_json(PUBLISHED)
+    trained = load_trained(run, device="cpu")
+    assert trained.recipe.evaluation[0].crop == OWN
+
+
+def test_data_may_come_from_the_recipe(run: Path, scenes: Path) -> None:
+    recipe = load_recipe(run / "recipe.json")
+    tasks = (replace(recipe.evaluation[0], data=scenes), ZeroShot(name="second", data=scenes))
+    write_recipe(run, replace(recipe, evaluation=(*tasks, Retrieval())))
+    evaluate(Options(checkpoint=run, workers=0, device="cpu"))
+    written = {path.stem for path in (run / "evaluation").glob("*.json")}
+    assert written == {"zero_shot", "second"}
+
+
+def test_the_tokenizer_of_the_run_is_enough(run: Path, scenes: Path) -> None:
+    recipe = load_recipe(run / "recipe.json")
+    before = measured(run, "zero_shot", data=scenes)
+    lost = replace(recipe.data, tokenizer=HuggingFace(name="/nowhere/at/all"))
+    trained = load_trained(run, device="cpu")
+    embedder = Embedder.of(trained.model, trained.recipe, trained.run)
+    assert embedder.tokenizer.encode("a red ring") == ClipBpe().load().encode("a red ring")
+    write_recipe(run, replace(recipe, data=lost))
+    assert measured(run, "zero_shot", data=scenes) == before
+
+
+def test_the_command_runs_as_users_and_launchers_call_it(
+    trained_run: Path, scenes: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "-m", "frugal.common.evaluate", "--local_rank=0",
+        "--checkpoint", str(trained_run), "--data", str(scenes), "--tasks", "zero-shot",
+        "--published", "--out", str(tmp_path), "--workers", "1",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert result.returncode == 0, result.stderr
+    assert "zero_shot_top1" in result.stdout
+    assert json.loads((tmp_path / "zero_shot.json").read_text())["zero_shot_images"] == 128
+
+
+# What is asked for, without a model.
+
+
+@pytest.fixture
+def recipe(trained_run: Path) -> Recipe:
+    return load_recipe(trained_run / "recipe.json")
+
+
+def refused(recipe: Recipe, **words) -> str:
+    with pytest.raises(InputError) as caught:
+        chosen_tasks(Options(checkpoint=Path("runs/x"), **words), recipe)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_recipe_without_a_published_crop_is_one_sentence(recipe: Recipe) -> None:
+    said = refused(recipe, data=Path("d"), published=True)
+    assert "runs/x does not say how images were prepared for published numbers of retri" in said
+
+
+def test_without_data_there_is_nothing_to_measure(recipe: Recipe) -> None:
+    assert "names no data for zero-shot or retrieval; give --data" in refused(recipe)
+    assert "--tasks is empty" in refused(recipe, data=Path("d"), tasks=())
+
+
+def test_a_name_for_two_evaluations_is_refused(recipe: Recipe) -> None:
+    assert "--name a is for one evaluation, but there are 2" in refused(
+        recipe, data=Path("d"), name="a"
+    )
+
+
+@pytest.mark.parametrize("words", [{"templates": "name"}, {"class_names": "imagenet"}])
+def test_prompts_of_a_retrieval_are_refused(recipe: Recipe, words: dict) -> None:
+    said = refused(recipe, data=Path("d"), tasks=("retrieval",), **words)
+    assert "are for zero-shot classification" in said
+
+
+def test_views_without_a_mask_are_refused(recipe: Recipe) -> None:
+    assert "without a mask_ratio all views are the same" in refused(
+        recipe, data=Path("d"), tasks=("zero-shot",), views=2
+    )
+
+
+def test_a_recipe_that_evaluates_nothing_is_evaluated_with_defaults(recipe: Recipe) -> None:
+    bare = replace(recipe, evaluation=())
+    options = Options(checkpoint=Path("runs/x"), data=Path("d"), batch_size=8, workers=0)
+    assert chosen_tasks(options, bare) == [
+        ZeroShot(data=Path("d"), batch_size=8),
+        Retrieval(data=Path("d"), batch_size=8),
+    ]
