@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint, owners
+from frugal.common.checkpoint import store as store_module
+from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint, owners, save_weights
+from frugal.common.checkpoint.warm_start import load_weights
 from frugal.common.errors import InputError
 from frugal.common.run import Run
 
@@ -146,3 +149,34 @@ def test_writing_is_spread_evenly_and_every_name_has_one_owner() -> None:
     load = [sum(sizes[name] for name in sizes if owner[name] == rank) for rank in range(4)]
     assert max(load) - min(load) <= max(sizes.values())
     assert owners(reversed(sizes.items()), 4) == owner
+
+
+def test_weights_alone_are_a_checkpoint_to_start_from_but_not_to_continue(tmp_path: Path) -> None:
+    weights = {"a": torch.randn(5, 3), "b": torch.tensor(2.0)}
+    folder = save_weights(tmp_path / "checkpoints", weights, step=380_000)
+    assert folder == tmp_path / "checkpoints" / "step_000380000"
+    checkpoint = find_checkpoint(tmp_path)
+    assert checkpoint.step == 380_000
+    found = load_weights(checkpoint)
+    assert found.keys() == weights.keys()
+    assert all(found[name].equal(value) for name, value in weights.items())
+    with pytest.raises(InputError, match="which no run can continue"):
+        store_in(tmp_path).newest()
+
+
+@pytest.mark.parametrize("row", [0, 700, 999])
+def test_a_large_tensor_that_was_written_wrongly_is_noticed_in_any_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int
+) -> None:
+    tensor = torch.randn(1000, 10)
+    wrong = tensor.clone()
+    wrong[row, 3] += 1
+    monkeypatch.setattr(store_module, "_READ_BACK", 1 << 12)
+
+    def write_wrongly(tensors: dict[str, Tensor], path: Path) -> None:
+        save_file(dict.fromkeys(tensors, wrong), path)
+
+    monkeypatch.setattr(store_module, "save_file", write_wrongly)
+    with pytest.raises(InputError, match="weight/a reads back differently"):
+        save_weights(tmp_path / "checkpoints", {"a": tensor}, step=1)
+    assert not any((tmp_path / "checkpoints").iterdir())

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from frugal.common.errors import InputError
 from frugal.common.run import Run
 
 FORMAT = 1
+_READ_BACK = 1 << 24
+"""Bytes of a file that was written that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -101,34 +103,16 @@ class CheckpointStore:
         """
         rank, world_size = self.run.rank, self.run.world_size
         final = self.folder / f"step_{state['step']:09d}"
-        aside = self.folder / f".{final.name}.writing"
+        aside = _aside(final)
         if self.run.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         gather(None)  # nobody writes before the folder is there
-        path = aside / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
-        failure = _write_tensors(path, tensors)
-        entry = {
-            "name": path.name,
-            "tensors": sorted(tensors),
-            "failure": failure,
-            "bytes": 0 if failure else path.stat().st_size,
-            "crc32": 0 if failure else file_checksum(path),
-        }
+        entry = _write_file(aside / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors", tensors)
         files = gather(entry)
-        failed = [failure for file in files if (failure := file.pop("failure"))]
-        if failed:
-            raise InputError(
-                f"the checkpoint of step {state['step']} could not be written to {self.folder}: "
-                f"{failed[0]}; older checkpoints are untouched"
-            )
+        _refuse_failures(files, final)
         if self.run.is_main:
-            whole = state | {"format": FORMAT, "files": files}
-            _write_synced(aside / "state.json", json.dumps(whole, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            _sync_folder(self.folder)
-            _write_synced(self.folder / "latest", final.name + "\n")
+            _complete(aside, final, state, files)
             self._remove_old()
         gather(None)  # nobody trains on before the checkpoint counts
         return final
@@ -144,8 +128,83 @@ class CheckpointStore:
         return sorted(f for f in self.folder.glob("step_*") if (f / "state.json").exists())
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint, or None where the run has none yet."""
-        return newest_checkpoint(self.folder)
+        """The newest checkpoint, or None where the run has none yet.
+
+        Raises:
+            InputError: if it holds weights alone, so that no run can go on from it.
+        """
+        checkpoint = newest_checkpoint(self.folder)
+        if checkpoint is not None and checkpoint.state.get("weights_only"):
+            raise InputError(
+                f"{self.run.dir} holds weights without optimiser state, which no run can continue; "
+                "give it with --run.start-from and choose another --run.dir"
+            )
+        return checkpoint
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor], *, step: int) -> Path:
+    """Write a checkpoint of weights alone: for evaluation, export and ``--run.start-from``.
+
+    Args:
+        folder: ``checkpoints`` of a run directory; made if missing.
+        weights: float32 CPU tensors by the objective's names.
+        step: optimiser steps they were trained for.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        InputError: if it cannot be written; the folder holds nothing new then.
+    """
+    final = folder / f"step_{step:09d}"
+    aside = _aside(final)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
+    files = [_write_file(aside / "tensors-00000-of-00001.safetensors", tensors)]
+    try:
+        _refuse_failures(files, final)
+    except InputError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _complete(aside, final, {"step": step, "weights_only": True}, files)
+    return final
+
+
+def _aside(final: Path) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return final.with_name(f".{final.name}.writing")
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write one file of a checkpoint; its entry in ``state.json``, or what went wrong."""
+    failure = _write_tensors(path, tensors)
+    return {
+        "name": path.name,
+        "tensors": sorted(tensors),
+        "failure": failure,
+        "bytes": 0 if failure else path.stat().st_size,
+        "crc32": 0 if failure else file_checksum(path),
+    }
+
+
+def _refuse_failures(files: list[dict[str, Any]], final: Path) -> None:
+    failed = [failure for file in files if (failure := file.pop("failure"))]
+    if failed:
+        raise InputError(
+            f"the checkpoint of step {int(final.name.removeprefix('step_'))} could not be written "
+            f"to {final.parent}: {failed[0]}; older checkpoints are untouched"
+        )
+
+
+def _complete(aside: Path, final: Path, state: dict[str, Any], files: list[dict[str, Any]]) -> None:
+    """Make a checkpoint whose files are written the newest one."""
+    whole = state | {"format": FORMAT, "files": files}
+    _write_synced(aside / "state.json", json.dumps(whole, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    _sync_folder(final.parent)
+    _write_synced(final.parent / "latest", final.name + "\n")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -153,13 +212,24 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     try:
         save_file(tensors, path)
         _sync(path)
-        with safe_open(path, framework="pt") as written:
-            for name, tensor in tensors.items():
-                if not written.get_tensor(name).equal(tensor) and not tensor.isnan().any():
-                    return f"{path.name}: {name} reads back differently"
+        for name, tensor in tensors.items():
+            for part in _parts(tensor):
+                # opened anew each time: what is read stays in memory until the file is closed
+                with safe_open(path, framework="pt") as written:
+                    found, expected = written.get_slice(name)[part], tensor[part]
+                    if not found.equal(expected) and not expected.isnan().any():
+                        return f"{path.name}: {name} reads back differently"
     except (OSError, SafetensorError) as error:
         return f"{path.name}: {error}"
     return ""
+
+
+def _parts(tensor: Tensor) -> list[Any]:
+    """Indices of a tensor's rows, a few MiB at a time."""
+    if tensor.nbytes <= _READ_BACK:
+        return [...]
+    rows = max(1, _READ_BACK * len(tensor) // tensor.nbytes)
+    return [slice(first, first + rows) for first in range(0, len(tensor), rows)]
 
 
 def _sync(path: Path) -> None:

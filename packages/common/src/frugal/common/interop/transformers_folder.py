@@ -1,0 +1,142 @@
+"""A folder that ``CLIPModel.from_pretrained`` and ``CLIPProcessor.from_pretrained`` load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
+from safetensors.torch import save_file
+from torch import Tensor
+
+from frugal.common.interop.folding import fold_layer_scale, fold_patch_bias
+from frugal.common.interop.trained import Embedded, Misfit, TrainedModel
+from frugal.common.interop.transformers_tokenizer import as_transformers, save
+from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.weight_names import to_transformers_clip
+
+USAGE = """\
+```python
+from transformers import CLIPModel, CLIPProcessor
+
+model = CLIPModel.from_pretrained("FOLDER")
+processor = CLIPProcessor.from_pretrained("FOLDER")
+```
+
+Its crop lies one pixel beside that of the numbers below where the margin is an odd number of
+pixels: transformers rounds half a pixel down.
+"""
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+_RESAMPLING = {"bilinear": 2, "bicubic": 3}
+"""Pillow's numbers."""
+_ARGMAX = 2
+"""An end-of-text id that CLIPModel takes for "the highest id", for its oldest configurations."""
+
+
+def misfit(trained: TrainedModel) -> Misfit | None:
+    """The first option that ``CLIPModel`` cannot express."""
+    config, image, text = trained.config, trained.config.image, trained.config.text
+    if image.class_token == "none":
+        return Misfit("model.image.class_token=none", "CLIPModel always has one")
+    if image.pooling != "class":
+        return Misfit(f"model.image.pooling={image.pooling}", "CLIPModel pools the class token")
+    if not image.pre_norm:
+        return Misfit("model.image.pre_norm=False", "CLIPModel has a norm before the blocks")
+    if image.grid[0] != image.grid[1]:
+        return Misfit(f"model.image.image_size={image.image_size}", "CLIPModel takes square images")
+    if not text.causal:
+        return Misfit("model.text.causal=False", "CLIPModel's text tower is causal")
+    if text.pooling != "end_of_text":
+        return Misfit(f"model.text.pooling={text.pooling}", "CLIPModel pools the end-of-text token")
+    if config.initial_logit_bias is not None:
+        return Misfit("model.initial_logit_bias", "CLIPModel's logits have a scale and no bias")
+    if not trained.captions_end or trained.tokenizer.end_id == _ARGMAX:
+        return Misfit(
+            "data.tokenizer",
+            "CLIPModel needs a token that ends every caption, stands nowhere else and has not the "
+            f"number {_ARGMAX}; here it is {trained.tokenizer.end_id}",
+        )
+    return None
+
+
+def model_config(config: DualEncoderConfig, **token_ids: int) -> Any:
+    """The ``CLIPConfig`` for towers that :func:`misfit` has nothing to say about.
+
+    Args:
+        config: without a bias of the patch projection and layer scales.
+        token_ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``.
+    """
+    from transformers import CLIPConfig
+
+    image, text = config.image, config.text
+    return CLIPConfig(
+        vision_config={
+            **_transformer(image, config),
+            "image_size": image.height_width[0],
+            "patch_size": image.patch_size,
+        },
+        text_config={
+            **_transformer(text, config),
+            "vocab_size": text.vocabulary,
+            "max_position_embeddings": text.length,
+            **token_ids,
+        },
+        projection_dim=config.embed_dim,
+        logit_scale_init_value=config.initial_logit_scale,
+        architectures=["CLIPModel"],
+    )
+
+
+def _transformer(tower: ImageTower | TextTower, config: DualEncoderConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": tower.width,
+        "num_hidden_layers": tower.depth,
+        "num_attention_heads": tower.heads,
+        "intermediate_size": tower.mlp_width,
+        "hidden_act": _ACTIVATIONS[tower.activation],
+        "layer_norm_eps": tower.norm_epsilon,
+        "projection_dim": config.embed_dim,
+    }
+
+
+def write(trained: TrainedModel, folder: Path) -> None:
+    """Weights, configuration, and a processor with its tokenizer."""
+    from transformers import CLIPImageProcessor, CLIPProcessor
+
+    state, config = fold_patch_bias(trained.model.state_dict(), trained.config)
+    state, config = fold_layer_scale(state, config)
+    save_file(
+        to_transformers_clip(state, config), folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    theirs = as_transformers(trained.tokenizer, length=config.text.length)
+    ids = {"eos_token_id": trained.tokenizer.end_id, "pad_token_id": theirs.pad_token_id}
+    if trained.tokenizer.prefix:
+        ids["bos_token_id"] = trained.tokenizer.prefix[0]
+    model_config(config, **ids).save_pretrained(folder)
+    side = config.image.height_width[0]
+    pixels = CLIPImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        resample=_RESAMPLING[trained.interpolation],
+        image_mean=config.image.mean,
+        image_std=config.image.std,
+    )
+    CLIPProcessor(image_processor=pixels, tokenizer=theirs).save_pretrained(folder)
+    save(theirs, folder)
+
+
+def embed(folder: Path, pictures: Tensor, captions: list[str]) -> Embedded:
+    """What transformers makes of (B, 3, H, W) uint8 pictures and of captions with this folder."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = CLIPModel.from_pretrained(folder).eval()
+    processor = CLIPProcessor.from_pretrained(folder)
+    inputs = processor(
+        images=list(pictures), text=captions, padding=True, truncation=True, return_tensors="pt"
+    )
+    made = model(**inputs)
+    return Embedded(
+        F.normalize(made.image_embeds, dim=-1),
+        F.normalize(made.text_embeds, dim=-1),
+        model.logit_scale.reshape(1),
+    )

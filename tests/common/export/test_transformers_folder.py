@@ -1,0 +1,106 @@
+"""A folder for transformers: its own classes load it and give the same embeddings."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from run_directories import small
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
+
+from frugal.common.data.tokenizers import HuggingFace
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.evaluate import load_trained
+from frugal.common.export import Options, export, load
+from frugal.common.models.config import DualEncoderConfig, clip_encoder
+
+CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40]
+
+clip = clip_encoder("B/16")
+CONFIGURATIONS: dict[str, DualEncoderConfig] = {
+    "CLIP": small(clip),
+    "packed captions": small(clip, text={"packed": True, "pad_mask": True}),
+    "OpenAI's activation": small(clip_encoder("B/16", quick_gelu=True)),
+    "other activations and epsilons": small(
+        clip,
+        image={"activation": "gelu_tanh", "norm_epsilon": 1e-4},
+        text={"activation": "quick_gelu", "norm_epsilon": 1e-6},
+    ),
+    "layer scales and a bias of the patches": small(
+        clip, image={"layer_scale": 0.3, "patch_bias": True}, text={"layer_scale": 0.4}
+    ),
+    "fixed positions, none for the class token": small(
+        clip, image={"positions": "sincos_bigvision", "class_token": "without_position"}
+    ),
+    "BERT": small(clip, text={"vocabulary": 90}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_transformers_gives_the_same_embeddings_for_the_same_captions(
+    name, make_run, bert, tmp_path
+) -> None:
+    tokenizer = HuggingFace(name=str(bert)) if name == "BERT" else None
+    run = make_run(CONFIGURATIONS[name], tokenizer=tokenizer)
+    out = tmp_path / "out"
+    assert export(Options(checkpoint=run, to="huggingface", out=out)) < 1e-5
+
+    theirs, loading = CLIPModel.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values()), loading
+    processor = CLIPProcessor.from_pretrained(out)
+    inputs = processor(text=CAPTIONS, padding=True, truncation=True, return_tensors="pt")
+    trained = load(run)
+    length = trained.config.text.length
+    ours, lengths = torch.zeros(len(CAPTIONS), length, dtype=torch.int64), []
+    for row, caption in enumerate(CAPTIONS):
+        ids = trained.tokenizer.assemble(trained.tokenizer.encode(caption), length)
+        assert inputs["input_ids"][row, : len(ids)].tolist() == ids
+        assert inputs["attention_mask"][row].sum() == len(ids)
+        ours[row, : len(ids)] = torch.tensor(ids)
+        lengths.append(len(ids))
+    images = torch.randn(3, 3, *trained.config.image.height_width)
+    with torch.inference_mode():
+        expected = theirs.eval()(**inputs, pixel_values=images)
+        texts = trained.model.encode_text(ours, torch.tensor(lengths))
+        torch.testing.assert_close(texts, expected.text_embeds, rtol=0, atol=1e-5)
+        seen = trained.model.encode_image(images)
+        torch.testing.assert_close(seen, expected.image_embeds, rtol=0, atol=1e-5)
+    assert theirs.logit_scale.item() == trained.model.logit_scale.item()
+
+
+def test_the_auto_classes_know_what_is_in_the_folder(clip_run, tmp_path) -> None:
+    out = tmp_path / "out"
+    export(Options(checkpoint=clip_run, to="huggingface", out=out))
+    assert isinstance(AutoModel.from_pretrained(out), CLIPModel)
+    assert isinstance(AutoTokenizer.from_pretrained(out), CLIPTokenizer)
+    assert isinstance(CLIPImageProcessor.from_pretrained(out), CLIPImageProcessor)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["CLIPModel"]
+
+
+def test_the_image_processor_gives_the_pixels_of_our_evaluation(clip_run, tmp_path) -> None:
+    out = tmp_path / "out"
+    export(Options(checkpoint=clip_run, to="huggingface", out=out))
+    processor = CLIPImageProcessor.from_pretrained(out)
+    tower = load_trained(clip_run, device="cpu").model.config.image
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (tower.mean, tower.std))
+    random = np.random.default_rng(1)
+    # margins here are even; transformers rounds half a pixel down, torchvision to an even number
+    for height, width in ((333, 500), (481, 640), (32, 32), (90, 205)):
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        pixels = processor(image, return_tensors="pt").pixel_values[0]
+        ours = torch.from_numpy(CenterCrop().decode(file.getvalue(), size=(32, 32)).copy())
+        expected = ((pixels * std + mean) * 255).round()
+        torch.testing.assert_close(ours.float(), expected, rtol=0, atol=1)
