@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from measuring import measured, memory_in_mib, place, write
 
 MOST_MEMORY = 1 / 8
 """Of what open_clip's loss takes."""
@@ -47,9 +46,8 @@ def main() -> None:
         "loss_difference": abs(ours["loss"] - theirs["loss"]),
         "gradient_difference": abs(ours["gradient"] / theirs["gradient"] - 1),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
     print_table(options, report)
+    write(options.out, report)
     if report["memory_ratio"] > MOST_MEMORY or report["loss_difference"] > 1e-4:
         sys.exit("the chunked loss misses its limit")
 
@@ -74,16 +72,8 @@ def measure_apart(options: argparse.Namespace, name: str) -> dict[str, Any]:
     command = [sys.executable, __file__, *words, f"--measure={name}"]
     # freed blocks go back to the system at once: the peak is that of live tensors, the time is not
     tidy_malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    timed = measured([*command, f"--repeats={options.repeats}"], {})
+    timed = measured([*command, f"--repeats={options.repeats}"])
     return measured([*command, "--repeats=1"], tidy_malloc) | {"seconds": timed["seconds"]}
-
-
-def measured(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """What a measuring process says."""
-    done = subprocess.run(
-        command, env=os.environ | environment, check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -118,25 +108,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     for _ in range(options.repeats - 1):
         seconds = min(seconds, run(values)[0])
-    place = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} cores"
     return {
-        "device": place, "peak_mib": peak, "seconds": seconds, "loss": loss, "gradient": gradient
+        "device": place(device), "peak_mib": peak, "seconds": seconds, "loss": loss,
+        "gradient": gradient,
     }  # fmt: skip
-
-
-def memory_in_mib(device: str, *, peak: bool) -> float:
-    """Memory of this process, or of its tensors on the GPU: now, or the most there ever was."""
-    if device == "cuda":
-        import torch
-
-        if peak:
-            return torch.cuda.max_memory_allocated() / 2**20
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def frugal_loss(options: argparse.Namespace) -> Callable[..., Any]:
@@ -190,7 +165,6 @@ def print_table(options: argparse.Namespace, report: dict[str, Any]) -> None:
         print(f"{name:12}{row['peak_mib']:12.1f}{row['seconds']:12.3f}{row['loss']:14.6f}")
     memory, seconds = report["memory_ratio"], report["time_ratio"]
     print(f"memory 1/{1 / memory:.1f} (limit 1/{1 / MOST_MEMORY:.0f}), time x {seconds:.2f}")
-    print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

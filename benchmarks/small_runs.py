@@ -1,0 +1,110 @@
+"""Whole small trainings on scenes, from the command line, for benchmarks that compare recipes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from frugal.common.evaluation.curves import Curve, line_chart
+from frugal.common.evaluation.page import PAGE, STYLE
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished training reached and what it took."""
+
+    samples: int
+    train_seconds: float
+    """In the training loop, without start and evaluation."""
+    flops: float
+    """Of all steps, by the models' own arithmetic."""
+    top1: float
+    """Zero-shot, over all 64 classes."""
+    top1_held_out: float
+
+
+def scenes(folder: Path, *, train_samples: int) -> Path:
+    """The data set, drawn if it is not there yet."""
+    words = ["--out", str(folder), "--train-samples", str(train_samples), "--image-size", "40"]
+    subprocess.run([sys.executable, "-m", "frugal.common.scenes", *words], check=True)
+    return folder
+
+
+def train_small(module: str, recipe: str, data: Path, run: Path, words: Sequence[str]) -> Outcome:
+    """Train a recipe in one process, or read what an earlier call left in ``run``."""
+    command = [
+        sys.executable, "-m", module, recipe, f"--data.train={data / 'train'}",
+        f"--evaluation.0.data={data}", "--run.log-every=20", "--run.save-every=100000",
+        f"--run.dir={run}", *words,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return outcome(run)
+
+
+def outcome(run: Path) -> Outcome:
+    """What the files of a run directory say."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    answers = json.loads((run / "evaluation" / "zero_shot.json").read_text())
+    seconds = flops = 0.0
+    before = 0
+    for line in lines:
+        took = (line["samples"] - before) / line["samples_per_second"]
+        seconds += took
+        flops += took * line["flops_per_second"]
+        before = line["samples"]
+    return Outcome(
+        samples=lines[-1]["samples"],
+        train_seconds=seconds,
+        flops=flops,
+        top1=answers["zero_shot_top1"],
+        top1_held_out=answers["zero_shot_top1_held_out"],
+    )
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and the standard deviation over seeds (0 for one seed)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows with aligned columns, for a terminal."""
+    widths = [max(len(row[place]) for row in (header, *rows)) for place in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = [
+            word.rjust(width) if place else word.ljust(width)
+            for place, (word, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def write_page(
+    path: Path, *, title: str, summary: str, text: str, charts: dict[str, tuple[str, list[Curve]]]
+) -> None:
+    """A page with charts (title to name of the x axis and curves) and a table as text."""
+    parts = []
+    for name, (x_name, curves) in charts.items():
+        legend = ", ".join(
+            f'<span style="color:var(--line-{place % 3 + 1})">{escape(curve.name)}</span>'
+            for place, curve in enumerate(curves)
+        )
+        chart = line_chart(name, curves, x_name=x_name, description=summary, from_zero=True)
+        parts.append(f"<section><h2>{escape(name)}</h2><p>{legend}</p>{chart}</section>")
+    parts.append(f"<section><pre>{escape(text)}</pre></section>")
+    page = PAGE.format(
+        title=escape(title),
+        style=STYLE,
+        summary=f'<p class="summary">{escape(summary)}</p>',
+        body="\n".join(parts),
+    )
+    path.write_text(page, encoding="utf-8")
+    print(f"written to {path}")
