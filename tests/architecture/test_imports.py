@@ -17,6 +17,7 @@ LAYERS = [
     ("objectives",),
     ("checkpoint",),
     ("evaluation",),
+    ("interop",),
     ("engine",),
     ("commands", "report", "shards", "train", "evaluate", "export", "plan"),
 ]
@@ -75,7 +76,9 @@ def test_no_package_takes_the_namespace_for_itself() -> None:
     assert not list((ROOT / "packages").glob("*/src/frugal/__init__.py"))
 
 
-@pytest.mark.parametrize("module", ["frugal.flip.recipes", "frugal.common.scenes"])
+@pytest.mark.parametrize(
+    "module", ["frugal.flip.recipes", "frugal.clipa.recipes", "frugal.common.scenes"]
+)
 def test_building_recipes_and_help_needs_no_torch(module: str) -> None:
     check = (
         f"import sys, {module} as m; [make() for make in getattr(m, 'RECIPES', {{}}).values()];"
