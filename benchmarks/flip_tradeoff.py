@@ -26,7 +26,7 @@ Outcomes = dict[float, list[Outcome]]
 def main() -> None:
     """Train everything, or what is missing of it, and write table, JSON and page."""
     options = read_options()
-    data = scenes(options.out / "scenes", train_samples=20_000)
+    data = scenes(options.out / "scenes", train_samples=20_000, image_size=40)
     equal_samples = {
         ratio: train_seeds(options, data, ratio, options.samples, "samples") for ratio in RATIOS
     }

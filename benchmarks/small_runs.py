@@ -29,10 +29,12 @@ class Outcome:
     top1_held_out: float
 
 
-def scenes(folder: Path, *, train_samples: int) -> Path:
+def scenes(folder: Path, *, train_samples: int, image_size: int) -> Path:
     """The data set, drawn if it is not there yet."""
-    words = ["--out", str(folder), "--train-samples", str(train_samples), "--image-size", "40"]
-    subprocess.run([sys.executable, "-m", "frugal.common.scenes", *words], check=True)
+    words = ["--train-samples", str(train_samples), "--image-size", str(image_size)]
+    subprocess.run(
+        [sys.executable, "-m", "frugal.common.scenes", "--out", str(folder), *words], check=True
+    )
     return folder
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from frugal.clipa.grid_masking import GridMasking
 from frugal.common.commands import read_command_line
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe, difference, from_json, load_recipe, to_json
 from frugal.flip.recipes import RECIPES, demo
+from frugal.flip.text_masking import TextMasking
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -35,6 +37,30 @@ def test_flags_override_any_field() -> None:
     assert recipe.model.image.depth == 2
     assert recipe.evaluation[0].data == Path("scenes")
     assert recipe.engine.deepspeed_config == Path("zero1.json")
+
+
+def test_a_strategy_of_any_method_takes_the_place_of_the_recipes() -> None:
+    recipe = read(
+        "demo", "--reduction.image", "frugal.clipa.grid_masking.GridMasking",
+        "--reduction.text=frugal.flip.text_masking.TextMasking",
+        "--reduction.text.mask-ratio", "0.25", "--reduction.image.window", "4",
+    )  # fmt: skip
+    assert recipe.reduction.image == GridMasking(window=4)
+    assert recipe.reduction.text == TextMasking(mask_ratio=0.25)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--reduction.image=os.path"], "import path of one of Frugal's classes"),
+        (["--reduction.image", "frugal.clipa.GridMasking"], "which is not installed"),
+        (["--reduction.image=frugal.flip.text_masking.TextMasking"], "which is no ImageReduction"),
+        (["--reduction.text"], "needs the import path"),
+    ],
+)
+def test_what_is_no_strategy_is_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        read("demo", *words)
 
 
 @pytest.mark.parametrize("given", ["--local_rank=1", "--local-rank=1"])

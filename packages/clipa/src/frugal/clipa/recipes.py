@@ -289,6 +289,11 @@ def vit_h14_i25_t8() -> Recipe:
     return _v2_pretraining("H/14", image_size=70)
 
 
+def vit_h14_i25_t8_tuning_224() -> Recipe:
+    """Fine-tuning of ``vit-h14-i25-t8`` at 224 pixels, 30 % of the patches removed; 81.1 %."""
+    return _v2_tuning_224("H/14")
+
+
 def vit_h14_i36_t8_tuning_224() -> Recipe:
     """Fine-tuning of ``vit-h14-i36-t8`` at 224 pixels, 30 % of the patches removed; 81.5 %."""
     return _v2_tuning_224("H/14")
@@ -407,6 +412,7 @@ RECIPES = {
     "vit-l14-i36-t8-tuning-336": vit_l14_i36_t8_tuning_336,
     "vit-h14-i36-t8": vit_h14_i36_t8,
     "vit-h14-i25-t8": vit_h14_i25_t8,
+    "vit-h14-i25-t8-tuning-224": vit_h14_i25_t8_tuning_224,
     "vit-h14-i36-t8-tuning-224": vit_h14_i36_t8_tuning_224,
     "vit-h14-i36-t8-plain-tuning-224": vit_h14_i36_t8_plain_tuning_224,
     "vit-h14-i36-t8-tuning-336": vit_h14_i36_t8_tuning_336,

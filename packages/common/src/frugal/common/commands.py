@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import tyro
 
+from frugal.common.contracts import ImageReduction, TextReduction
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.recipe import Recipe, load_recipe
 from frugal.common.run import launcher_ranks
@@ -22,15 +25,17 @@ def read_command_line(
 ) -> tuple[str, Recipe]:
     """The recipe that the first word picks, with the fields that flags override.
 
-    The first word may also be the path of a saved ``recipe.json``. ``--local_rank``, which the
-    deepspeed launcher adds, is accepted and ignored: ranks come from the environment.
+    The first word may also be the path of a saved ``recipe.json``. ``--reduction.image`` and
+    ``--reduction.text`` take the class of another strategy, of any installed method, by its import
+    path; flags override its fields as those of any other. ``--local_rank``, which the deepspeed
+    launcher adds, is accepted and ignored: ranks come from the environment.
 
     Returns:
         The name and the recipe. A mistake on the command line ends the process with exit code 2.
     """
     words = without_local_rank(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].endswith(".json"):
-        saved = load_recipe(Path(words[0]))
+        saved, words = _with_strategies(load_recipe(Path(words[0])), words)
         recipe = tyro.cli(
             Recipe,
             default=saved,
@@ -47,8 +52,62 @@ def read_command_line(
             f"there is no recipe {words[0]!r}; choose from {', '.join(choices)}, or give the path "
             "of a recipe.json"
         )
+    if words and words[0] in choices:
+        described, recipe = choices[words[0]]
+        recipe, words = _with_strategies(recipe, words)
+        choices[words[0]] = (described, recipe)
     recipe = tyro.extras.overridable_config_cli(choices, args=words, prog=program)
     return words[0], recipe
+
+
+def _with_strategies(recipe: Recipe, words: list[str]) -> tuple[Recipe, list[str]]:
+    """The recipe with the reductions that the words name by class, and the other words."""
+    rest: list[str] = []
+    strategies: dict[str, Any] = {}
+    waiting: str | None = None
+    for word in words:
+        flag, _, name = word.partition("=")
+        if waiting is not None:
+            strategies[waiting], waiting = _strategy(f"--reduction.{waiting}", word), None
+        elif flag not in ("--reduction.image", "--reduction.text"):
+            rest.append(word)
+        elif name:
+            strategies[flag.rpartition(".")[2]] = _strategy(flag, name)
+        else:
+            waiting = flag.rpartition(".")[2]
+    if waiting is not None:
+        raise InputError(
+            f"--reduction.{waiting} needs the import path of a class, such as {_EXAMPLE}"
+        )
+    return replace(recipe, reduction=replace(recipe.reduction, **strategies)), rest
+
+
+_EXAMPLE = "frugal.common.reduction.random_masking.RandomMasking"
+
+
+def _strategy(flag: str, name: str) -> Any:
+    """A reduction in its default form.
+
+    Raises:
+        InputError: if there is no such class, or it is no reduction of this kind.
+    """
+    module, _, kind = name.rpartition(".")
+    wanted = {"--reduction.image": ImageReduction, "--reduction.text": TextReduction}[flag]
+    if not module.startswith("frugal."):
+        raise InputError(
+            f"{flag} is {name!r}; give the import path of one of Frugal's classes, such as "
+            f"{_EXAMPLE}"
+        )
+    try:
+        strategy = getattr(importlib.import_module(module), kind)()
+    except (ImportError, AttributeError):
+        raise InputError(
+            f"{flag} names {name!r}, which is not installed; the READMEs of the packages list what "
+            "there is"
+        ) from None
+    if not isinstance(strategy, wanted):
+        raise InputError(f"{flag} names {name!r}, which is no {wanted.__name__}")
+    return strategy
 
 
 def _dashed(name: str) -> str:
