@@ -69,9 +69,9 @@ def main() -> None:
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=64, help="pairs of one step")
+    parser.add_argument("--batch", type=int, default=128, help="pairs of one step")
     parser.add_argument("--depth", type=int, default=2, help="layers of the text tower; image: 2x")
-    parser.add_argument("--steps", type=int, default=3, help="of which the fastest counts")
+    parser.add_argument("--steps", type=int, default=2, help="of which the fastest counts")
     parser.add_argument("--precision", default="float32", help="of the products: float32, bfloat16")
     parser.add_argument("--device", default=None, help="cpu or cuda; by default what there is")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/masked_step.json"))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+FLIP = "frugal.flip.train"
 
 TINY = (
     "--model.image.width=32", "--model.image.depth=1", "--model.image.heads=2",
@@ -84,17 +85,25 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{BIN}:{kept['PATH']}", "DS_ACCELERATOR": "cpu"}
 
 
-def flip_command(launcher: Launcher, run: Path, *words: str, recipe: str = "demo") -> list[str]:
-    """The words that train the tiny FLIP; later words win over earlier ones."""
+def flip_command(
+    launcher: Launcher, run: Path, *words: str, recipe: str = "demo", module: str = FLIP
+) -> list[str]:
+    """The words that train the tiny FLIP, or another method; later words win over earlier ones."""
     return [
-        *launcher.command("frugal.flip.train"), recipe, *TINY, *launcher.flags(),
-        f"--run.dir={run}", *words,
+        *launcher.command(module), recipe, *TINY, *launcher.flags(), f"--run.dir={run}", *words,
     ]  # fmt: skip
 
 
-def train(launcher: Launcher, run: Path, *words: str, recipe: str = "demo", expect: int = 0) -> str:
+def train(
+    launcher: Launcher,
+    run: Path,
+    *words: str,
+    recipe: str = "demo",
+    expect: int = 0,
+    module: str = FLIP,
+) -> str:
     """Train the tiny FLIP to its end, as a user would; what it wrote to standard error."""
-    command = flip_command(launcher, run, *words, recipe=recipe)
+    command = flip_command(launcher, run, *words, recipe=recipe, module=module)
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=600
     )
@@ -103,10 +112,12 @@ def train(launcher: Launcher, run: Path, *words: str, recipe: str = "demo", expe
     return output
 
 
-def start(launcher: Launcher, run: Path, *words: str) -> subprocess.Popen[bytes]:
+def start(
+    launcher: Launcher, run: Path, *words: str, module: str = FLIP
+) -> subprocess.Popen[bytes]:
     """Start training the tiny FLIP in a process group of its own."""
     return subprocess.Popen(
-        flip_command(launcher, run, *words),
+        flip_command(launcher, run, *words, module=module),
         cwd=ROOT,
         env=environment(),
         start_new_session=True,

@@ -77,7 +77,13 @@ def test_no_package_takes_the_namespace_for_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["frugal.flip.recipes", "frugal.clipa.recipes", "frugal.common.scenes"]
+    "module",
+    [
+        "frugal.flip.recipes",
+        "frugal.clipa.recipes",
+        "frugal.cluster_masking.recipes",
+        "frugal.common.scenes",
+    ],
 )
 def test_building_recipes_and_help_needs_no_torch(module: str) -> None:
     check = (

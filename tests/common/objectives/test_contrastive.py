@@ -50,6 +50,7 @@ def recipe(config: Contrastive, **parts: Any) -> Any:
         "reduction": SimpleNamespace(image=RandomMasking(mask_ratio=0.5)),
         "engine": EngineOptions(),
         "run": RunOptions(seed=3),
+        "schedule": SimpleNamespace(samples=480),
     }
     return SimpleNamespace(**(values | parts))
 

@@ -7,11 +7,12 @@ answer at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import logging
     from pathlib import Path
 
     import torch
@@ -76,6 +77,39 @@ class ImageReduction(Protocol):
 
     def keep(self, view: Any, *, noise: NoiseSource) -> Any:
         """From a ``PatchView`` to a ``Kept``, or None where every patch stays."""
+        ...
+
+
+@runtime_checkable
+class PreparedReduction(ImageReduction, Protocol):
+    """An image reduction that looks at the first images of a run before the run trains."""
+
+    measured: ClassVar[tuple[str, ...]]
+    """Fields that are None until then; the run's recipe and checkpoints hold what was found."""
+
+    @property
+    def images_to_see(self) -> int:
+        """Images, over all processes, that it wants to see; 0 where nothing is left to find."""
+        ...
+
+    def prepared(
+        self,
+        seen: Iterable[tuple[Any, NoiseSource]],
+        *,
+        gather: Callable[[Any], list[Any]],
+        log: logging.Logger,
+    ) -> ImageReduction:
+        """The same with every measured field filled in, alike on every process.
+
+        Args:
+            seen: ``PatchView`` of images of this process, with the noise they have in training.
+            gather: collects one JSON-ready value of every process, in rank order, on all of them.
+            log: told what was found.
+        """
+        ...
+
+    def remark(self, means: dict[str, float]) -> str | None:
+        """What a person should know of the objective's metrics over some steps; usually nothing."""
         ...
 
 

@@ -22,6 +22,7 @@ from frugal.common.contracts import (
     EvaluationTask,
     ImageReduction,
     ObjectiveConfig,
+    PreparedReduction,
     TextReduction,
 )
 from frugal.common.errors import InputError
@@ -339,6 +340,16 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise InputError(f"{path} does not hold a recipe")
     return recipe
+
+
+def with_measured(wanted: Recipe, saved: Recipe) -> Recipe:
+    """``wanted`` with what a run of ``saved`` has measured, where it leaves that open."""
+    image, before = wanted.reduction.image, saved.reduction.image
+    if not isinstance(image, PreparedReduction) or type(image) is not type(before):
+        return wanted
+    found = {n: getattr(before, n) for n in image.measured if getattr(image, n) is None}
+    image = dataclasses.replace(image, **found)  # type: ignore[type-var]
+    return dataclasses.replace(wanted, reduction=dataclasses.replace(wanted.reduction, image=image))
 
 
 _MAY_CHANGE = ("engine.", "run.", "evaluation", "data.workers")

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal.common.commands import Recipes, read_command_line, run_politely
+from frugal.common.contracts import Batch, PreparedReduction
 from frugal.common.errors import InputError
-from frugal.common.recipe import Recipe, difference, load_recipe, to_json
+from frugal.common.recipe import (
+    Recipe,
+    difference,
+    from_json,
+    load_recipe,
+    to_json,
+    with_measured,
+)
 from frugal.common.run import Run, launcher_ranks, lock_run_dir, make_logger
 
 if TYPE_CHECKING:
@@ -21,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
     from frugal.common.checkpoint.store import Checkpoint, CheckpointStore
-    from frugal.common.contracts import Batch
     from frugal.common.engine.backend import Engine
     from frugal.common.engine.saving import WeightAverage
     from frugal.common.engine.watch import Watch
@@ -46,7 +57,7 @@ def train_recipe(recipe: Recipe) -> None:
         RunStopped: if the run ended early for a reason that is no bug.
     """
     assert recipe.run.dir is not None
-    _check_run_dir(recipe)
+    recipe = _check_run_dir(recipe)
     from frugal.common.checkpoint.store import CheckpointStore
     from frugal.common.checkpoint.warm_start import warm_start
     from frugal.common.data.damage import DamageCounter
@@ -71,6 +82,7 @@ def train_recipe(recipe: Recipe) -> None:
     lock, checkpoint = _claim(run, store)
     if checkpoint is not None:
         restore(engine, checkpoint, average)
+    recipe = _prepared(recipe, run, engine, checkpoint)
     state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0}
     first_step = state["step"]
     saved_streams = state.get("stream", [])
@@ -112,7 +124,7 @@ def train_recipe(recipe: Recipe) -> None:
     _announce(recipe, run, engine, checkpoint)
     if first_step < recipe.steps:
         train(training)
-    elif not (recipe.run.dir / "evaluation").exists():
+    elif not (run.dir / "evaluation").exists():
         training.evaluate(first_step)
     watch.close()
     engine.close()
@@ -139,20 +151,60 @@ def _claim(run: Run, store: CheckpointStore) -> tuple[TextIOWrapper | None, Chec
     return lock, newest
 
 
-def _check_run_dir(recipe: Recipe) -> None:
+def _prepared(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Recipe:
+    """The recipe with what its image reduction finds out before the first step.
+
+    Every process calls this; a run that is continued goes on with what it found at its start.
+    """
+    from frugal.common.engine.saving import gather_values
+
+    if checkpoint is not None:
+        source = str(checkpoint.folder / "state.json")
+        recipe = with_measured(recipe, from_json(checkpoint.state["recipe"], source=source))
+    image = recipe.reduction.image
+    if not isinstance(image, PreparedReduction):
+        return recipe
+    if image.images_to_see:
+        gather = partial(gather_values, world_size=run.world_size)
+        seen = _first_views(recipe, run, engine, images=image.images_to_see)
+        image = image.prepared(seen, gather=gather, log=run.log)
+    engine.objective.reduction = image
+    return replace(recipe, reduction=replace(recipe.reduction, image=image))
+
+
+def _first_views(recipe: Recipe, run: Run, engine: Engine, *, images: int) -> Iterator[Any]:
+    """The first images that this process will train on, damaged ones left out, and their noise."""
+    objective = engine.objective
+    stream = recipe.data.build(recipe, run, first_sample=0, state={}, objective=objective)
+    micro_batch = recipe.batch_size // recipe.engine.accumulate
+    for batch in islice(stream, math.ceil(images / micro_batch)):
+        stays = batch.valid
+        whole = Batch(
+            images=batch.images[stays],
+            sample_numbers=batch.sample_numbers[stays],
+            valid=stays[stays],
+        )
+        yield objective.look(whole.to(run.device))
+
+
+def _check_run_dir(recipe: Recipe) -> Recipe:
+    """The recipe, completed from the run that is in its directory; refuses another run's."""
     assert recipe.run.dir is not None
     saved = recipe.run.dir / "recipe.json"
     if recipe.run.dir.exists() and not recipe.run.dir.is_dir():
         raise InputError(f"run.dir {recipe.run.dir} is a file; give a folder")
     if not saved.exists():
-        return
-    changes = difference(load_recipe(saved), recipe)
+        return recipe
+    before = load_recipe(saved)
+    recipe = with_measured(recipe, before)
+    changes = difference(before, recipe)
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         raise InputError(
             f"{recipe.run.dir} holds a run of another recipe ({changes[0]}{more}); choose another "
             "--run.dir, or give the same recipe to continue that run"
         )
+    return recipe
 
 
 def open_run(recipe: Recipe) -> Run:
@@ -312,3 +364,7 @@ def _draw(batch: Batch, step: int, engine: Engine, watch: Watch) -> None:
     draw = getattr(engine.objective, "draw", None)
     if draw is not None:
         watch.picture("batch", draw(batch.rows(0, 8)), step)
+    draw_reduction = getattr(engine.objective, "draw_reduction", None)
+    picture = draw_reduction(batch.rows(0, 8)) if draw_reduction is not None else None
+    if picture is not None:
+        watch.picture("reduction", picture, step)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from frugal.common.checkpoint.store import CheckpointStore
-from frugal.common.contracts import Batch, Stream
+from frugal.common.contracts import Batch, PreparedReduction, Stream
 from frugal.common.data.damage import DamageCounter
 from frugal.common.engine.backend import Engine
 from frugal.common.engine.saving import WeightAverage, collect, gather_values
@@ -53,6 +53,8 @@ class Training:
     """Samples read and damaged in the whole run, over all processes."""
     unshared: DamageCounter
     """What this process has counted since it last told the others."""
+    remarked: bool = False
+    """Whether the image reduction had something to say at the last log step."""
     _started: float = field(default_factory=time.perf_counter)
 
     def share_damage(self) -> None:
@@ -238,6 +240,16 @@ def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
         },
     )
     damage.check()
+    _remark(training, step, means)
+
+
+def _remark(training: Training, step: int, means: Values) -> None:
+    """Pass on what the image reduction has to say, when it begins to."""
+    image = training.recipe.reduction.image
+    words = image.remark(means) if isinstance(image, PreparedReduction) else None
+    if words and not training.remarked:
+        training.run.log.warning("step %d: %s", step, words)
+    training.remarked = bool(words)
 
 
 def _peak_memory(run: Run) -> int:

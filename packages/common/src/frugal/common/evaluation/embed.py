@@ -179,7 +179,7 @@ class Embedder:
         if self.views is None:
             return self._see(images)
         assert self.image is not None and places is not None
-        view = PatchView(images, self.image.patch_size)
+        view = PatchView.of(images, self.image)
         parts = self.views.of(view, places.to(self.device))
         embeddings = torch.stack([self._see(images, part) for part in parts])  # (views, B, E)
         return F.normalize(embeddings.mean(0), dim=-1)  # (B, E)

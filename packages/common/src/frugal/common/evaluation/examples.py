@@ -298,7 +298,7 @@ def _masked(
     if not examples:
         return ()
     images = torch.stack([torch.as_tensor(example.image) for example in examples])
-    view = PatchView(images, recipe.model.image.patch_size)
+    view = PatchView.of(images, recipe.model.image)
     noise = SampleNoise(recipe.run.seed, torch.arange(len(images)))
     captions = [example.truth[0] for example in examples]
     kept = reduction.keep(view, noise=noise)

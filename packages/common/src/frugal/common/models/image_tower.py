@@ -14,7 +14,7 @@ from frugal.common.models.attention import Layout, Packed
 from frugal.common.models.config import ImageTower
 from frugal.common.models.positions import image_table
 from frugal.common.models.transformer import Blocks, Picked
-from frugal.common.reduction.image import Kept, PatchView, take_patches
+from frugal.common.reduction.image import Kept, PatchView, normalise, take_patches
 
 
 class ImageTransformer(nn.Module):
@@ -54,7 +54,7 @@ class ImageTransformer(nn.Module):
         images: Tensor,
         kept: Kept | None = None,
         *,
-        output: Literal["embedding", "pooled", "tokens", "blocks"] = "embedding",
+        output: Literal["embedding", "pooled", "tokens", "blocks", "embedded"] = "embedding",
         blocks: Sequence[int] = (),
     ) -> Any:
         """Run the tower.
@@ -64,13 +64,16 @@ class ImageTransformer(nn.Module):
             kept: the patches that stay; None for all of them.
             output: ``embedding``, the pooled and projected vector; ``pooled``, the same before
                 the projection; ``tokens``, every token after the last norm (before it, where the
-                norm belongs to the pooled vector); ``blocks``, what the given blocks put out.
+                norm belongs to the pooled vector); ``blocks``, what the given blocks put out;
+                ``embedded``, the patches with their positions, before anything else.
             blocks: numbers of blocks, from 0.
 
         Returns:
             (B, E), (B, D), tokens, or a list of tokens. Tokens are (B, [1 +] K, D), or packed
             (sum of [1 +] K_i, D), class token first and patches in the order of ``kept``.
         """
+        if output == "embedded":
+            return self._patches(images, kept)
         tokens, layout = self._embed(images, kept)
         if output == "blocks":
             return self.blocks(tokens, layout, outputs_of=tuple(blocks))[1]
@@ -94,7 +97,8 @@ class ImageTransformer(nn.Module):
             return self(images, kept, output="tokens")
         return self(images, kept, output="blocks", blocks=blocks)
 
-    def _embed(self, images: Tensor, kept: Kept | None) -> tuple[Tensor, Layout]:
+    def _patches(self, images: Tensor, kept: Kept | None) -> Tensor:
+        """(B, K, D) or packed (T, D): the kept patches, embedded, with their positions."""
         view = PatchView(images, self.config.patch_size)
         if view.grid != self.config.grid:
             height, width = self.config.height_width
@@ -105,9 +109,11 @@ class ImageTransformer(nn.Module):
         tokens = self.patch_embed(self._normalised(take_patches(view, kept)))  # (..., D)
         patch_positions = self.pos_embed[0, -view.num_patches :]  # (N, D)
         if kept is None:
-            tokens = tokens + patch_positions
-        else:
-            tokens = tokens + F.embedding(kept.index, patch_positions)
+            return tokens + patch_positions
+        return tokens + F.embedding(kept.index, patch_positions)
+
+    def _embed(self, images: Tensor, kept: Kept | None) -> tuple[Tensor, Layout]:
+        tokens = self._patches(images, kept)
         if kept is None or kept.lengths is None:
             tokens, layout = self._put_class_token_first(tokens), Layout()
         else:
@@ -117,10 +123,7 @@ class ImageTransformer(nn.Module):
     def _normalised(self, pixels: Tensor) -> Tensor:
         """(..., P) pixels as the patch projection takes them."""
         if pixels.dtype == torch.uint8:
-            pixels = pixels.float()
-            channels = pixels.chunk(3, dim=-1)
-            for channel, mean, std in zip(channels, self.config.mean, self.config.std, strict=True):
-                channel.sub_(255 * mean).div_(255 * std)
+            pixels = normalise(pixels, mean=self.config.mean, std=self.config.std)
         return pixels.to(self.patch_embed.weight.dtype)
 
     def _class_vector(self) -> Tensor | None:

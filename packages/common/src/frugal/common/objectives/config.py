@@ -76,5 +76,6 @@ class Contrastive:
             self,
             reduction=recipe.reduction.image,
             seed=recipe.run.seed,
+            samples=recipe.schedule.samples,
             colour=getattr(recipe.data, "colour", NO_CHANGE),
         )

@@ -57,6 +57,7 @@ class ContrastiveObjective(nn.Module):
         *,
         reduction: ImageReduction,
         seed: int,
+        samples: int | None = None,
         colour: ColourJitter = NO_CHANGE,
     ) -> None:
         """Take the model and train it.
@@ -66,13 +67,15 @@ class ContrastiveObjective(nn.Module):
             config: which loss.
             reduction: which patches stay; its noise is a function of seed and sample.
             seed: the run's.
+            samples: that the run trains on, for reductions that change on the way.
             colour: how the colours of images change; drawn from seed and sample too.
         """
         super().__init__()
         self.model = model
         self._config = config
-        self._reduction = reduction
+        self.reduction = reduction
         self._seed = seed
+        self._samples = samples
         self._colour = colour
 
     def forward(
@@ -124,8 +127,22 @@ class ContrastiveObjective(nn.Module):
         return replace(batch, images=self._colour.apply(batch.images, noise=noise))
 
     def _keep(self, batch: Batch) -> Kept | None:
-        view = PatchView(batch.images, self.model.config.image.patch_size)
-        return self._reduction.keep(view, noise=SampleNoise(self._seed, batch.sample_numbers))
+        view, noise = self._view(batch)
+        return self.reduction.keep(view, noise=noise)
+
+    def look(self, batch: Batch) -> tuple[PatchView, SampleNoise]:
+        """What the image reduction sees of a batch, and where it gets its random numbers."""
+        return self._view(self._coloured(batch))
+
+    def _view(self, coloured: Batch) -> tuple[PatchView, SampleNoise]:
+        images, numbers = coloured.images, coloured.sample_numbers
+        view = PatchView.of(
+            images,
+            self.model.config.image,
+            embed=lambda: self.model.image(images, output="embedded"),
+            progress=None if self._samples is None else numbers / self._samples,
+        )
+        return view, SampleNoise(self._seed, numbers)
 
     def _text_tokens(self, batch: Batch, token_ids: Tensor) -> Tensor:
         tower = self.model.config.text
@@ -204,6 +221,16 @@ class ContrastiveObjective(nn.Module):
             seen = images.where(stays, _GREY)
         rows = [row.permute(1, 2, 0, 3).flatten(2) for row in (images, seen)]  # (3, H, B W)
         return torch.cat(rows, dim=1).cpu().numpy()
+
+    @torch.no_grad()
+    def draw_reduction(self, batch: Batch) -> np.ndarray | None:
+        """What the image reduction draws of a batch, (3, H*, W*) uint8, where it draws itself."""
+        draw = getattr(self.reduction, "draw", None)
+        if draw is None:
+            return None
+        batch = self._coloured(batch)
+        view, noise = self._view(batch)
+        return draw(view, self._as_bytes(batch.images), noise=noise)
 
     def _as_bytes(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:

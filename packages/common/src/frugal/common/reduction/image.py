@@ -7,8 +7,9 @@ places in the sequence, the result equals embedding every patch and dropping som
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from frugal.common.errors import InputError
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from frugal.common.models.config import ImageTower
     from frugal.common.randomness import NoiseSource
+
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,21 @@ class PatchView:
     """A batch of images, seen as patches."""
 
     images: Tensor
-    """(B, 3, H, W) uint8 or float."""
+    """(B, 3, H, W) uint8, or float that is normalised already."""
     patch_size: int
     """Side of a patch in pixels."""
+    mean: Channels | None = None
+    """Of the red, green and blue of uint8 images, on a scale from 0 to 1."""
+    std: Channels | None = None
+    embed: Callable[[], Tensor] | None = None
+    """Computes (B, N, D) embeddings of every patch with their positions, where somebody asks."""
+    progress: Tensor | None = None
+    """(B,) share of the run that lies before each sample, from 0 to 1."""
+
+    @classmethod
+    def of(cls, images: Tensor, tower: ImageTower, **more: Any) -> PatchView:
+        """The images as a tower takes them; ``more`` are other fields."""
+        return cls(images, tower.patch_size, mean=tower.mean, std=tower.std, **more)
 
     def __post_init__(self) -> None:
         height, width = self.images.shape[2:]
@@ -69,6 +85,29 @@ class PatchView:
         patches = self.images.reshape(-1, 3, rows, side, columns, side)
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, 3, side, side)
         return patches.reshape(len(self.images), rows * columns, 3 * side * side)
+
+    @property
+    def normalised(self) -> Tensor:
+        """(B, N, P) float32: the pixels of every patch as the model takes them.
+
+        Raises:
+            ValueError: if the images are uint8 and mean and std were not given.
+        """
+        import torch
+
+        if self.images.dtype != torch.uint8:
+            return self.pixels.float()
+        if self.mean is None or self.std is None:
+            raise ValueError("a view of uint8 images needs a mean and a std to normalise them")
+        return normalise(self.pixels, mean=self.mean, std=self.std)
+
+
+def normalise(pixels: Tensor, *, mean: Channels, std: Channels) -> Tensor:
+    """(..., P) uint8 pixels of patches as float32: (pixel / 255 - mean) / std of its channel."""
+    normalised = pixels.float()
+    for channel, centre, spread in zip(normalised.chunk(3, dim=-1), mean, std, strict=True):
+        channel.sub_(255 * centre).div_(255 * spread)
+    return normalised
 
 
 @dataclass(frozen=True)
