@@ -431,6 +431,7 @@ def objective_of(options: dict):
     recipe = SimpleNamespace(
         model=model_of(options),
         data=SimpleNamespace(),
+        schedule=SimpleNamespace(samples=100),
         reduction=SimpleNamespace(image=KeepAll()),
         engine=EngineOptions(),
         run=RunOptions(seed=3),
