@@ -19,7 +19,7 @@ LAYERS = [
     ("evaluation",),
     ("interop",),
     ("engine",),
-    ("commands", "report", "shards", "train", "evaluate", "export", "plan"),
+    ("commands", "demo", "report", "shards", "train", "evaluate", "export", "plan"),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # a recipe holds parts that are configured in later layers; it names their types only

@@ -8,9 +8,7 @@ optimiser state is left behind.
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +24,11 @@ from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.vocabularies import read_entries
 from frugal.common.errors import InputError
 from frugal.common.models.config import ImagePooling
-from frugal.common.recipe import Recipe, to_json
+from frugal.common.recipe import Recipe
 from frugal.common.run import make_logger
 
 if TYPE_CHECKING:
-    from frugal.common.models.weight_names import State
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +75,7 @@ def convert(options: Options, log: logging.Logger) -> None:
         raise InputError(f"{options.out} is there already and not empty; choose another --out")
     from frugal.clipa.published_weights import read_published
     from frugal.clipa.tower_of_weights import fit_towers
+    from frugal.common.interop.run_directory import write_converted
 
     published = read_published(options.source)
     model, state = fit_towers(
@@ -89,7 +88,7 @@ def convert(options: Options, log: logging.Logger) -> None:
         source=str(options.source),
     )
     recipe = _with_vocabulary(released(model), options.vocab, log)
-    _write(options.out, recipe, state)
+    write_converted(options.out, recipe, state, step=0)
     image, text = model.image, model.text
     sys.stdout.write(
         f"{options.out}: image tower {image.width} wide, {image.depth} blocks, patches of "
@@ -131,36 +130,6 @@ def _with_vocabulary(recipe: Recipe, vocab: Path | None, log: logging.Logger) ->
     tokenizer = replace(data.tokenizer, vocab=vocab, entries=lines)
     tokenizer.load()
     return replace(recipe, data=replace(data, tokenizer=tokenizer))
-
-
-def _write(out: Path, recipe: Recipe, weights: State) -> None:
-    """A run directory; what was written of it is removed again if that fails."""
-    from frugal.common.checkpoint.store import save_weights
-
-    folder = out.resolve()
-    existed = folder.exists()
-    data = recipe.data
-    assert isinstance(data, PairData)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = data.tokenizer
-        if isinstance(tokenizer, WordPiece) and tokenizer.vocab is not None:
-            data.save_tokenizer(folder / "tokenizer")
-            own = replace(tokenizer, vocab=folder / "tokenizer" / "vocab.txt")
-            data = replace(data, tokenizer=own)
-        # the objective's names: it holds the model as a part
-        named = {f"model.{name}": tensor for name, tensor in weights.items()}
-        save_weights(folder / "checkpoints", named, step=0)
-        run = replace(recipe.run, dir=folder, interpolate=False)
-        recipe = replace(recipe, data=data, run=run)
-        (folder / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2))
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if existed:
-            folder.mkdir(exist_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{out} cannot be written ({error.strerror})") from None
-        raise
 
 
 def main() -> None:

@@ -24,41 +24,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.models.weight_names import OPEN_CLIP, Rule, State, read_names
+from frugal.common.models.weight_names import (
+    OPEN_CLIP,
+    Rule,
+    State,
+    flax_blocks,
+    flax_norm,
+    read_names,
+)
 
 # ------------------------------------------------------------------------------------------------
 # JAX
 
 
-def _dense(ours: str, theirs: str) -> list[Rule]:
-    return [
-        Rule(f"{ours}.weight", f"{theirs}/kernel", "transposed"),
-        Rule(f"{ours}.bias", f"{theirs}/bias"),
-    ]
-
-
-def _norm(ours: str, theirs: str) -> list[Rule]:
-    return [Rule(f"{ours}.weight", f"{theirs}/scale"), Rule(f"{ours}.bias", f"{theirs}/bias")]
-
-
 def _tower(ours: str, theirs: str) -> list[Rule]:
-    mine = f"{ours}.blocks.{{i}}"
-    block = f"{theirs}/Transformer/encoderblock_{{i}}"
-    attention = f"{block}/MultiHeadDotProductAttention_0"
-    query, key, value = (f"{attention}/{name}" for name in ("query", "key", "value"))
     return [
-        Rule(
-            f"{mine}.attn.qkv.weight",
-            (f"{query}/kernel", f"{key}/kernel", f"{value}/kernel"),
-            "transposed",
-        ),
-        Rule(f"{mine}.attn.qkv.bias", (f"{query}/bias", f"{key}/bias", f"{value}/bias")),
-        *_dense(f"{mine}.attn.proj", f"{attention}/out"),
-        *_dense(f"{mine}.mlp.fc1", f"{block}/MlpBlock_0/Dense_0"),
-        *_dense(f"{mine}.mlp.fc2", f"{block}/MlpBlock_0/Dense_1"),
-        *_norm(f"{mine}.norm1", f"{block}/LayerNorm_0"),
-        *_norm(f"{mine}.norm2", f"{block}/LayerNorm_1"),
-        *_norm(f"{ours}.norm", f"{theirs}/encoder_norm"),
+        *flax_blocks(ours, f"{theirs}/Transformer/encoderblock_{{i}}"),
+        *flax_norm(f"{ours}.norm", f"{theirs}/encoder_norm"),
         Rule(f"{ours}.projection.weight", f"{theirs}/head/kernel", "transposed"),
     ]
 

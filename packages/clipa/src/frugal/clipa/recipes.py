@@ -13,7 +13,6 @@ Accuracies are zero-shot top-1 on ImageNet-1k as published; none was reproduced 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from frugal.clipa.named_models import clipa_v1_encoder
 from frugal.clipa.syntax_masking import SyntaxMasking
@@ -22,8 +21,9 @@ from frugal.common.data.colour import NO_CHANGE, ColourJitter
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe, WordPiece
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
+from frugal.common.demo import scenes_recipe, small_encoder
 from frugal.common.evaluation.config import Retrieval, ZeroShot
-from frugal.common.models.config import DualEncoderConfig, clip_encoder, clipa_encoder
+from frugal.common.models.config import DualEncoderConfig, clipa_encoder
 from frugal.common.objectives.config import Contrastive
 from frugal.common.recipe import (
     AdamW,
@@ -348,42 +348,10 @@ def released(model: DualEncoderConfig) -> Recipe:
 # A small model for two cores
 
 
-def _demo(*, image_size: int, text_length: int) -> DualEncoderConfig:
-    model = clip_encoder("S/8", image_size=image_size, text_length=text_length)
-    image: dict[str, Any] = {"width": 128, "depth": 4, "heads": 4, "mlp_width": 512}
-    text: dict[str, Any] = {"width": 64, "depth": 2, "heads": 2, "mlp_width": 256}
-    return replace(
-        model,
-        image=replace(model.image, **image),
-        text=replace(model.text, **text, packed=True),
-        embed_dim=64,
-    )
-
-
 def demo() -> Recipe:
     """A small CLIP on scenes of 32 pixels: 16 of the 64 patches of whole images; minutes."""
-    return Recipe(
-        model=_demo(image_size=32, text_length=16),
-        data=PairData(
-            train=("data/scenes/train",),
-            tokenizer=ClipBpe(),
-            augmentation=RandomResizedCrop(scale=(0.8, 1.0), flip=0.0),
-            workers=0,  # two training processes keep two cores busy
-        ),
-        reduction=Reductions(image=KeepAll(), text=Truncate()),
-        objective=Contrastive(),
-        optimiser=AdamW(
-            learning_rate=2e-3,
-            betas=(0.9, 0.98),
-            weight_decay=0.1,
-            no_decay=("bias", "norm", "position", "class_token", "logit_scale"),
-            clip_norm=1.0,
-        ),
-        schedule=WarmupCosine(samples=280_000, warmup_samples=15_000),
-        batch_size=256,
-        run=RunOptions(log_every=20, save_every=400, picture_every=400),
-        evaluation=(ZeroShot(), Retrieval()),
-    )
+    model = small_encoder(patch_size=8, image_size=32, text_length=16)
+    return scenes_recipe(model, image=KeepAll())
 
 
 def demo_tuning() -> Recipe:
@@ -391,7 +359,7 @@ def demo_tuning() -> Recipe:
     small = demo()
     return replace(
         small,
-        model=_demo(image_size=64, text_length=24),
+        model=small_encoder(patch_size=8, image_size=64, text_length=24),
         optimiser=replace(small.optimiser, learning_rate=1e-3),
         schedule=WarmupCosine(samples=60_000, warmup_samples=5_000),
         run=replace(small.run, interpolate=True),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.contracts import ImageReduction
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import RandomResizedCrop
+from frugal.common.demo import scenes_recipe, small_encoder
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.models.config import clip_encoder
 from frugal.common.objectives.config import Contrastive
@@ -120,36 +120,8 @@ def _with_minimum(share: float) -> Callable[[], Recipe]:
 
 def demo() -> Recipe:
     """A small CLIP on the scenes data set, half of the patches removed in clusters; minutes."""
-    model = clip_encoder("S/4", image_size=32, text_length=24)
-    image: dict[str, Any] = {"width": 128, "depth": 4, "heads": 4, "mlp_width": 512}
-    text: dict[str, Any] = {"width": 64, "depth": 2, "heads": 2, "mlp_width": 256}
-    return Recipe(
-        model=replace(
-            model,
-            image=replace(model.image, **image),
-            text=replace(model.text, **text, packed=True),
-            embed_dim=64,
-        ),
-        data=PairData(
-            train=("data/scenes/train",),
-            tokenizer=ClipBpe(),
-            augmentation=RandomResizedCrop(scale=(0.8, 1.0), flip=0.0),
-            workers=0,  # two training processes keep two cores busy
-        ),
-        reduction=Reductions(image=ClusterMasking(), text=Truncate()),
-        objective=Contrastive(),
-        optimiser=AdamW(
-            learning_rate=2e-3,
-            betas=(0.9, 0.98),
-            weight_decay=0.1,
-            no_decay=("bias", "norm", "position", "class_token", "logit_scale"),
-            clip_norm=1.0,
-        ),
-        schedule=WarmupCosine(samples=280_000, warmup_samples=15_000),
-        batch_size=256,
-        run=RunOptions(log_every=20, save_every=400, picture_every=400),
-        evaluation=(ZeroShot(), Retrieval()),
-    )
+    model = small_encoder(patch_size=4, image_size=32, text_length=24)
+    return scenes_recipe(model, image=ClusterMasking())
 
 
 def demo_random() -> Recipe:

@@ -8,10 +8,8 @@ and where in its data a run of the reference stood is not written down in any ar
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +24,7 @@ from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.vocabularies import read_entries
 from frugal.common.errors import InputError
-from frugal.common.recipe import Recipe, to_json
+from frugal.common.recipe import Recipe
 from frugal.common.run import make_logger
 from frugal.flip.recipes import RECIPES
 from frugal.flip.stored_arrays import StoredArray
@@ -85,6 +83,7 @@ def convert(options: Options, log: logging.Logger) -> None:
     Raises:
         InputError: if either cannot be done; nothing is written then.
     """
+    from frugal.common.interop.run_directory import write_converted
     from frugal.flip.published_weights import sizes_of_tree
 
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
@@ -97,7 +96,7 @@ def convert(options: Options, log: logging.Logger) -> None:
         name, recipe = _recipe(sizes, options, source=archive.name)
         recipe = _with_vocabulary(recipe, options.vocab, log)
         weights = _read(archive, recipe.model, options.temperature, log)
-    _write(options.out, recipe, weights, step)
+    write_converted(options.out, recipe, weights, step=step)
     sys.stdout.write(
         f"{options.out}: {sizes}; step {step:,}, "
         f"{sum(tensor.numel() for tensor in weights.values()):,} parameters, recipe {name}\n"
@@ -262,35 +261,6 @@ def _fixed_log_scale(
             f"{source} holds the temperature that the model has learned; leave out --temperature"
         )
     return None if temperature is None else -math.log(temperature)
-
-
-def _write(out: Path, recipe: Recipe, weights: State, step: int) -> None:
-    """A run directory; what was written of it is removed again if that fails."""
-    from frugal.common.checkpoint.store import save_weights
-
-    folder = out.resolve()
-    existed = folder.exists()
-    data = recipe.data
-    assert isinstance(data, PairData)
-    assert isinstance(data.tokenizer, WordPiece)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if data.tokenizer.vocab is not None:
-            data.save_tokenizer(folder / "tokenizer")
-            own = replace(data.tokenizer, vocab=folder / "tokenizer" / "vocab.txt")
-            data = replace(data, tokenizer=own)
-        # the objective's names: it holds the model as a part
-        named = {f"model.{name}": tensor for name, tensor in weights.items()}
-        save_weights(folder / "checkpoints", named, step=step)
-        recipe = replace(recipe, data=data, run=replace(recipe.run, dir=folder))
-        (folder / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2))
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if existed:
-            folder.mkdir(exist_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{out} cannot be written ({error.strerror})") from None
-        raise
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from frugal.common.errors import InputError
 from frugal.common.models.config import DualEncoderConfig
 from frugal.common.models.positions import image_table
-from frugal.common.models.weight_names import Rule, State
+from frugal.common.models.weight_names import Rule, State, flax_blocks, flax_norm
 
 IMAGE_TABLE = "img_encoder/posembed_encoder/pos_embedding"
 """(1, 1 + N, D): no parameter of ours, which compute it."""
@@ -33,35 +33,10 @@ _BLOCK = "{tower}/Transformer/encoderblock_{i:02d}"
 _MLP_KERNEL = "MlpBlock_0/Dense_0/kernel"
 
 
-def _dense(ours: str, theirs: str) -> list[Rule]:
-    return [
-        Rule(f"{ours}.weight", f"{theirs}/kernel", "transposed"),
-        Rule(f"{ours}.bias", f"{theirs}/bias"),
-    ]
-
-
-def _norm(ours: str, theirs: str) -> list[Rule]:
-    return [Rule(f"{ours}.weight", f"{theirs}/scale"), Rule(f"{ours}.bias", f"{theirs}/bias")]
-
-
 def _tower(ours: str, theirs: str) -> list[Rule]:
-    mine = f"{ours}.blocks.{{i}}"
-    block = f"{theirs}/Transformer/encoderblock_{{i:02d}}"
-    attention = f"{block}/MultiHeadDotProductAttention_0"
-    query, key, value = (f"{attention}/{name}" for name in ("query", "key", "value"))
     return [
-        Rule(
-            f"{mine}.attn.qkv.weight",
-            (f"{query}/kernel", f"{key}/kernel", f"{value}/kernel"),
-            "transposed",
-        ),
-        Rule(f"{mine}.attn.qkv.bias", (f"{query}/bias", f"{key}/bias", f"{value}/bias")),
-        *_dense(f"{mine}.attn.proj", f"{attention}/out"),
-        *_dense(f"{mine}.mlp.fc1", f"{block}/MlpBlock_0/Dense_0"),
-        *_dense(f"{mine}.mlp.fc2", f"{block}/MlpBlock_0/Dense_1"),
-        *_norm(f"{mine}.norm1", f"{block}/LayerNorm_0"),
-        *_norm(f"{mine}.norm2", f"{block}/LayerNorm_1"),
-        *_norm(f"{ours}.norm", f"{theirs}/Transformer/encoder_norm"),
+        *flax_blocks(ours, f"{theirs}/Transformer/encoderblock_{{i:02d}}"),
+        *flax_norm(f"{ours}.norm", f"{theirs}/Transformer/encoder_norm"),
     ]
 
 
