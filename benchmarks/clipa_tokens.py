@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from measuring import write
-from small_runs import Outcome, scenes, table, train_small, write_page
+from small_runs import Outcome, lasting, scenes, table, train_small, write_page
 
 from frugal.common.evaluation.curves import Curve
 
@@ -77,16 +77,16 @@ def main() -> None:
     """Train everything, or what is missing of it, and write table, JSON and page."""
     options = read_options()
     data = scenes(options.out / "scenes", train_samples=40_000, image_size=80)
-    samples = f"--schedule.samples={options.samples}"
+    samples = lasting(options.samples)
     run = options.out / f"full-{options.samples}-{options.tuning}"
     total = options.samples + options.tuning
-    full = train_small(MODULE, "demo", data, run, (*WHOLE, f"--schedule.samples={total}"))
+    full = train_small(MODULE, "demo", data, run, (*WHOLE, *lasting(total)))
     rows = {"full length": (full, full)}
     for setting in [*image_strategies(), *text_strategies(options)]:
         name = setting.name.replace(": ", "-").replace(" ", "-")
         folder = options.out / f"{name}-{options.samples}"
-        first = train_small(MODULE, "demo", data, folder, (*WHOLE, *setting.words, samples))
-        tuning = (f"--schedule.samples={options.tuning}", f"--run.start-from={folder}")
+        first = train_small(MODULE, "demo", data, folder, (*WHOLE, *setting.words, *samples))
+        tuning = (*lasting(options.tuning), f"--run.start-from={folder}")
         whole = options.out / f"{name}-{options.samples}-tuning-{options.tuning}"
         second = train_small(MODULE, "demo-tuning", data, whole, tuning)
         rows[setting.name] = (first, add(first, second))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import write
-from small_runs import mean_and_spread, scenes, table, train_small, write_page
+from small_runs import lasting, mean_and_spread, scenes, table, train_small, write_page
 
 from frugal.cluster_masking.recipes import RECIPES
 from frugal.common.evaluation.curves import Curve
@@ -49,7 +49,7 @@ def train_seeds(options: argparse.Namespace, data: Path, name: str) -> list[Numb
     for seed in range(options.seeds):
         run = options.out / f"{name}-{options.samples}-seed-{seed}"
         words = [f"--evaluation.{task}.data={data}" for task in range(tasks)]
-        words += [f"--schedule.samples={options.samples}", f"--run.seed={seed}"]
+        words += [*lasting(options.samples), f"--run.seed={seed}"]
         trained = train_small(MODULE, recipe, data, run, words)
         outcomes.append(measured_numbers(run) | {"train_seconds": trained.train_seconds})
         print(f"{run.name}: top-1 {trained.top1:.1%} in {trained.train_seconds:.0f} s")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import write
-from small_runs import Outcome, mean_and_spread, scenes, table, train_small, write_page
+from small_runs import Outcome, lasting, mean_and_spread, scenes, table, train_small, write_page
 
 from frugal.common.evaluation.curves import Curve
 
@@ -55,7 +55,7 @@ def train_seeds(
     for seed in range(options.seeds):
         run = options.out / f"{kind}-{samples}-mask-{ratio:g}-seed-{seed}"
         words = (
-            f"--reduction.image.mask-ratio={ratio}", f"--schedule.samples={samples}",
+            f"--reduction.image.mask-ratio={ratio}", *lasting(samples),
             f"--run.seed={seed}",
         )  # fmt: skip
         outcomes.append(train_small("frugal.flip.train", "demo", data, run, words))

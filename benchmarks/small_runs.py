@@ -38,6 +38,11 @@ def scenes(folder: Path, *, train_samples: int, image_size: int) -> Path:
     return folder
 
 
+def lasting(samples: int) -> tuple[str, str]:
+    """The words for a run of this length, a twentieth of it warm-up."""
+    return f"--schedule.samples={samples}", f"--schedule.warmup-samples={samples // 20}"
+
+
 def train_small(module: str, recipe: str, data: Path, run: Path, words: Sequence[str]) -> Outcome:
     """Train a recipe in one process, or read what an earlier call left in ``run``."""
     command = [
