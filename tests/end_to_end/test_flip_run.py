@@ -214,7 +214,7 @@ def test_accumulation_and_gradient_caching_agree_with_one_process(
     assert largest_difference(left, right) < 1e-5
 
 
-@pytest.mark.parametrize("launcher", [ALONE, zero(2)], ids=lambda launcher: launcher.name)
+@pytest.mark.parametrize("launcher", [zero(2)], ids=lambda launcher: launcher.name)
 def test_float16_is_scaled_and_follows_float32(
     launcher: Launcher, alone: Path, scenes: Path, tmp_path: Path
 ) -> None:

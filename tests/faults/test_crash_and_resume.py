@@ -124,7 +124,7 @@ def test_sigterm_writes_a_checkpoint_first(
     check_saved_and_continue(launcher, run, undisturbed_long, words)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGKILL])
 def test_a_launcher_that_ends_alone_takes_its_processes_along(
     number: int, undisturbed_long: Path, scenes: Path, tmp_path: Path
 ) -> None:
