@@ -23,7 +23,11 @@ from support import (
 )
 def test_twenty_steps_agree(launcher: Launcher, alone: Path, scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    shared_memory = set(Path("/dev/shm").glob("deepspeed*"))
     train(launcher, run, f"--data.train={scenes / 'train'}", "--engine.ema-decay=0.9")
+    assert set(Path("/dev/shm").glob("deepspeed*")) <= shared_memory, (
+        "the run left shared memory behind"
+    )
     expected, found = losses(alone), losses(run)
     assert list(found) == list(range(1, 21)) == list(expected)
     for step, loss in expected.items():
