@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,16 +212,32 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     try:
         save_file(tensors, path)
         _sync(path)
-        for name, tensor in tensors.items():
-            for part in _parts(tensor):
-                # opened anew each time: what is read stays in memory until the file is closed
-                with safe_open(path, framework="pt") as written:
-                    found, expected = written.get_slice(name)[part], tensor[part]
+        for portion in _portions(tensors):
+            # opened anew each time: what is read stays in memory until the file is closed
+            with safe_open(path, framework="pt") as written:
+                for name, part in portion:
+                    found, expected = written.get_slice(name)[part], tensors[name][part]
                     if not found.equal(expected) and not expected.isnan().any():
                         return f"{path.name}: {name} reads back differently"
     except (OSError, SafetensorError) as error:
         return f"{path.name}: {error}"
     return ""
+
+
+def _portions(tensors: Mapping[str, Tensor]) -> Iterator[list[tuple[str, Any]]]:
+    """Names and indices that cover all tensors, a few MiB at a time."""
+    portion: list[tuple[str, Any]] = []
+    size = 0
+    for name, tensor in tensors.items():
+        for part in _parts(tensor):
+            nbytes = tensor[part].nbytes
+            if portion and size + nbytes > _READ_BACK:
+                yield portion
+                portion, size = [], 0
+            portion.append((name, part))
+            size += nbytes
+    if portion:
+        yield portion
 
 
 def _parts(tensor: Tensor) -> list[Any]:
