@@ -24,14 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.models.weight_names import (
-    OPEN_CLIP,
-    Rule,
-    State,
-    flax_blocks,
-    flax_norm,
-    read_names,
-)
+from frugal.common.models.flax_names import flax_blocks, flax_norm
+from frugal.common.models.weight_names import OPEN_CLIP, Rule, State, read_names
 
 # ------------------------------------------------------------------------------------------------
 # JAX

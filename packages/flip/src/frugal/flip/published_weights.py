@@ -18,8 +18,9 @@ from torch import Tensor
 
 from frugal.common.errors import InputError
 from frugal.common.models.config import DualEncoderConfig
+from frugal.common.models.flax_names import flax_blocks, flax_norm
 from frugal.common.models.positions import image_table
-from frugal.common.models.weight_names import Rule, State, flax_blocks, flax_norm
+from frugal.common.models.weight_names import Rule, State
 
 IMAGE_TABLE = "img_encoder/posembed_encoder/pos_embedding"
 """(1, 1 + N, D): no parameter of ours, which compute it."""
