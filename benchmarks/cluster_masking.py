@@ -17,13 +17,12 @@ import argparse
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measuring import measured, memory_in_mib, place, write
+from measuring import fastest, measured, memory_in_mib, place, read_step_options, write
 
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.contracts import Batch
@@ -46,7 +45,14 @@ TARGET = 0.5
 
 def main() -> None:
     """Measure every layout, compare, and fail where a limit is missed."""
-    options = read_options()
+    options = read_step_options(
+        __doc__,
+        batch=64,
+        depth=3,
+        layers="of each tower",
+        settings=SETTINGS,
+        name="cluster_masking",
+    )
     if options.measure:
         sys.stdout.write(json.dumps(measure(options)))
         return
@@ -88,19 +94,6 @@ def main() -> None:
         sys.exit("cluster masking misses a limit")
 
 
-def read_options() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=64, help="pairs of one step")
-    parser.add_argument("--depth", type=int, default=3, help="layers of each tower")
-    parser.add_argument("--steps", type=int, default=3, help="of which the fastest counts")
-    parser.add_argument("--precision", default="float32", help="of the products: float32, bfloat16")
-    parser.add_argument("--device", default=None, help="cpu or cuda; by default what there is")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/cluster_masking.json"))
-    parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The fastest step, what it saw, and the time in it that chooses the mask."""
     import torch
@@ -110,29 +103,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batch = cloudy_batch(options)
     recipe = small_recipe(options, batch)
     step, metrics, choose = training_step(options, recipe, batch)
-    seconds = fastest(step, options)
+    seconds, choosing = (
+        fastest(action, repeats=options.steps, device=options.device) for action in (step, choose)
+    )
     return {
         "seconds": seconds,
         "samples_per_second": options.batch / seconds,
-        "choosing": fastest(choose, options) / seconds,
+        "choosing": choosing / seconds,
         **metrics,
         "peak_mib": memory_in_mib(options.device, peak=True) - before,
         "device": place(options.device),
     }
-
-
-def fastest(action: Callable[[], object], options: argparse.Namespace) -> float:
-    """Seconds of the fastest call, after a first one that chooses kernels."""
-    import torch
-
-    seconds = []
-    for _ in range(options.steps + 1):
-        start = time.perf_counter()
-        action()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
 
 
 def cloudy_batch(options: argparse.Namespace) -> Batch:

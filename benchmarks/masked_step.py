@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measuring import measured, memory_in_mib, place, write
+from measuring import fastest, measured, memory_in_mib, place, read_step_options, write
 
 LEAST_SPEED, MOST_MEMORY = 3.0, 0.45
 """Of a step at 75 %, as shares of one at 0 %."""
@@ -28,7 +27,14 @@ SETTINGS = ("frugal-0", "frugal-0.5", "frugal-0.75", "open_clip-0", "open_clip-0
 
 def main() -> None:
     """Measure every setting, compare, and fail where a limit is missed."""
-    options = read_options()
+    options = read_step_options(
+        __doc__,
+        batch=128,
+        depth=2,
+        layers="of the text tower; the image tower has twice as many",
+        settings=SETTINGS,
+        name="masked_step",
+    )
     if options.measure:
         sys.stdout.write(json.dumps(measure(options)))
         return
@@ -66,19 +72,6 @@ def main() -> None:
         sys.exit("the masked step misses a limit")
 
 
-def read_options() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=128, help="pairs of one step")
-    parser.add_argument("--depth", type=int, default=2, help="layers of the text tower; image: 2x")
-    parser.add_argument("--steps", type=int, default=2, help="of which the fastest counts")
-    parser.add_argument("--precision", default="float32", help="of the products: float32, bfloat16")
-    parser.add_argument("--device", default=None, help="cpu or cuda; by default what there is")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/masked_step.json"))
-    parser.add_argument("--measure", choices=SETTINGS, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Samples/s of the fastest step, and the memory above that of the loaded libraries."""
     import torch
@@ -88,14 +81,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     build = {"frugal": frugal_step, "open_clip": open_clip_step}[library]
     before = memory_in_mib(options.device, peak=False)
     step = build(options, float(ratio))
-    seconds = []
-    for _ in range(options.steps + 1):  # the first chooses kernels and makes the moments
-        start = time.perf_counter()
-        loss = step()
-        seconds.append(time.perf_counter() - start)
-        assert loss > 0
+
+    def checked_step() -> None:
+        assert step() > 0
+
+    seconds = fastest(checked_step, repeats=options.steps, device=options.device)
     return {
-        "samples_per_second": options.batch / min(seconds[1:]),
+        "samples_per_second": options.batch / seconds,
         "peak_mib": memory_in_mib(options.device, peak=True) - before,
         "device": place(options.device),
     }

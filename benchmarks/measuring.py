@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
 import subprocess
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,51 @@ def memory_in_mib(device: str, *, peak: bool) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def fastest(action: Callable[[], object], *, repeats: int, device: str) -> float:
+    """Seconds of the fastest call, after a first one that chooses kernels."""
+    import torch
+
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def read_step_options(
+    description: str | None,
+    *,
+    batch: int,
+    depth: int,
+    layers: str,
+    settings: Sequence[str],
+    name: str,
+) -> argparse.Namespace:
+    """The command line of a benchmark of whole training steps, each setting in its own process.
+
+    Args:
+        description: docstring of the benchmark.
+        batch: pairs of a step by default.
+        depth: layers by default.
+        layers: what ``--depth`` counts.
+        settings: what is measured, by name.
+        name: of the file with the results.
+    """
+    out = Path("runs/benchmarks") / f"{name}.json"
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--batch", type=int, default=batch, help="pairs of one step")
+    parser.add_argument("--depth", type=int, default=depth, help=layers)
+    parser.add_argument("--steps", type=int, default=2, help="of which the fastest counts")
+    parser.add_argument("--precision", default="float32", help="of the products: float32, bfloat16")
+    parser.add_argument("--device", default=None, help="cpu or cuda; by default what there is")
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--measure", choices=settings, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def place(device: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import write
 
 from frugal.clipa import syntax_masking
 from frugal.clipa.frequency_masking import FrequencyMasking
@@ -74,10 +75,8 @@ def main() -> None:
         "rates": {"published": PUBLISHED_RATE, "wanted": options.rate},
         "strategies": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
     print_table(report)
-    print(f"written to {options.out}")
+    write(options.out, report)
     if PUBLISHED_RATE / min(row["cold"] for row in rows) > MOST_WORKERS:
         sys.exit("the text reductions miss their limit")
 
