@@ -26,7 +26,7 @@ from frugal.clipa.syntax_masking import (
     priority,
     tag_entries,
 )
-from frugal.common.data.tokenizers import ClipBpe, Tokenizer, WordPiece
+from frugal.common.data.tokenizers import Tokenizer, WordPiece
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCABULARY = GOLDEN / "flip" / "bert_uncased_vocab.txt"
@@ -41,16 +41,6 @@ def rows(kind: str, length: int) -> list[dict[str, Any]]:
 
 def padded(ids: list[int], length: int) -> list[int]:
     return ids + [0] * (length - len(ids))
-
-
-@pytest.fixture(scope="module")
-def clip() -> Tokenizer:
-    return ClipBpe().load()
-
-
-@pytest.fixture(scope="module")
-def bert() -> Tokenizer:
-    return WordPiece(vocab=VOCABULARY, class_token=True).load()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from frugal.clipa.frequency_masking import FrequencyMasking
 from frugal.clipa.syntax_masking import SyntaxMasking
 from frugal.clipa.text_masking import BlockTextMasking, RandomTextMasking
 from frugal.common.contracts import TextReduction
-from frugal.common.data.tokenizers import ClipBpe, Tokenizer, WordPiece
+from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
 from frugal.common.recipe import Recipe, from_json, to_json
@@ -34,16 +34,6 @@ def rows(kind: str, length: int) -> list[dict[str, Any]]:
 
 def padded(ids: list[int], length: int) -> list[int]:
     return ids + [0] * (length - len(ids))
-
-
-@pytest.fixture(scope="module")
-def clip() -> Tokenizer:
-    return ClipBpe().load()
-
-
-@pytest.fixture(scope="module")
-def bert() -> Tokenizer:
-    return WordPiece(vocab=GOLDEN / "flip" / "bert_uncased_vocab.txt", class_token=True).load()
 
 
 class Recorded:
