@@ -14,6 +14,7 @@ flags=(
     --data.train "$data/train"
     --evaluation.0.data "$data"
     --evaluation.1.data "$data"
+    --evaluation.2.data "$data"
     --engine.deepspeed-config "$config"
 )
 bash launch/deepspeed.sh flip demo "${flags[@]}" --run.dir "$run/masked"

@@ -23,11 +23,12 @@ from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.curves import Curve, line_chart, short_number, smooth, thin, ticks
 from frugal.common.evaluation.examples import (
     ClassRecall,
     Confusion,
+    Drawing,
     Example,
     Gathered,
     Guess,
@@ -241,6 +242,40 @@ def test_classes_that_are_no_grid_get_none(tmp_path: Path, names: list[str]) -> 
     assert written(tmp_path, gathered=Gathered(classes=classes)).all("td") == [{} for _ in NUMBERS]
 
 
+def test_composition_is_a_grid_of_how_by_what(tmp_path: Path) -> None:
+    example = Example(
+        picture(),
+        ("a red ring",),
+        (Guess("a <blue> ring", 0.5, False), Guess("a red ring", 0.25, True)),
+        question="replace, attribute",
+    )
+    numbers = {
+        "compositional_replace_att": 0.625,
+        "compositional_replace_rel": 0.5,
+        "compositional_swap_obj": 0.25,
+        "compositional_swap": 0.375,
+    }
+    page = written(tmp_path, numbers=NUMBERS | numbers, gathered=Gathered(contrasted=(example,)))
+    text = page.text.replace("\u2009", " ")
+    assert "object attribute relation mean replace \N{EN DASH} 62.5 50.0 \N{EN DASH}" in text
+    assert "swap 25.0 \N{EN DASH} \N{EN DASH} 37.5 a <blue> ring" in text  # and no row for add
+    assert "a <blue> ring 0.50 a red ring ✓ 0.25 replace, attribute" in text
+    assert len(page.all("img")) == 1
+    alone = written(tmp_path, numbers=NUMBERS | numbers)
+    assert "swap 25.0" in alone.text and alone.all("img") == []
+    assert "True captions" not in written(tmp_path, gathered=Gathered()).text
+
+
+def test_what_a_reduction_draws_is_shown(tmp_path: Path) -> None:
+    drawing = Drawing(picture(40, 100), "Own<Masking>")
+    page = written(tmp_path, gathered=Gathered(drawn=drawing))
+    assert "How patches are chosen" in page.text
+    assert "Drawn by Own<Masking> itself." in page.text
+    (attributes,) = page.all("img")
+    assert (attributes["width"], attributes["height"]) == ("100", "40")
+    assert "How patches are chosen" not in written(tmp_path, gathered=gathered()).text
+
+
 def test_the_json_holds_every_number(tmp_path: Path) -> None:
     written(tmp_path, numbers=NUMBERS | {"zero_shot_top5": math.nan, "more": 3})
     saved = json.loads((tmp_path / "report.json").read_text())
@@ -379,7 +414,7 @@ def small_recipe(scenes: Path) -> Recipe:
         optimiser=AdamW(learning_rate=1e-3),
         schedule=WarmupCosine(samples=640),
         batch_size=64,
-        evaluation=(ZeroShot(data=scenes), Retrieval(data=scenes)),
+        evaluation=(ZeroShot(data=scenes), Retrieval(data=scenes), Compositional(data=scenes)),
     )
 
 
@@ -427,14 +462,18 @@ def test_the_command_reports_on_the_stages_of_a_run(scenes: Path, tmp_path: Path
             "text_retrieval_recall_at_1": 0.2,
             "retrieval_candidates": 40,
         },
+        "compositional": {"compositional_add_obj": 0.625, "compositional_mean": 0.75},
     }.items():
         content = {"step": 10, "samples": 640, **numbers}
         (last / "evaluation" / f"{name}.json").write_text(json.dumps(content))
     result = command(str(tmp_path), "--examples", "4", "--next", "Watch: tensorboard --logdir runs")
     assert result.returncode == 0, result.stderr
     assert "Watch:\n    tensorboard --logdir runs\n" in result.stdout
+    assert "compositional_mean  0.75\n" in result.stdout
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved == {
+        "compositional_add_obj": 0.625,
+        "compositional_mean": 0.75,
         "zero_shot_top1": 0.7,
         "zero_shot_top1_held_out": 0.5,
         "image_retrieval_recall_at_1": 0.3,
@@ -448,7 +487,9 @@ def test_the_command_reports_on_the_stages_of_a_run(scenes: Path, tmp_path: Path
     }
     page = Page((tmp_path / "report.html").read_text())
     assert "25.0 % of the patches" in page.text.replace("\u2009", " ")  # the first stage's mask
-    assert len(page.all("img")) == 2 * 2 + 4 + 2
+    assert len(page.all("img")) == 2 * 2 + 4 + 2 + 2
+    assert "add 62.5" in page.text
+    assert "How patches are chosen" not in page.text  # its masking draws nothing
     assert len(page.all("svg")) == 4
 
 

@@ -35,6 +35,7 @@ def two_stages(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--data.train={scenes / 'train'}",
         f"--evaluation.0.data={scenes}",
         f"--evaluation.1.data={scenes}",
+        f"--evaluation.2.data={scenes}",
         "--run.picture-every=10",
     )
     train(zero(1), folder / "masked", *words)
@@ -74,6 +75,8 @@ def test_evaluations_count_every_image_once(two_stages: Path) -> None:
     assert zero_shot["zero_shot_images"] == 128
     assert zero_shot["zero_shot_classes"] == 64
     assert retrieval["retrieval_candidates"] == 40
+    file = two_stages / "unmasked/evaluation/compositional.json"
+    assert json.loads(file.read_text())["compositional_items"] == 7 * 10
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -89,7 +92,7 @@ def test_the_evaluate_command_repeats_the_numbers(
         "--out", str(tmp_path), "--batch-size", "50", "--workers", "0",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
-    for name in ("zero_shot", "retrieval"):
+    for name in ("zero_shot", "retrieval", "compositional"):
         again = json.loads((tmp_path / f"{name}.json").read_text())
         before = json.loads((run / "evaluation" / f"{name}.json").read_text())
         for key, value in before.items():
@@ -105,7 +108,8 @@ def test_tensorboard_and_the_file_hold_the_same_scalars(two_stages: Path) -> Non
     for name in ("loss", "learning_rate", "gradient_norm", "logit_scale", "samples_per_second"):
         drawn = {event.step: event.value for event in board.Scalars(name)}
         assert drawn == {line["step"]: pytest.approx(line[name]) for line in metrics(run)}
-    assert set(board.Tags()["images"]) == {"batch", "evaluation/zero_shot", "evaluation/retrieval"}
+    evaluations = {f"evaluation/{name}" for name in ("zero_shot", "retrieval", "compositional")}
+    assert set(board.Tags()["images"]) == {"batch"} | evaluations
     assert any(name.startswith("recipe") for name in board.Tags()["tensors"])
 
 

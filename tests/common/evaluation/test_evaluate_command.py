@@ -16,7 +16,7 @@ from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluate import Options, chosen_tasks, evaluate, load_trained
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.recipe import Recipe, load_recipe, to_json
 from support import ALONE, ROOT, environment, train
@@ -152,7 +152,8 @@ def test_a_recipe_without_a_published_crop_is_one_sentence(recipe: Recipe) -> No
 
 
 def test_without_data_there_is_nothing_to_measure(recipe: Recipe) -> None:
-    assert "names no data for zero-shot or retrieval; give --data" in refused(recipe)
+    said = refused(recipe)
+    assert "names no data for zero-shot or retrieval or compositional; give --data" in said
     assert "--tasks is empty" in refused(recipe, data=Path("d"), tasks=())
 
 
@@ -166,6 +167,34 @@ def test_a_name_for_two_evaluations_is_refused(recipe: Recipe) -> None:
 def test_prompts_of_a_retrieval_are_refused(recipe: Recipe, words: dict) -> None:
     said = refused(recipe, data=Path("d"), tasks=("retrieval",), **words)
     assert "are for zero-shot classification" in said
+
+
+def test_a_folder_of_images_for_other_tasks_is_refused(recipe: Recipe) -> None:
+    said = refused(recipe, data=Path("d"), tasks=("retrieval",), images=Path("coco"))
+    assert "--images is for the images of the task compositional" in said
+
+
+def test_compositional_is_measured_where_the_data_has_files_for_it(
+    recipe: Recipe, scenes: Path
+) -> None:
+    kinds = [ZeroShot, Retrieval, Compositional]
+    for data, expected in (
+        (scenes, kinds), (scenes / "compositional", kinds), (scenes / "retrieval", kinds[:2])
+    ):  # fmt: skip
+        tasks = chosen_tasks(Options(checkpoint=Path("runs/x"), data=data), recipe)
+        assert [type(task) for task in tasks] == expected
+        asked = Options(checkpoint=Path("runs/x"), data=data, tasks=("compositional",))
+        assert chosen_tasks(asked, recipe) == [Compositional(data=data, batch_size=256, workers=2)]
+
+
+def test_compositional_data_and_images_are_passed_on(recipe: Recipe) -> None:
+    words = {"tasks": ("compositional",), "images": Path("coco"), "name": "sugar_crepe"}
+    options = Options(checkpoint=Path("runs/x"), data=Path("d"), **words)
+    assert chosen_tasks(options, recipe) == [
+        Compositional(
+            data=Path("d"), images=Path("coco"), name="sugar_crepe", batch_size=256, workers=2
+        )
+    ]
 
 
 def test_views_without_a_mask_are_refused(recipe: Recipe) -> None:

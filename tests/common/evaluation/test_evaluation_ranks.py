@@ -19,7 +19,9 @@ from PIL import Image
 from frugal.common.data.labelled import LabelledImages
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import judge, open_contrasts
+from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
+from frugal.common.evaluation.contrasts import CATEGORIES
 from frugal.common.evaluation.embed import Embedder, evaluating, similarity
 from frugal.common.evaluation.metrics import recall_at
 from frugal.common.evaluation.prompts import class_embeddings
@@ -48,6 +50,19 @@ def write_images(folder: Path) -> None:
             Image.fromarray(pixels).save(path)
     templates = folder / "zeroshot_classification_templates.txt"
     templates.write_text("a photo of {c}\nthe {c}\n{c}, {c} and {c}\n")
+    contrasts = folder / "contrasts"
+    contrasts.mkdir()
+    for place, category in enumerate(CATEGORIES):  # 70 items each, several of them to an image
+        items = {
+            str(2 * number): {
+                "filename": f"{'abc'[image % 3]}/{image}.png",
+                "caption": f"{number} and {place}",
+                "negative_caption": f"{place} and {number % 3} and {number}",
+            }
+            for number in range(70)
+            for image in [(7 * number + 19 * place) % 134]
+        }
+        (contrasts / f"{category}.json").write_text(json.dumps(items))
 
 
 def recipe() -> SimpleNamespace:
@@ -69,6 +84,7 @@ def recipe() -> SimpleNamespace:
     )
 
 
+CONTRASTS = Compositional(mask_ratio=0.5, views=2)
 VIEWS = Retrieval(mask_ratio=0.5, views=3)
 PUBLISHED = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
 
@@ -105,6 +121,12 @@ def bits(folder: Path, model, plan, run: Run) -> dict[str, list]:
                     embedded.images.double().sum(1).tolist(),
                     embedded.texts.double().sum(1).tolist(),
                 ]
+            compared = replace(CONTRASTS, images=folder / "134")
+            contrasts = open_contrasts(compared, folder / "contrasts", plan)
+            verdicts = judge(
+                Embedder.of(model, plan, run, compared), contrasts, batch_size=size, ranks=ranks
+            )
+            results[f"cosines by {size}"] = verdicts.cosines.tolist()
         names = [f"thing {number}" for number in range(300)]
         classes = class_embeddings(source, names, ["{c}", "a {c}"], ranks=ranks)
     return results | {"classes": classes.double().sum(1).tolist()}
@@ -143,9 +165,12 @@ def numbers(folder: Path, scenes: Path, rank: int, world_size: int) -> dict[str,
         for count in COUNTS:
             task = ZeroShot(data=folder / str(count), batch_size=size)
             results[f"{count} images by {size}"] = task.evaluate(model, plan, run)
+        contrasts = Compositional(data=folder / "contrasts", images=folder / "134", batch_size=size)
+        results[f"contrasts by {size}"] = contrasts.evaluate(model, plan, run)
     for size in BATCH_SIZES[1:]:
         for scene_task in (
             Retrieval(data=scenes, batch_size=size),
+            Compositional(data=scenes, batch_size=size),
             ZeroShot(data=scenes, templates="name", batch_size=size),
             ZeroShot(data=scenes, templates="name", name="masked", mask_ratio=0.5, batch_size=size),
         ):
@@ -191,6 +216,10 @@ def test_the_model_under_test_tells_images_apart(alone: dict[str, dict]) -> None
     assert len({row[0] for row in found["said"]}) > 5
     assert len({row[0] for row in found["nearest"]}) > 3
     assert len(set(found["labels"])) == 64
+    # every item compares another pair, and both answers occur
+    cosines = alone["cosines by 64"]
+    assert len({tuple(pair) for pair in cosines}) == 7 * 70
+    assert 20 < sum(true > false for true, false in cosines) < 7 * 70 - 20
 
 
 def test_masked_and_published_images_are_other_images(alone: dict[str, dict]) -> None:
@@ -208,6 +237,12 @@ def test_every_image_is_counted_once(alone: dict[str, dict]) -> None:
     assert (scenes["zero_shot_images"], scenes["zero_shot_classes"]) == (128, 64)
     assert scenes["zero_shot_images_held_out"] == 128 * 8 // 64
     assert alone["retrieval by 64"]["retrieval_candidates"] == 40
+    contrasts = alone["contrasts by 3"]
+    assert contrasts["compositional_items"] == 7 * 70
+    assert all(contrasts[f"compositional_{name}_items"] == 70 for name in CATEGORIES)
+    assert contrasts["compositional_images"] == 134
+    assert alone["compositional by 64"]["compositional_items"] == 7 * 10
+    assert alone["compositional by 64"]["compositional_images"] == 7 * 10
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

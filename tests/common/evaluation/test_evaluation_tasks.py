@@ -24,7 +24,7 @@ from frugal.common.data.labelled import CaptionedImages, LabelledImages
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.examples import confusions, gather, recall_by_class
 from frugal.common.evaluation.prompts import named_templates
@@ -150,7 +150,9 @@ def test_retrieval_on_scenes_equals_clip_benchmark_on_the_same_files(
 def test_the_part_of_a_scenes_folder_may_be_given_itself(scenes: Path, run: Run) -> None:
     plan = recipe()
     model = plan.model.build()
-    for kind, part in ((ZeroShot, "zero_shot"), (Retrieval, "retrieval")):
+    for kind, part in (
+        (ZeroShot, "zero_shot"), (Retrieval, "retrieval"), (Compositional, "compositional")
+    ):  # fmt: skip
         whole = kind(data=scenes).evaluate(model, plan, run)
         assert kind(data=scenes / part).evaluate(model, plan, run) == whole
 
@@ -270,7 +272,7 @@ def test_a_file_of_names_chooses_class_folders(tmp_path: Path) -> None:
             open_question(ZeroShot(), folder, recipe())
 
 
-@pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
+@pytest.mark.parametrize("kind", [ZeroShot, Retrieval, Compositional])
 def test_missing_data_is_one_sentence(kind, tmp_path: Path, run: Run) -> None:
     task = kind(data=tmp_path / "nowhere")
     with pytest.raises(InputError, match=rf"evaluation '{task.name}' is not there: .*nowhere does"):
@@ -280,7 +282,7 @@ def test_missing_data_is_one_sentence(kind, tmp_path: Path, run: Run) -> None:
         task.evaluate(None, plan, run)
 
 
-@pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
+@pytest.mark.parametrize("kind", [ZeroShot, Retrieval, Compositional])
 def test_an_evaluation_without_data_is_skipped(kind, run: Run, caplog) -> None:
     logger = logging.getLogger("skipping")
     with caplog.at_level(logging.INFO, logger="skipping"):
@@ -301,7 +303,7 @@ def test_an_evaluation_without_data_is_skipped(kind, run: Run, caplog) -> None:
         ({"views": 2}, "views is 2, but without a mask_ratio all views are the same"),
     ],
 )
-@pytest.mark.parametrize("kind", [ZeroShot, Retrieval])
+@pytest.mark.parametrize("kind", [ZeroShot, Retrieval, Compositional])
 def test_impossible_settings_are_refused(kind, options, message: str) -> None:
     with pytest.raises(InputError, match=message):
         kind(**options)
@@ -311,6 +313,7 @@ def test_tasks_survive_json() -> None:
     tasks = (
         ZeroShot(data=Path("a/b"), crop=CenterCrop(order="crop_first"), templates="imagenet_80"),
         Retrieval(name="coco", workers=3),
+        Compositional(data=Path("sugar"), images=Path("coco/val2017")),
         Retrieval(
             mask_ratio=0.75,
             views=4,

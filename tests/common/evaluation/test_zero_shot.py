@@ -236,6 +236,14 @@ def test_equal_texts_are_encoded_once() -> None:
     assert torch.allclose(table[3], source.texts(["three"])[0], atol=1e-6)
 
 
+def test_texts_that_the_tower_sees_alike_are_encoded_once() -> None:
+    source = embedder()
+    table = text_table(source, ["x" * 70, "y", "x" * 62, "x" * 80 + "y"], ranks=Ranks())
+    assert sum(source.model.texts_seen) - 1 == 2
+    assert torch.equal(table[0], table[2]) and torch.equal(table[0], table[3])
+    assert not torch.equal(table[0], table[1])
+
+
 def test_texts_too_long_for_the_tower_are_cut_by_the_tokenizer() -> None:
     source = embedder()
     assert torch.equal(source.texts(["x" * 500]), source.texts(["x" * 62]))

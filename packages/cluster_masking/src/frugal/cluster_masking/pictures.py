@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from frugal.common.evaluation.pictures import Picture, as_array, grey_dropped, tile
+from frugal.common.evaluation.pictures import Picture, as_array, grey_dropped, labelled_row
 
 if TYPE_CHECKING:
     from frugal.cluster_masking.masking import ClusterMasking
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
 _ANCHOR = (230, 30, 30)
 _DISTANCES = (1.5, 1.0, 0.5)
 """From 1, of the thresholds shown, as shares of the own one's."""
-_SIDE = 96
-"""Pixels that an image has at least in a picture."""
-_LABEL_HEIGHT = 18
 
 
 def mark_patches(images: Any, patches: Any, patch_size: int) -> Picture:
@@ -64,20 +60,12 @@ def draw_thresholds(
         (3, H*, W*) uint8, for ``SummaryWriter.add_image``.
     """
     assert masking.threshold is not None
-    rows = [_row("images", as_array(images))]
+    rows = [labelled_row("images", as_array(images))]
     for distance in _DISTANCES:
         threshold = max(1 - distance * (1 - masking.threshold), -1.0)
         mask = replace(masking, threshold=threshold).mask(view, noise=noise)
         left = grey_dropped(images, mask.stays, view.patch_size)
-        label = f"threshold {threshold:.3g}: {float(mask.mask_ratio.mean()):.0%} masked"
-        rows.append(_row(label, mark_patches(left, mask.anchors, view.patch_size)))
+        share = float(mask.mask_ratio.mean())
+        label = f"threshold {threshold:.3g}: {share:.0%} masked, anchors framed"
+        rows.append(labelled_row(label, mark_patches(left, mask.anchors, view.patch_size)))
     return np.concatenate(rows, axis=1)
-
-
-def _row(label: str, pictures: Picture) -> Picture:
-    """Pictures side by side under a line of text."""
-    times = max(1, -(-_SIDE // min(pictures.shape[2:])))
-    row = tile(pictures.repeat(times, axis=2).repeat(times, axis=3), columns=len(pictures))
-    strip = Image.new("RGB", (row.shape[2], _LABEL_HEIGHT), "white")
-    ImageDraw.Draw(strip).text((2, 2), label, fill="black", font=ImageFont.load_default(13))
-    return np.concatenate([np.asarray(strip).transpose(2, 0, 1), row], axis=1)

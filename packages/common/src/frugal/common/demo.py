@@ -9,7 +9,7 @@ from frugal.common.contracts import ImageReduction
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import RandomResizedCrop
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.models.config import DualEncoderConfig, clip_encoder
 from frugal.common.objectives.config import Contrastive
 from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
@@ -56,5 +56,5 @@ def scenes_recipe(model: DualEncoderConfig, *, image: ImageReduction) -> Recipe:
         schedule=WarmupCosine(samples=280_000, warmup_samples=15_000),
         batch_size=256,
         run=RunOptions(log_every=20, save_every=400, picture_every=400),
-        evaluation=(ZeroShot(), Retrieval()),
+        evaluation=(ZeroShot(), Retrieval(), Compositional()),
     )

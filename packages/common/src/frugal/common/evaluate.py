@@ -13,7 +13,8 @@ import tyro
 from frugal.common.commands import run_politely, without_local_rank
 from frugal.common.data.tokenizers import SavedTokenizer
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import ImageEvaluation, Retrieval, ZeroShot
+from frugal.common.evaluation.config import Compositional, ImageEvaluation, Retrieval, ZeroShot
+from frugal.common.evaluation.contrasts import has_contrasts
 from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.run import Run
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
     from frugal.common.checkpoint.store import Checkpoint
 
-_KINDS: dict[str, type[ZeroShot] | type[Retrieval]] = {
+_KINDS: dict[str, type[ZeroShot] | type[Retrieval] | type[Compositional]] = {
     "zero-shot": ZeroShot,
     "retrieval": Retrieval,
+    "compositional": Compositional,
 }
 
 
@@ -38,16 +40,20 @@ class Options:
     checkpoint: Path
     """A run directory, or one of its checkpoints."""
     data: Path | None = None
-    """A scenes folder, class-per-folder images, or clip_benchmark's webdataset layout; by default
-    what the recipe's own evaluations name."""
-    tasks: tuple[Literal["zero-shot", "retrieval"], ...] = ("zero-shot", "retrieval")
-    """What to measure."""
+    """A scenes folder, class-per-folder images, clip_benchmark's webdataset layout, or SugarCrepe's
+    JSON files; by default what the recipe's own evaluations name."""
+    tasks: tuple[Literal["zero-shot", "retrieval", "compositional"], ...] | None = None
+    """What to measure; by default everything, but compositional only where the data has its
+    files."""
     name: str | None = None
     """Of the JSON file and first part of the name of every number, where one task is measured."""
     templates: Literal["data", "imagenet_7", "imagenet_80", "name"] | None = None
     """Prompts of zero-shot classification; data: those the data comes with."""
     class_names: Literal["data", "imagenet"] | None = None
     """Names of zero-shot classification."""
+    images: Path | None = None
+    """Folder of the images that SugarCrepe's JSON files name (COCO's val2017); by default images/
+    or val2017/ beside them, or their own folder."""
     published: bool = False
     """Crop and resize the images as the method's published numbers were measured."""
     mask_ratio: float | None = None
@@ -145,10 +151,9 @@ def chosen_tasks(options: Options, recipe: Recipe) -> list[ImageEvaluation]:
     Raises:
         InputError: if there is nothing to measure, or a flag would have no effect.
     """
-    if not options.tasks:
-        raise InputError(f"--tasks is empty; choose from {', '.join(_KINDS)}")
+    words = _words(options)
     tasks: list[ImageEvaluation] = []
-    for kind in (_KINDS[word] for word in dict.fromkeys(options.tasks)):
+    for kind in (_KINDS[word] for word in words):
         own = [task for task in recipe.evaluation if isinstance(task, kind)]
         if options.data is None:
             tasks += [task for task in own if task.data is not None]
@@ -157,26 +162,51 @@ def chosen_tasks(options: Options, recipe: Recipe) -> list[ImageEvaluation]:
     if not tasks:
         raise InputError(
             f"there is nothing to measure: the recipe of {options.checkpoint} names no data for "
-            f"{' or '.join(options.tasks)}; give --data"
+            f"{' or '.join(words)}; give --data"
         )
     if options.name is not None and len(tasks) > 1:
         raise InputError(
             f"--name {options.name} is for one evaluation, but there are {len(tasks)}; choose "
             "one with --tasks"
         )
+    _check_flags(options, tasks)
+    return [_as_asked(task, options) for task in tasks]
+
+
+def _words(options: Options) -> list[str]:
+    """The kinds of tasks to look at."""
+    if options.tasks is not None:
+        if not options.tasks:
+            raise InputError(f"--tasks is empty; choose from {', '.join(_KINDS)}")
+        return list(dict.fromkeys(options.tasks))
+    data = options.data
+    if data is None or options.images is not None or has_contrasts(data):
+        return list(_KINDS)
+    return [word for word, kind in _KINDS.items() if kind is not Compositional]
+
+
+def _check_flags(options: Options, tasks: list[ImageEvaluation]) -> None:
+    """Refuse flags that none of the tasks reads."""
     asks = any(isinstance(task, ZeroShot) for task in tasks)
     if not asks and (options.templates is not None or options.class_names is not None):
         raise InputError(
             "--templates and --class-names are for zero-shot classification; add zero-shot to "
             "--tasks, or leave them out"
         )
-    return [_as_asked(task, options) for task in tasks]
+    compares = any(isinstance(task, Compositional) for task in tasks)
+    if not compares and options.images is not None:
+        raise InputError(
+            "--images is for the images of the task compositional; add it to --tasks, or leave "
+            "--images out"
+        )
 
 
 def _as_asked(task: ImageEvaluation, options: Options) -> ImageEvaluation:
     fields = ["data", "name", "mask_ratio", "views", "batch_size", "workers"]
     if isinstance(task, ZeroShot):
         fields += ["templates", "class_names"]
+    if isinstance(task, Compositional):
+        fields.append("images")
     given = {field: getattr(options, field) for field in fields}
     changes = {field: value for field, value in given.items() if value is not None}
     if options.published:

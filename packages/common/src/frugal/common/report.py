@@ -83,12 +83,15 @@ def write_report(
         classes = sections.classes(gathered.classes, gathered.confused)
         body += [
             sections.section("What it sees while training", sections.masked(gathered.masked)),
+            sections.section("How patches are chosen", sections.drawn(gathered.drawn)),
             sections.section("What it recognises", sections.classified(gathered.classified)),
             sections.section("Class by class", classes),
             sections.section(
                 "The captions it finds nearest", sections.retrieved(gathered.retrieved)
             ),
         ]
+    contrasts = sections.contrasted(finite, gathered.contrasted if gathered else ())
+    body.append(sections.section("True captions against false ones", contrasts))
     body.append(sections.section("What to type next", sections.commands(commands)))
     body.append(sections.all_numbers(finite))
     page = PAGE.format(
@@ -228,7 +231,8 @@ def report(options: Options) -> None:
         summary=f"Stages of the training: {', then '.join(stages)}." if len(stages) > 1 else "",
     )
     write = sys.stdout.write
-    for name in REQUIRED:
+    shown = [name for name in (*REQUIRED, "compositional_mean") if name in numbers]
+    for name in shown:
         value = numbers[name]
         write(
             f"{name:>28}  {value:.4g}\n" if isinstance(value, float) else f"{name:>28}  {value}\n"

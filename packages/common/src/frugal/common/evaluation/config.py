@@ -21,7 +21,7 @@ class ImageEvaluation(EvaluationTask):
 
     name: str
     data: Path | None = None
-    """Folder of images; without it this evaluation is skipped."""
+    """Folder of the data; without it this evaluation is skipped."""
     crop: CenterCrop = field(default_factory=CenterCrop)
     """Which part of an image the model sees, at the size its image tower takes."""
     published_crop: CenterCrop | None = None
@@ -156,3 +156,52 @@ class Retrieval(ImageEvaluation):
         from frugal.common.evaluation import retrieval
 
         return retrieval.evaluate(self, folder, model, recipe, run, show)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compositional(ImageEvaluation):
+    """Telling an image's caption from one that was made false by replacing, swapping or adding.
+
+    Reads SugarCrepe's seven JSON files (arXiv:2306.14610) or a scenes folder.
+    """
+
+    name: str = "compositional"
+    """First part of the name of every number."""
+    images: Path | None = None
+    """Folder of images (COCO's val2017 for SugarCrepe); by default images/ or val2017/ beside the
+    JSON files, or their own folder."""
+
+    _part: ClassVar[str] = "compositional"
+
+    def folder(self) -> Path | None:
+        """Where the JSON files are: ``data``, or the part of a scenes folder meant for this.
+
+        Raises:
+            InputError: if data or images are given and missing.
+        """
+        if self.data is not None and self.images is not None and not self.images.is_dir():
+            raise InputError(
+                f"the images of the evaluation {self.name!r} are not there: {self.images} is no "
+                "folder; check the path"
+            )
+        return super().folder()
+
+    def evaluate(
+        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+    ) -> dict[str, float | int]:
+        """``{name}_swap_obj`` and so on: the share of items whose true caption is strictly nearer.
+
+        Also ``{name}_replace``, ``_swap``, ``_add`` and ``_mean``, the means over their categories
+        and over all seven, ``{name}_items``, ``{name}_images`` and ``{name}_swap_obj_items`` and so
+        on. Every process of the run calls this and gets the same numbers; {} where there is no
+        data.
+
+        Raises:
+            InputError: if the data is missing or cannot be used.
+        """
+        folder = self.folder()
+        if folder is None:
+            return self._skip(run)
+        from frugal.common.evaluation import compositional
+
+        return compositional.evaluate(self, folder, model, recipe, run, show)

@@ -201,18 +201,25 @@ class Embedder:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), E) float32 on the device, 256 texts at a time."""
+        return self.tokens([self.token_ids(text) for text in texts])
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """What of a text the model sees."""
+        return tuple(self.tokenizer.assemble(self.tokenizer.encode(text), self.context_length))
+
+    def tokens(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """(len(texts), E) float32 on the device, from the token ids of texts, 256 at a time."""
         parts = [
             self._encode(texts[start : start + TEXTS_AT_ONCE])
             for start in range(0, len(texts), TEXTS_AT_ONCE)
         ]
         return torch.cat(parts)
 
-    def _encode(self, texts: Sequence[str]) -> Tensor:
+    def _encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
         shape = (len(texts), self.context_length)
         token_ids = torch.full(shape, self.tokenizer.pad_id, dtype=torch.int64)  # (B, T)
         lengths = torch.zeros(len(texts), dtype=torch.int64)
-        for row, text in enumerate(texts):
-            ids = self.tokenizer.assemble(self.tokenizer.encode(text), self.context_length)
+        for row, ids in enumerate(texts):
             token_ids[row, : len(ids)] = torch.as_tensor(ids)
             lengths[row] = len(ids)
         with self._autocast():
@@ -223,18 +230,20 @@ class Embedder:
 def text_table(embedder: Embedder, texts: Sequence[str], *, ranks: Ranks) -> Tensor:
     """(len(texts), E) on every process; equal texts have equal embeddings to the last bit.
 
-    Each distinct text is encoded once, by one process, in the same company on any number of them.
+    Texts are equal if their token ids are, as long ones with the same beginning. Each is encoded
+    once, by one process, in the same company on any number of them.
     """
-    distinct = list(dict.fromkeys(texts))
+    seen = {text: embedder.token_ids(text) for text in dict.fromkeys(texts)}
+    distinct = list(dict.fromkeys(seen.values()))
     table = ranks.table(
         len(distinct),
         embedder.width,
         chunk=TEXTS_AT_ONCE,
         device=embedder.device,
-        fill=lambda rows: embedder.texts(distinct[rows]),
+        fill=lambda rows: embedder.tokens(distinct[rows]),
     )
-    place = {text: row for row, text in enumerate(distinct)}
-    return table[torch.tensor([place[text] for text in texts], device=embedder.device)]
+    place = {ids: row for row, ids in enumerate(distinct)}
+    return table[torch.tensor([place[seen[text]] for text in texts], device=embedder.device)]
 
 
 def similarity(queries: Tensor, candidates: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor
 from frugal.common.contracts import ImageReduction
 from frugal.common.data.decoding import as_bytes
 from frugal.common.data.labelled import GROUP
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Contrasts, open_contrasts
+from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
+from frugal.common.evaluation.contrasts import PARTS
 from frugal.common.evaluation.embed import Embedder, evaluating, similarity, text_table
 from frugal.common.evaluation.pictures import Picture, as_array, example_places, grey_dropped
 from frugal.common.evaluation.prompts import class_embeddings
@@ -46,7 +48,7 @@ class Guess:
 
     text: str
     score: float
-    """A probability in zero-shot examples, a cosine in retrieval."""
+    """A probability in zero-shot examples, else a cosine."""
     right: bool
 
 
@@ -59,6 +61,18 @@ class Example:
     truth: tuple[str, ...]
     """Its class, or its captions."""
     guesses: tuple[Guess, ...]
+    question: str = ""
+    """What is asked, where that differs from example to example."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture that a reduction draws of what it does."""
+
+    picture: Picture
+    """(3, H*, W*) uint8."""
+    reduction: str
+    """What the reduction is called."""
 
 
 def masked_examples(
@@ -196,6 +210,33 @@ def retrieval_examples(
     return examples
 
 
+def compositional_examples(embedder: Embedder, data: Contrasts, *, count: int = 6) -> list[Example]:
+    """Some images with their true and their false caption, the nearer one first.
+
+    Args:
+        embedder: its model in evaluation mode, without gradients.
+        data: the items.
+        count: items.
+    """
+    examples = []
+    for place in example_places(len(data.items), count):
+        item = data.items[place]
+        image = data.images([data.image_of_item[place]])  # (1, 3, H, W)
+        captions = [item.caption, item.negative_caption]
+        true, false = similarity(embedder.images(image), embedder.texts(captions))[0].tolist()
+        said = [Guess(captions[0], true, True), Guess(captions[1], false, False)]
+        kind, _, part = item.category.partition("_")
+        examples.append(
+            Example(
+                as_bytes(as_array(image[0])),
+                (item.caption,),
+                tuple(said if true > false else said[::-1]),
+                question=f"{kind}, {PARTS[part]}",
+            )
+        )
+    return examples
+
+
 def recall_by_class(
     answers: Answers, names: Sequence[str], held_out: Sequence[int] = ()
 ) -> list[ClassRecall]:
@@ -226,8 +267,11 @@ class Gathered:
     """What a report shows of a model beside its numbers."""
 
     masked: tuple[MaskedExample, ...] = ()
+    drawn: Drawing | None = None
+    """Of reductions that draw."""
     classified: tuple[Example, ...] = ()
     retrieved: tuple[Example, ...] = ()
+    contrasted: tuple[Example, ...] = ()
     classes: tuple[ClassRecall, ...] = ()
     confused: tuple[Confusion, ...] = ()
 
@@ -240,7 +284,7 @@ def gather(
     reduction: ImageReduction | None = None,
     count: int = 12,
 ) -> Gathered:
-    """Examples from the first zero-shot and the first retrieval task of a recipe that have data.
+    """Examples from the first task of each kind of a recipe that has data.
 
     Every process that calls this computes it all; where ``torch.distributed`` runs, all of its
     processes must (opening the data waits for the others).
@@ -250,28 +294,41 @@ def gather(
         recipe: names the tasks, the tokenizer and the sizes.
         run: where it runs.
         reduction: masks the examples; the recipe's own by default.
-        count: images of each kind, half as many for retrieval.
+        count: images of each kind, half as many beside captions.
 
     Raises:
         InputError: if the data of a task cannot be used.
     """
     parts: dict[str, Any] = {}
+    fewer = max(1, count // 2)
     with evaluating(model):
+        embedder = None
         for task in recipe.evaluation:
-            if not isinstance(task, (ZeroShot, Retrieval)) or (folder := task.folder()) is None:
+            if not isinstance(task, (ZeroShot, Retrieval, Compositional)):
                 continue
-            embedder = Embedder.of(model, recipe, run)
+            if (folder := task.folder()) is None:
+                continue
+            embedder = embedder or Embedder.of(model, recipe, run)
             if isinstance(task, ZeroShot) and "classified" not in parts:
                 parts |= _classified(task, folder, embedder, recipe, count)
             elif isinstance(task, Retrieval) and "retrieved" not in parts:
-                data = open_captioned(task, folder, recipe)
-                found = retrieval_examples(
-                    embedder, data, count=max(1, count // 2), workers=task.workers
-                )
+                captioned = open_captioned(task, folder, recipe)
+                found = retrieval_examples(embedder, captioned, count=fewer, workers=task.workers)
                 parts["retrieved"] = tuple(found)
-    shown = parts.get("retrieved") or parts.get("classified") or ()
-    masked = _masked(shown, recipe, reduction or recipe.reduction.image)
-    return Gathered(masked=masked, **parts)
+            elif isinstance(task, Compositional) and "contrasted" not in parts:
+                contrasts = open_contrasts(task, folder, recipe)
+                parts["contrasted"] = tuple(
+                    compositional_examples(embedder, contrasts, count=fewer)
+                )
+        shown = next((p for p in map(parts.get, _BEST_TO_MASK) if p), ())
+        parts |= _masked(shown, model, recipe, run, reduction or recipe.reduction.image)
+    return Gathered(**parts)
+
+
+_BEST_TO_MASK = ("retrieved", "classified", "contrasted")
+"""Whose images are shown masked: those of whole scenes before those of single things."""
+_DRAWN = 6
+"""Images in the picture that a reduction draws; a page is not wider."""
 
 
 def _classified(
@@ -293,13 +350,37 @@ def _classified(
 
 
 def _masked(
-    examples: Sequence[Example], recipe: Recipe, reduction: ImageReduction
-) -> tuple[MaskedExample, ...]:
+    examples: Sequence[Example],
+    model: Any,
+    recipe: Recipe,
+    run: Run,
+    reduction: ImageReduction,
+) -> dict[str, Any]:
+    """What of the examples' images the model sees in training, and what its reduction draws."""
     if not examples:
-        return ()
+        return {}
     images = torch.stack([torch.as_tensor(example.image) for example in examples])
-    view = PatchView.of(images, recipe.model.image)
-    noise = SampleNoise(recipe.run.seed, torch.arange(len(images)))
     captions = [example.truth[0] for example in examples]
+    view, noise = _look(images, model, recipe, run)
     kept = reduction.keep(view, noise=noise)
-    return tuple(masked_examples(images, kept, view.patch_size, captions))
+    found: dict[str, Any] = {
+        "masked": tuple(masked_examples(images, kept, view.patch_size, captions))
+    }
+    draw = getattr(reduction, "draw", None)
+    if draw is not None:
+        view, noise = _look(images[:_DRAWN], model, recipe, run)
+        picture = draw(view, images[:_DRAWN], noise=noise)
+        found["drawn"] = Drawing(as_array(picture), type(reduction).__name__)
+    return found
+
+
+def _look(images: Tensor, model: Any, recipe: Recipe, run: Run) -> tuple[PatchView, SampleNoise]:
+    """What an image reduction sees of images at the end of a run, and its random numbers."""
+    images = images.to(run.device)
+    view = PatchView.of(
+        images,
+        recipe.model.image,
+        embed=lambda: model.image(images, output="embedded"),
+        progress=torch.ones(len(images), device=images.device),
+    )
+    return view, SampleNoise(recipe.run.seed, torch.arange(len(images), device=images.device))

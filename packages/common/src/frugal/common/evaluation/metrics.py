@@ -70,9 +70,9 @@ def count_found(
     """
     rows = max(1, scores_at_once // max(1, len(candidates)))
     found = torch.zeros(len(at), dtype=torch.int64, device=queries.device)
-    for start in range(ranks.rank * rows, len(queries), ranks.world_size * rows):
-        scores = similarity(queries[start : start + rows], candidates)  # (rows, C)
-        owner = query_owner[start : start + rows, None]  # (rows, 1)
+    for part in ranks.turns(len(queries), rows):
+        scores = similarity(queries[part], candidates)  # (rows, C)
+        owner = query_owner[part, None]  # (rows, 1)
         for place, k in enumerate(at):
             nearest = scores.topk(min(k, len(candidates)), dim=1).indices  # (rows, k)
             found[place] += (candidate_owner[nearest] == owner).any(1).sum()

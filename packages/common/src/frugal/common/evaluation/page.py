@@ -72,6 +72,9 @@ figcaption { font-size: 0.9rem; line-height: 1.4; }
 .pictures.answers { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
 .pictures.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .pictures img { display: block; width: 100%; height: auto; border-radius: 7px; }
+.card + .pictures { margin-top: 14px; }
+.drawn { overflow-x: auto; }
+.drawn img { display: block; max-width: 100%; height: auto; border-radius: 7px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; align-content: start; }
 .pair figcaption { grid-column: 1 / -1; }
 .answer { display: grid; grid-template-columns: 96px 1fr; gap: 2px 14px;

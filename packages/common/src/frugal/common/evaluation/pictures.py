@@ -14,6 +14,7 @@ Picture = NDArray[np.uint8]
 
 _GREY, _LIGHT, _DARK = 128, 150, 124
 _GAP = 3
+_LABEL_HEIGHT = 18
 _RIGHT, _WRONG, _INK, _PAPER = (24, 121, 78), (186, 52, 40), (40, 40, 40), (250, 250, 248)
 
 
@@ -83,6 +84,25 @@ def tile(images: Any, *, columns: int | None = None) -> Picture:
         left = place % columns * (width + _GAP)
         sheet[:, top : top + height, left : left + width] = picture
     return sheet
+
+
+def labelled_row(label: str, images: Any, *, side: int = 96) -> Picture:
+    """Images side by side under a line of text.
+
+    Args:
+        label: the line.
+        images: (B, 3, H, W) uint8; small ones are enlarged by a whole number.
+        side: pixels that an image has at least.
+
+    Returns:
+        (3, H*, W*) uint8.
+    """
+    pictures = as_array(images)
+    times = max(1, -(-side // min(pictures.shape[2:])))
+    row = tile(pictures.repeat(times, axis=2).repeat(times, axis=3), columns=len(pictures))
+    strip = Image.new("RGB", (row.shape[2], _LABEL_HEIGHT), "white")
+    ImageDraw.Draw(strip).text((2, 2), label, fill="black", font=ImageFont.load_default(13))
+    return np.concatenate([np.asarray(strip).transpose(2, 0, 1), row], axis=1)
 
 
 def draw_masked(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,11 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def turns(self, count: int, chunk: int) -> Iterator[slice]:
+        """The rows of ``count`` that are this process's: chunks taken in turn, the last shorter."""
+        for start in range(self.rank * chunk, count, self.world_size * chunk):
+            yield slice(start, min(start + chunk, count))
+
     def table(
         self,
         count: int,
@@ -48,8 +53,7 @@ class Ranks:
         of them: what ``fill`` computes does not depend on how many there are.
         """
         table = torch.zeros(count, width, device=device)
-        for start in range(self.rank * chunk, count, self.world_size * chunk):
-            rows = slice(start, min(start + chunk, count))
+        for rows in self.turns(count, chunk):
             table[rows] = fill(rows)
         return self.sum(table)
 

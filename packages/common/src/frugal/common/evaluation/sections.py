@@ -13,11 +13,18 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from frugal.common.evaluation.contrasts import KINDS, PARTS
 from frugal.common.evaluation.curves import Curve, line_chart, short_number
 from frugal.common.evaluation.pictures import as_array, to_pil
 
 if TYPE_CHECKING:
-    from frugal.common.evaluation.examples import ClassRecall, Confusion, Example, MaskedExample
+    from frugal.common.evaluation.examples import (
+        ClassRecall,
+        Confusion,
+        Drawing,
+        Example,
+        MaskedExample,
+    )
 
 _NONE = "\N{EN DASH}"
 
@@ -180,15 +187,15 @@ def _course(curves: Sequence[Curve]) -> str:
 # Pictures.
 
 
-def _image(picture: Any, alt: str) -> str:
-    """An ``<img>`` that carries its picture; small ones as PNG, photos as JPEG."""
+def _image(picture: Any, alt: str, *, exact: bool = False) -> str:
+    """An ``<img>`` that carries its picture; small and drawn ones as PNG, photos as JPEG."""
     height, width = as_array(picture).shape[1:]
-    small = max(height, width) <= 128
+    exact = exact or max(height, width) <= 128
     file = io.BytesIO()
     to_pil(picture).save(
-        file, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 88})
+        file, **({"format": "PNG"} if exact else {"format": "JPEG", "quality": 88})
     )
-    kind = "png" if small else "jpeg"
+    kind = "png" if exact else "jpeg"
     encoded = base64.b64encode(file.getvalue()).decode("ascii")
     return (
         f'<img src="data:image/{kind};base64,{encoded}" width="{width}" height="{height}" '
@@ -215,6 +222,15 @@ def masked(examples: Sequence[MaskedExample]) -> str:
             "never computed."
         )
     return f'<p>{lead}</p><div class="pictures">{cards}</div>'
+
+
+def drawn(drawing: Drawing | None) -> str:
+    """The picture that a reduction draws of what it does."""
+    if drawing is None:
+        return ""
+    name = escape(drawing.reduction)
+    picture = _image(drawing.picture, f"what {drawing.reduction} draws of some images", exact=True)
+    return f'<p>Drawn by {name} itself.</p><div class="drawn">{picture}</div>'
 
 
 def _guesses(example: Example, *, as_percent: bool) -> str:
@@ -246,19 +262,67 @@ def classified(examples: Sequence[Example]) -> str:
     return f'<p>{lead}</p><div class="pictures answers">{cards}</div>'
 
 
+def _compared(examples: Sequence[Example], notes: Sequence[str]) -> str:
+    """Images beside captions with their cosines, and a note below."""
+    cards = "".join(
+        f'<figure class="answer wide">{_image(example.image, example.truth[0])}'
+        f"{_guesses(example, as_percent=False)}"
+        f'<figcaption class="quiet">{escape(note)}</figcaption></figure>'
+        for example, note in zip(examples, notes, strict=True)
+    )
+    return f'<div class="pictures wide">{cards}</div>'
+
+
 def retrieved(examples: Sequence[Example]) -> str:
     """Images and the captions that the model finds nearest."""
     if not examples:
         return ""
-    cards = "".join(
-        f'<figure class="answer wide">{_image(example.image, example.truth[0])}'
-        f"{_guesses(example, as_percent=False)}"
-        f'<figcaption class="quiet">written for it: {escape(example.truth[0])}</figcaption>'
-        "</figure>"
-        for example in examples
-    )
     lead = "The nearest of all candidate captions, by cosine; the image's own are marked."
-    return f'<p>{lead}</p><div class="pictures wide">{cards}</div>'
+    notes = [f"written for it: {example.truth[0]}" for example in examples]
+    return f"<p>{lead}</p>{_compared(examples, notes)}"
+
+
+# Composition.
+
+
+def contrasted(numbers: Mapping[str, Any], examples: Sequence[Example]) -> str:
+    """How often a true caption is nearer than one made false, by category, and some of both."""
+    table = _composition(numbers)
+    cards = _compared(examples, [example.question for example in examples]) if examples else ""
+    if not table and not cards:
+        return ""
+    lead = (
+        "Each image has a caption that is true of it and one that was made false; the model is "
+        "right where the true one, marked here, is nearer."
+    )
+    return f"<p>{lead}</p>{table}{cards}"
+
+
+def _composition(numbers: Mapping[str, Any]) -> str:
+    """Percent of the items that are right: how a caption is made false by what of it changes."""
+    columns = [*PARTS, "mean"]
+    rows = []
+    for kind in KINDS:
+        shares = [numbers.get(f"compositional_{kind}_{part}") for part in PARTS]
+        shares.append(numbers.get(f"compositional_{kind}"))
+        if any(share is not None for share in shares):
+            cells = "".join(map(_share, shares))
+            rows.append(f'<tr><th scope="row">{kind}</th>{cells}</tr>')
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{PARTS.get(name, name)}</th>' for name in columns)
+    return (
+        '<div class="card"><p>Percent of the items that are right; chance is 50.</p>'
+        f'<div class="scroll"><table class="grid"><tr><td></td>{head}</tr>{"".join(rows)}</table>'
+        "</div></div>"
+    )
+
+
+def _share(share: float | None) -> str:
+    """A cell that is the darker the larger the share."""
+    if share is None:
+        return f"<td>{_NONE}</td>"
+    return f'<td style="--share:{100 * share:.0f}%">{100 * share:.1f}</td>'
 
 
 # Classes.

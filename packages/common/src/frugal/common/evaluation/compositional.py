@@ -1,0 +1,247 @@
+"""Language composition: does an image lie nearer to its caption than to one that was made false?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from frugal.common.contracts import Show
+from frugal.common.data.damage import Damaged
+from frugal.common.data.decoding import as_bytes
+from frugal.common.data.labelled import GROUP
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import Compositional
+from frugal.common.evaluation.contrasts import CATEGORIES, KINDS, read_contrasts
+from frugal.common.evaluation.embed import Embedder, evaluating
+from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
+from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.retrieval import embed
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+
+
+class Contrasts(Dataset[dict[str, Any]]):
+    """SugarCrepe's items with their images; an image that several items share is there once."""
+
+    def __init__(
+        self,
+        folder: Path,
+        images: Path | None = None,
+        *,
+        size: tuple[int, int],
+        crop: CenterCrop | None = None,
+    ) -> None:
+        """Read and check the files; no image is read yet.
+
+        Args:
+            folder: holds ``replace_obj.json`` and so on.
+            images: the folder of images; by default the one beside the files.
+            size: (height, width) of the images handed out.
+            crop: the evaluation transform; resize and centre crop if not given.
+
+        Raises:
+            InputError: if a file cannot be used, or an image is missing.
+        """
+        self._folder, items = read_contrasts(folder, images)
+        self._size = size
+        self._crop = crop or CenterCrop()
+        self.files = list(dict.fromkeys(item.file for item in items))
+        place = {file: number for number, file in enumerate(self.files)}
+        self.items = sorted(items, key=lambda item: place[item.file])
+        """Those of the first image, then those of the second, and so on."""
+        self.image_of_item = [place[item.file] for item in self.items]
+        self.captions: list[list[str]] = [[] for _ in self.files]
+        """Of every image, the true and the false caption of one item after the other."""
+        for number, item in zip(self.image_of_item, self.items, strict=True):
+            self.captions[number] += [item.caption, item.negative_caption]
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.files)
+
+    def __getitem__(self, places: Sequence[int]) -> dict[str, Any]:
+        """Images (b, 3, H, W) and their places (b,); or a mistake, which loaders pass on whole."""
+        images = []
+        for place in places:
+            path = self._folder / self.files[place]
+            try:
+                images.append(self._crop.grey_levels(path.read_bytes(), size=self._size))
+            except (OSError, Damaged) as error:
+                return {"mistake": f"{path} cannot be evaluated ({error}); repair or replace it"}
+        return {"images": torch.from_numpy(np.stack(images)), "places": torch.tensor(places)}
+
+    def images(self, places: Sequence[int]) -> Tensor:
+        """(b, 3, H, W): the images at some places, as the model takes them.
+
+        Raises:
+            InputError: if an image is damaged.
+        """
+        return _checked(self[places])["images"]
+
+    def batches(
+        self, rank: int, world_size: int, batch_size: int, workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of the images: every image comes once, on one process.
+
+        Yields:
+            images (b, 3, H, W) uint8, or float32 grey levels where the crop resizes with a kernel
+            of TensorFlow; places among the images (b,) int64.
+
+        Raises:
+            InputError: if an image is damaged.
+        """
+        parts = [
+            range(start, min(start + batch_size, rows.stop))
+            for rows in Ranks(rank, world_size).turns(len(self), GROUP)
+            for start in range(rows.start, rows.stop, batch_size)
+        ]
+        loader = DataLoader(self, sampler=parts, batch_size=None, num_workers=workers)
+        for fields in map(_checked, loader):
+            yield fields["images"], fields["places"]
+
+
+def _checked(fields: dict[str, Any]) -> dict[str, Any]:
+    if "mistake" in fields:
+        raise InputError(fields["mistake"])
+    return fields
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What the model said about every item, complete on every process."""
+
+    categories: list[str]
+    """Of every item."""
+    cosines: Tensor
+    """(M, 2) float32: of every image with its true and with its false caption."""
+    num_images: int
+
+    @property
+    def right(self) -> Tensor:
+        """(M,) bool: the true caption is strictly nearer; a tie is wrong, as in SugarCrepe."""
+        return self.cosines[:, 0] > self.cosines[:, 1]
+
+    @property
+    def num_ties(self) -> int:
+        """Items whose captions the model does not tell apart."""
+        return int((self.cosines[:, 0] == self.cosines[:, 1]).sum())
+
+    def numbers(self) -> dict[str, float | int]:
+        """Fractions of right items, and what they are fractions of.
+
+        The means of kinds, and of all, are over categories and not over items, whose numbers
+        differ tenfold. They are left out where one of their categories is.
+        """
+        counts: dict[str, int] = {name: 0 for name in CATEGORIES if name in self.categories}
+        found = dict(counts)
+        for category, is_right in zip(self.categories, self.right.tolist(), strict=True):
+            counts[category] += 1
+            found[category] += is_right
+        shares: dict[str, float] = {name: found[name] / counts[name] for name in counts}
+        wholes = {kind: [f"{kind}_{part}" for part in parts] for kind, parts in KINDS.items()}
+        wholes["mean"] = list(CATEGORIES)
+        means = {
+            name: fmean(shares[own] for own in parts)
+            for name, parts in wholes.items()
+            if shares.keys() >= set(parts)
+        }
+        items = {f"{name}_items": count for name, count in counts.items()}
+        return shares | means | items | {"items": len(self.cosines), "images": self.num_images}
+
+
+def judge(
+    embedder: Embedder,
+    data: Contrasts,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    ranks: Ranks | None = None,
+) -> Verdicts:
+    """Compare every image with its captions, whatever the number of processes and the batch size.
+
+    Args:
+        embedder: its model in evaluation mode, without gradients (see ``evaluating``).
+        data: the items.
+        batch_size: images read at a time.
+        workers: processes that decode images.
+        ranks: the processes that share the work; this one alone by default.
+    """
+    embedded = embed(embedder, data, batch_size=batch_size, workers=workers, ranks=ranks)
+    images = embedded.images[embedded.image_of_text].double()  # (2 M, E)
+    # rounded from float64, so that equal embeddings tie (see embed.similarity)
+    cosines = (images * embedded.texts.double()).sum(1).float()
+    categories = [item.category for item in data.items]
+    return Verdicts(categories, cosines.view(-1, 2).cpu(), len(embedded.images))
+
+
+def open_contrasts(task: Compositional, folder: Path, recipe: Recipe) -> Contrasts:
+    """Open the data of a task; captions are read, images are not yet.
+
+    Raises:
+        InputError: if the data cannot be used.
+    """
+    size = recipe.model.image.height_width
+    return Contrasts(folder, task.images, size=size, crop=task.crop)
+
+
+def evaluate(
+    task: Compositional, folder: Path, model: Any, recipe: Recipe, run: Run, show: Show | None
+) -> dict[str, float | int]:
+    """See :meth:`frugal.common.evaluation.config.Compositional.evaluate`."""
+    data = open_contrasts(task, folder, recipe)
+    embedder = Embedder.of(model, recipe, run, task)
+    with evaluating(model):
+        verdicts = judge(
+            embedder,
+            data,
+            batch_size=task.batch_size,
+            workers=task.workers,
+            ranks=Ranks.current(),
+        )
+    _remark(task, data, verdicts, folder, run)
+    if show is not None:
+        show(task.name, _picture(data, verdicts))
+    return {f"{task.name}_{kind}": number for kind, number in verdicts.numbers().items()}
+
+
+def _remark(
+    task: Compositional, data: Contrasts, verdicts: Verdicts, folder: Path, run: Run
+) -> None:
+    """Log what the numbers rest on."""
+    run.log.info("%s: %s items with %s images", task.name, f"{len(data.items):,}", f"{len(data):,}")
+    if lacking := [name for name in CATEGORIES if name not in verdicts.categories]:
+        run.log.warning(
+            "%s: %s has no %s; the means that need them are left out",
+            task.name,
+            folder,
+            ", ".join(f"{name}.json" for name in lacking),
+        )
+    if verdicts.num_ties:
+        run.log.warning(
+            "%s: the model does not tell the captions of %s of the %s items apart, which counts "
+            "as wrong; captions longer than its text length may be equal up to there",
+            task.name,
+            f"{verdicts.num_ties:,}",
+            f"{len(data.items):,}",
+        )
+
+
+def _picture(data: Contrasts, verdicts: Verdicts) -> Picture:
+    """Some images with the caption that the model prefers."""
+    places = example_places(len(data.items))
+    right = verdicts.right[places].tolist()
+    said = [
+        data.items[place].caption if is_right else data.items[place].negative_caption
+        for place, is_right in zip(places, right, strict=True)
+    ]
+    pictures = as_bytes(data.images([data.image_of_item[place] for place in places]).numpy())
+    return draw_predictions(pictures, said, right, text_lines=5)
