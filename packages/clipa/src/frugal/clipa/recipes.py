@@ -81,7 +81,8 @@ def _v1(
         schedule=WarmupCosine(samples=samples, warmup_samples=warmup_steps * batch_size),
         batch_size=batch_size,
         engine=_RECOMPUTE,
-        evaluation=(ZeroShot(templates="imagenet_80"), Retrieval()),
+        # the published evaluations of syntax-masked models mask their prompts too
+        evaluation=(ZeroShot(templates="imagenet_80", reduce_prompts=text is _SYNTAX), Retrieval()),
     )
 
 
@@ -202,7 +203,7 @@ def _v2(
         batch_size=batch_size,
         engine=_RECOMPUTE,
         evaluation=(
-            ZeroShot(templates="imagenet_80", crop=_STRETCH),
+            ZeroShot(templates="imagenet_80", crop=_STRETCH, reduce_prompts=text is _SYNTAX),
             Retrieval(crop=_STRETCH),
         ),
     )

@@ -51,6 +51,8 @@ class Options:
     """Prompts of zero-shot classification; data: those the data comes with."""
     class_names: Literal["data", "imagenet"] | None = None
     """Names of zero-shot classification."""
+    reduce_prompts: bool | None = None
+    """Shorten prompts of zero-shot classification as the recipe shortens captions in training."""
     images: Path | None = None
     """Folder of the images that SugarCrepe's JSON files name (COCO's val2017); by default images/
     or val2017/ beside them, or their own folder."""
@@ -188,10 +190,11 @@ def _words(options: Options) -> list[str]:
 def _check_flags(options: Options, tasks: list[ImageEvaluation]) -> None:
     """Refuse flags that none of the tasks reads."""
     asks = any(isinstance(task, ZeroShot) for task in tasks)
-    if not asks and (options.templates is not None or options.class_names is not None):
+    prompting = (options.templates, options.class_names, options.reduce_prompts)
+    if not asks and any(option is not None for option in prompting):
         raise InputError(
-            "--templates and --class-names are for zero-shot classification; add zero-shot to "
-            "--tasks, or leave them out"
+            "--templates, --class-names and --reduce-prompts are for zero-shot classification; "
+            "add zero-shot to --tasks, or leave them out"
         )
     compares = any(isinstance(task, Compositional) for task in tasks)
     if not compares and options.images is not None:
@@ -204,7 +207,7 @@ def _check_flags(options: Options, tasks: list[ImageEvaluation]) -> None:
 def _as_asked(task: ImageEvaluation, options: Options) -> ImageEvaluation:
     fields = ["data", "name", "mask_ratio", "views", "batch_size", "workers"]
     if isinstance(task, ZeroShot):
-        fields += ["templates", "class_names"]
+        fields += ["templates", "class_names", "reduce_prompts"]
     if isinstance(task, Compositional):
         fields.append("images")
     given = {field: getattr(options, field) for field in fields}

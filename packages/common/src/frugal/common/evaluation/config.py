@@ -103,6 +103,9 @@ class ZeroShot(ImageEvaluation):
     templates: Literal["data", "imagenet_7", "imagenet_80", "name"] = "data"
     """data: the templates the data comes with, or imagenet_7 where it has none. imagenet_7 and
     imagenet_80: OpenAI's for ImageNet. name: the bare class name."""
+    reduce_prompts: bool = False
+    """Shorten prompts by the recipe's text reduction, as captions in training; else only what
+    does not fit is cut off."""
 
     _part: ClassVar[str] = "zero_shot"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +14,14 @@ import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor, nn
 
 from frugal.common.data.labelled import GROUP
-from frugal.common.evaluation.config import ImageEvaluation
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
 from frugal.common.evaluation.ranks import Ranks
-from frugal.common.randomness import SampleNoise
+from frugal.common.randomness import SampleNoise, sample_generator
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import PURPOSE, RandomMasking
+from frugal.common.reduction.text import Placed
 from frugal.common.run import Run
 
 if TYPE_CHECKING:
@@ -102,6 +105,8 @@ class Embedder:
         precision: of the matrix products on CUDA; elsewhere float32.
         image: the image tower, for images that are not uint8 and for views.
         views: what of an image the model sees; all of it by default.
+        shorten: from a text to at most ``context_length`` token ids, special tokens included; by
+            default the first that fit.
     """
 
     def __init__(
@@ -114,6 +119,7 @@ class Embedder:
         precision: str = "float32",
         image: ImageTower | None = None,
         views: MaskedViews | None = None,
+        shorten: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -122,6 +128,7 @@ class Embedder:
         self.precision = precision
         self.image = image
         self.views = views
+        self.shorten = shorten
 
     @classmethod
     def of(
@@ -133,10 +140,11 @@ class Embedder:
             model: a dual encoder.
             recipe: its own.
             run: where it runs.
-            task: says what of every image the model sees; whole images by default.
+            task: says what of every image and prompt the model sees; all of it by default.
 
         Raises:
-            InputError: if the tokenizer cannot be loaded, or the task keeps no patch of an image.
+            InputError: if the tokenizer or the text reduction cannot be loaded, or the task keeps
+                no patch of an image.
         """
         data: Any = recipe.data
         views = None
@@ -144,14 +152,17 @@ class Embedder:
             masking = RandomMasking(mask_ratio=task.mask_ratio)
             masking.num_kept(recipe.model.image.num_patches)
             views = MaskedViews(masking, task.views, recipe.run.seed)
+        tokenizer = data.tokenizer.load()
+        reduces = isinstance(task, ZeroShot) and task.reduce_prompts
         return cls(
             model,
-            data.tokenizer.load(),
+            tokenizer,
             context_length=recipe.model.text.length,
             device=torch.device(run.device),
             precision=recipe.engine.precision,
             image=recipe.model.image,
             views=views,
+            shorten=_as_in_training(recipe, tokenizer) if reduces else None,
         )
 
     def _autocast(self) -> AbstractContextManager:
@@ -205,6 +216,8 @@ class Embedder:
 
     def token_ids(self, text: str) -> tuple[int, ...]:
         """What of a text the model sees."""
+        if self.shorten is not None:
+            return tuple(self.shorten(text))
         return tuple(self.tokenizer.assemble(self.tokenizer.encode(text), self.context_length))
 
     def tokens(self, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -225,6 +238,31 @@ class Embedder:
         with self._autocast():
             features = self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
         return F.normalize(features.float(), dim=-1)  # (B, E)
+
+
+def _as_in_training(recipe: Recipe, tokenizer: Any) -> Callable[[str], Sequence[int]]:
+    """The recipe's text reduction; what it draws for a text depends on the text alone.
+
+    Raises:
+        InputError: if the reduction lacks what it needs, or its tokens keep their slots.
+    """
+    reduction, length = recipe.reduction.text, recipe.model.text.length
+    prepare = getattr(reduction, "prepare", None)
+    if prepare is not None:
+        prepare(tokenizer, length=length)
+
+    def shorten(text: str) -> Sequence[int]:
+        number = zlib.crc32(text.encode())
+        generator = sample_generator(recipe.run.seed, "prompt", number)
+        found = reduction.encode(text, tokenizer, length=length, generator=generator)
+        if isinstance(found, Placed):
+            raise InputError(
+                f"{type(reduction).__name__} leaves tokens in their slots, which prompts cannot; "
+                "leave reduce_prompts out"
+            )
+        return found
+
+    return shorten
 
 
 def text_table(embedder: Embedder, texts: Sequence[str], *, ranks: Ranks) -> Tensor:
