@@ -15,7 +15,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from frugal.common.contracts import (
     DataConfig,
@@ -23,7 +23,6 @@ from frugal.common.contracts import (
     ImageReduction,
     ObjectiveConfig,
     PreparedReduction,
-    TextReduction,
 )
 from frugal.common.errors import InputError
 
@@ -34,26 +33,24 @@ class Reductions:
 
     image: ImageReduction
     """Which patches of an image stay."""
-    text: TextReduction
-    """Which tokens of a caption stay."""
+    text: Any = None
+    """Which tokens of a caption stay, a ``TextReduction``; None for a model that reads none. (A
+    union in its type would take the fields of the reduction off the command line.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+class Optimiser:
+    """What the ways of stepping have in common."""
 
     learning_rate: float | None = None
     """Peak learning rate; give this or --optimiser.learning-rate-per-256."""
     learning_rate_per_256: float | None = None
     """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.2
-    no_decay: tuple[str, ...] = ("bias", "norm", "position")
-    """Which parameters are not decayed: bias, norm, position, class_token, logit_scale,
-    embedding, vector (every parameter with fewer than two dimensions)."""
     clip_norm: float | None = None
     """Largest norm of the whole gradient."""
+
+    moments: ClassVar[tuple[str, ...]] = ()
+    """What a checkpoint holds of every trainable parameter beside its weights."""
 
     def __post_init__(self) -> None:
         if (self.learning_rate is None) == (self.learning_rate_per_256 is None):
@@ -61,13 +58,6 @@ class AdamW:
                 "give exactly one of optimiser.learning_rate "
                 f"({self.learning_rate}) and optimiser.learning_rate_per_256 "
                 f"({self.learning_rate_per_256})"
-            )
-        known = {
-            "bias", "norm", "position", "class_token", "logit_scale", "embedding", "vector"
-        }  # fmt: skip
-        if unknown := sorted(set(self.no_decay) - known):
-            raise InputError(
-                f"optimiser.no_decay does not know {unknown[0]!r}; choose from {sorted(known)}"
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise InputError(
@@ -81,6 +71,61 @@ class AdamW:
             return self.learning_rate
         assert self.learning_rate_per_256 is not None
         return self.learning_rate_per_256 * batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optimiser):
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.2
+    no_decay: tuple[str, ...] = ("bias", "norm", "position")
+    """Which parameters are not decayed: bias, norm, position, class_token, logit_scale,
+    embedding, vector (every parameter with fewer than two dimensions)."""
+    layer_decay: float | None = None
+    """Learning rate of every block over that of the block behind it; what stands behind the last
+    block has the whole rate. Without it everything has."""
+
+    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {
+            "bias", "norm", "position", "class_token", "logit_scale", "embedding", "vector"
+        }  # fmt: skip
+        if unknown := sorted(set(self.no_decay) - known):
+            raise InputError(
+                f"optimiser.no_decay does not know {unknown[0]!r}; choose from {sorted(known)}"
+            )
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise InputError(
+                f"optimiser.layer_decay is {self.layer_decay}, must lie above 0 and be at most 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LARS(Optimiser):
+    """Momentum whose steps are scaled to the norm of each matrix (You et al., arXiv:1708.03888).
+
+    Vectors, such as biases, are neither scaled nor decayed.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    trust: float = 0.001
+    """Norm of a gradient, after scaling, over the norm of its weights."""
+
+    moments: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"optimiser.momentum is {self.momentum}, must lie in [0, 1)")
+        if self.weight_decay < 0:
+            raise InputError(f"optimiser.weight_decay is {self.weight_decay}, must not be negative")
+        if self.trust <= 0:
+            raise InputError(f"optimiser.trust is {self.trust}, must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +178,8 @@ class EngineOptions:
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights with this decay per step."""
     threads: int | None = None
-    """CPU threads of each process; without it the cores are divided among the processes."""
+    """CPU threads of each process; without it the cores are divided among the processes, and a
+    process that runs alone takes OMP_NUM_THREADS where that is set."""
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
@@ -161,6 +207,9 @@ class RunOptions:
     """Newest checkpoints that stay on disk."""
     evaluate_every: int | None = None
     """Steps between two evaluations; without it only after the last step."""
+    best: str | None = None
+    """A number of the evaluations, such as accuracy_top1: the checkpoint with the highest one stays
+    on disk beside the newest, and every evaluation has a checkpoint."""
     start_from: Path | None = None
     """A run directory or checkpoint whose weights this run starts from, optimiser afresh."""
     interpolate: bool = False
@@ -172,6 +221,11 @@ class RunOptions:
         for name in ("log_every", "picture_every", "save_every", "keep", "max_skipped"):
             if getattr(self, name) < 1:
                 raise InputError(f"run.{name} is {getattr(self, name)}, must be at least 1")
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise InputError(
+                f"run.evaluate_every is {self.evaluate_every}, must be at least 1; leave it out to "
+                "evaluate after the last step only"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +240,8 @@ class Recipe:
     """Which tokens are left out."""
     objective: ObjectiveConfig
     """What is minimised."""
-    optimiser: AdamW
+    optimiser: Optimiser
+    """How weights are stepped."""
     schedule: WarmupCosine
     batch_size: int
     """Samples per optimiser step, over all processes."""
@@ -202,6 +257,10 @@ class Recipe:
             raise InputError(
                 f"batch_size {self.batch_size} does not divide into engine.accumulate = "
                 f"{self.engine.accumulate} micro-batches; choose a multiple"
+            )
+        if self.run.best is not None and not self.evaluation:
+            raise InputError(
+                f"run.best is {self.run.best!r}, but this recipe evaluates nothing; leave it out"
             )
         for part in (
             self.model,

@@ -38,12 +38,13 @@ if TYPE_CHECKING:
     from frugal.common.engine.watch import Watch
 
 
-def main(recipes: Recipes, *, method: str) -> None:
-    """The body of ``python -m frugal.<method>.train``."""
+def main(recipes: Recipes, *, method: str, script: str = "train") -> None:
+    """The body of ``python -m frugal.<method>.<script>``."""
 
     def command() -> None:
-        name, recipe = read_command_line(recipes, program=f"python -m frugal.{method}.train")
-        folder = recipe.run.dir or Path("runs") / f"{method}-{name}"
+        name, recipe = read_command_line(recipes, program=f"python -m frugal.{method}.{script}")
+        words = (method, name) if script == "train" else (method, script, name)
+        folder = recipe.run.dir or Path("runs") / "-".join(words)
         train_recipe(replace(recipe, run=replace(recipe.run, dir=folder)))
 
     run_politely(command)
@@ -61,8 +62,8 @@ def train_recipe(recipe: Recipe) -> None:
     from frugal.common.checkpoint.store import CheckpointStore
     from frugal.common.checkpoint.warm_start import warm_start
     from frugal.common.data.damage import DamageCounter
-    from frugal.common.engine.loop import Training, train
-    from frugal.common.engine.saving import WeightAverage, restore
+    from frugal.common.engine.loop import Training, measure_what_was_missed, train
+    from frugal.common.engine.saving import WeightAverage, gather_values, restore
     from frugal.common.engine.watch import Watch
     from frugal.common.models.positions import resample_table
 
@@ -70,9 +71,13 @@ def train_recipe(recipe: Recipe) -> None:
     recipe.local_batch(run.world_size)  # refuse before anything is written
     store = CheckpointStore(run, keep=recipe.run.keep)
     objective = recipe.objective.build(recipe)
-    if recipe.run.start_from is not None and not store.whole():
-        resample = resample_table if recipe.run.interpolate else None
-        warm_start(objective, recipe.run.start_from, resample=resample, log=run.log)
+    if not store.whole():
+        source, interpolate = recipe.run.start_from, recipe.run.interpolate
+        if hasattr(objective, "start_from"):  # what else than a run of its own kind, it knows
+            objective.start_from(source, interpolate=interpolate, log=run.log)
+        elif source is not None:
+            resample = resample_table if interpolate else None
+            warm_start(objective, source, resample=resample, log=run.log)
     for task in recipe.evaluation:
         task.folder()
     engine = make_engine(objective, recipe, run)
@@ -113,6 +118,7 @@ def train_recipe(recipe: Recipe) -> None:
         watch=watch,
         average=average,
         evaluate=lambda step: evaluate_all(recipe, run, engine, average, watch, step),
+        evaluated=gather_values(_last_evaluated(recipe, run), run.world_size)[0],
         draw=lambda batch, step: _draw(batch, step, engine, watch),
         first_step=first_step,
         seconds=state.get("seconds", 0.0),
@@ -124,8 +130,8 @@ def train_recipe(recipe: Recipe) -> None:
     _announce(recipe, run, engine, checkpoint)
     if first_step < recipe.steps:
         train(training)
-    elif not (run.dir / "evaluation").exists():
-        training.evaluate(first_step)
+    else:
+        measure_what_was_missed(training)
     watch.close()
     engine.close()
     if lock is not None:
@@ -220,10 +226,20 @@ def open_run(recipe: Recipe) -> Run:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(recipe.engine.threads or max(1, cores // on_this_machine))
+        torch.set_num_threads(recipe.engine.threads or _threads(on_this_machine))
     assert recipe.run.dir is not None
     return Run(recipe.run.dir, rank, world_size, local_rank, device, make_logger(rank))
+
+
+def _threads(processes: int) -> int:
+    """The cores divided among the processes of this machine; alone, what OMP_NUM_THREADS says.
+
+    Launchers set that variable to 1 for their processes, which would leave cores idle.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if processes == 1 and chosen.isdigit() and int(chosen) > 0:
+        return int(chosen)
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _device(recipe: Recipe, local_rank: int) -> torch.device:
@@ -326,14 +342,18 @@ def evaluate_all(
     average: WeightAverage | None,
     watch: Watch,
     step: int,
-) -> None:
-    """Run the recipe's evaluations and write ``evaluation/<name>.json``."""
+) -> dict[str, Any]:
+    """Run the recipe's evaluations and write ``evaluation/<name>.json``.
+
+    Returns:
+        All numbers by name, the same on every process.
+    """
     import contextlib
 
     import torch
 
     if not recipe.evaluation:
-        return
+        return {}
 
     def picture(name: str, image: Any) -> None:
         watch.picture(f"evaluation/{name}", image, step)
@@ -347,8 +367,9 @@ def evaluate_all(
             task.name: task.evaluate(model, recipe, run, show=show) for task in recipe.evaluation
         }
     model.train()
+    together = {name: value for numbers in results.values() for name, value in numbers.items()}
     if not run.is_main:
-        return
+        return together
     folder = run.dir / "evaluation"
     folder.mkdir(exist_ok=True)
     for name, numbers in results.items():
@@ -357,6 +378,24 @@ def evaluate_all(
         content = {"step": step, "samples": step * recipe.batch_size, **numbers}
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
         watch.numbers(step, numbers)
+    return together
+
+
+def _last_evaluated(recipe: Recipe, run: Run) -> float:
+    """The step after which every evaluation that was given data has run; -1 before the first."""
+    folder = run.dir / "evaluation"
+    if not folder.is_dir():
+        return -1
+    steps: list[float] = [math.inf]  # none was given data: nothing is missed
+    for task in recipe.evaluation:
+        file = folder / f"{task.name}.json"
+        if not file.exists():
+            continue
+        try:
+            steps.append(json.loads(file.read_text())["step"])
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError):
+            steps.append(-1)  # cut in two by a crash
+    return min(steps)
 
 
 def _draw(batch: Batch, step: int, engine: Engine, watch: Watch) -> None:

@@ -2,9 +2,11 @@
 
 ``checkpoints/step_000001000/``
     ``tensors-00000-of-00002.safetensors``  float32 ``weight/<name>``, ``exp_avg/<name>``,
-    ``exp_avg_sq/<name>``, ``ema/<name>`` of the parameters this writer owns, and ``buffer/<name>``;
+    ``exp_avg_sq/<name>`` (LARS: ``momentum/<name>``), ``ema/<name>`` of the parameters this writer
+    owns, and ``buffer/<name>`` of buffers and frozen parameters;
     ``state.json``  everything else, with size and checksum of every file.
 ``checkpoints/latest``  the name of the newest whole checkpoint.
+``checkpoints/best.json``  the name of the one with the highest number of an evaluation, if wanted.
 
 A checkpoint is written aside, read back, renamed when complete, and only then pointed at. The
 writing is spread over the processes, so that none ever holds all moments of a large model.
@@ -13,6 +15,7 @@ writing is spread over the processes, so that none ever holds all moments of a l
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import zlib
@@ -29,6 +32,8 @@ from frugal.common.errors import InputError
 from frugal.common.run import Run
 
 FORMAT = 1
+BEST = "best.json"
+"""Beside the checkpoints, names the one with the highest number of an evaluation."""
 _READ_BACK = 1 << 24
 """Bytes of a file that was written that are compared at a time."""
 
@@ -102,7 +107,7 @@ class CheckpointStore:
             gather: collects one JSON-ready value of every process, in rank order, on all of them.
         """
         rank, world_size = self.run.rank, self.run.world_size
-        final = self.folder / f"step_{state['step']:09d}"
+        final = self.folder / _name(state["step"])
         aside = _aside(final)
         if self.run.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -118,10 +123,26 @@ class CheckpointStore:
         return final
 
     def _remove_old(self) -> None:
+        best = _read_best(self.folder)
         for folder in self.whole()[: -self.keep]:
-            shutil.rmtree(folder)
+            if folder.name != best.get("checkpoint"):
+                shutil.rmtree(folder)
         for leftover in self.folder.glob(".*.writing"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def note_best(self, step: int, number: str, value: float) -> bool:
+        """Make the checkpoint of a step the best one if its value is higher than any before.
+
+        Returns:
+            Whether it is. One that another number chose gives way.
+        """
+        before = _read_best(self.folder)
+        beaten = before.get("number") != number or value > before["value"]
+        if math.isnan(value) or not beaten:
+            return False
+        best = {"checkpoint": _name(step), "number": number, "value": value}
+        _write_synced(self.folder / BEST, json.dumps(best) + "\n")
+        return True
 
     def whole(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
@@ -156,7 +177,7 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], *, step: int) -> P
     Raises:
         InputError: if it cannot be written; the folder holds nothing new then.
     """
-    final = folder / f"step_{step:09d}"
+    final = folder / _name(step)
     aside = _aside(final)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -169,6 +190,11 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], *, step: int) -> P
         raise
     _complete(aside, final, {"step": step, "weights_only": True}, files)
     return final
+
+
+def _name(step: int) -> str:
+    """Of a checkpoint's folder."""
+    return f"step_{step:09d}"
 
 
 def _aside(final: Path) -> Path:
@@ -267,6 +293,15 @@ def _write_synced(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def _read_best(folder: Path) -> dict[str, Any]:
+    """What ``best.json`` says of a checkpoint that is still there; {} otherwise."""
+    try:
+        best = json.loads((folder / BEST).read_text())
+        return best if (folder / best["checkpoint"] / "state.json").exists() else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint that ``latest`` points at, or the newest whole one."""
     pointer = folder / "latest"
@@ -281,9 +316,13 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint a user means by a run directory, its ``checkpoints`` or one step's folder.
 
+    ``checkpoints/best.json`` stands for the best one.
+
     Raises:
         InputError: if there is none.
     """
+    if path.name == BEST and path.is_file():
+        path = path.parent / _read_best(path.parent).get("checkpoint", BEST)
     if (path / "state.json").exists():
         return open_checkpoint(path)
     for folder in (path / "checkpoints", path):

@@ -19,7 +19,7 @@ from frugal.common.engine.backend import (
     finite_or_none,
     fresh_moments,
 )
-from frugal.common.engine.optimizers import build_adamw
+from frugal.common.engine.optimizers import build_optimizer, set_learning_rate
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -28,19 +28,21 @@ class AccelerateEngine(Engine):
     """``accelerate.Accelerator`` around the objective; precision and scaling stay ours."""
 
     def __init__(self, objective: nn.Module, recipe: Recipe, run: Run) -> None:
-        super().__init__(objective, run, recipe.engine)
+        super().__init__(objective, run, recipe)
         on_cpu = run.device.type == "cpu"
         # without cpu=True Accelerate ignores the launcher's ranks on a machine without GPU
         self._accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
         check_world_size(self._accelerator.num_processes, "Accelerate")
         objective.to(run.device)
         self._clip_norm = recipe.optimiser.clip_norm
-        self._optimizer: torch.optim.Optimizer = build_adamw(objective, recipe.optimiser)
+        self._optimizer = build_optimizer(objective, recipe.optimiser)
         self._wrapped, prepared = self._accelerator.prepare(objective, self._optimizer)
         self._optimizer = prepared.optimizer
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
-                self._optimizer.state[parameter] = fresh_moments(parameter)
+                self._optimizer.state[parameter] = fresh_moments(
+                    parameter, recipe.optimiser.moments
+                )
         self.objective = self._accelerator.unwrap_model(self._wrapped)
         self.name = _name(self._accelerator)
 
@@ -74,8 +76,7 @@ class AccelerateEngine(Engine):
         if finite is not None:
             if self._clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(self._optimizer, learning_rate)
             self._optimizer.step()
             self.updates += 1
         self._optimizer.zero_grad(set_to_none=True)

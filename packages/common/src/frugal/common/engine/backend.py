@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,11 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
-from frugal.common.recipe import EngineOptions
+from frugal.common.recipe import Recipe
 from frugal.common.run import Run, launcher_ranks
-
-STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""What a checkpoint holds of every trainable parameter."""
 
 
 class Engine(ABC):
@@ -30,10 +27,12 @@ class Engine(ABC):
     name: str
     """For the log and the report: ``deepspeed zero2``, ``accelerate``."""
 
-    def __init__(self, objective: nn.Module, run: Run, options: EngineOptions) -> None:
+    def __init__(self, objective: nn.Module, run: Run, recipe: Recipe) -> None:
         self.objective: Any = objective
         self.run = run
-        self.dtype = compute_dtype(options.precision, run.device)
+        self.state_kinds = ("weight", *recipe.optimiser.moments)
+        """What a checkpoint holds of every trainable parameter."""
+        self.dtype = compute_dtype(recipe.engine.precision, run.device)
         if self.dtype != torch.float32:
             # inside the module, so that every wrapper around it computes alike
             autocast = torch.autocast(run.device.type, self.dtype)
@@ -65,7 +64,10 @@ class Engine(ABC):
 
     @abstractmethod
     def read(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        """The whole float32 tensor of one of :data:`STATE_KINDS`; every process must call it."""
+        """The whole float32 tensor of one of ``state_kinds``; every process must call it.
+
+        Of a frozen parameter there are only weights, in their own dtype.
+        """
 
     @abstractmethod
     def write(self, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
@@ -98,6 +100,10 @@ class Engine(ABC):
         """Trainable parameters by name, in the same order on every process."""
         return ((n, p) for n, p in self.objective.named_parameters() if p.requires_grad)
 
+    def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The other parameters by name, in the same order on every process."""
+        return ((n, p) for n, p in self.objective.named_parameters() if not p.requires_grad)
+
     def clamp(self, bounds: dict[str, tuple[float, float]]) -> None:
         """Keep named parameters within bounds, in the master weights too."""
         for name, (low, high) in bounds.items():
@@ -118,8 +124,8 @@ class Engine(ABC):
             dist.destroy_process_group()
 
 
-def fresh_moments(tensor: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a tensor before its first step.
+def fresh_moments(tensor: Tensor, moments: Sequence[str]) -> dict[str, Tensor]:
+    """An optimiser's state of a tensor before its first step, with Adam's counter.
 
     Made at the start rather than at the first step, so that a checkpoint can be read into it;
     DeepSpeed 0.19.8 also fails to link states that appear at the first step of several groups.
@@ -127,8 +133,7 @@ def fresh_moments(tensor: Tensor) -> dict[str, Tensor]:
     return {
         # a fused kernel wants its counter on the tensor's device
         "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-        "exp_avg": torch.zeros_like(tensor),
-        "exp_avg_sq": torch.zeros_like(tensor),
+        **{kind: torch.zeros_like(tensor) for kind in moments},
     }
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from frugal.common.engine.backend import (
     finite_or_none,
     fresh_moments,
 )
-from frugal.common.engine.optimizers import build_adamw
+from frugal.common.engine.optimizers import Lars, build_optimizer, set_learning_rate
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -44,7 +44,7 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(self, objective: nn.Module, recipe: Recipe, run: Run) -> None:
-        super().__init__(objective, run, recipe.engine)
+        super().__init__(objective, run, recipe)
         assert recipe.engine.deepspeed_config is not None
         _announce_single_process()
         _leave_out_shared_memory_operator()
@@ -54,15 +54,18 @@ class DeepSpeedEngine(Engine):
         objective.to(run.device)
         config = fill_config(recipe.engine.deepspeed_config, recipe, run.world_size)
         self._clip_norm = recipe.optimiser.clip_norm
+        optimizer = build_optimizer(objective, recipe.optimiser)
         self._engine, _, _, _ = deepspeed.initialize(
             model=objective,
-            optimizer=build_adamw(objective, recipe.optimiser),
+            optimizer=optimizer,
             config=config,
             dist_init_required=False,
         )
         self._stage = self._engine.zero_optimization_stage()
         self.name = f"deepspeed zero{self._stage}"
-        self._create_moments()
+        if isinstance(optimizer, Lars) and self._stage > 0:
+            optimizer.total = self._sum_of_parts
+        self._create_moments(recipe.optimiser.moments)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,8 +87,7 @@ class DeepSpeedEngine(Engine):
 
     @override
     def step(self, learning_rate: float) -> float | None:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._engine.optimizer, learning_rate)
         norm = self._step_whole() if self._stage == 0 else self._step_zero()
         if self._scale is not None:
             self._scale.update(overflow=norm is None)
@@ -122,7 +124,10 @@ class DeepSpeedEngine(Engine):
 
     @override
     def read(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        if kind == "weight":
+        if self._stage == 3 and not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
+        elif kind == "weight":
             # below stage 3 the working copy is float32 and whole: it is the master copy
             whole = safe_get_full_fp32_param(parameter) if self._stage == 3 else parameter.detach()
         elif self._stage == 0:
@@ -139,7 +144,7 @@ class DeepSpeedEngine(Engine):
         elif kind == "weight":
             with torch.no_grad():
                 parameter.copy_(value)
-            if self._stage > 0:
+            if self._stage > 0 and parameter.requires_grad:
                 safe_set_full_fp32_param(parameter, value)
         elif self._stage == 0:
             self._state()[parameter][kind].copy_(value)
@@ -157,7 +162,8 @@ class DeepSpeedEngine(Engine):
         padded[: value.numel()] = value.flatten()
         part = padded[size * self.run.rank : size * (self.run.rank + 1)]
         if kind == "weight":
-            safe_set_local_fp32_param(parameter, part)
+            if parameter.requires_grad:
+                safe_set_local_fp32_param(parameter, part)
             parameter.ds_tensor.data.copy_(part)
         else:
             safe_set_local_optimizer_state(parameter, part, kind)
@@ -166,7 +172,13 @@ class DeepSpeedEngine(Engine):
     def moments(self) -> Iterable[dict[str, Tensor]]:
         return self._state().values()
 
-    def _create_moments(self) -> None:
+    def _sum_of_parts(self, squares: Tensor) -> Tensor:
+        """Of numbers that each process found in its part of a tensor."""
+        total = squares.to(self.run.device)  # offloaded optimisers work on the CPU
+        torch.distributed.all_reduce(total)
+        return total.to(squares.device)
+
+    def _create_moments(self, moments: Sequence[str]) -> None:
         optimizer = self._engine.optimizer
         if self._stage == 0:
             flat = [p for group in optimizer.param_groups for p in group["params"]]
@@ -175,7 +187,7 @@ class DeepSpeedEngine(Engine):
         else:
             flat = optimizer.single_partition_of_fp32_groups
         for tensor in flat:
-            self._state()[tensor] = fresh_moments(tensor)
+            self._state()[tensor] = fresh_moments(tensor, moments)
         if self._stage in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()
 

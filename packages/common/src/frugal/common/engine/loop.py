@@ -20,7 +20,7 @@ from frugal.common.engine.backend import Engine
 from frugal.common.engine.saving import WeightAverage, collect, gather_values
 from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.engine.watch import Watch
-from frugal.common.errors import RunStopped
+from frugal.common.errors import InputError, RunStopped
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import seed_step
 from frugal.common.recipe import Recipe, to_json
@@ -40,8 +40,10 @@ class Training:
     store: CheckpointStore
     watch: Watch
     average: WeightAverage | None
-    evaluate: Callable[[int], None]
-    """Run the recipe's evaluations after a step."""
+    evaluate: Callable[[int], dict[str, Any]]
+    """Run the recipe's evaluations after a step; their numbers, alike on every process."""
+    evaluated: float
+    """The last step after which this run was evaluated."""
     draw: Callable[[Batch, int], None]
     """Put pictures of a batch into tensorboard after a step."""
     first_step: int
@@ -99,6 +101,8 @@ def train(training: Training) -> None:
             finite for ``run.max_skipped`` steps in a row.
     """
     recipe, run = training.recipe, training.run
+    keeps_best = recipe.run.best is not None
+    measure_what_was_missed(training)
     batches = iter(training.stream)
     meter = Meter()
     peak = matmul_peak(run.device, training.engine.dtype)
@@ -116,7 +120,8 @@ def train(training: Training) -> None:
                 _log(training, done, meter, peak)
             if done % recipe.run.picture_every == 0 or step == 0:
                 training.draw(micro_batches[0], done)
-            if done % recipe.run.save_every == 0 or is_last or stop:
+            measured = _is_measured(recipe, done)
+            if done % recipe.run.save_every == 0 or is_last or stop or (measured and keeps_best):
                 training.save(done)
             if stop and not is_last:
                 raise RunStopped(
@@ -124,9 +129,40 @@ def train(training: Training) -> None:
                     f"{training.store.folder}; the same command continues from there",
                     exit_code=termination.exit_code,
                 )
-            every = recipe.run.evaluate_every
-            if is_last or (every and done % every == 0):
-                training.evaluate(done)
+            if measured:
+                measure(training, done)
+
+
+def _is_measured(recipe: Recipe, step: int) -> bool:
+    """Whether a run is evaluated after a step."""
+    every = recipe.run.evaluate_every
+    return step == recipe.steps or (every is not None and step % every == 0)
+
+
+def measure(training: Training, step: int) -> None:
+    """Evaluate after a step, and remember the checkpoint if it is the best one so far.
+
+    Raises:
+        InputError: if no evaluation knows the number that decides about that.
+    """
+    numbers = training.evaluate(step)
+    best = training.recipe.run.best
+    if best is None or not numbers:  # none of the evaluations was given data
+        return
+    if best not in numbers:
+        raise InputError(
+            f"run.best is {best!r}, which no evaluation of this run measures; choose from "
+            f"{', '.join(numbers)}"
+        )
+    if training.run.is_main and training.store.note_best(step, best, numbers[best]):
+        training.run.log.info("step %d is the best so far: %s %.4g", step, best, numbers[best])
+
+
+def measure_what_was_missed(training: Training) -> None:
+    """Evaluate where a run was interrupted between a checkpoint and the evaluation behind it."""
+    step = training.first_step
+    if step > max(training.evaluated, 0) and _is_measured(training.recipe, step):
+        measure(training, step)
 
 
 def _read(batches: Iterator[Batch], recipe: Recipe, run: Run, meter: Meter) -> list[Batch]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from frugal.common.checkpoint.store import Checkpoint, owners
-from frugal.common.engine.backend import STATE_KINDS, Engine
+from frugal.common.engine.backend import Engine
 from frugal.common.errors import InputError
 
 
@@ -72,12 +72,16 @@ def collect(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
     owner = ownership(engine)
     mine: dict[str, Tensor] = {}
     for name, parameter in engine.trainable():
-        for kind in STATE_KINDS:
+        for kind in engine.state_kinds:
             whole = engine.read(kind, parameter)  # every process takes part, the owner keeps it
             if owner[name] == engine.run.rank:
                 mine[f"{kind}/{name}"] = whole.detach().to("cpu", torch.float32, copy=True)
     for name, tensor in (average.owned if average else {}).items():
         mine[f"ema/{name}"] = tensor.cpu().clone()
+    for name, parameter in engine.frozen():
+        whole = engine.read("weight", parameter)
+        if engine.run.is_main:
+            mine[f"buffer/{name}"] = whole.to("cpu", copy=True)
     if engine.run.is_main:
         for name, buffer in _persistent_buffers(engine):
             mine[f"buffer/{name}"] = buffer.detach().cpu().clone()
@@ -119,10 +123,12 @@ def restore(engine: Engine, checkpoint: Checkpoint, average: WeightAverage | Non
     engine.set_updates(checkpoint.state["updates"])
     engine.load_scale_state(checkpoint.state["loss_scale"])
     for name, parameter in engine.trainable():
-        for kind in STATE_KINDS:
+        for kind in engine.state_kinds:
             engine.write(kind, parameter, read(f"{kind}/{name}"))
     for name, owned in (average.owned if average else {}).items():
         owned.copy_(read(f"ema/{name}"))
+    for name, parameter in engine.frozen():
+        engine.write("weight", parameter, read(f"buffer/{name}"))
     for name, buffer in _persistent_buffers(engine):
         buffer.copy_(read(f"buffer/{name}"))
 

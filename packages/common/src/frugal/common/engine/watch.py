@@ -79,10 +79,7 @@ class Watch:
             return
         for name, value in values.items():
             self._board.add_scalar(f"evaluation/{name}", value, step)
-        words = ", ".join(
-            f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value:,}"
-            for name, value in values.items()
-        )
+        words = ", ".join(f"{name} {_number(name, value)}" for name, value in values.items())
         self._log.info("evaluation after step %d: %s", step, words)
 
     def text(self, name: str, words: str) -> None:
@@ -101,6 +98,13 @@ class Watch:
             self._bar.close()
             self._lines.close()
             self._board.close()
+
+
+def _number(name: str, value: float) -> str:
+    """The number of an evaluation: a count, a loss, or a fraction."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if name.endswith("loss") else f"{value:.1%}"
 
 
 def _drop_after(path: Path, step: int) -> None:
