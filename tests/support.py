@@ -86,11 +86,16 @@ def environment() -> dict[str, str]:
 
 
 def flip_command(
-    launcher: Launcher, run: Path, *words: str, recipe: str = "demo", module: str = FLIP
+    launcher: Launcher,
+    run: Path,
+    *words: str,
+    recipe: str = "demo",
+    module: str = FLIP,
+    small: Sequence[str] = TINY,
 ) -> list[str]:
     """The words that train the tiny FLIP, or another method; later words win over earlier ones."""
     return [
-        *launcher.command(module), recipe, *TINY, *launcher.flags(), f"--run.dir={run}", *words,
+        *launcher.command(module), recipe, *small, *launcher.flags(), f"--run.dir={run}", *words,
     ]  # fmt: skip
 
 
@@ -101,9 +106,10 @@ def train(
     recipe: str = "demo",
     expect: int = 0,
     module: str = FLIP,
+    small: Sequence[str] = TINY,
 ) -> str:
     """Train the tiny FLIP to its end, as a user would; what it wrote to standard error."""
-    command = flip_command(launcher, run, *words, recipe=recipe, module=module)
+    command = flip_command(launcher, run, *words, recipe=recipe, module=module, small=small)
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=600
     )
@@ -113,11 +119,11 @@ def train(
 
 
 def start(
-    launcher: Launcher, run: Path, *words: str, module: str = FLIP
+    launcher: Launcher, run: Path, *words: str, module: str = FLIP, small: Sequence[str] = TINY
 ) -> subprocess.Popen[bytes]:
     """Start training the tiny FLIP in a process group of its own."""
     return subprocess.Popen(
-        flip_command(launcher, run, *words, module=module),
+        flip_command(launcher, run, *words, module=module, small=small),
         cwd=ROOT,
         env=environment(),
         start_new_session=True,

@@ -127,7 +127,7 @@ def test_dropping_patches_before_the_embedding_equals_dropping_their_tokens(opti
     kept = Kept.dense(index)
 
     # embed everything, add positions, then drop: what the papers describe
-    tokens, layout = tower._embed(images, None)  # norms act on single tokens: order is free
+    tokens, layout = tower.embed(images)  # norms act on single tokens: order is free
     has_class = tower.config.class_token != "none"
     patches = tokens[:, int(has_class) :].gather(1, index.unsqueeze(2).expand(-1, -1, 24))
     tokens = torch.cat((tokens[:, : int(has_class)], patches), dim=1)

@@ -20,21 +20,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairData(DataConfig):
-    """Image-text pairs."""
+class StoredData(DataConfig):
+    """What training data of every kind share: where samples are, and how they are read."""
 
     train: tuple[str, ...]
-    """Where the pairs are: tars as img2dataset writes them (a path, 'path/{00000..41407}.tar', a
+    """Where the samples are: tars as img2dataset writes them (a path, 'path/{00000..41407}.tar', a
     glob or a folder), TFRecords, CSV files, class folders with images, or pipe: and cloud URLs."""
     weights: tuple[float, ...] = ()
     """Share of each entry of train in the samples read, in any unit; without them every sample is
     read once per epoch."""
-    tokenizer: TokenizerConfig | None
-    """None reads images alone."""
     augmentation: Augmentation = field(default_factory=RandomResizedCrop)
-    colour: ColourJitter = NO_CHANGE
-    """Random changes of colour, made on the device; by default none."""
-    fields: Fields = field(default_factory=Fields)
     shuffle_shards: int = 16
     """Shards whose samples are mixed with one another."""
     max_damaged: float = 0.05
@@ -43,6 +38,16 @@ class PairData(DataConfig):
     """Read with replacement, this many samples to an epoch; the only way to read URLs."""
     workers: int = 4
     """Loader processes per process of the run; 0 loads in the process itself."""
+
+    if TYPE_CHECKING:  # fields of one kind of data, and the same for all data of another
+
+        @property
+        def fields(self) -> Fields:
+            """Where images and captions are found in a sample."""
+
+        @property
+        def tokenizer(self) -> TokenizerConfig | None:
+            """What makes tokens of captions; None reads images alone."""
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 0), ("shuffle_shards", 1), ("resampled_samples", 1)):
@@ -64,11 +69,6 @@ class PairData(DataConfig):
                 "read"
             )
 
-    def save_tokenizer(self, folder: Path) -> None:
-        """Keep with a run what is needed to tokenize as it did."""
-        if self.tokenizer is not None:
-            self.tokenizer.load().save(folder)
-
     def build(
         self,
         recipe: Recipe,
@@ -85,5 +85,44 @@ class PairData(DataConfig):
         """
         from frugal.common.data.training import build_stream
 
-        del objective  # this source does not ask the model
+        del objective  # such a source does not ask the model
         return build_stream(self, recipe, run, first_sample=first_sample, state=state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairData(StoredData):
+    """Image-text pairs."""
+
+    tokenizer: TokenizerConfig | None
+    """None reads images alone."""
+    colour: ColourJitter = NO_CHANGE
+    """Random changes of colour, made on the device; by default none."""
+    fields: Fields = field(default_factory=Fields)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Keep with a run what is needed to tokenize as it did."""
+        if self.tokenizer is not None:
+            self.tokenizer.load().save(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData(StoredData):
+    """Images without captions, with the number of their class where they have one.
+
+    Classes come from class folders, numbered in the order of torchvision's ImageFolder, or from
+    ``cls`` members. A model with ``num_classes`` needs one of that many for every image; for other
+    models a folder may also hold images and nothing else.
+    """
+
+    image_extensions: tuple[str, ...] = Fields().image
+    """Of images in tars, TFRecords and folders; the first that a sample has."""
+
+    @property
+    def fields(self) -> Fields:
+        """Where images are found in a sample."""
+        return Fields(image=self.image_extensions, caption=())
+
+    @property
+    def tokenizer(self) -> None:
+        """None: there is nothing to tokenize."""
+        return None

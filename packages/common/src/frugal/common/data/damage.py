@@ -10,14 +10,15 @@ from frugal.common.errors import InputError
 
 Kind = Literal[
     "image", "checksum", "truncated", "unreadable", "no image", "no caption", "text", "label",
-    "duplicate",
+    "no label", "duplicate",
 ]  # fmt: skip
 """What is wrong with a sample.
 
 image: the picture cannot be decoded. checksum: the bytes are not those that were indexed.
 truncated: the shard ends, or may end, in the middle of it. unreadable: the file cannot be read.
 no image, no caption: the sample has none. text: a caption that is not UTF-8 or not JSON.
-label: a class that is not a number. duplicate: two members of one name.
+label: a class that is not a number, or none of the model's. no label: the sample has no class.
+duplicate: two members of one name.
 """
 
 

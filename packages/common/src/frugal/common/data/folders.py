@@ -28,6 +28,8 @@ class FileList:
     """One caption each; empty for none."""
     labels: np.ndarray | None
     """(n,) int64."""
+    class_folders: tuple[str, ...] = ()
+    """In the order of the class numbers."""
 
     @property
     def num_samples(self) -> int:
@@ -161,7 +163,10 @@ def _read_names(path: Path) -> dict[str, str]:
 
 
 def open_image_folder(folder: Path, fields: Fields) -> FileList:
-    """The images of a folder with one sub-folder per class, with captions from the template."""
+    """The images of a folder with one sub-folder per class, with captions from the template.
+
+    Images of a folder without class folders have neither classes nor captions.
+    """
     files: list[str] = []
     labels: list[int] = []
     names = named_folders(folder)
@@ -169,6 +174,15 @@ def open_image_folder(folder: Path, fields: Fields) -> FileList:
         found = image_files(folder / class_folder, fields.image)
         files += [str(file.relative_to(folder)) for file in found]
         labels += [label] * len(found)
+    if not files:
+        files = [file.name for file in image_files(folder, fields.image)]
+        return FileList(
+            name=str(folder),
+            base=str(folder),
+            files=StringTable.of(files),
+            texts=StringTable.of([""] * len(files)),
+            labels=None,
+        )
     captions = [fields.template.format(name) for name in names.values()]
     return FileList(
         name=str(folder),
@@ -176,6 +190,7 @@ def open_image_folder(folder: Path, fields: Fields) -> FileList:
         files=StringTable.of(files),
         texts=StringTable.of(captions[label] for label in labels),
         labels=np.array(labels, np.int64),
+        class_folders=tuple(names),
     )
 
 

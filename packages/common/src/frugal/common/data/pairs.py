@@ -1,4 +1,4 @@
-"""Image-text pairs by sample number: read, decode, draw a caption, tokenize, put in batches."""
+"""Samples by number: read, decode, draw a caption and tokenize it, put in batches."""
 
 from __future__ import annotations
 
@@ -66,9 +66,11 @@ class Preparation:
     """(height, width)."""
     tokenizer: Any | None
     """None for images without text."""
-    text: TextReduction
+    text: TextReduction | None
     text_length: int
     """Most tokens of a caption."""
+    num_classes: int | None = None
+    """Where given, every sample needs a class below it."""
 
     def image(self, raw: RawSample, number: int) -> np.ndarray:
         """(3, H, W) uint8; raises ``Damaged`` if it cannot be decoded."""
@@ -86,10 +88,21 @@ class Preparation:
 
     def token_ids(self, caption: str, number: int) -> list[int] | Placed:
         """At most ``text_length`` ids of the tokens of a caption that stay."""
+        assert self.text is not None
         generator = sample_generator(self.seed, "text", number)
         return self.text.encode(
             caption, self.tokenizer, length=self.text_length, generator=generator
         )
+
+    def label(self, raw: RawSample) -> int | None:
+        """The class of a sample; raises ``Damaged`` if it needs one and has none that fits."""
+        if self.num_classes is None:
+            return raw.label
+        if raw.label is None:
+            raise Damaged("no label")
+        if not 0 <= raw.label < self.num_classes:
+            raise Damaged("label", f"{raw.label} of {self.num_classes} classes")
+        return raw.label
 
 
 @dataclass
@@ -112,6 +125,9 @@ class BatchBuilder:
             # one token, so that attention over the empty slot of a damaged sample stays finite
             self.lengths = np.ones(count, np.int64)
         self.positions: np.ndarray | None = None
+        self.labels: np.ndarray | None = None
+        if preparation.num_classes is not None:
+            self.labels = np.zeros(count, np.int64)
 
     def add(self, key: str, raw: RawSample) -> None:
         """Prepare a sample and put it into the next slot; raises ``Damaged`` if it cannot be."""
@@ -120,7 +136,10 @@ class BatchBuilder:
         tokens: list[int] | Placed | None = None
         if self.preparation.tokenizer is not None:
             tokens = self.preparation.token_ids(self.preparation.caption(raw, number), number)
+        label = self.preparation.label(raw)
         self.images[slot] = self.preparation.image(raw, number)
+        if label is not None:
+            self._add_label(slot, label)
         if tokens is not None:
             self._add_text(slot, tokens)
         self.valid[slot] = True
@@ -135,6 +154,11 @@ class BatchBuilder:
                 first = np.arange(len(tokens.positions), dtype=np.int64)
                 self.positions = np.tile(first, (len(self.numbers), 1))
             self.positions[slot] = tokens.positions
+
+    def _add_label(self, slot: int, label: int) -> None:
+        if self.labels is None:  # samples without one among others that have one
+            self.labels = np.full(len(self.numbers), -1, np.int64)
+        self.labels[slot] = label
 
     def skip(self, key: str, damaged: Damaged) -> None:
         """Leave the next slot empty."""
@@ -153,6 +177,8 @@ class BatchBuilder:
         if self.preparation.tokenizer is not None:
             fields["token_ids"] = torch.from_numpy(self.token_ids)  # (B, T)
             fields["text_lengths"] = torch.from_numpy(self.lengths)  # (B,)
+        if self.labels is not None:
+            fields["labels"] = torch.from_numpy(self.labels)  # (B,)
         if self.positions is not None:
             slots = self.positions.shape[1]
             fields["token_ids"] = fields["token_ids"][:, :slots].contiguous()  # (B, K)

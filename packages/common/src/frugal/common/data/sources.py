@@ -50,10 +50,17 @@ def expand_braces(pattern: str) -> list[str]:
         ) from None
 
 
-def find_files(pattern: str) -> list[Path]:
+def find_files(
+    pattern: str, *, fields: Fields | None = None, without_classes: bool = False
+) -> list[Path]:
     """The shards, lists or class folders that a pattern stands for, in order.
 
     A pattern is a path, a path with braces as in webdataset, a glob, or a folder.
+
+    Args:
+        pattern: what a user calls data.
+        fields: which files of a folder are images.
+        without_classes: take a folder of images that has no class folders too.
 
     Raises:
         InputError: if there is nothing, or something of no known kind.
@@ -72,7 +79,11 @@ def find_files(pattern: str) -> list[Path]:
         if _is_glob(place):
             paths = [Path(found) for found in sorted(glob.glob(place))]  # noqa: PTH207
         for path in paths:
-            files += _files_of_folder(path) if path.is_dir() else [_known(path)]
+            if path.is_dir():
+                extensions = (fields or Fields()).image
+                files += _files_of_folder(path, extensions, without_classes=without_classes)
+            else:
+                files.append(_known(path))
     if not files:
         raise InputError(f"the data pattern {pattern!r} matches nothing; check the path")
     return files
@@ -117,7 +128,9 @@ def _is_data_set(folder: Path) -> bool:
     return folder.name in _SPLITS or any(path.suffix in _INDEXED for path in folder.iterdir())
 
 
-def _files_of_folder(folder: Path) -> list[Path]:
+def _files_of_folder(
+    folder: Path, extensions: tuple[str, ...], *, without_classes: bool
+) -> list[Path]:
     for suffixes in ((".tar",), _RECORDS):
         shards = [path for path in folder.iterdir() if path.suffix in suffixes]
         if shards:
@@ -125,8 +138,15 @@ def _files_of_folder(folder: Path) -> list[Path]:
     below = class_folders(folder)
     if split := next((name for name in below if _is_data_set(folder / name)), None):
         raise InputError(f"{folder} holds several data sets; give one of them, such as {split}")
-    if any(image_files(folder / name, Fields().image) for name in below):
+    if any(image_files(folder / name, extensions) for name in below):
         return [folder]
+    if image_files(folder, extensions):
+        if without_classes:
+            return [folder]
+        raise InputError(
+            f"the folder {folder} holds images but no class folders; put the images of every class "
+            "into a folder of their own"
+        )
     raise InputError(f"the folder {folder} holds no data; it may hold {_KINDS}")
 
 

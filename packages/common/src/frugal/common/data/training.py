@@ -6,10 +6,13 @@ from collections import Counter
 from typing import Any
 
 from frugal.common.contracts import Stream
-from frugal.common.data.config import PairData
+from frugal.common.data.config import StoredData
+from frugal.common.data.damage import Damaged
+from frugal.common.data.folders import FileList
 from frugal.common.data.order import GlobalOrder, Order, WeightedOrder
 from frugal.common.data.pairs import Pairs, Preparation, Shelf
 from frugal.common.data.resampled import ResampledStream, ShardDraws
+from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.sources import (
     Source,
     find_files,
@@ -26,12 +29,13 @@ from frugal.common.run import Run
 
 
 def build_stream(
-    data: PairData, recipe: Recipe, run: Run, *, first_sample: int, state: dict[str, Any]
+    data: StoredData, recipe: Recipe, run: Run, *, first_sample: int, state: dict[str, Any]
 ) -> Stream:
-    """See :meth:`frugal.common.data.config.PairData.build`."""
+    """See :meth:`frugal.common.data.config.StoredData.build`."""
     if not data.train:
+        what = "images" if data.tokenizer is None else "image-text pairs"
         raise InputError(
-            "data.train is empty; say where the image-text pairs are, such as --data.train "
+            f"data.train is empty; say where the {what} are, such as --data.train "
             "'path/to/{00000..00010}.tar'"
         )
     preparation = _preparation(data, recipe)
@@ -44,7 +48,7 @@ def build_stream(
     pin_memory = run.device.type == "cuda"
     if data.resampled_samples is not None:
         return _resampled(data, run, preparation, share, state, pin_memory=pin_memory)
-    sources = open_sources(data, run)
+    sources = open_sources(data, run, num_classes=preparation.num_classes)
     order = make_order(data, sources, seed=recipe.run.seed)
     shards = [shard for source in sources for shard in source.shards]
     run.log.info("data: %s samples in %s shards", f"{order.samples:,}", f"{len(shards):,}")
@@ -59,7 +63,7 @@ def build_stream(
 
 
 def _resampled(
-    data: PairData,
+    data: StoredData,
     run: Run,
     preparation: Preparation,
     share: Share,
@@ -88,7 +92,7 @@ def _resampled(
     )
 
 
-def _preparation(data: PairData, recipe: Recipe) -> Preparation:
+def _preparation(data: StoredData, recipe: Recipe) -> Preparation:
     tokenizer = None
     if data.tokenizer is not None:
         tokenizer = data.tokenizer.load()
@@ -104,6 +108,7 @@ def _preparation(data: PairData, recipe: Recipe) -> Preparation:
         tokenizer=tokenizer,
         text=recipe.reduction.text,
         text_length=0 if tokenizer is None else recipe.model.text.length,
+        num_classes=getattr(recipe.model, "num_classes", None),
     )
 
 
@@ -122,11 +127,16 @@ def _check_tokenizer(tokenizer: Tokenizer, recipe: Recipe) -> None:
         )
 
 
-def open_sources(data: PairData, run: Run) -> list[Source]:
+def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) -> list[Source]:
     """The shards of every entry of ``data.train``; every process of a run must call this.
 
+    Args:
+        data: the part of a recipe.
+        run: for its log.
+        num_classes: classes that the model tells apart; None where it needs none.
+
     Raises:
-        InputError: if something is missing, altered or named twice.
+        InputError: if something is missing, altered or named twice, or the classes are others.
     """
     url = next((pattern for pattern in data.train if is_stream(pattern)), None)
     if url is not None:
@@ -134,7 +144,11 @@ def open_sources(data: PairData, run: Run) -> list[Source]:
             f"data.train names {url}, which can only be read from its beginning on; set "
             "data.resampled_samples to the samples of an epoch and read it with replacement"
         )
-    files = [find_files(pattern) for pattern in data.train]
+    without_classes = data.tokenizer is None and num_classes is None
+    files = [
+        find_files(pattern, fields=data.fields, without_classes=without_classes)
+        for pattern in data.train
+    ]
     counts = Counter(path for found in files for path in found)
     twice = next((path for path, count in counts.items() if count > 1), None)
     if twice is not None:
@@ -146,10 +160,50 @@ def open_sources(data: PairData, run: Run) -> list[Source]:
     ]
     for note in (note for source in sources for note in source.notes):
         run.log.warning("%s; what lies behind that is lost", note)
+    if num_classes is not None:
+        _check_classes(sources, data.fields, num_classes)
     return sources
 
 
-def make_order(data: PairData, sources: list[Source], *, seed: int) -> Order:
+def _check_classes(sources: list[Source], fields: Fields, num_classes: int) -> None:
+    """Refuse data whose classes are not those of the model, as far as a first look can tell."""
+    numbered: FileList | None = None
+    for shard in (shard for source in sources for shard in source.shards[:1]):
+        folders = shard.class_folders if isinstance(shard, FileList) else ()
+        if folders and len(folders) != num_classes:
+            raise InputError(
+                f"{shard.name} has {len(folders)} class folders, but the model tells apart "
+                f"model.num_classes = {num_classes}; make them equal"
+            )
+        if isinstance(shard, FileList) and folders:
+            if numbered is not None and numbered.class_folders != folders:
+                raise InputError(
+                    f"{shard.name} has other class folders than {numbered.name}, so that a number "
+                    "would mean two classes; give them the same names"
+                )
+            numbered = shard
+        if not folders and not _has_class(shard, fields):
+            raise InputError(
+                f"the images of {shard.name} have no classes, which this model needs; give folders "
+                "with one folder of images per class, or tars with cls members"
+            )
+
+
+def _has_class(shard: Shard, fields: Fields) -> bool:
+    """Whether the first sample that can be read has a class; True where none can be read."""
+    reader = shard.open(fields)
+    try:
+        for index in range(shard.num_samples):
+            try:
+                return reader.read(index).label is not None
+            except Damaged:
+                continue
+    finally:
+        reader.close()
+    return True
+
+
+def make_order(data: StoredData, sources: list[Source], *, seed: int) -> Order:
     """The global order of the samples of all sources."""
     counts = [source.counts for source in sources]
     if data.weights:

@@ -74,7 +74,7 @@ class ImageTransformer(nn.Module):
         """
         if output == "embedded":
             return self._patches(images, kept)
-        tokens, layout = self._embed(images, kept)
+        tokens, layout = self.embed(images, kept)
         if output == "blocks":
             return self.blocks(tokens, layout, outputs_of=tuple(blocks))[1]
         pools_one = self.config.pooling == "class" and output != "tokens"
@@ -112,7 +112,8 @@ class ImageTransformer(nn.Module):
             return tokens + patch_positions
         return tokens + F.embedding(kept.index, patch_positions)
 
-    def _embed(self, images: Tensor, kept: Kept | None) -> tuple[Tensor, Layout]:
+    def embed(self, images: Tensor, kept: Kept | None = None) -> tuple[Tensor, Layout]:
+        """The tokens that go into the first block, class token first, and how they lie."""
         tokens = self._patches(images, kept)
         if kept is None or kept.lengths is None:
             tokens, layout = self._put_class_token_first(tokens), Layout()

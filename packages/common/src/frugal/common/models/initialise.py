@@ -52,15 +52,21 @@ def _start_fixed_parts(tower: nn.Module) -> None:
 
 
 @torch.no_grad()
-def initialise_flip(tower: ImageTransformer | TextTransformer, generator: torch.Generator) -> None:
-    """FLIP's and MAE's scheme: Xavier uniform matrices, zero biases, normal(0.02) tables.
+def initialise_xavier(module: nn.Module, generator: torch.Generator) -> None:
+    """Xavier uniform matrices and zero biases; norms, layer scales and fixed tables as always.
 
     The fused projection of queries, keys and values counts as one matrix.
     """
-    _start_fixed_parts(tower)
-    for module in tower.modules():
-        if isinstance(module, nn.Linear):
-            _linear_xavier(module, generator)
+    _start_fixed_parts(module)
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            _linear_xavier(part, generator)
+
+
+@torch.no_grad()
+def initialise_flip(tower: ImageTransformer | TextTransformer, generator: torch.Generator) -> None:
+    """FLIP's and MAE's scheme: Xavier uniform matrices, zero biases, normal(0.02) tables."""
+    initialise_xavier(tower, generator)
     if isinstance(tower, TextTransformer):
         _normal(tower.token_embedding.weight, 0.02, generator)
         _normal(tower.pos_embed, 0.02, generator)

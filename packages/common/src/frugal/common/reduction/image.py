@@ -38,6 +38,8 @@ class PatchView:
     """Computes (B, N, D) embeddings of every patch with their positions, where somebody asks."""
     progress: Tensor | None = None
     """(B,) share of the run that lies before each sample, from 0 to 1."""
+    importance: Tensor | None = None
+    """(B, N) not negative: how much every patch matters, where the objective knows."""
 
     @classmethod
     def of(cls, images: Tensor, tower: ImageTower, **more: Any) -> PatchView:
