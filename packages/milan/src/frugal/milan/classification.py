@@ -1,0 +1,233 @@
+"""A classifier on a vision transformer, as parts of a recipe; nothing here imports torch.
+
+Fine-tuning and linear probing of MILAN (arXiv:2208.06049) follow MAE (arXiv:2111.06377, appendices
+A.2 and A.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from frugal.common.contracts import EvaluationTask, Show
+from frugal.common.data.config import ImageData
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.models.config import ImageTower
+from frugal.common.randomness import stable_key
+from frugal.common.recipe import Recipe
+from frugal.milan.mixing import Mixing, RandomErasing
+
+if TYPE_CHECKING:
+    import torch
+
+    from frugal.common.run import Run
+    from frugal.milan.classifier import VisionClassifier
+    from frugal.milan.classifier_training import ClassificationObjective, ProbeObjective
+
+Pooling = Literal["class", "mean", "mean_all"]
+"""MAE's and MILAN's three: the class token behind the last norm (cls), or the mean of the patches
+(global_pool) or of all tokens (global_pool_wcls) before a norm of its own."""
+
+
+def pooled(tower: ImageTower, pooling: Pooling) -> ImageTower:
+    """A tower that pools in one of the three ways."""
+    return replace(tower, pooling=pooling, norm_after_pooling=pooling != "class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """A vision transformer and a linear layer on what it pools."""
+
+    image: ImageTower
+    num_classes: int = 1000
+    head_init_std: float = 0.02
+    """Standard deviation of the linear layer's first weights."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 2:
+            raise InputError(
+                f"model.num_classes is {self.num_classes}, must be at least 2: with fewer classes "
+                "there is nothing to tell apart"
+            )
+        if self.head_init_std <= 0:
+            raise InputError(
+                f"model.head_init_std is {self.head_init_std}, must be positive; the released code "
+                "uses 0.02, MAE's 2e-5"
+            )
+
+    def build(self, generator: torch.Generator) -> VisionClassifier:
+        """The model, on the CPU in float32, with weights drawn from ``generator``."""
+        from frugal.milan.classifier import VisionClassifier
+
+        return VisionClassifier.initialised(self, generator)
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse what no classifier can be trained with."""
+    if not isinstance(recipe.data, ImageData):
+        raise InputError(
+            f"a classifier needs images with classes, but data is {type(recipe.data).__name__}; "
+            "choose ImageData"
+        )
+    if not isinstance(recipe.model, ClassifierConfig):
+        raise InputError(
+            "a classifier needs a model with classes (frugal.milan.classification.ClassifierConfig"
+            f"), not {type(recipe.model).__name__}"
+        )
+    if recipe.model.image.positions != "learned":
+        raise InputError(
+            f"model.image.positions is {recipe.model.image.positions!r}, but a classifier has its "
+            "positions as weights; choose learned, which starts from the encoder's table"
+        )
+    if recipe.reduction.text is not None:
+        raise InputError(
+            "reduction.text is given, but a classifier reads no captions; leave it out"
+        )
+    if recipe.engine.cache_chunk is not None:
+        raise InputError(
+            "engine.cache_chunk is for losses that compare samples with each other; for a "
+            "classifier use engine.accumulate"
+        )
+
+
+def _built(recipe: Recipe) -> VisionClassifier:
+    import torch
+
+    generator = torch.Generator().manual_seed(stable_key(recipe.run.seed, "weights") >> 1)
+    model: VisionClassifier = recipe.model.build(generator)
+    model.image.blocks.checkpoint_activations = recipe.engine.checkpoint_activations
+    if recipe.engine.compile:
+        model.image.compile()
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Tell the class of an image; every weight is trained."""
+
+    smoothing: float = 0.0
+    """Share of every label that is spread over all classes."""
+    erasing: RandomErasing = field(default_factory=lambda: RandomErasing(probability=0.0))
+    """Noise in a random rectangle; by default none."""
+    mixing: Mixing = field(default_factory=lambda: Mixing(mixup=0.0, cutmix=0.0))
+    """Mixup and CutMix; by default neither."""
+    from_scratch: bool = False
+    """Train random weights, without --run.start-from."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise InputError(
+                f"objective.smoothing is {self.smoothing}, must be at least 0 and less than 1"
+            )
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that does not train a classifier."""
+        _check(recipe)
+        if self.from_scratch and recipe.run.start_from is not None:
+            raise InputError(
+                f"objective.from_scratch trains random weights, but run.start_from is "
+                f"{recipe.run.start_from}; choose one of them"
+            )
+
+    def build(self, recipe: Recipe) -> ClassificationObjective:
+        """The objective with freshly drawn weights, on the CPU in float32."""
+        from frugal.milan.classifier_training import ClassificationObjective
+
+        return ClassificationObjective(
+            _built(recipe), self, reduction=recipe.reduction.image, seed=recipe.run.seed
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe:
+    """Tell the class of an image by a linear layer on the normalised features of a frozen tower."""
+
+    statistics: Literal["all_processes", "each_process"] = "all_processes"
+    """Whose features the batch norm before the linear layer is computed from. Published runs
+    computed it on every GPU for itself; together, the number of processes changes nothing."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that does not train a probe."""
+        _check(recipe)
+        if recipe.model.image.drop_path:
+            raise InputError(
+                f"model.image.drop_path is {recipe.model.image.drop_path}, but the tower of a "
+                "linear probe is frozen; set it to 0"
+            )
+
+    def build(self, recipe: Recipe) -> ProbeObjective:
+        """The objective with freshly drawn weights, on the CPU in float32."""
+        from frugal.milan.classifier_training import ProbeObjective
+
+        return ProbeObjective(
+            _built(recipe), self, reduction=recipe.reduction.image, seed=recipe.run.seed
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(EvaluationTask):
+    """How often a classifier is right, on images with classes that it was not trained on.
+
+    Reads class-per-folder images, clip_benchmark's webdataset layout, or a scenes folder, of which
+    the classes are left out that its training part does not have.
+    """
+
+    name: str = "accuracy"
+    """First part of the name of every number."""
+    data: Path | None = None
+    """Folder of the images; without it this evaluation is skipped."""
+    crop: CenterCrop = field(default_factory=lambda: CenterCrop(share=0.875))
+    """Which part of an image the model sees."""
+    batch_size: int = 64
+    """Images read at a time; the model takes 64 at a time whatever this is."""
+    workers: int = 0
+    """Processes that decode images, per process of the run; 0 decodes in the process itself."""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise InputError(
+                f"the name of an evaluation is {self.name!r}; choose letters, digits and "
+                "underscores, because its numbers are named after it"
+            )
+        if self.batch_size < 1:
+            raise InputError(f"Accuracy.batch_size is {self.batch_size}, must be at least 1")
+        if self.workers < 0:
+            raise InputError(f"Accuracy.workers is {self.workers}, must not be negative")
+
+    def folder(self) -> Path | None:
+        """Where the images are read from.
+
+        Raises:
+            InputError: if data is given and missing.
+        """
+        if self.data is None:
+            return None
+        if not self.data.exists():
+            raise InputError(
+                f"the data of the evaluation {self.name!r} is not there: {self.data} does not "
+                "exist; check the path, or leave it out to skip this evaluation"
+            )
+        inside = self.data / "zero_shot"
+        return inside if inside.is_dir() else self.data
+
+    def evaluate(
+        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+    ) -> dict[str, float | int]:
+        """``{name}_top1``, ``_top5``, ``_loss`` (mean cross-entropy), ``_images``, ``_classes``.
+
+        Every process of the run calls this and gets the same numbers, whatever their number; {}
+        where there is no data.
+
+        Raises:
+            InputError: if the data is missing, or its classes are not the model's.
+        """
+        del show
+        folder = self.folder()
+        if folder is None:
+            run.log.info("the evaluation %s is skipped: it was given no data", self.name)
+            return {}
+        from frugal.milan.accuracy import evaluate
+
+        return evaluate(self, folder, model, recipe, run)

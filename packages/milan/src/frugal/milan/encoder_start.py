@@ -1,0 +1,140 @@
+"""Where a classifier gets its first weights: the tower, and perhaps the head, of another model.
+
+Source: MILAN (arXiv:2208.06049) and MAE (arXiv:2111.06377, appendix A.2). Everything a tower needs
+must be there; what may be missing or left over is named here.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from frugal.common.checkpoint.store import BEST, find_checkpoint
+from frugal.common.errors import InputError
+from frugal.common.models.config import ImageTower
+from frugal.common.models.positions import image_table
+from frugal.milan.encoder_weights import EncoderWeights, read_encoder
+
+if TYPE_CHECKING:
+    from frugal.milan.classifier import VisionClassifier
+
+_SHAPE = (
+    "patch_size", "width", "depth", "mlp_width", "patch_bias", "class_token", "pre_norm",
+)  # fmt: skip
+_UNSAID = ("heads", "activation", "norm_epsilon")
+"""What weights alone do not say: of a file it is a guess."""
+_LEFT_OUT = ("projection.",)
+"""Of a tower: leads into the space that it shares with texts."""
+
+
+def start_encoder(
+    model: VisionClassifier, source: Path, *, interpolate: bool, log: logging.Logger
+) -> EncoderWeights:
+    """Give a classifier the tower of a run, a file or a folder.
+
+    Args:
+        model: whose tower has learned positions; they start from those of the source.
+        source: see :mod:`frugal.milan.encoder_weights`.
+        interpolate: whether positions may be brought to another grid.
+        log: told what was taken.
+
+    Returns:
+        What was read.
+
+    Raises:
+        InputError: if it holds no tower, or another one than the model's; the model is unchanged
+            then.
+    """
+    is_best = source.name == BEST and source.is_file()
+    found = read_encoder(find_checkpoint(source).folder if is_best else source)
+    _compare(found, model.config.image, source, log)
+    notes = [str(source)]
+    if found.tower.grid != model.config.image.grid:
+        notes.append(_resized(found.tower, model.config.image, source, interpolate=interpolate))
+    found = _with_learned_table(found).for_images(model.config.image.height_width)
+    state = {n: t for n, t in found.state.items() if not n.startswith(_LEFT_OUT)}
+    if isinstance(model.image.norm, nn.Identity):  # pooled features have a norm of their own
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
+    wanted = model.image.state_dict()
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise InputError(
+            f"the encoder of {source} has no {missing[0]}, which this model needs"
+            + (
+                "; its features were pooled by a mean, set --model.image.pooling mean and "
+                "--model.image.norm-after-pooling to do so too"
+                if missing[0].startswith("norm.")
+                else ""
+            )
+        )
+    if unknown := sorted(state.keys() - wanted.keys()):
+        raise InputError(
+            f"the encoder of {source} has {unknown[0]}, which this model has not; fine-tune a "
+            "model of the same kind"
+        )
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"{name} of the encoder of {source} has the shape {tuple(state[name].shape)}, here "
+                f"it has {tuple(tensor.shape)}; fine-tune a model of the same shape"
+            )
+    model.image.load_state_dict(state)
+    log.info("the encoder starts from %s: %d tensors", ", ".join(notes), len(state))
+    return found
+
+
+def start_head(model: VisionClassifier, found: EncoderWeights, *, log: logging.Logger) -> None:
+    """Give a classifier the head of a fine-tuned model, and the norm before it, where they fit."""
+    fresh = []
+    for name, part in (("fc_norm", model.fc_norm), ("head", model.head)):
+        wanted = part.state_dict()
+        stored = {n: found.rest[f"{name}.{n}"] for n in wanted if f"{name}.{n}" in found.rest}
+        fits = all(stored[n].shape == tensor.shape for n, tensor in wanted.items() if n in stored)
+        if stored.keys() == wanted.keys() and fits:
+            part.load_state_dict(stored)
+        else:
+            fresh.append(f"{name} (of another shape there)" if stored else name)
+    if fresh:
+        log.info("with new weights: %s", ", ".join(fresh))
+
+
+def _compare(found: EncoderWeights, here: ImageTower, source: Path, log: logging.Logger) -> None:
+    """Refuse a tower that computes something else than the model's."""
+    guessed = _UNSAID if source.is_file() and source.name != BEST else ()
+    for name in (*_SHAPE, *_UNSAID):
+        theirs, ours = getattr(found.tower, name), getattr(here, name)
+        if theirs != ours and name not in guessed:
+            flag = name.replace("_", "-")
+            raise InputError(
+                f"the encoder of {source} has {name} {theirs}, but model.image.{name} is {ours}; "
+                f"choose the recipe of its size, or give --model.image.{flag} {theirs}"
+            )
+    for name in (*guessed, "mean", "std"):
+        theirs, ours = getattr(found.tower, name), getattr(here, name)
+        if theirs != ours:
+            log.warning(
+                "the encoder of %s seems to have been trained with %s %s, here it is %s",
+                source, name, theirs, ours,
+            )  # fmt: skip
+
+
+def _resized(there: ImageTower, here: ImageTower, source: Path, *, interpolate: bool) -> str:
+    grids = [f"{rows}x{columns}" for rows, columns in (there.grid, here.grid)]
+    if not interpolate:
+        raise InputError(
+            f"the positions of the encoder of {source} are made for {grids[0]} patches, here are "
+            f"{grids[1]}; add --run.interpolate to bring them to the new grid"
+        )
+    return f"positions resampled from {grids[0]} to {grids[1]} patches"
+
+
+def _with_learned_table(found: EncoderWeights) -> EncoderWeights:
+    """The same tower with its fixed position table as one that can be trained."""
+    if found.tower.positions == "learned":
+        return found
+    table = image_table(found.tower)
+    tower = replace(found.tower, positions="learned")
+    return replace(found, tower=tower, state={**found.state, "pos_embed": table})

@@ -1,0 +1,396 @@
+"""Trained image towers from files and folders of many kinds.
+
+Ours: any run directory or checkpoint whose model has an image tower. OpenAI's CLIP (the published
+archive, or its state saved again), open_clip (file or folder), SLIP, transformers' CLIP (folder or
+name), and plain vision transformers in timm's layout, among them DINO, MAE and MILAN with or
+without decoder or head.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal.common.errors import InputError
+from frugal.common.models.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Activation,
+    ImageTower,
+)
+from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.positions import image_table, resample_grid
+from frugal.common.models.weight_names import (
+    OPEN_CLIP,
+    TRANSFORMERS_CLIP,
+    from_timm,
+    read_names,
+)
+from frugal.milan.stored_files import State, read_content, state_in
+
+_LOG = logging.getLogger("frugal")
+_HEADS = {1280: 16, 1408: 16, 1664: 16}
+"""By width, where a head is not 64 wide: ViT-H, g and bigG."""
+_TABLE_TOLERANCE = 1e-5
+_WEIGHT_FILES = (
+    "model.safetensors", "pytorch_model.bin",
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)  # fmt: skip
+_BESIDE_THE_ENCODER = re.compile(r"(decoder|head|fc_norm)[._].*|mask_token")
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """An image tower and its weights."""
+
+    tower: ImageTower
+    state: State
+    """By the names of ``ImageTransformer``; a fixed position table is no part of it. ``norm.*`` is
+    missing where a fine-tuned model has none."""
+    source: str
+    """Where it was read, for people."""
+    rest: State = field(default_factory=dict)
+    """What the file holds besides: a decoder, a head."""
+
+    @property
+    def embed_dim(self) -> int | None:
+        """Width that the pooled vector is projected to; None without a projection."""
+        projection = self.state.get("projection.weight")
+        return None if projection is None else len(projection)
+
+    def missing(self) -> list[str]:
+        """Names that the tower needs and the file has not."""
+        with torch.device("meta"):
+            needed = ImageTransformer(self.tower, self.embed_dim).state_dict().keys()
+        return sorted(needed - self.state.keys())
+
+    def build(self) -> ImageTransformer:
+        """The tower, on the CPU in float32.
+
+        Raises:
+            InputError: if the weights are not those of one tower.
+        """
+        with torch.device("meta"):
+            tower = ImageTransformer(self.tower, self.embed_dim)
+        tower.to_empty(device="cpu")
+        if self.tower.positions != "learned":
+            tower.pos_embed.copy_(image_table(self.tower))
+        try:
+            tower.load_state_dict(self.state)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise InputError(f"{self.source} does not hold one whole tower: {reason}") from None
+        return tower
+
+    def for_images(self, size: tuple[int, int]) -> EncoderWeights:
+        """The same tower for images of (height, width) pixels, its position table interpolated.
+
+        Bicubic without anti-aliasing, as MAE's fine-tuning does it.
+        """
+        tower = replace(self.tower, image_size=size)
+        table = self.state.get("pos_embed")
+        if table is None or tower.grid == self.tower.grid:
+            return replace(self, tower=tower)
+        table = resample_grid(table, old_grid=self.tower.grid, new_grid=tower.grid, antialias=False)
+        return replace(self, tower=tower, state={**self.state, "pos_embed": table})
+
+
+def read_encoder(
+    source: Path | str, *, activation: Activation | None = None, heads: int | None = None
+) -> EncoderWeights:
+    """The image tower of a file, a folder, or a name on the Hugging Face hub, in float32.
+
+    Args:
+        source: see the module.
+        activation: of its blocks, where the file does not say and is not to be guessed.
+        heads: attention heads, where the file does not say.
+
+    Raises:
+        InputError: if there is no such thing, or it holds no tower of a known kind.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = _fetched(str(source))
+    if path.is_dir():
+        if any((path / name).exists() for name in ("recipe.json", "checkpoints", "state.json")):
+            _refuse(source, activation, heads)
+            return _own_run(path)
+        if (path / "open_clip_config.json").is_file():
+            _refuse(source, activation, heads)
+            return _open_clip_folder(path)
+        if (path / "config.json").is_file():
+            _refuse(source, activation, heads)
+            return _transformers_folder(path)
+        raise InputError(
+            f"the folder {path} holds no model; give a run directory, or a folder with a "
+            "config.json or open_clip_config.json"
+        )
+    content = read_content(path)
+    stored = state_in(content, source=str(path))
+    state = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
+    if "visual.conv1.weight" in state:
+        keeps_training = isinstance(content, Mapping) and bool(
+            {"epoch", "optimizer"} & content.keys()
+        )
+        is_openai = _is_openai(stored, named=path.name, keeps_training=keeps_training)
+        chosen = activation or ("quick_gelu" if is_openai else "gelu")
+        if activation is None:
+            _LOG.info(
+                "%s is taken for %s model, whose activation is %s",
+                path, "OpenAI's" if is_openai else "open_clip's", chosen,
+            )  # fmt: skip
+        return _clip_state(state, activation=chosen, heads=heads, source=str(path))
+    return encoder_of_state(state, activation=activation or "gelu", heads=heads, source=str(path))
+
+
+def _refuse(source: Path | str, activation: Activation | None, heads: int | None) -> None:
+    """A folder says it all."""
+    if activation is not None or heads is not None:
+        name, value = ("activation", activation) if heads is None else ("heads", heads)
+        raise InputError(
+            f"{name} is given as {value}, but {source} says itself what its tower is like; leave "
+            "it out"
+        )
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a model on the hub, downloaded if it is not here yet."""
+    bare = name.removeprefix("hf-hub:")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", bare) or Path(bare).suffix:
+        raise InputError(f"there is no file or folder {name}; check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*config.json", *_WEIGHT_FILES]
+        return Path(snapshot_download(bare, allow_patterns=patterns))
+    except Exception as error:  # noqa: BLE001 - the hub's client raises errors of every kind
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"there is no file or folder {name}, and it cannot be fetched from the Hugging Face "
+            f"hub: {reason}"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Our own
+
+
+def _own_run(path: Path) -> EncoderWeights:
+    from frugal.common.checkpoint.store import find_checkpoint
+    from frugal.common.checkpoint.warm_start import load_weights
+    from frugal.common.recipe import load_recipe
+
+    checkpoint = find_checkpoint(path)
+    recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
+    tower = getattr(recipe.model, "image", None)
+    weights = load_weights(checkpoint)
+    prefix = "model.image."
+    state = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+    if not isinstance(tower, ImageTower) or not state:
+        raise InputError(f"the run {path} trained no image tower; give another one")
+    rest = {n.removeprefix("model."): t for n, t in weights.items() if not n.startswith(prefix)}
+    return EncoderWeights(replace(tower, drop_path=0.0), state, str(path), rest)
+
+
+# ------------------------------------------------------------------------------------------------
+# CLIP
+
+
+def _is_openai(stored: State, *, named: str, keeps_training: bool) -> bool:
+    """Whether a CLIP state is OpenAI's; open_clip's has the same names and another activation."""
+    if "input_resolution" in stored or stored["visual.conv1.weight"].dtype == torch.float16:
+        return True
+    return not (keeps_training or named in _WEIGHT_FILES)
+
+
+def _clip_state(
+    state: State, *, activation: Activation, heads: int | None, source: str
+) -> EncoderWeights:
+    """The visual part of a state of OpenAI's or open_clip's ``CLIP``."""
+    visual = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+    ours = _without_prefix(read_names(visual, OPEN_CLIP, source=source), "image.")
+    side = state["visual.conv1.weight"].shape[-1]
+    return _shaped(
+        ours,
+        source,
+        patch_size=side,
+        heads=heads,
+        activation=activation,
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        norm_epsilon=1e-5,
+    )
+
+
+def _open_clip_folder(folder: Path) -> EncoderWeights:
+    settings = _json(folder / "open_clip_config.json")
+    model, pixels = settings.get("model_cfg", {}), settings.get("preprocess_cfg", {})
+    vision = model.get("vision_cfg", {})
+    if vision.get("pool_type", "tok") != "tok" or "timm_model_name" in vision:
+        raise InputError(f"the image tower of {folder} is no plain CLIP tower; choose another one")
+    state = state_in(read_content(_weights_in(folder)), source=str(folder))
+    weights = _clip_state(
+        {name: tensor.float() for name, tensor in state.items()},
+        activation="quick_gelu" if model.get("quick_gelu") else "gelu",
+        heads=vision["width"] // vision.get("head_width", 64),
+        source=str(folder),
+    )
+    size = vision.get("image_size", 224)
+    tower = replace(
+        weights.tower,
+        image_size=size if isinstance(size, int) else tuple(size),
+        mean=tuple(pixels.get("mean", CLIP_MEAN)),
+        std=tuple(pixels.get("std", CLIP_STD)),
+    )
+    return replace(weights, tower=tower)
+
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
+}  # fmt: skip
+
+
+def _transformers_folder(folder: Path) -> EncoderWeights:
+    settings = _json(folder / "config.json")
+    if "clip" not in str(settings.get("model_type", "")):
+        raise InputError(
+            f"{folder} holds a model of type {settings.get('model_type')!r}, not a CLIP model; "
+            "choose another one"
+        )
+    # what a saved configuration leaves out has transformers' default
+    from transformers import CLIPVisionConfig
+
+    given = settings.get("vision_config", settings)
+    vision: Any = CLIPVisionConfig(**{k: v for k, v in given.items() if k != "model_type"})
+    if vision.hidden_act not in _ACTIVATIONS:
+        raise InputError(f"the activation {vision.hidden_act!r} of {folder} is not known here")
+    state = state_in(read_content(_weights_in(folder)), source=str(folder))
+    kept = ("vision_model.", "visual_projection.")
+    visual = {
+        name: tensor.float()
+        for name, tensor in state.items()
+        if name.startswith(kept) and not name.endswith("position_ids")
+    }
+    ours = _without_prefix(read_names(visual, TRANSFORMERS_CLIP, source=str(folder)), "image.")
+    beside = folder / "preprocessor_config.json"
+    pixels = _json(beside) if beside.is_file() else {}
+    return _shaped(
+        ours,
+        str(folder),
+        patch_size=vision.patch_size,
+        heads=vision.num_attention_heads,
+        activation=_ACTIVATIONS[vision.hidden_act],
+        mean=tuple(pixels.get("image_mean", CLIP_MEAN)),
+        std=tuple(pixels.get("image_std", CLIP_STD)),
+        norm_epsilon=vision.layer_norm_eps,
+    )
+
+
+def _weights_in(folder: Path) -> Path:
+    found = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"the folder {folder} holds none of {', '.join(_WEIGHT_FILES)}")
+    return found[0]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------
+# Plain vision transformers
+
+
+def encoder_of_state(
+    state: State, *, source: str, activation: Activation = "gelu", heads: int | None = None
+) -> EncoderWeights:
+    """The encoder among float32 tensors of DINO, MAE, MILAN and timm; SLIP's visual part.
+
+    Raises:
+        InputError: if there is none.
+    """
+    projection = state.get("image_projection")
+    if "visual.patch_embed.proj.weight" in state:
+        state = _without_prefix(state, "visual.")
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is None or kernel.ndim != 4 or "blocks.0.attn.qkv.weight" not in state:
+        raise InputError(
+            f"{source} is not an image encoder of a known kind: it holds "
+            f"{next(iter(sorted(state)))!r} and no patch projection with blocks behind it"
+        )
+    rest = {name: t for name, t in state.items() if _BESIDE_THE_ENCODER.fullmatch(name)}
+    encoder = {name: tensor for name, tensor in state.items() if name not in rest}
+    like = ImageTower(width=4, depth=1, heads=1, mlp_width=4, patch_size=1, image_size=1)
+    ours = from_timm(encoder, like)
+    if projection is not None:
+        ours["projection.weight"] = projection.T.contiguous()
+    weights = _shaped(ours, source, patch_size=kernel.shape[-1], heads=heads, activation=activation)
+    weights = replace(weights, rest=rest)
+    fixed = replace(weights.tower, positions="sincos")
+    if weights.tower.width % 4 == 0:
+        distance = (ours["pos_embed"] - image_table(fixed)).abs().max()
+        if distance <= _TABLE_TOLERANCE:
+            kept = {name: t for name, t in ours.items() if name != "pos_embed"}
+            return replace(weights, tower=fixed, state=kept)
+        if "mask_token" in rest:
+            _LOG.warning(
+                "the position table of %s is up to %.2g away from the fixed one of a masked "
+                "autoencoder; it is kept as it is", source, distance,
+            )  # fmt: skip
+    return weights
+
+
+def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+
+def _shaped(
+    state: State, source: str, *, patch_size: int, heads: int | None, **options: Any
+) -> EncoderWeights:
+    """The tower that weights under our names are of, its shape read from theirs.
+
+    Raises:
+        InputError: if they do not say it.
+    """
+    try:
+        width = state["cls_token"].shape[-1]
+        rows = state["pos_embed"].shape[1]
+        mlp_width = len(state["blocks.0.mlp.fc1.weight"])
+    except KeyError as error:
+        raise InputError(f"{source} holds no {error.args[0]}; it is no whole encoder") from None
+    side = math.isqrt(rows - 1)
+    if side * side != rows - 1:
+        raise InputError(
+            f"the position table of {source} has {rows} rows, which are not those of a square grid "
+            "and a class token"
+        )
+    numbers = {int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
+    heads = heads or _HEADS.get(width, max(width // 64, 1))
+    tower = ImageTower(
+        width=width,
+        depth=max(numbers) + 1,
+        heads=heads,
+        mlp_width=mlp_width,
+        patch_size=patch_size,
+        image_size=patch_size * side,
+        patch_bias="patch_embed.bias" in state,
+        pre_norm="norm_pre.weight" in state,
+        **options,
+    )
+    return EncoderWeights(tower, state, source)

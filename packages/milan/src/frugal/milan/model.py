@@ -1,0 +1,109 @@
+"""The encoder that is kept and the decoder that it is trained with, as one module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from frugal.common.models.cost import block_flops, image_flops
+from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.initialise import initialise_flip, initialise_xavier
+from frugal.common.models.positions import image_table
+from frugal.common.reduction.image import Kept
+from frugal.milan.decoders import Decoder, PlainDecoder, PromptingDecoder, Split
+from frugal.milan.settings import MaskedModel
+
+
+class MaskedImageModel(nn.Module):
+    """Images of which a part is seen to predictions for every token."""
+
+    def __init__(self, config: MaskedModel, *, outputs: int) -> None:
+        """Parameters are uninitialised in effect; see :func:`build`.
+
+        Args:
+            config: encoder and decoder.
+            outputs: numbers predicted for every token.
+        """
+        super().__init__()
+        self.config = config
+        self.image = ImageTransformer(config.image)
+        kind = {"prompting": PromptingDecoder, "plain": PlainDecoder}[config.decoder.kind]
+        self.decoder: Decoder = kind(
+            config.decoder.tower(config.image), inputs=config.image.width, outputs=outputs
+        )
+
+    def forward(self, images: Tensor, split: Split, *, hidden_only: bool = False) -> Tensor:
+        """Encode what is seen and predict.
+
+        Args:
+            images: (B, 3, H, W) uint8, or float that is normalised already.
+            split: what is seen.
+            hidden_only: predict hidden patches alone.
+
+        Returns:
+            See :meth:`frugal.milan.decoders.Decoder.forward`.
+        """
+        latent = self.image.forward_tokens(images, Kept.dense(split.visible))  # (B, 1 + K, D)
+        return self.decoder(latent, split, hidden_only=hidden_only)
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether every block is recomputed in the backward pass; set it to change that."""
+        return self.decoder.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, wanted: bool) -> None:
+        self.image.blocks.checkpoint_activations = wanted
+        self.decoder.checkpoint_activations = wanted
+
+    def flops(self, visible: float) -> float:
+        """Forward FLOPs of one image of which some patches are seen.
+
+        Every token is predicted, hidden ones alone are updated by the prompting decoder.
+        """
+        tower, config = self.decoder.tower, self.config.image
+        tokens = config.num_patches + 1
+        head = self.decoder.head.out_features * tokens
+        ends = 2 * tower.width * (config.width * (visible + 1) + head)
+        blocks = tower.depth * block_flops(tower, tokens)
+        if isinstance(self.decoder, PromptingDecoder):
+            # the seen tokens only give keys and values
+            spared = 2 * tower.width + 2 * tokens + 2 * tower.mlp_width
+            blocks -= tower.depth * 2 * (visible + 1) * tower.width * spared
+        return image_flops(config, visible) + ends + blocks
+
+
+def build(
+    config: MaskedModel, generator: torch.Generator | None = None, *, outputs: int
+) -> MaskedImageModel:
+    """The model on the CPU in float32, every weight drawn from ``generator`` (or seed 0)."""
+    with torch.device("meta"):  # else torch's layers would draw from the global generator first
+        model = MaskedImageModel(config, outputs=outputs)
+    model.to_empty(device="cpu")
+    generator = generator or torch.Generator().manual_seed(0)
+    initialise_flip(model.image, generator)
+    _default_patch_bias(model.image, generator)
+    _initialise_decoder(model.decoder, generator)
+    return model
+
+
+@torch.no_grad()
+def _default_patch_bias(tower: ImageTransformer, generator: torch.Generator) -> None:
+    """The patch projection was a convolution, whose bias MAE left as torch draws it."""
+    if tower.patch_embed.bias is not None:
+        limit = 1 / math.sqrt(tower.patch_embed.in_features)
+        tower.patch_embed.bias.uniform_(-limit, limit, generator=generator)
+
+
+@torch.no_grad()
+def _initialise_decoder(decoder: Decoder, generator: torch.Generator) -> None:
+    """MAE's scheme, as for the encoder; keys and values of a block count as one matrix."""
+    decoder.pos_embed.copy_(image_table(decoder.tower))
+    initialise_xavier(decoder, generator)
+    decoder.mask_token.normal_(0.0, 0.02, generator=generator)
+    if isinstance(decoder, PromptingDecoder):
+        limit = math.sqrt(6 / sum(decoder.kv_weight.shape[1:]))
+        decoder.kv_weight.uniform_(-limit, limit, generator=generator)
+        decoder.kv_bias.zero_()

@@ -1,0 +1,77 @@
+"""Patches that a teacher looks at are seen; which, is drawn.
+
+Source: Hou et al., "MILAN: Masked Image Pretraining on Language Assisted Representation",
+arXiv:2208.06049, section 3.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from frugal.common.errors import InputError
+from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.random_masking import PURPOSE, RandomMasking
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from frugal.common.randomness import NoiseSource
+
+_SMALLEST_WAIT = 2.0**-25
+"""Below the least positive wait that noise of 24 bits makes: a noise of 0 counts as half a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticSampling:
+    """Draw the patches that stay one by one, each in proportion to its importance."""
+
+    mask_ratio: float = 0.75
+    """Fraction of the patches that goes."""
+
+    def __post_init__(self) -> None:
+        RandomMasking(mask_ratio=self.mask_ratio)  # the same fractions are possible
+
+    def check(self, recipe: Any) -> None:
+        """Refuse a recipe whose images would keep nothing."""
+        RandomMasking(mask_ratio=self.mask_ratio).check(recipe)
+
+    def num_kept(self, num_patches: int) -> int:
+        """Patches that stay, as :meth:`RandomMasking.num_kept` counts them."""
+        return RandomMasking(mask_ratio=self.mask_ratio).num_kept(num_patches)
+
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> Kept | None:
+        """The patches that are drawn first, in the order of the draws.
+
+        Returns:
+            Dense, (B, K); None where the ratio is 0.
+
+        Raises:
+            InputError: if nobody says how important patches are.
+        """
+        if view.importance is None:
+            raise InputError(
+                "reduction.image SemanticSampling draws patches by the attention of a teacher, but "
+                "this objective has none; choose RandomMasking, or an objective with a teacher"
+            )
+        if self.mask_ratio == 0:
+            return None
+        order = draw_order(view.importance, noise.uniform(PURPOSE, view.num_patches))
+        return Kept.dense(order[:, : self.num_kept(view.num_patches)])
+
+
+def draw_order(importance: Tensor, noise: Tensor) -> Tensor:
+    """The order in which patches are drawn without replacement, in proportion to importance.
+
+    Who waits an exponential time of rate w comes in this order (Plackett and Luce; the same as
+    log w plus Gumbel noise, largest first). Nothing is read on the host.
+
+    Args:
+        importance: (B, N) not negative, of any sum; patches of importance 0 come last.
+        noise: (B, N) uniform in [0, 1).
+
+    Returns:
+        (B, N) int64.
+    """
+    wait = (-noise).log1p().neg().clamp(min=_SMALLEST_WAIT)  # Exp(1)
+    return (wait.log() - importance.float().log()).argsort(dim=1, stable=True)

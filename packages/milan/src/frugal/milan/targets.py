@@ -1,0 +1,154 @@
+"""What is predicted of an image, and how far a prediction is from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from frugal.common.models.config import ImageTower
+from frugal.common.reduction.image import Kept, PatchView, normalise, take_patches
+from frugal.milan.decoders import Split
+from frugal.milan.teacher import FrozenTeacher
+
+_EPSILON = 1e-12
+"""Added to the length of a vector before dividing by it; the published code adds nothing."""
+_SMALLEST_VARIANCE = 1e-6
+"""Added to the variance of the pixels of a patch (MAE)."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be predicted of a batch."""
+
+    values: Tensor
+    """(B, 1 + N, E) a teacher's tokens, or the images themselves."""
+    importance: Tensor | None
+    """(B, N) how much every patch matters; None where nobody says."""
+
+
+class Target(Protocol):
+    """What the objective asks of a target."""
+
+    outputs: int
+    """Numbers predicted for every token."""
+    hidden_only: bool
+    """Whether hidden patches alone are predicted."""
+
+    def look(self, images: Tensor) -> Wanted:
+        """From (B, 3, H, W) images, before anything is hidden."""
+        ...
+
+    def losses(self, predicted: Tensor, wanted: Wanted, split: Split) -> Tensor:
+        """(B, T) float32: the loss of every predicted token, in the order of the decoder."""
+        ...
+
+    def flops(self) -> float:
+        """Forward FLOPs of looking at one image."""
+        ...
+
+
+class FeatureTarget:
+    """The tokens of a teacher, all of them (arXiv:2208.06049, section 3.1)."""
+
+    hidden_only = False
+
+    def __init__(self, teacher: FrozenTeacher) -> None:
+        self.teacher = teacher
+        self.outputs = teacher.width
+
+    def look(self, images: Tensor) -> Wanted:
+        """What the teacher says of whole images."""
+        tokens, importance = self.teacher(images)
+        return Wanted(tokens, importance)
+
+    def losses(self, predicted: Tensor, wanted: Wanted, split: Split) -> Tensor:
+        """(B, 1 + N) float32, each from 0 to 4."""
+        # the teacher's tokens come to the order of the predictions, once, and not the other way
+        row = torch.arange(len(predicted), device=predicted.device)[:, None]
+        row = row * wanted.values.shape[1] + split.order  # (B, 1 + N)
+        tokens = wanted.values.flatten(0, 1).index_select(0, row.flatten())
+        return unit_distance(predicted, tokens.view_as(predicted))
+
+    def flops(self) -> float:
+        """Forward FLOPs of the teacher on one image."""
+        return self.teacher.flops()
+
+
+class PixelTarget:
+    """The pixels of hidden patches (MAE, arXiv:2111.06377)."""
+
+    hidden_only = True
+
+    def __init__(self, tower: ImageTower, *, normalise_patches: bool) -> None:
+        self._tower = tower
+        self._normalise_patches = normalise_patches
+        self.outputs = 3 * tower.patch_size**2
+
+    def look(self, images: Tensor) -> Wanted:
+        """The images."""
+        return Wanted(images, None)
+
+    def losses(self, predicted: Tensor, wanted: Wanted, split: Split) -> Tensor:
+        """(B, M) float32: mean squared error over the pixels of every hidden patch."""
+        view = PatchView.of(wanted.values, self._tower)
+        pixels = take_patches(view, Kept.dense(split.hidden))  # (B, M, P)
+        if pixels.dtype == torch.uint8:
+            pixels = normalise(pixels, mean=self._tower.mean, std=self._tower.std)
+        pixels = pixel_target(pixels, normalise_patches=self._normalise_patches)
+        return (_widened(predicted) - pixels).square().mean(-1)
+
+    def flops(self) -> float:
+        """Nothing."""
+        return 0.0
+
+
+def pixel_target(pixels: Tensor, *, normalise_patches: bool) -> Tensor:
+    """What a decoder predicts of patches, channel fastest as MAE has it.
+
+    Args:
+        pixels: (..., P) in (channel, row, column) order.
+        normalise_patches: to mean 0 and (unbiased) variance 1 over each patch.
+
+    Returns:
+        (..., P) in (row, column, channel) order.
+    """
+    ordered = pixels.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
+    if not normalise_patches:
+        return ordered
+    variance, mean = torch.var_mean(ordered, dim=-1, keepdim=True)
+    return (ordered - mean) / (variance + _SMALLEST_VARIANCE).sqrt()
+
+
+def unit_distance(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """(..., K) vectors to (...) squared distances after scaling both to length 1, at least float32.
+
+    Gradients flow to ``predicted`` alone. No scaled copy of either is kept.
+    """
+    return _UnitDistance.apply(predicted, wanted)
+
+
+def _widened(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+class _UnitDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, wanted: Tensor) -> Tensor:
+        left, right = _widened(predicted), _widened(wanted)
+        length, other = (torch.linalg.vector_norm(side, dim=-1) for side in (left, right))
+        product = (left * right).sum(-1) / (other + _EPSILON)
+        ctx.save_for_backward(predicted, wanted, length, other, product)
+        return 2 - 2 * product / (length + _EPSILON)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        predicted, wanted, length, other, product = ctx.saved_tensors
+        across = -2 * gradient / (length + _EPSILON)
+        along = -across * product / ((length + _EPSILON) * length.clamp(min=_EPSILON))
+        across = across / (other + _EPSILON)
+        result = _widened(wanted) * across[..., None]
+        result.addcmul_(_widened(predicted), along[..., None])
+        return result.to(predicted.dtype), None

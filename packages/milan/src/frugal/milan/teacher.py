@@ -1,0 +1,213 @@
+"""The frozen tower that says what is reconstructed, and where it looks.
+
+Source: Hou et al., arXiv:2208.06049, sections 3.1 and 3.3. It is no part of the module that
+trains: no optimiser state, nothing in checkpoints, nothing for DDP or ZeRO to wrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from frugal.common.errors import InputError
+from frugal.common.models.attention import Attention
+from frugal.common.models.config import ImageTower
+from frugal.common.models.cost import image_flops
+from frugal.common.models.transformer import Block
+from frugal.common.reduction.image import Channels
+from frugal.milan.encoder_weights import EncoderWeights, read_encoder
+from frugal.milan.settings import Teacher
+
+
+class FrozenTeacher:
+    """Whole images to the tokens to be predicted and the importance of their patches.
+
+    No ``nn.Module``, so that an objective can hold it without owning its weights. It follows the
+    images to their device, and computes in the dtype of the autocast around it.
+    """
+
+    def __init__(
+        self, stored: EncoderWeights, *, pixels_mean: Channels, pixels_std: Channels
+    ) -> None:
+        """Take a tower.
+
+        Args:
+            stored: the tower as it was read, on the grid that it is to have.
+            pixels_mean: of float images, which have been normalised already.
+            pixels_std: of the same.
+        """
+        self.tower = stored.build().eval().requires_grad_(False)
+        self._given = (pixels_mean, pixels_std)
+        self._dtype: torch.dtype | None = None
+
+    @property
+    def config(self) -> ImageTower:
+        """Its shape."""
+        return self.tower.config
+
+    @property
+    def width(self) -> int:
+        """Of its tokens."""
+        projection = self.tower.projection
+        return projection.out_features if isinstance(projection, nn.Linear) else self.config.width
+
+    def compile(self) -> None:
+        """torch.compile the tower's blocks."""
+        for block in self.tower.blocks:
+            block.compile()
+
+    def flops(self) -> float:
+        """Forward FLOPs of one image."""
+        tokens = self.config.num_patches + 1
+        projection = 2 * tokens * self.config.width * self.width
+        has_projection = isinstance(self.tower.projection, nn.Linear)
+        return image_flops(self.config, self.config.num_patches) + has_projection * projection
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Look at whole images.
+
+        Args:
+            images: (B, 3, H, W) uint8, or float that is normalised as the student's.
+
+        Returns:
+            tokens (B, 1 + N, K), class token first; importance (B, N) float32, not negative: how
+            much of the last block's attention the class token pays to every patch, mean over the
+            heads.
+        """
+        self._fit(images.device)
+        with torch.autocast(images.device.type, self._dtype, enabled=self._dtype is not None):
+            tokens, layout = self.tower.embed(self._shown(images))
+            *blocks, last = cast("Iterable[Block]", self.tower.blocks)
+            for block in blocks:
+                tokens = block(tokens, layout)
+            importance = class_attention(last.attn, last.norm1(tokens))[:, 1:]
+            tokens = last(tokens, layout)
+            return self.tower.projection(self.tower.norm(tokens)), importance
+
+    def _fit(self, device: torch.device) -> None:
+        """Bring weights to the images, and matrices to the dtype that autocast would cast them to.
+
+        Autocast itself casts frozen weights anew at every use.
+        """
+        if self.tower.patch_embed.weight.device != device:
+            self.tower.to(device)
+        if not torch.is_autocast_enabled(device.type):
+            return
+        self._dtype = torch.get_autocast_dtype(device.type)
+        for module in self.tower.modules():
+            # the patch projection says in which dtype it takes its pixels
+            if isinstance(module, nn.Linear) and module is not self.tower.patch_embed:
+                module.to(self._dtype)
+
+    def _shown(self, images: Tensor) -> Tensor:
+        """The images as the tower takes them: of its size, and normalised as it is to see them."""
+        resize = images.shape[2:] != self.config.height_width
+        same = self._given == (self.config.mean, self.config.std)
+        if not resize and (same or images.dtype == torch.uint8):
+            return images
+        is_given = images.dtype != torch.uint8  # and then normalised as the student's
+        levels = _scaled(images, *self._given) if is_given else images.float() / 255
+        if resize:
+            size = self.config.height_width
+            levels = F.interpolate(
+                levels, size, mode="bicubic", align_corners=False, antialias=True
+            ).clamp(0, 1)
+        mean, std = self.config.mean, self.config.std
+        back = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        return _scaled(levels, back, tuple(1 / s for s in std))
+
+
+def _scaled(images: Tensor, shift: tuple[float, ...], factor: tuple[float, ...]) -> Tensor:
+    """Images times a factor plus a shift per channel; numbers of the host need no waiting."""
+    parts = zip(images.unbind(1), shift, factor, strict=True)
+    return torch.stack([part * f + s for part, s, f in parts], dim=1)
+
+
+def class_attention(attention: Attention, tokens: Tensor) -> Tensor:
+    """How much attention the first token pays to every token, mean over the heads.
+
+    One row of the attention matrix, in float32. The product of the query with all keys is taken
+    through the key weights, so that no keys are computed. A bias on the keys would move all logits
+    of a head alike.
+
+    Args:
+        attention: a block's.
+        tokens: (B, L, D) as they go into it, after the norm.
+
+    Returns:
+        (B, L), each row with a sum of 1.
+    """
+    width, heads = attention.qkv.in_features, attention.heads
+    with torch.autocast(tokens.device.type, enabled=False):
+        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        weight, bias = attention.qkv.weight.to(tokens.dtype), attention.qkv.bias.to(tokens.dtype)
+        query = F.linear(tokens[:, 0], weight[:width], bias[:width])  # (B, D)
+        query = query.unflatten(1, (heads, -1))  # (B, H, C)
+        keys_of = weight[width : 2 * width].unflatten(0, (heads, -1))  # (H, C, D)
+        through = torch.einsum("bhc,hcd->bhd", query, keys_of) * query.shape[2] ** -0.5
+        logits = through @ tokens.transpose(1, 2)  # (B, H, L)
+        return logits.softmax(-1).mean(1)
+
+
+def load_teacher(teacher: Teacher, student: ImageTower) -> FrozenTeacher:
+    """The teacher of a recipe, on the CPU in float32.
+
+    Raises:
+        InputError: if there is none, it cannot be read, or its patches do not lie where the
+            student's do.
+    """
+    if teacher.source is None:
+        raise InputError(
+            "objective.teacher.source is not given; name a file or folder of a CLIP model, or a "
+            "run directory, such as --objective.teacher.source ViT-B-16.pt"
+        )
+    if not Path(teacher.source).exists() and "/" not in teacher.source:
+        raise InputError(
+            f"the teacher {teacher.source} is not there; say where it lies with "
+            "--objective.teacher.source"
+        )
+    stored = read_encoder(teacher.source, activation=teacher.activation, heads=teacher.heads)
+    if stored.tower.class_token == "none":
+        raise InputError(
+            f"the teacher {teacher.source} has no class token, whose attention says which patches "
+            "matter; choose another one"
+        )
+    if missing := stored.missing():
+        raise InputError(f"the teacher {teacher.source} has no {missing[0]}; it is incomplete")
+    stored = _on_grid(stored, teacher, student)
+    if teacher.normalisation == "student":
+        seen = replace(stored.tower, mean=student.mean, std=student.std)
+        stored = replace(stored, tower=seen)
+    return FrozenTeacher(stored, pixels_mean=student.mean, pixels_std=student.std)
+
+
+def _on_grid(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> EncoderWeights:
+    """The tower for the size of images that it will be shown."""
+    wanted = teacher.image_size or student.image_size
+    size = (wanted, wanted) if isinstance(wanted, int) else (wanted[0], wanted[1])
+    side = stored.tower.patch_size
+    fits = not any(length % side for length in size)
+    grid = tuple(length // side for length in size)
+    if fits and grid == student.grid and (teacher.image_size or grid == stored.tower.grid):
+        return stored.for_images(size)
+    rows, columns = student.grid
+    height, width = rows * side, columns * side
+    shown = height if height == width else f"{height} {width}"
+    raise InputError(
+        f"the teacher's patches of {side} pixels do not lie where the student's do: it has a grid "
+        f"of {_times(stored.tower.grid)} for images of {_times(stored.tower.height_width)} and is "
+        f"shown {_times(size)}, the student has {_times(student.grid)} patches of "
+        f"{student.patch_size}; show it resized images and interpolate its positions with "
+        f"--objective.teacher.image-size {shown}, or choose another teacher"
+    )
+
+
+def _times(pair: tuple[int, ...]) -> str:
+    return "x".join(map(str, pair))
