@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -39,10 +40,11 @@ class Launcher:
     name: str
     processes: int = 1
     deepspeed_stage: int | None = None
+    launched_by: Literal["torchrun", "deepspeed"] = "torchrun"
 
     def command(self, module: str) -> list[str]:
         """The words before the recipe."""
-        if self.deepspeed_stage is not None and self.processes > 1:
+        if self.launched_by == "deepspeed" and self.processes > 1:
             return [
                 str(BIN / "deepspeed"), "--num_accelerators", str(self.processes),
                 "--master_port", str(free_port()), "--module", module,
@@ -67,8 +69,14 @@ DDP = Launcher("two DDP processes", processes=2)
 
 
 def zero(stage: int, processes: int = 2) -> Launcher:
-    """Processes under the deepspeed launcher at a ZeRO stage."""
+    """Processes at a ZeRO stage, under torchrun, which starts in half the time of deepspeed's."""
     return Launcher(f"{processes} x ZeRO-{stage}", processes=processes, deepspeed_stage=stage)
+
+
+def deepspeed(stage: int, processes: int = 2) -> Launcher:
+    """Processes at a ZeRO stage under the deepspeed launcher, which hands on exit codes."""
+    name = f"{processes} x ZeRO-{stage} under deepspeed"
+    return Launcher(name, processes, deepspeed_stage=stage, launched_by="deepspeed")
 
 
 def free_port() -> int:

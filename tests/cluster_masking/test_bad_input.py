@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from support import ALONE, Launcher, train, zero
+from support import ALONE, Launcher, deepspeed, train
 
 MODULE = "frugal.cluster_masking.train"
 
@@ -60,7 +60,7 @@ def flat_images(count: int) -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.parametrize("launcher", [ALONE, zero(1)], ids=lambda launcher: launcher.name)
+@pytest.mark.parametrize("launcher", [ALONE, deepspeed(1)], ids=lambda launcher: launcher.name)
 def test_flat_images(launcher: Launcher, tmp_path: Path) -> None:
     shard = shard_of(tmp_path, files=flat_images(60))
     words = (f"--data.train={shard}", "--reduction.image.search-images=48")

@@ -7,18 +7,18 @@ import pytest
 from support import (
     DDP,
     Launcher,
+    deepspeed,
     largest_difference,
     losses,
     metrics,
     saved_tensors,
     train,
-    zero,
 )
 
 
 @pytest.mark.parametrize(
     "launcher",
-    [DDP, zero(0), zero(1), zero(2), zero(3), zero(2, processes=1)],
+    [DDP, *map(deepspeed, range(4)), deepspeed(2, processes=1)],
     ids=lambda launcher: launcher.name,
 )
 def test_twenty_steps_agree(launcher: Launcher, alone: Path, scenes: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from support import (
     BIN,
     ROOT,
     Launcher,
+    deepspeed,
     environment,
     largest_difference,
     losses,
@@ -38,9 +39,9 @@ def two_stages(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--evaluation.2.data={scenes}",
         "--run.picture-every=10",
     )
-    train(zero(1), folder / "masked", *words)
+    train(deepspeed(1), folder / "masked", *words)
     source = f"--run.start-from={folder / 'masked'}"
-    train(zero(1), folder / "unmasked", *words, source, recipe="demo-tuning")
+    train(deepspeed(1), folder / "unmasked", *words, source, recipe="demo-tuning")
     return folder
 
 
@@ -159,14 +160,14 @@ def test_damaged_samples_are_counted_and_nothing_is_lost(scenes: Path, tmp_path:
     assert line["read_samples"] == 80
     assert line["trained_samples"] == 80 - 2 * 4
     output = train(
-        zero(1), tmp_path / "strict", *words, "--schedule.warmup-samples=0",
+        deepspeed(1), tmp_path / "strict", *words, "--schedule.warmup-samples=0",
         "--data.max-damaged=0.05", expect=2,
     )  # fmt: skip
     assert "data.max_damaged" in output
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("launcher", [ALONE, zero(2)], ids=lambda launcher: launcher.name)
+@pytest.mark.parametrize("launcher", [ALONE, deepspeed(2)], ids=lambda launcher: launcher.name)
 def test_a_loss_that_stays_not_finite_ends_the_run_with_a_sentence(
     launcher: Launcher, scenes: Path, tmp_path: Path
 ) -> None:
@@ -247,8 +248,9 @@ def test_help_names_the_recipes_and_loads_nothing_heavy() -> None:
 def test_real_photos_are_learned_under_deepspeed(real_data: Path, tmp_path: Path) -> None:
     photos = real_data / "flickr8k" / "train"
     run = tmp_path / "run"
+    launcher = deepspeed(1)
     command = [
-        *zero(1).command("frugal.flip.train"), "demo", *zero(1).flags(), f"--run.dir={run}",
+        *launcher.command("frugal.flip.train"), "demo", *launcher.flags(), f"--run.dir={run}",
         f"--data.train={photos}", f"--evaluation.1.data={photos}",
         "--schedule.samples=48000", "--schedule.warmup-samples=4000", "--run.save-every=1000",
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support import ALONE, ROOT, train, zero
+from support import ALONE, ROOT, deepspeed, train
 
 
 def refused(*words: str, run: Path, launcher=ALONE, recipe: str = "demo", code: int = 2) -> str:
@@ -79,7 +79,7 @@ def test_a_mask_ratio_that_keeps_nothing(data: str, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_the_processes_do_not_divide(data: str, tmp_path: Path) -> None:
-    sentence = refused(data, "--batch-size=25", run=tmp_path / "run", launcher=zero(2))
+    sentence = refused(data, "--batch-size=25", run=tmp_path / "run", launcher=deepspeed(2))
     assert "batch_size 25 does not divide among 2 processes" in sentence
 
 

@@ -11,6 +11,7 @@ from support import (
     ALONE,
     DDP,
     Launcher,
+    deepspeed,
     kill_at_step,
     largest_difference,
     losses,
@@ -61,7 +62,7 @@ CHAIN = [
     zero(3, processes=4),
     DDP,
     zero(1),
-    zero(0),
+    deepspeed(0),
     zero(2),
     Launcher("four DDP processes", processes=4),
     ALONE,
@@ -112,7 +113,7 @@ def check_saved_and_continue(
     assert largest_difference(saved_tensors(run), expected, ("weight",)) < 1e-5
 
 
-@pytest.mark.parametrize("launcher", [zero(2)], ids=lambda launcher: launcher.name)
+@pytest.mark.parametrize("launcher", [deepspeed(2)], ids=lambda launcher: launcher.name)
 def test_sigterm_writes_a_checkpoint_first(
     launcher: Launcher, undisturbed_long: Path, scenes: Path, tmp_path: Path
 ) -> None:
@@ -130,12 +131,12 @@ def test_a_launcher_that_ends_alone_takes_its_processes_along(
 ) -> None:
     run = tmp_path / "run"
     words = (f"--data.train={scenes / 'train'}", *LONG)
-    process = start(zero(1), run, *words)
+    process = start(deepspeed(1), run, *words)
     wait_for_step(process, run, 5)
     process.send_signal(number)  # to the deepspeed command only, which hands nothing on
     process.wait(timeout=60)
     # at once: the continued run waits until the processes of the first have saved and gone
-    train(zero(1), run, *words)
+    train(deepspeed(1), run, *words)
     expected = saved_tensors(undisturbed_long)
     assert largest_difference(saved_tensors(run), expected, ("weight",)) < 1e-5
     steps = [line["step"] for line in metrics(run)]

@@ -172,7 +172,7 @@ def test_images_without_class_folders_are_refused(
     flat = tmp_path / "flat"
     shutil.copytree(scenes / "compositional" / "images", flat)
     with pytest.raises(InputError, match="class"):
-        tune(tmp_path / "run", words[0], f"--data.train={flat}")
+        tune(tmp_path / "run", words[0], f"--data.train={flat}", "--evaluation.0.data=None")
 
 
 def test_other_classes_than_the_models_are_refused(words: tuple[str, ...], tmp_path: Path) -> None:

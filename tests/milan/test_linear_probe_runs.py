@@ -122,7 +122,7 @@ def test_pooled_features_get_a_fresh_norm_that_stays(
     words: tuple[str, ...], tmp_path: Path
 ) -> None:
     probe(
-        tmp_path / "run", *words[:2], "--model.image.pooling=mean",
+        tmp_path / "run", *words[:2], "--evaluation.0.data=None", "--model.image.pooling=mean",
         "--model.image.norm-after-pooling", "--schedule.samples=48",
     )  # fmt: skip
     saved = saved_tensors(tmp_path / "run")
