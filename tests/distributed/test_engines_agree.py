@@ -1,10 +1,12 @@
 """One process, DDP and every ZeRO stage train the same model on the same samples."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from support import (
+    ALONE,
     DDP,
     Launcher,
     deepspeed,
@@ -13,6 +15,7 @@ from support import (
     metrics,
     saved_tensors,
     train,
+    zero,
 )
 
 
@@ -38,3 +41,19 @@ def test_twenty_steps_agree(launcher: Launcher, alone: Path, scenes: Path, tmp_p
     for mine, theirs in zip(metrics(run), metrics(alone), strict=True):
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
         assert mine["read_samples"] == theirs["read_samples"] == mine["samples"]
+
+
+def test_zero_3_evaluates_though_one_process_has_no_images(scenes: Path, tmp_path: Path) -> None:
+    # 40 images are one group, which one process embeds while the other waits for its numbers
+    words = (f"--data.train={scenes / 'train'}", f"--evaluation.1.data={scenes}")
+    words = (*words, "--schedule.samples=144", "--run.evaluate-every=3")
+    for launcher in (ALONE, zero(3)):
+        train(launcher, tmp_path / launcher.name, *words)
+    left, right = (
+        json.loads((tmp_path / launcher.name / "evaluation/retrieval.json").read_text())
+        for launcher in (ALONE, zero(3))
+    )
+    assert left["retrieval_candidates"] == 40
+    assert left == pytest.approx(right, abs=0.051)
+    found = largest_difference(*(saved_tensors(tmp_path / run.name) for run in (ALONE, zero(3))))
+    assert found < 1e-5

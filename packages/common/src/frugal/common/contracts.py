@@ -42,7 +42,8 @@ class Batch:
     """(B, T) int64: the slot of the text tower that each token stands in, ascending; padding has
     one too. Without them the tokens stand in the first slots, and padding in all others."""
     labels: Tensor | None = None
-    """(B,) int64 class indices, where the data has classes; -1 for a sample that has none."""
+    """(B,) int64 class indices, where the data has classes; -1 for a sample that has none.
+    Or (B, H, W) uint8, where every pixel has a class."""
     keys: list[str] = field(default_factory=list)
     """Where each sample comes from: ``shard/key``."""
     damage: dict[str, int] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -197,7 +198,9 @@ class DeepSpeedEngine(Engine):
         if self._stage < 3:
             yield
             return
-        with deepspeed.zero.GatheredParameters(list(self.objective.parameters())):
+        # gathering alone is not enough: hooks would give every module's weights back after its
+        # forward pass, and processes with unequal numbers of passes wait for each other for ever
+        with unwrap_model_for_generation(self._engine):
             yield
 
     @override
