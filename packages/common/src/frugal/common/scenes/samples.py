@@ -36,7 +36,7 @@ def _is_irrelevant(number: int, fraction: float) -> bool:
 def _scene(settings: Settings, split: str, number: int) -> tuple[Scene, np.random.Generator]:
     """What sample ``number`` shows, and the generator that goes on to its caption."""
     generator = sample_generator(settings.seed, f"scenes/{split}", number)
-    if split == "train":
+    if split == "train" or split.startswith("segmentation"):
         return sample_scene(generator), generator
     if split == "retrieval/test":
         return sample_scene(generator, count=2 + int(generator.random() < 1 / 3)), generator
@@ -78,6 +78,16 @@ def sample_files(settings: Settings, split: str, number: int, key: str) -> dict[
         files["mask.png"] = encode(labels, "png")
     files["json"] = json.dumps(about).encode()
     return files
+
+
+def segmentation_files(settings: Settings, split: str, number: int) -> dict[str, bytes]:
+    """The picture and the mask of sample ``number``, by ADE20K's names of their folders.
+
+    In the mask, 1 is the background and 2 + class index a thing; 0, which ADE20K ignores, is none.
+    """
+    scene, _ = _scene(settings, split, number)
+    pixels, labels = (paint(scene, settings.image_size) for paint in (draw, mask))
+    return {"images": encode(pixels, settings.format), "annotations": encode(labels + 1, "png")}
 
 
 def retrieval_numbers(settings: Settings) -> list[int]:

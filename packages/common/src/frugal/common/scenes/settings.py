@@ -10,6 +10,8 @@ from frugal.common.errors import InputError
 
 VERSION = 3
 """Raised whenever the same settings would give other bytes."""
+ADDED = "segmentation_samples"
+"""The setting that only adds files: a data set without them gets them beside what it has."""
 _MOST_CANDIDATES = 600  # pairs of classes run out; see samples.retrieval_numbers
 
 
@@ -29,6 +31,8 @@ class Settings:
     """Test pairs whose captions each fit one picture only."""
     compositional_samples: int = 100
     """Test items of each of SugarCrepe's seven kinds."""
+    segmentation_samples: int = 0
+    """Training pictures with pixel masks in ADE20K's layout; a quarter as many for validation."""
     image_size: int = 64
     """Side of the pictures in pixels."""
     seed: int = 0
@@ -65,7 +69,9 @@ class Settings:
             )
         if self.processes is not None and self.processes < 1:
             raise InputError(f"--processes is {self.processes}, must be at least 1")
-        for name in ("train", "zero_shot", "probe", "retrieval", "compositional"):
+        for name in (
+            "train", "zero_shot", "probe", "retrieval", "compositional", "segmentation"
+        ):  # fmt: skip
             if getattr(self, f"{name}_samples") < 0:
                 flag = f"--{name.replace('_', '-')}-samples"
                 raise InputError(
@@ -79,5 +85,8 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the bytes, JSON-ready."""
-        names = [field.name for field in fields(self) if field.name not in ("out", "processes")]
+        silent = {"out", "processes"}
+        if not self.segmentation_samples:
+            silent.add(ADDED)  # as in data sets that were drawn before there were any
+        names = [field.name for field in fields(self) if field.name not in silent]
         return {"version": VERSION, **{name: getattr(self, name) for name in names}}

@@ -7,6 +7,8 @@ Under the output folder::
                                 test/ holds all classes, train/ (for probes) none held out
     retrieval/                  clip_benchmark's layout: no caption fits two pictures
     compositional/              SugarCrepe's layout: <kind>.json and images/
+    segmentation/               ADE20K's layout, if wanted: images/ and annotations/, in both
+                                training/ and validation/; the background is the first class
     scenes.json                 the settings and the vocabulary; written last
 
 Every file is a function of the settings alone, so that an interrupted drawing is finished by
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import tarfile
@@ -32,8 +35,13 @@ from frugal.common.randomness import sample_generator
 from frugal.common.scenes.captions import TEMPLATES
 from frugal.common.scenes.compositional import KINDS, sample_contrast
 from frugal.common.scenes.drawing import draw
-from frugal.common.scenes.samples import encode, retrieval_numbers, sample_files
-from frugal.common.scenes.settings import Settings
+from frugal.common.scenes.samples import (
+    encode,
+    retrieval_numbers,
+    sample_files,
+    segmentation_files,
+)
+from frugal.common.scenes.settings import ADDED, Settings
 from frugal.common.scenes.world import COLOURS, SHAPES, TEXTURES, class_names, held_out
 
 _INFO = "scenes.json"
@@ -46,7 +54,7 @@ class _Part:
 
     split: str
     path: str
-    """Of the shard, under the output folder."""
+    """Of the shard or the folder, under the output folder."""
     shard: int
     numbers: Sequence[int]
     """Which samples of the split it holds."""
@@ -87,10 +95,23 @@ def _write_contrasts(settings: Settings, part: _Part) -> int:
     return len(part.numbers)
 
 
+def _write_masked(settings: Settings, part: _Part) -> int:
+    """Writes pictures and their masks, each a file; returns the number of pictures."""
+    folder, _, name = part.split.partition("/")
+    suffixes = {"images": settings.format, "annotations": "png"}
+    for number in part.numbers:
+        for kind, content in segmentation_files(settings, part.split, number).items():
+            file = settings.out / folder / kind / name / f"{number:08d}.{suffixes[kind]}"
+            file.write_bytes(content)
+    return len(part.numbers)
+
+
 def _write_part(settings: Settings, part: _Part) -> int:
-    """Writes one file; returns its number of pictures."""
+    """Writes one file, or one part of a folder; returns its number of pictures."""
     if part.split.startswith("compositional"):
         return _write_contrasts(settings, part)
+    if part.split.startswith("segmentation"):
+        return _write_masked(settings, part)
     return _write_shard(settings, part)
 
 
@@ -130,6 +151,11 @@ def _parts(settings: Settings) -> list[_Part]:
     parts = [
         part for split, numbers in splits.items() for part in _shards(settings, split, numbers)
     ]
+    wanted = settings.segmentation_samples
+    for name, count in (("training", wanted), ("validation", math.ceil(wanted / 4))):
+        for start in range(0, count, settings.shard_size):
+            numbers = range(start, min(start + settings.shard_size, count))
+            parts.append(_Part(f"segmentation/{name}", "segmentation", 0, numbers))
     if settings.compositional_samples:
         numbers = range(settings.compositional_samples)
         for kind in KINDS:
@@ -159,6 +185,12 @@ def _write_layout(out: Path, parts: Sequence[_Part]) -> None:
         (out / "retrieval" / "dataset_type.txt").write_text("retrieval\n")
     if (out / "compositional").exists():
         (out / "compositional" / "images").mkdir(exist_ok=True)
+    for folder, _, name in (split.partition("/") for split in splits):
+        if folder == "segmentation":
+            for kind in ("images", "annotations"):
+                (out / folder / kind / name).mkdir(parents=True, exist_ok=True)
+            lines = "".join(f"{line}\n" for line in ["background", *class_names()])
+            (out / folder / "classnames.txt").write_text(lines)
 
 
 def _information(settings: Settings) -> str:
@@ -172,18 +204,20 @@ def _information(settings: Settings) -> str:
         "held_out": held_out(),
         "mask_values": "0 is the background, 1 + class index a thing",
     }
+    if settings.segmentation_samples:
+        about["segmentation_values"] = "1 is the background, 2 + class index a thing"
     return json.dumps(about, indent=1) + "\n"
 
 
-def _is_drawn(settings: Settings) -> bool:
-    """Whether the same data set stands in the output folder, complete.
+def _parts_left(settings: Settings) -> list[_Part] | None:
+    """What is to be drawn; None where the same data set stands in the output folder, complete.
 
     Raises:
         InputError: if something else does.
     """
-    out = settings.out
+    out, parts = settings.out, _parts(settings)
     if not out.exists():
-        return False
+        return parts
     if not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
     found = next((name for name in (_INFO, _UNFINISHED) if (out / name).is_file()), None)
@@ -192,12 +226,14 @@ def _is_drawn(settings: Settings) -> bool:
             raise InputError(
                 f"--out {out} holds files that are not a drawn data set; give an empty folder"
             )
-        return False
+        return parts
     try:
         saved = dict(json.loads((out / found).read_text())["settings"])
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{out / found} cannot be read; give another --out") from None
     wanted = settings.identity()
+    adds = ADDED in wanted and ADDED not in saved
+    saved.setdefault(ADDED, wanted.get(ADDED))
     changed = [name for name in wanted if saved.get(name) != wanted[name]]
     if changed:
         name = changed[0]
@@ -205,7 +241,9 @@ def _is_drawn(settings: Settings) -> bool:
             f"--out {out} was drawn with {name} = {saved.get(name)!r}, not {wanted[name]!r}; give "
             "another folder or remove it"
         )
-    return found == _INFO
+    if found == _UNFINISHED:
+        return parts
+    return [part for part in parts if part.split.startswith("segmentation")] if adds else None
 
 
 def write(settings: Settings) -> str:
@@ -219,10 +257,10 @@ def write(settings: Settings) -> str:
             cannot be written.
     """
     settings.check()
-    if _is_drawn(settings):
+    parts = _parts_left(settings)
+    if parts is None:
         return f"{settings.out} already holds these scenes; nothing to do"
     started = time.perf_counter()
-    parts = _parts(settings)
     processes = min(settings.processes or _cores(), max(len(parts), 1))
     try:
         settings.out.mkdir(parents=True, exist_ok=True)

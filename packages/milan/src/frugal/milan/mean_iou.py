@@ -1,0 +1,310 @@
+"""How well a segmenter finds the pixels of every class: the same on any number of processes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from frugal.common.contracts import Show
+from frugal.common.data.damage import Damaged
+from frugal.common.data.decoding import Window, resize_window
+from frugal.common.engine.backend import compute_dtype
+from frugal.common.errors import InputError
+from frugal.common.evaluation.embed import evaluating
+from frugal.common.evaluation.pictures import example_places
+from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+from frugal.milan.masked_folder import (
+    IGNORED,
+    MaskedFolder,
+    Misfit,
+    class_names,
+    open_masked_folder,
+)
+from frugal.milan.segmentation import MeanIoU
+from frugal.milan.segmentation_data import fitted_size
+from frugal.milan.segmentation_pictures import paint
+
+_MOST_SCORES = 1 << 26
+"""Scores at the resolution of a picture that exist at a time: 256 MiB."""
+_SHOWN = 4
+
+
+def evaluate(
+    task: MeanIoU, folder: Path, model: Any, recipe: Recipe, run: Run, show: Show | None
+) -> dict[str, float | int]:
+    """See :meth:`frugal.milan.segmentation.MeanIoU.evaluate`."""
+    classes = recipe.model.num_classes
+    names = class_names(folder, classes)
+    data = open_masked_folder(folder, task.split, task.image_extensions)
+    pictures = _Pictures(data, task, size=recipe.model.image.height_width, num_classes=classes)
+    shown = set(example_places(len(data), _SHOWN))
+    ranks = Ranks.current()
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
+    delivered = torch.zeros(len(data), dtype=torch.int64, device=run.device)
+    with evaluating(model), _autocast(recipe, run):
+        for place, views, labels in pictures.of(ranks, workers=task.workers):
+            answer = segment(model, task, views, labels.shape, device=run.device)  # (H, W)
+            confusion += confusion_matrix(answer, labels.to(run.device), classes)
+            delivered[place] += 1
+            if show is not None and place in shown:
+                show(f"{task.name}/{place}", _picture(data, place, labels, answer, classes))
+    check_delivery(ranks.sum(delivered).cpu())
+    quality = Quality.of(ranks.sum(confusion).cpu())
+    if not quality.pixels.sum():
+        raise InputError(f"no pixel of the pictures in {data.images} has a class; check the masks")
+    if run.is_main:
+        _write_classes(run.dir / "evaluation" / f"{task.name}_classes.csv", names, quality)
+    numbers = {
+        "miou": _mean(quality.iou),
+        "pixel_accuracy": quality.pixel_accuracy,
+        "mean_accuracy": _mean(quality.accuracy),
+        "images": len(data),
+        "classes": int((~quality.iou.isnan()).sum()),
+    }
+    return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
+
+
+def _autocast(recipe: Recipe, run: Run) -> AbstractContextManager:
+    """The precision that the recipe trains in on CUDA; float32 elsewhere."""
+    dtype = compute_dtype(recipe.engine.precision, run.device)
+    if run.device.type != "cuda" or dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast("cuda", dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# The measure
+
+
+def confusion_matrix(answer: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(C, C) int64: pixels of every class (rows) that were taken for every class (columns).
+
+    Args:
+        answer: (H, W) int64.
+        labels: (H, W); pixels labelled ``IGNORED`` are left out.
+        num_classes: C.
+    """
+    known = labels != IGNORED
+    pairs = labels[known].long() * num_classes + answer[known]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a confusion matrix says, in float64; NaN where a class never occurs."""
+
+    iou: Tensor
+    """(C,) pixels that are of a class and were found, over those that are or were taken for it."""
+    accuracy: Tensor
+    """(C,) pixels of a class that were found, over all of it."""
+    pixels: Tensor
+    """(C,) int64 pixels of a class."""
+    pixel_accuracy: float
+    """Pixels whose class was found, over all that have one."""
+
+    @classmethod
+    def of(cls, confusion: Tensor) -> Quality:
+        """From (C, C) int64, as :func:`confusion_matrix` counts."""
+        found, truth, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
+        return cls(
+            iou=found.double() / (truth + said - found),
+            accuracy=found.double() / truth,
+            pixels=truth,
+            pixel_accuracy=int(found.sum()) / max(int(truth.sum()), 1),
+        )
+
+
+def _mean(values: Tensor) -> float:
+    """The mean over the classes that occur."""
+    return float(values.nanmean())
+
+
+def _write_classes(path: Path, names: Sequence[str], quality: Quality) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = (quality.iou, quality.accuracy, quality.pixels)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "name", "iou", "accuracy", "pixels"])
+        for number, row in enumerate(zip(names, *(c.tolist() for c in columns), strict=True)):
+            rows.writerow([number + 1, *("" if value != value else value for value in row)])
+
+
+# ------------------------------------------------------------------------------------------------
+# The answer
+
+
+def segment(
+    model: Any,
+    task: MeanIoU,
+    views: Sequence[Tensor],
+    size: Sequence[int],
+    *,
+    device: torch.device,
+) -> Tensor:
+    """The class of every pixel of one picture.
+
+    Args:
+        model: a segmenter, in evaluation mode.
+        task: whether to mirror, how far from window to window.
+        views: the picture (3, h, w) uint8 at each of the task's sizes.
+        size: (height, width) of the answer.
+        device: where the model is.
+
+    Returns:
+        (height, width) int64.
+    """
+    window = model.config.image.height_width
+    stride = tuple(max(int(task.stride * side), 1) for side in window)
+    parts = []
+    for view, is_mirrored in product(views, (False, True) if task.flip else (False,)):
+        image = model.normalised(view.to(device))
+        image = image.flip(2) if is_mirrored else image
+        scores = window_scores(model, image, window=window, stride=stride, at_once=task.windows)
+        parts.append(scores.flip(2) if is_mirrored else scores)
+    band = max(_MOST_SCORES // (len(parts[0]) * size[1]), 1)
+    rows = torch.arange(size[0], device=device)
+    return torch.cat([_best(parts, part, size) for part in rows.split(band)])
+
+
+def _best(parts: Sequence[Tensor], rows: Tensor, size: Sequence[int]) -> Tensor:
+    """(r, width) int64: the best class in some rows, by the mean probability over all parts."""
+    if len(parts) == 1:
+        return resized_rows(parts[0], rows, size).argmax(0)
+    probabilities = (resized_rows(scores, rows, size).softmax(0) for scores in parts)
+    return sum(probabilities, torch.zeros((), device=rows.device)).argmax(0)
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin that cover a length; the last ends where it ends."""
+    last = max(length - window, 0)
+    return [min(start, last) for start in range(0, last + stride, stride)]
+
+
+def window_scores(
+    model: Any, image: Tensor, *, window: Sequence[int], stride: Sequence[int], at_once: int
+) -> Tensor:
+    """The scores of an image that is seen through windows, averaged where they overlap.
+
+    Args:
+        model: from (b, 3, *window) to (b, C, *window).
+        image: (3, H, W) normalised; what a window lacks beyond it is zero.
+        window: (height, width).
+        stride: rows and columns from one window to the next.
+        at_once: windows that the model takes at a time.
+
+    Returns:
+        (C, H, W) float32.
+    """
+    height, width = image.shape[1:]
+    missing = max(window[1] - width, 0), max(window[0] - height, 0)
+    image = F.pad(image, (0, missing[0], 0, missing[1]))
+    starts = [window_starts(*sides) for sides in zip(image.shape[1:], window, stride, strict=True)]
+    places = [np.s_[..., y : y + window[0], x : x + window[1]] for y, x in product(*starts)]
+    total, count = torch.zeros(()), torch.zeros(image.shape[1:], device=image.device)
+    for first in range(0, len(places), at_once):
+        chosen = places[first : first + at_once]
+        scores = model(torch.stack([image[place] for place in chosen])).float()
+        if not total.ndim:
+            total = scores.new_zeros(scores.shape[1], *image.shape[1:])
+        for place, part in zip(chosen, scores, strict=True):
+            total[place] += part
+            count[place] += 1
+    return (total / count)[:, :height, :width]
+
+
+def resized_rows(scores: Tensor, rows: Tensor, size: Sequence[int]) -> Tensor:
+    """Some rows of scores at another size, as ``F.interpolate`` gives them, bilinear.
+
+    Args:
+        scores: (C, h, w) float32.
+        rows: (r,) int64, of the result.
+        size: (height, width) of the whole result.
+
+    Returns:
+        (C, r, width).
+    """
+    height = scores.shape[1]
+    source = ((rows + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
+    above = source.long().clamp(max=height - 1)
+    below = (above + 1).clamp(max=height - 1)
+    band = torch.lerp(scores[:, above], scores[:, below], (source - above)[:, None])  # (C, r, w)
+    return F.interpolate(
+        band[None], size=(len(rows), size[1]), mode="bilinear", align_corners=False
+    )[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# The pictures
+
+
+class _Pictures(Dataset[dict[str, Any]]):
+    """Pictures at the sizes of a task, with the classes of their pixels."""
+
+    def __init__(
+        self, data: MaskedFolder, task: MeanIoU, *, size: tuple[int, int], num_classes: int
+    ) -> None:
+        self._data = data
+        self._task = task
+        self._size = size
+        self._num_classes = num_classes
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        """``views``, (3, h, w) uint8 each, and ``labels`` (H, W) uint8; or a mistake."""
+        try:
+            image, labels = self._data.read(place, self._num_classes)
+            height, width = labels.shape
+            whole = Window(0, 0, height, width)
+            views = [
+                resize_window(image, whole, size, interpolation="bilinear")
+                for size in self._sizes(height, width)
+            ]
+        except Misfit as misfit:
+            return {"mistake": misfit.sentence}
+        except Damaged as damaged:
+            path = self._data.image_path(place)
+            return {"mistake": f"{path} cannot be evaluated ({damaged}); repair or remove it"}
+        return {
+            "place": place,
+            "views": [torch.from_numpy(view.copy()) for view in views],
+            "labels": torch.from_numpy(labels),
+        }
+
+    def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        if self._task.view == "whole":
+            return [self._size]
+        side = min(self._size)
+        return [fitted_size(height, width, side=side, ratio=ratio) for ratio in self._task.scales]
+
+    def of(self, ranks: Ranks, *, workers: int) -> Iterator[tuple[int, list[Tensor], Tensor]]:
+        """This process's part: the place, the views and the labels of one picture after another."""
+        places = range(ranks.rank, len(self._data), ranks.world_size)
+        for fields in DataLoader(self, sampler=places, batch_size=None, num_workers=workers):
+            if "mistake" in fields:
+                raise InputError(fields["mistake"])
+            yield fields["place"], fields["views"], fields["labels"]
+
+
+def _picture(
+    data: MaskedFolder, place: int, labels: Tensor, answer: Tensor, num_classes: int
+) -> np.ndarray:
+    """A picture, its classes and the answer side by side: (3, H, 3 W) uint8."""
+    image, _ = data.read(place, num_classes)
+    height, width = labels.shape
+    pixels = resize_window(
+        image, Window(0, 0, height, width), (height, width), interpolation="bilinear"
+    )
+    classes = (paint(part.cpu().numpy(), num_classes) for part in (labels, answer))
+    return np.concatenate([pixels, *classes], axis=2)

@@ -1,0 +1,210 @@
+"""What a segmenter is trained on, as parts of a recipe; nothing here imports torch.
+
+The crops are those of mmsegmentation's UperNet recipes, with which masked encoders are compared on
+ADE20K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from frugal.common.contracts import DataConfig
+from frugal.common.data.decoding import Window, resize_window
+from frugal.common.data.samples import Fields
+from frugal.common.errors import InputError
+from frugal.milan.masked_folder import IGNORED, PADDING
+
+if TYPE_CHECKING:
+    from frugal.common.contracts import Stream
+    from frugal.common.recipe import Recipe
+    from frugal.common.run import Run
+
+_LONGEST = 4
+"""Longest side over shortest beyond which the longest decides how far a picture is resized."""
+
+
+def fitted_size(height: int, width: int, *, side: int, ratio: float = 1.0) -> tuple[int, int]:
+    """(height, width) of a picture that fits ``4 side`` times ``side`` pixels, times a ratio.
+
+    At a side of 512 the 2048 times 512 of the published recipes, as they round it.
+    """
+    longest, shortest = int(_LONGEST * side * ratio), int(side * ratio)
+    scale = min(longest / max(height, width), shortest / min(height, width))
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
+class Cut(NamedTuple):
+    """A rectangle of a resized picture."""
+
+    resized: tuple[int, int]
+    """(height, width) of the whole picture."""
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def labels(self, labels: np.ndarray) -> np.ndarray:
+        """(height, width): the nearest of the (H, W) labels of the picture as it was."""
+        rows, columns = (
+            _nearest(old, new, start, count)
+            for old, new, start, count in zip(
+                labels.shape, self.resized, self[1:3], self[3:], strict=True
+            )
+        )
+        return labels[rows[:, None], columns]
+
+    def pixels(self, image: Image.Image, *, reduced: bool) -> np.ndarray:
+        """(3, height, width) uint8: the picture resized, and cut; ``Damaged`` if it cannot be."""
+        down, across = image.height / self.resized[0], image.width / self.resized[1]
+        window = Window(
+            self.top * down, self.left * across, self.height * down, self.width * across
+        )
+        return resize_window(
+            image,
+            window,
+            (self.height, self.width),
+            interpolation="bilinear",
+            reduced=reduced,
+            isolated=False,
+        )
+
+
+def _nearest(old: int, new: int, start: int, count: int) -> np.ndarray:
+    """The rows, of ``old``, nearest to ``count`` rows from ``start`` on, of ``new``."""
+    return (2 * np.arange(start, start + count) + 1) * old // (2 * new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledCrop:
+    """A rectangle of the picture at a random scale, perhaps mirrored.
+
+    The picture is resized to fit 4 times 1 sides of the result, times the scale; a rectangle of the
+    result's size is cut out of it, or less where it is smaller: the rest is padding.
+    """
+
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Least and largest size of the picture over that at which its shorter side is the result's."""
+    largest_share: float = 0.75
+    """Rectangles are drawn again while one class has more of the labelled pixels than this."""
+    tries: int = 10
+    """How often at most; then the last one stays."""
+    flip: float = 0.5
+    """Probability of mirroring left and right."""
+    reduced_decoding: bool = True
+    """Decode JPEG at a reduced scale where the picture is shrunk that much anyway."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise InputError(
+                f"data.augmentation.scale is {self.scale}; give the least and the largest factor, "
+                "both positive"
+            )
+        if not 0 < self.largest_share <= 1:
+            raise InputError(
+                f"data.augmentation.largest_share is {self.largest_share}, must lie above 0 and be "
+                "at most 1"
+            )
+        if self.tries < 0:
+            raise InputError(
+                f"data.augmentation.tries is {self.tries}, must be at least 0, which takes the "
+                "first rectangle"
+            )
+        if not 0 <= self.flip <= 1:
+            raise InputError(f"data.augmentation.flip is {self.flip}, must be a probability")
+
+    def draw(
+        self, labels: np.ndarray, *, size: tuple[int, int], generator: np.random.Generator
+    ) -> tuple[Cut, bool]:
+        """What is cut out of a picture of (H, W) labels, and whether it is mirrored."""
+        # always as many draws, so that none depends on how often a rectangle was drawn
+        draws = generator.random(2 + 2 * (self.tries + 1)).tolist()
+        low, high = self.scale
+        height, width = labels.shape
+        ratio = low + (high - low) * draws[0]
+        resized = fitted_size(height, width, side=min(size), ratio=ratio)
+        extent = min(size[0], resized[0]), min(size[1], resized[1])
+        for down, across in zip(draws[2::2], draws[3::2], strict=True):
+            top = int(down * (resized[0] - extent[0] + 1))
+            left = int(across * (resized[1] - extent[1] + 1))
+            cut = Cut(resized, top, left, *extent)
+            if self._is_varied(cut.labels(labels)):
+                break
+        return cut, draws[1] < self.flip
+
+    def _is_varied(self, labels: np.ndarray) -> bool:
+        known = labels[labels != IGNORED]
+        return len(known) > 0 and np.bincount(known).max() <= self.largest_share * len(known)
+
+    def apply(
+        self,
+        image: Image.Image,
+        labels: np.ndarray,
+        *,
+        size: tuple[int, int],
+        generator: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What is trained on.
+
+        Returns:
+            (3, height, width) uint8 and (height, width) uint8 labels, ``PADDING`` beyond the
+            picture.
+
+        Raises:
+            Damaged: if the picture cannot be decoded.
+        """
+        cut, mirrored = self.draw(labels, size=size, generator=generator)
+        inside = np.s_[..., : cut.height, : cut.width]
+        pixels = np.zeros((3, *size), np.uint8)
+        cut_labels = np.full(size, PADDING, np.uint8)
+        step = -1 if mirrored else 1
+        pixels[inside] = cut.pixels(image, reduced=self.reduced_decoding)[..., ::step]
+        cut_labels[inside] = cut.labels(labels)[..., ::step]
+        return pixels, cut_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationData(DataConfig):
+    """Pictures with a class for every pixel, in the layout of ADE20K."""
+
+    train: tuple[str, ...]
+    """Folders that hold images/ and annotations/, or scenes folders with such pictures."""
+    split: str = "training"
+    """Name of the folders in images/ and annotations/ that are trained on."""
+    augmentation: ScaledCrop = field(default_factory=ScaledCrop)
+    image_extensions: tuple[str, ...] = Fields().image
+    """Of the pictures."""
+    max_damaged: float = 0.05
+    """Fraction of damaged samples at which the run stops."""
+    workers: int = 4
+    """Loader processes per process of the run; 0 loads in the process itself."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise InputError(f"data.workers is {self.workers}, must be at least 0")
+        if not 0 <= self.max_damaged <= 1:
+            raise InputError(f"data.max_damaged is {self.max_damaged}, must lie between 0 and 1")
+        if not self.image_extensions:
+            raise InputError("data.image_extensions is empty; name at least one, e.g. jpg")
+
+    def build(
+        self,
+        recipe: Recipe,
+        run: Run,
+        *,
+        first_sample: int,
+        state: dict[str, Any],
+        objective: Any,
+    ) -> Stream:
+        """The micro-batches of this process from ``first_sample`` on.
+
+        Raises:
+            InputError: if there is no data, or it is not what a segmenter is trained on.
+        """
+        from frugal.milan.segmentation_stream import build_stream
+
+        del state, objective  # the number of a sample says it all
+        return build_stream(self, recipe, run, first_sample=first_sample)
