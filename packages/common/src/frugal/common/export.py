@@ -6,9 +6,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -16,10 +16,21 @@ from frugal.common.commands import run_politely
 from frugal.common.errors import InputError
 
 if TYPE_CHECKING:
-    from frugal.common.interop.trained import Misfit, TrainedModel
+    from frugal.common.checkpoint.store import Checkpoint
+    from frugal.common.interop.trained import Misfit, TrainedModel, TrainedRun, TrainedTower
+    from frugal.common.recipe import Recipe
 
 LARGEST_DIFFERENCE = 1e-4
-"""Of unit vectors in float32, between this library and the one that reads what was written."""
+"""In float32, between this library and the one that reads what was written: of unit vectors, or of
+what an image tower says, over the largest number of it."""
+LIBRARIES = {
+    "frugal": "frugal",
+    "open_clip": "open_clip",
+    "huggingface": "transformers",
+    "huggingface_mae": "transformers",
+    "timm": "timm",
+}
+"""What models leave for, as its users call it, by the name on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,72 +39,134 @@ class Options:
 
     checkpoint: Path
     """A run directory, or one of its checkpoints."""
-    to: Literal["frugal", "open_clip", "huggingface"]
+    to: Literal["frugal", "open_clip", "huggingface", "huggingface_mae", "timm"]
     """frugal: a run directory with nothing but weights. open_clip: a folder for its local-dir
-    names. huggingface: a folder for transformers' CLIPModel."""
+    names. huggingface: a folder for transformers' CLIPModel, or of an image tower alone for its
+    ViTModel. huggingface_mae: for its ViTMAEForPreTraining. timm: the image tower for timm's
+    local-dir names."""
     out: Path
     """Folder that is written; it must not exist, or be empty."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One library that models leave for."""
+    """One way for a trained model to leave."""
 
-    library: str
-    """As its users call it."""
     usage: str
     """How to load FOLDER, in Markdown."""
-    misfit: Callable[[TrainedModel], Misfit | None]
-    """The first option of a model that the library has no place for."""
-    write: Callable[[TrainedModel, Path], None]
+    misfit: Callable[[], Misfit | None]
+    """The first option of the model that the library has no place for."""
+    write: Callable[[Path], None]
     """Fills an empty folder."""
-    difference: Callable[[TrainedModel, Path], float]
+    difference: Callable[[Path], float]
     """The largest one between what the library reads out of the folder and the model."""
+    is_whole: bool = True
+    """A text tower is not left behind."""
 
 
-def targets() -> dict[str, Target]:
-    """Every library that models leave for, by the name on the command line."""
-    from frugal.common.interop import open_clip_folder, run_directory, transformers_folder
+def targets(trained: TrainedRun) -> dict[str, Target]:
+    """Every way for this kind of model to leave, by the name on the command line."""
+    from frugal.common.interop import run_directory
+    from frugal.common.interop.trained import TrainedModel, TrainedTower
 
+    has_text = isinstance(trained, TrainedModel)
+    own = Target(
+        usage=run_directory.USAGE if has_text else run_directory.USAGE_OF_A_TOWER,
+        misfit=lambda: None,
+        write=lambda folder: run_directory.write(trained, folder),
+        difference=lambda folder: _difference_of_weights(trained, folder),
+    )
+    if isinstance(trained, TrainedModel):
+        return {"frugal": own} | _targets_of_two_towers(trained)
+    assert isinstance(trained, TrainedTower)
+    return {"frugal": own} | _targets_of_a_tower(trained)
+
+
+def _targets_of_two_towers(trained: TrainedModel) -> dict[str, Target]:
+    from frugal.common.interop import open_clip_folder, transformers_folder
+
+    image = trained.image
     return {
-        "frugal": Target(
-            library="frugal",
-            usage=run_directory.USAGE,
-            misfit=run_directory.misfit,
-            write=run_directory.write,
-            difference=_difference_of_weights,
-        ),
         "open_clip": Target(
-            library="open_clip",
             usage=open_clip_folder.USAGE,
-            misfit=open_clip_folder.misfit,
-            write=open_clip_folder.write,
-            difference=lambda trained, out: trained.difference(open_clip_folder.embed, out),
+            misfit=lambda: open_clip_folder.misfit(trained),
+            write=lambda folder: open_clip_folder.write(trained, folder),
+            difference=lambda folder: trained.difference(open_clip_folder.embed, folder),
         ),
         "huggingface": Target(
-            library="transformers",
             usage=transformers_folder.USAGE,
-            misfit=transformers_folder.misfit,
-            write=transformers_folder.write,
-            difference=lambda trained, out: trained.difference(transformers_folder.embed, out),
+            misfit=lambda: transformers_folder.misfit(trained),
+            write=lambda folder: transformers_folder.write(trained, folder),
+            difference=lambda folder: trained.difference(transformers_folder.embed, folder),
         ),
+        "timm": replace(_timm(image), is_whole=False),
     }
 
 
-def _difference_of_weights(trained: TrainedModel, folder: Path) -> float:
+def _targets_of_a_tower(trained: TrainedTower) -> dict[str, Target]:
+    from frugal.common.interop import vit_folder, vit_mae_folder
+
+    return {
+        "huggingface": Target(
+            usage=vit_folder.USAGE if trained.head is None else vit_folder.CLASSIFIER_USAGE,
+            misfit=lambda: vit_folder.misfit(trained),
+            write=lambda folder: vit_folder.write(trained, folder),
+            difference=lambda folder: trained.difference(vit_folder.see, folder),
+        ),
+        "huggingface_mae": Target(
+            usage=vit_mae_folder.USAGE,
+            misfit=lambda: vit_mae_folder.misfit(trained),
+            write=lambda folder: vit_mae_folder.write(trained, folder),
+            difference=lambda folder: vit_mae_folder.difference(trained, folder),
+        ),
+        "timm": _timm(trained),
+    }
+
+
+def _timm(tower: TrainedTower) -> Target:
+    from frugal.common.interop import timm_folder
+
+    return Target(
+        usage=timm_folder.USAGE,
+        misfit=lambda: timm_folder.misfit(tower),
+        write=lambda folder: timm_folder.write(tower, folder),
+        difference=lambda folder: tower.difference(timm_folder.see, folder),
+    )
+
+
+def _difference_of_weights(trained: TrainedRun, folder: Path) -> float:
     """Equal weights give equal embeddings."""
-    written = load(folder).model.state_dict()
-    same = all(tensor.equal(written[name]) for name, tensor in trained.model.state_dict().items())
+    from frugal.common.checkpoint.store import find_checkpoint
+    from frugal.common.checkpoint.warm_start import load_weights
+
+    left, right = load_weights(trained.checkpoint), load_weights(find_checkpoint(folder))
+    same = left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
     return 0.0 if same else float("inf")
 
 
-def load(path: Path) -> TrainedModel:
+def load(path: Path) -> TrainedRun:
     """The model of a run directory or checkpoint with everything that is needed to use it.
 
     Raises:
-        InputError: if there is no whole checkpoint, or it is not of two towers.
+        InputError: if there is no whole checkpoint, or its model has no image tower.
     """
     from frugal.common.checkpoint.store import find_checkpoint
+    from frugal.common.models.config import DualEncoderConfig, ImageTower
+    from frugal.common.recipe import load_recipe
+
+    checkpoint = find_checkpoint(path)
+    recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
+    if isinstance(recipe.model, DualEncoderConfig):
+        return _load_two_towers(path, checkpoint)
+    if not isinstance(getattr(recipe.model, "image", None), ImageTower):
+        raise InputError(
+            f"{path} holds a {type(recipe.model).__name__}; only models with an image tower of "
+            "this library can be exported"
+        )
+    return _load_tower(path, checkpoint, recipe)
+
+
+def _load_two_towers(path: Path, checkpoint: Checkpoint) -> TrainedModel:
     from frugal.common.evaluate import load_trained
     from frugal.common.interop.model_card import measured
     from frugal.common.interop.trained import TrainedModel
@@ -101,17 +174,42 @@ def load(path: Path) -> TrainedModel:
 
     trained = load_trained(path, device="cpu")
     folder = trained.run.dir
-    if not isinstance(trained.model, DualEncoder):
-        raise InputError(
-            f"{path} holds a {type(trained.model).__name__}; only models of an image and a text "
-            "tower can be exported"
-        )
+    assert isinstance(trained.model, DualEncoder)
     return TrainedModel(
         model=trained.model,
         recipe=trained.recipe,
-        checkpoint=find_checkpoint(path),
+        checkpoint=checkpoint,
         folder=folder,
         numbers=measured(folder, step=trained.step),
+    )
+
+
+def _load_tower(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> TrainedTower:
+    """An image tower; its teacher or decoder, if it has any, need not be there."""
+    from frugal.common.checkpoint.warm_start import load_weights
+    from frugal.common.evaluate import load_trained
+    from frugal.common.interop.model_card import measured
+    from frugal.common.interop.trained import TrainedTower, affine
+
+    folder = checkpoint.folder.parent.parent
+    weights = {n.removeprefix("model."): t for n, t in load_weights(checkpoint).items()}
+    state = {n.removeprefix("image."): t for n, t in weights.items() if n.startswith("image.")}
+    for leaf in ("weight", "bias"):  # a classifier has the norm of what it pools beside the tower
+        if (name := f"fc_norm.{leaf}") in weights:
+            state[f"norm.{leaf}"] = weights[name]
+    head = scores = None
+    if any(name.startswith("head.") for name in weights):
+        model: Any = load_trained(path, device="cpu").model
+        head, scores = affine(model.head, recipe.model.image.width), model
+    return TrainedTower(
+        recipe=recipe,
+        checkpoint=checkpoint,
+        folder=folder,
+        numbers=measured(folder, step=checkpoint.step),
+        tower=replace(recipe.model.image, drop_path=0.0),
+        state=state,
+        head=head,
+        scores=scores,
     )
 
 
@@ -130,11 +228,11 @@ def export(options: Options) -> float:
     trained = load(options.checkpoint)
     _refuse_misfit(trained, options)
     aside = out.with_name(f".{out.name}.writing")
-    target = targets()[options.to]
+    target = targets(trained)[options.to]
     try:
         with _writing(out):
-            _write(trained, target, aside, out.name)
-        difference = _verify(trained, target, aside)
+            _write(trained, target, LIBRARIES[options.to], aside, out.name)
+        difference = _verify(target, LIBRARIES[options.to], aside)
         with _writing(out):
             aside.rename(out)
     finally:
@@ -162,38 +260,51 @@ def _refuse_taken(out: Path) -> None:
         raise InputError(f"{out} {what}, and nothing is overwritten; choose another --out")
 
 
-def _refuse_misfit(trained: TrainedModel, options: Options) -> None:
-    misfit = targets()[options.to].misfit(trained)
+def _refuse_misfit(trained: TrainedRun, options: Options) -> None:
+    ways = targets(trained)
+    misfit = _misfit(trained, options.to)
     if misfit is None:
         return
-    others = [name for name, target in targets().items() if target.misfit(trained) is None]
+    others = [name for name, way in ways.items() if way.is_whole and way.misfit() is None]
     raise InputError(
-        f"{targets()[options.to].library} cannot express {misfit.option}: {misfit.reason}; export "
+        f"{LIBRARIES[options.to]} cannot express {misfit.option}: {misfit.reason}; export "
         f"{options.checkpoint} with --to {' or '.join(others)} instead"
     )
 
 
-def _write(trained: TrainedModel, target: Target, folder: Path, name: str) -> None:
+def _misfit(trained: TrainedRun, to: str) -> Misfit | None:
+    from frugal.common.interop.trained import Misfit, TrainedModel
+
+    if to in (ways := targets(trained)):
+        return ways[to].misfit()
+    lacking = "no decoder" if isinstance(trained, TrainedModel) else "no text tower"
+    return Misfit(f"model={type(trained.recipe.model).__name__}", f"it has {lacking}")
+
+
+def _write(trained: TrainedRun, target: Target, library: str, folder: Path, name: str) -> None:
     """Everything into a new folder that will have this name."""
     from frugal.common.interop.model_card import model_card
+    from frugal.common.interop.trained import TrainedModel
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    target.write(trained, folder)
+    target.write(folder)
     shutil.copyfile(trained.folder / "recipe.json", folder / "recipe.json")
     usage = target.usage.replace("FOLDER", name)
     card = folder / "README.md"
-    card.write_text(model_card(trained, library=target.library, usage=usage))
+    if isinstance(trained, TrainedModel) and not target.is_whole:
+        trained = trained.image
+    card.write_text(model_card(trained, library=library, usage=usage))
     for weights in folder.rglob("*.safetensors"):
         weights.chmod(card.stat().st_mode)  # safetensors writes for its owner alone
 
 
-def _verify(trained: TrainedModel, target: Target, folder: Path) -> float:
+def _verify(target: Target, library: str, folder: Path) -> float:
     """The largest difference after reading a folder back."""
-    difference = target.difference(trained, folder)
+    difference = target.difference(folder)
     if difference > LARGEST_DIFFERENCE:
         raise InputError(
-            f"what {target.library} reads out of the written folder differs by {difference:.1e} "
+            f"what {library} reads out of the written folder differs by {difference:.1e} "
             f"from the model, where {LARGEST_DIFFERENCE:.0e} is rounding, so that it was removed: "
             "the weights are not finite, or this version of the library is not supported"
         )
@@ -204,7 +315,7 @@ def _command() -> None:
     options = tyro.cli(Options, prog="python -m frugal.common.export")
     difference = export(options)
     sys.stdout.write(
-        f"wrote {options.out}; what {targets()[options.to].library} reads out of it differs by at "
+        f"wrote {options.out}; what {LIBRARIES[options.to]} reads out of it differs by at "
         f"most {difference:.1e}\n"
     )
 

@@ -130,7 +130,7 @@ def _recipe_of(published: Published, options: Options) -> Recipe:
 
 
 def _fitting(published: Published) -> str:
-    """The first recipe that has this model and reconstructs numbers as many; else ``vit-b16``.
+    """The first recipe that has this model and reconstructs numbers as many, or B/16's.
 
     A patch of 16 has as many pixels as a teacher of ViT-B without projection has features; the
     plain decoder is MAE's then, and the prompting one MILAN's.
@@ -142,7 +142,7 @@ def _fitting(published: Published) -> str:
         wants_pixels = isinstance(recipe.objective, ReconstructPixels)
         if recipe.model == published.model and wants_pixels == pixels:
             return name
-    return "vit-b16"
+    return "mae-b16-1600ep" if pixels else "vit-b16"
 
 
 def _steps(recipe: Recipe, epochs: int) -> int:

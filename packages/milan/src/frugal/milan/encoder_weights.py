@@ -122,13 +122,17 @@ def read_encoder(
     if not path.exists():
         path = _fetched(str(source))
     if path.is_dir():
-        if any((path / name).exists() for name in ("recipe.json", "checkpoints", "state.json")):
+        exported = (path / "config.json").is_file()  # such a folder may say how it was trained
+        own = ("checkpoints", "state.json") if exported else ("recipe.json", "state.json")
+        if any((path / name).exists() for name in own) or path.name == "checkpoints":
             _refuse(source, activation, heads)
             return _own_run(path)
         if (path / "open_clip_config.json").is_file():
             _refuse(source, activation, heads)
             return _open_clip_folder(path)
-        if (path / "config.json").is_file():
+        if exported and "architecture" in _json(path / "config.json"):  # timm's
+            return read_encoder(_weights_in(path), activation=activation, heads=heads)
+        if exported:
             _refuse(source, activation, heads)
             return _transformers_folder(path)
         raise InputError(

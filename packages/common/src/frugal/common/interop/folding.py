@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from frugal.common.models.config import DualEncoderConfig
+from frugal.common.models.config import DualEncoderConfig, ImageTower
 from frugal.common.models.positions import image_table
 from frugal.common.models.weight_names import State
 
@@ -20,14 +20,26 @@ def fold_patch_bias(
     Returns:
         State and config of the same function with ``patch_bias`` off and learned positions.
     """
-    tower, state = config.image, dict(state)
+    prefix = "image."
+    image = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    image, tower = fold_patch_bias_of_tower(image, config.image)
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    folded = rest | {f"{prefix}{name}": tensor for name, tensor in image.items()}
+    return folded, replace(config, image=tower)
+
+
+def fold_patch_bias_of_tower(
+    state: Mapping[str, Tensor], tower: ImageTower
+) -> tuple[State, ImageTower]:
+    """:func:`fold_patch_bias` for the state of an ``ImageTransformer``."""
+    state = dict(state)
     if not tower.patch_bias:
-        return state, config
+        return state, tower
     fixed = tower.positions != "learned"
-    table = (image_table(tower) if fixed else state["image.pos_embed"]).clone()
-    table[:, -tower.num_patches :] += state.pop("image.patch_embed.bias")
-    state["image.pos_embed"] = table
-    return state, replace(config, image=replace(tower, patch_bias=False, positions="learned"))
+    table = (image_table(tower) if fixed else state["pos_embed"]).clone()
+    table[:, -tower.num_patches :] += state.pop("patch_embed.bias")
+    state["pos_embed"] = table
+    return state, replace(tower, patch_bias=False, positions="learned")
 
 
 def fold_layer_scale(
@@ -38,6 +50,15 @@ def fold_layer_scale(
     Returns:
         State and config of the same function without ``layer_scale``.
     """
+    return fold_layer_scales(state), replace(
+        config,
+        image=replace(config.image, layer_scale=None),
+        text=replace(config.text, layer_scale=None),
+    )
+
+
+def fold_layer_scales(state: Mapping[str, Tensor]) -> State:
+    """:func:`fold_layer_scale` for the state of any towers."""
     state = dict(state)
     for name in [name for name in state if name.endswith(".gamma")]:
         block, scale, _ = name.rsplit(".", 2)
@@ -45,8 +66,4 @@ def fold_layer_scale(
         gamma = state.pop(name)
         state[f"{projection}.weight"] = gamma[:, None] * state[f"{projection}.weight"]
         state[f"{projection}.bias"] = gamma * state[f"{projection}.bias"]
-    return state, replace(
-        config,
-        image=replace(config.image, layer_scale=None),
-        text=replace(config.text, layer_scale=None),
-    )
+    return state

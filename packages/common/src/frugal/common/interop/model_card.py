@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.interop.trained import TrainedModel
+from frugal.common.interop.trained import TrainedModel, TrainedRun
 from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.recipe import to_json
 
 
-def model_card(trained: TrainedModel, *, library: str, usage: str) -> str:
+def model_card(trained: TrainedRun, *, library: str, usage: str) -> str:
     """Markdown with the front matter of the Hugging Face hub."""
-    recipe, config = trained.recipe, trained.config
-    height, width = config.image.height_width
+    recipe = trained.recipe
     samples = trained.checkpoint.step * recipe.batch_size
     average = recipe.engine.ema_decay
     training = {
@@ -28,23 +27,17 @@ def model_card(trained: TrainedModel, *, library: str, usage: str) -> str:
         "schedule": _words(recipe.schedule),
         "weights": "of the last step" if average is None else f"moving average, decay {average}",
     }
+    if recipe.reduction.text is None:
+        del training["text tokens"]
+    front, what = _kind(trained)
     parts = [
-        f"---\nlibrary_name: {library}\npipeline_tag: zero-shot-image-classification\n"
-        "tags:\n- clip\n- frugal\n---",
+        f"---\nlibrary_name: {library}\n{front}\n- frugal\n---",
         f"# {trained.folder.resolve().name}",
-        "A dual encoder of images and captions, trained with Frugal.",
+        what,
         "## Use",
         usage.rstrip(),
         "## Model",
-        _table(
-            {
-                "images": f"{height}x{width} pixels in patches of {config.image.patch_size}",
-                "image tower": _shape(config.image),
-                "captions": f"{config.text.length} tokens of {config.text.vocabulary:,}",
-                "text tower": _shape(config.text),
-                "shared space": f"{config.embed_dim} dimensions",
-            }
-        ),
+        _table(_model(trained)),
         "## Training",
         _table(training),
         "`recipe.json` holds every setting.",
@@ -53,13 +46,48 @@ def model_card(trained: TrainedModel, *, library: str, usage: str) -> str:
     ]
     if not trained.numbers:
         parts.append("Not measured in this run.")
-    usual = CenterCrop(interpolation=trained.interpolation)
+    share = 1.0 if library == "open_clip" else trained.crop.share
+    usual = CenterCrop(interpolation=trained.interpolation, share=share)
     if trained.crop != usual and library != "frugal":
         parts.append(
             f"These numbers are of images prepared by `{_words(trained.crop)}`. The preprocessing "
             f"in this folder comes as near as {library} has it, `{_words(usual)}`."
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _kind(trained: TrainedRun) -> tuple[str, str]:
+    """Task and tags for the front matter, and a sentence."""
+    if isinstance(trained, TrainedModel):
+        return (
+            "pipeline_tag: zero-shot-image-classification\ntags:\n- clip",
+            "A dual encoder of images and captions, trained with Frugal.",
+        )
+    classes = getattr(trained.recipe.model, "num_classes", None)
+    task = "image-feature-extraction" if classes is None else "image-classification"
+    return (
+        f"pipeline_tag: {task}\ntags:\n- vit",
+        "An image encoder, trained with Frugal."
+        if classes is None
+        else f"An image encoder with a head for {classes:,} classes, trained with Frugal.",
+    )
+
+
+def _model(trained: TrainedRun) -> dict[str, str]:
+    """The shape of the towers."""
+    config: Any = trained.recipe.model
+    height, width = config.image.height_width
+    rows = {
+        "images": f"{height}x{width} pixels in patches of {config.image.patch_size}",
+        "image tower": _shape(config.image),
+    }
+    if isinstance(trained, TrainedModel):
+        rows |= {
+            "captions": f"{config.text.length} tokens of {config.text.vocabulary:,}",
+            "text tower": _shape(config.text),
+            "shared space": f"{config.embed_dim} dimensions",
+        }
+    return rows
 
 
 def _shape(tower: ImageTower | TextTower) -> str:

@@ -15,7 +15,7 @@ from frugal.common.checkpoint.warm_start import load_weights
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.errors import InputError
-from frugal.common.interop.trained import Misfit, TrainedModel
+from frugal.common.interop.trained import TrainedRun
 from frugal.common.recipe import Recipe, to_json
 
 USAGE = """\
@@ -24,15 +24,14 @@ USAGE = """\
 
 A recipe starts from these weights with `--run.start-from FOLDER`.
 """
+USAGE_OF_A_TOWER = """\
+    python -m frugal.common.export --checkpoint FOLDER --to timm --out ...
+
+A recipe starts from these weights with `--run.start-from FOLDER`.
+"""
 
 
-def misfit(trained: TrainedModel) -> Misfit | None:
-    """Nothing: what this library trains it can express."""
-    del trained
-    return None
-
-
-def write(trained: TrainedModel, folder: Path) -> None:
+def write(trained: TrainedRun, folder: Path) -> None:
     """One checkpoint with the weights (or their moving average), tokenizer and numbers."""
     weights = load_weights(trained.checkpoint)
     save_weights(folder / "checkpoints", weights, step=trained.checkpoint.step)

@@ -1,23 +1,26 @@
-"""A trained dual encoder on its way into another library."""
+"""What was trained, on its way into another library: two towers, or an image tower alone."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from frugal.common.checkpoint.store import Checkpoint
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder
-from frugal.common.models.config import DualEncoderConfig
+from frugal.common.models.config import DualEncoderConfig, ImageTower
 from frugal.common.models.dual_encoder import DualEncoder
+from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.weight_names import State
 from frugal.common.recipe import Recipe
 
 _CAPTIONS = [
@@ -50,18 +53,133 @@ class Misfit(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """Two trained towers and everything that is needed to use them."""
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A checkpoint and what is known of the run it is from."""
 
-    model: DualEncoder
-    """On the CPU in float32, in evaluation mode."""
     recipe: Recipe
     checkpoint: Checkpoint
     folder: Path
     """The run directory."""
     numbers: dict[str, dict[str, Any]]
     """What this checkpoint was measured at, by task."""
+
+    @property
+    def crop(self) -> CenterCrop:
+        """Which part of an image the first evaluation of the recipe shows the model."""
+        crops = (getattr(task, "crop", None) for task in self.recipe.evaluation)
+        return next((crop for crop in crops if isinstance(crop, CenterCrop)), CenterCrop())
+
+    @property
+    def interpolation(self) -> Literal["bicubic", "bilinear"]:
+        """That of :attr:`crop`, as libraries that shrink with anti-aliasing have it."""
+        return "bilinear" if self.crop.interpolation == "bilinear" else "bicubic"
+
+
+class Seen(NamedTuple):
+    """What an image tower makes of some pictures."""
+
+    said: Tensor | None
+    """(B, C) what its head says, or, where there is none, (B, D) what it pools."""
+    tokens: Tensor | None = None
+    """(B, [1 +] N, D) after the last norm; before it, where that acts on the pooled vector."""
+
+
+See = Callable[[Path, Tensor], Seen]
+"""What a library makes of (B, 3, H, W) uint8 pictures with a written folder, without gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTower(TrainedRun):
+    """A trained image tower, perhaps with a linear layer on what it pools."""
+
+    tower: ImageTower
+    state: State
+    """Of an ``ImageTransformer`` without projection; without ``norm.*`` where it has no last
+    norm."""
+    head: tuple[Tensor, Tensor] | None = None
+    """(C, D) and (C,): weight and bias of the linear layer."""
+    scores: Callable[[Tensor], Tensor] | None = None
+    """The model that has that layer: (B, 3, H, W) uint8 pictures to (B, C)."""
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether there is a norm behind the last block."""
+        return "norm.weight" in self.state
+
+    def build(self) -> ImageTransformer:
+        """The tower, on the CPU, in evaluation mode.
+
+        Raises:
+            InputError: if its weights are not those of one tower.
+        """
+        transformer = ImageTransformer(self.tower)
+        if not self.has_norm:
+            transformer.norm = nn.Identity()  # type: ignore[assignment]
+        try:
+            transformer.load_state_dict(self.state)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise InputError(f"{self.folder} does not hold one whole tower: {reason}") from None
+        return transformer.eval()
+
+    @torch.no_grad()
+    def difference(self, see: See, folder: Path) -> float:
+        """How far what another library sees is from ours, for noise.
+
+        Returns:
+            The largest difference over the largest number, where that is above 1; infinite if one
+            is not finite.
+        """
+        pictures = noise_pictures(self.tower)
+        ours, theirs = self._see(pictures), see(folder, pictures)
+        worst = 0.0
+        for mine, other in zip(ours, theirs, strict=True):
+            if other is None:
+                continue
+            assert mine is not None
+            if mine.shape != other.shape or not (mine - other).isfinite().all():
+                return float("inf")
+            scale = max(1.0, float(mine.abs().max()))
+            worst = max(worst, float((mine - other).abs().max()) / scale)
+        return worst
+
+    def _see(self, pictures: Tensor) -> Seen:
+        transformer = self.build()
+        said = transformer.forward_pooled if self.scores is None else self.scores
+        return Seen(said(pictures), transformer.forward_tokens(pictures))
+
+
+def noise_pictures(tower: ImageTower) -> Tensor:
+    """(4, 3, H, W) uint8, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 3, *tower.height_width)
+    return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def affine(layer: nn.Module, inputs: int) -> tuple[Tensor, Tensor]:
+    """Weight (C, D) and bias (C,) of what is linear, such as a batch norm before a linear layer.
+
+    Args:
+        layer: in evaluation mode.
+        inputs: D.
+    """
+    if isinstance(layer, nn.Linear):
+        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        return layer.weight.detach(), bias.detach()
+    exact = copy.deepcopy(layer).double()
+    bias = exact(torch.zeros(1, inputs, dtype=torch.float64))  # (1, C)
+    weight = exact(torch.eye(inputs, dtype=torch.float64)) - bias  # (D, C)
+    return weight.T.float().contiguous(), bias[0].float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel(TrainedRun):
+    """Two trained towers and everything that is needed to use them."""
+
+    model: DualEncoder
+    """On the CPU in float32, in evaluation mode."""
 
     @property
     def config(self) -> DualEncoderConfig:
@@ -92,15 +210,20 @@ class TrainedModel:
         return end is not None and end not in self.tokenizer.prefix
 
     @property
-    def crop(self) -> CenterCrop:
-        """Which part of an image the first evaluation of the recipe shows the model."""
-        crops = (getattr(task, "crop", None) for task in self.recipe.evaluation)
-        return next((crop for crop in crops if isinstance(crop, CenterCrop)), CenterCrop())
-
-    @property
-    def interpolation(self) -> Literal["bicubic", "bilinear"]:
-        """That of :attr:`crop`, as libraries that shrink with anti-aliasing have it."""
-        return "bilinear" if self.crop.interpolation == "bilinear" else "bicubic"
+    def image(self) -> TrainedTower:
+        """The image tower alone; the projection is its linear layer."""
+        tower, state = self.model.image, self.model.image.state_dict()
+        projection = state.pop("projection.weight")
+        return TrainedTower(
+            recipe=self.recipe,
+            checkpoint=self.checkpoint,
+            folder=self.folder,
+            numbers=self.numbers,
+            tower=replace(self.config.image, drop_path=0.0),
+            state=state,
+            head=(projection, projection.new_zeros(len(projection))),
+            scores=tower,
+        )
 
     def difference(self, embed: Embed, folder: Path) -> float:
         """How far another library's embeddings are from ours, for noise and a few captions.
@@ -108,9 +231,7 @@ class TrainedModel:
         Returns:
             The largest difference of a number; infinite if one is not finite.
         """
-        generator = torch.Generator().manual_seed(0)
-        shape = (4, 3, *self.config.image.height_width)
-        pictures = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        pictures = noise_pictures(self.config.image)
         with torch.no_grad():
             ours, theirs = self._embed(pictures), embed(folder, pictures, _CAPTIONS)
         worst = 0.0

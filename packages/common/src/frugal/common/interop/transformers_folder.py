@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal.common.interop.folding import fold_layer_scale, fold_patch_bias
-from frugal.common.interop.trained import Embedded, Misfit, TrainedModel
+from frugal.common.interop.trained import Embedded, Misfit, TrainedModel, TrainedRun
 from frugal.common.interop.transformers_tokenizer import as_transformers, save
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
 from frugal.common.models.weight_names import to_transformers_clip
@@ -26,7 +26,7 @@ processor = CLIPProcessor.from_pretrained("FOLDER")
 Its crop lies one pixel beside that of the numbers below where the margin is an odd number of
 pixels: transformers rounds half a pixel down.
 """
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 _RESAMPLING = {"bilinear": 2, "bicubic": 3}
 """Pillow's numbers."""
 _ARGMAX = 2
@@ -93,7 +93,7 @@ def _transformer(tower: ImageTower | TextTower, config: DualEncoderConfig) -> di
         "num_hidden_layers": tower.depth,
         "num_attention_heads": tower.heads,
         "intermediate_size": tower.mlp_width,
-        "hidden_act": _ACTIVATIONS[tower.activation],
+        "hidden_act": ACTIVATIONS[tower.activation],
         "layer_norm_eps": tower.norm_epsilon,
         "projection_dim": config.embed_dim,
     }
@@ -101,7 +101,7 @@ def _transformer(tower: ImageTower | TextTower, config: DualEncoderConfig) -> di
 
 def write(trained: TrainedModel, folder: Path) -> None:
     """Weights, configuration, and a processor with its tokenizer."""
-    from transformers import CLIPImageProcessor, CLIPProcessor
+    from transformers import CLIPProcessor
 
     state, config = fold_patch_bias(trained.model.state_dict(), trained.config)
     state, config = fold_layer_scale(state, config)
@@ -113,16 +113,23 @@ def write(trained: TrainedModel, folder: Path) -> None:
     if trained.tokenizer.prefix:
         ids["bos_token_id"] = trained.tokenizer.prefix[0]
     model_config(config, **ids).save_pretrained(folder)
-    side = config.image.height_width[0]
-    pixels = CLIPImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        resample=_RESAMPLING[trained.interpolation],
-        image_mean=config.image.mean,
-        image_std=config.image.std,
-    )
+    pixels = image_processor(trained, config.image)
     CLIPProcessor(image_processor=pixels, tokenizer=theirs).save_pretrained(folder)
     save(theirs, folder)
+
+
+def image_processor(trained: TrainedRun, tower: ImageTower) -> Any:
+    """What brings pictures to the size of a tower and normalises them, as in evaluations."""
+    from transformers import CLIPImageProcessor
+
+    height, width = tower.height_width
+    return CLIPImageProcessor(
+        size={"shortest_edge": int(min(height, width) / trained.crop.share + 1e-9)},
+        crop_size={"height": height, "width": width},
+        resample=_RESAMPLING[trained.interpolation],
+        image_mean=tower.mean,
+        image_std=tower.std,
+    )
 
 
 def embed(folder: Path, pictures: Tensor, captions: list[str]) -> Embedded:

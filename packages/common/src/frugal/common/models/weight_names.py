@@ -318,9 +318,8 @@ def to_transformers_clip(state: Mapping[str, Tensor], config: DualEncoderConfig)
 _VIT_MAE_NAMES = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
 
 
-def _vit_mae_rules(*, published: bool) -> list[Rule]:
+def _vit_mae_blocks(ours: str, theirs: str, *, published: bool) -> list[Rule]:
     """Names of checkpoints as published (transformers 4), or of modules in transformers 5."""
-    mine, other = "blocks.{i}.", "encoder.layer.{i}." if published else "layers.{i}."
     names = dict(_VIT_MAE_NAMES)
     if published:
         apart = ("attention.query", "attention.key", "attention.value")
@@ -332,6 +331,14 @@ def _vit_mae_rules(*, published: bool) -> list[Rule]:
     else:
         apart = ("q_proj", "k_proj", "v_proj")
         names |= {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    return [
+        *_separate(f"{ours}attn.qkv", f"{theirs}attention.", apart),
+        *pairs(ours, theirs, names),
+    ]
+
+
+def _vit_mae_rules(*, published: bool) -> list[Rule]:
+    mine, other = "blocks.{i}.", "encoder.layer.{i}." if published else "layers.{i}."
     patch = "embeddings.patch_embeddings.projection"
     return [
         Rule("patch_embed.weight", f"{patch}.weight", "kernel"),
@@ -339,9 +346,17 @@ def _vit_mae_rules(*, published: bool) -> list[Rule]:
         Rule("cls_token", "embeddings.cls_token"),
         Rule("pos_embed", "embeddings.position_embeddings"),
         *pairs("", "", {"norm": "layernorm"}),
-        *_separate(f"{mine}attn.qkv", f"{other}attention.", apart),
-        *pairs(mine, other, names),
+        *_vit_mae_blocks(mine, other, published=published),
     ]
+
+
+VIT_MAE_DECODER = (
+    Rule("mask_token", "mask_token"),
+    Rule("pos_embed", "decoder_pos_embed"),
+    *pairs("", "decoder_", {"embed": "embed", "norm": "norm", "head": "pred"}),
+    *_vit_mae_blocks("blocks.{i}.", "decoder_layers.{i}.", published=True),
+)
+"""The decoder of MAE, as frugal.milan's plain one, in checkpoints of ``ViTMAEForPreTraining``."""
 
 
 def from_vit_mae(state: Mapping[str, Tensor], tower: ImageTower) -> State:
@@ -364,8 +379,15 @@ def from_vit_mae(state: Mapping[str, Tensor], tower: ImageTower) -> State:
     return _without_fixed_table(ours, "pos_embed", tower, source="the ViTMAE checkpoint")
 
 
-def to_vit_mae(state: Mapping[str, Tensor], tower: ImageTower) -> State:
-    """The state of our ``ImageTransformer`` for transformers' ``ViTMAEModel`` (version 5)."""
+def to_vit_mae(state: Mapping[str, Tensor], tower: ImageTower, *, published: bool = False) -> State:
+    """The state of our ``ImageTransformer`` for transformers' ``ViTMAEModel`` and ``ViTModel``.
+
+    Args:
+        state: its projection is left.
+        tower: its shape.
+        published: with the names of checkpoints, which every version reads; else with those of the
+            modules of version 5.
+    """
     encoder = {key: value for key, value in state.items() if key != "projection.weight"}
     encoder = _with_fixed_table(encoder, "pos_embed", tower)
-    return write_names(encoder, _vit_mae_rules(published=False), target="transformers' ViTMAE")
+    return write_names(encoder, _vit_mae_rules(published=published), target="transformers' ViT")
