@@ -45,15 +45,17 @@ def lasting(samples: int) -> tuple[str, str]:
 
 def train_small(module: str, recipe: str, data: Path, run: Path, words: Sequence[str]) -> Outcome:
     """Train a recipe in one process, or read what an earlier call left in ``run``."""
-    command = [
-        sys.executable, "-m", module, recipe, f"--data.train={data / 'train'}",
-        f"--evaluation.0.data={data}", "--run.log-every=20", "--run.save-every=100000",
-        f"--run.dir={run}", *words,
-    ]  # fmt: skip
+    given = [f"--data.train={data / 'train'}", f"--evaluation.0.data={data}"]
+    finish(module, recipe, run, [*given, "--run.log-every=20", "--run.save-every=100000", *words])
+    return outcome(run)
+
+
+def finish(module: str, recipe: str, run: Path, words: Sequence[str]) -> None:
+    """Start an entry script in one process; it continues, or finds nothing left to do."""
+    command = [sys.executable, "-m", module, recipe, f"--run.dir={run}", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return outcome(run)
 
 
 def outcome(run: Path) -> Outcome:

@@ -23,6 +23,11 @@ usage() {
     exit 2
 }
 if [ $# -lt 2 ] || [ "${1#-}" != "$1" ] || [ "${2#-}" != "$2" ]; then usage; fi
+if [ "${1%.*}" != "$1" ]; then
+    echo "error: $1 names one script, but both stages here are started by frugal.METHOD.train;" \
+        "start them one after the other with ${LAUNCHER:-deepspeed}.sh" >&2
+    exit 2
+fi
 method=$1 recipe=${2//_/-}
 shift 2
 

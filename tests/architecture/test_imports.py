@@ -77,17 +77,22 @@ def test_no_package_takes_the_namespace_for_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "module",
+    ("module", "names"),
     [
-        "frugal.flip.recipes",
-        "frugal.clipa.recipes",
-        "frugal.cluster_masking.recipes",
-        "frugal.common.scenes",
+        ("frugal.flip.recipes", ["RECIPES"]),
+        ("frugal.clipa.recipes", ["RECIPES"]),
+        ("frugal.cluster_masking.recipes", ["RECIPES"]),
+        ("frugal.milan.recipes", ["RECIPES"]),
+        ("frugal.milan.transfer_recipes", ["FINE_TUNING", "LINEAR_PROBING"]),
+        ("frugal.milan.segmentation_recipes", ["SEGMENTATION"]),
+        ("frugal.common.scenes", []),
     ],
 )
-def test_building_recipes_and_help_needs_no_torch(module: str) -> None:
+def test_building_recipes_and_help_needs_no_torch(module: str, names: list[str]) -> None:
     check = (
-        f"import sys, {module} as m; [make() for make in getattr(m, 'RECIPES', {{}}).values()];"
+        f"import sys, {module} as m;"
+        f"made = [make() for name in {names} for make in getattr(m, name).values()];"
+        f"assert made or not {names};"
         "heavy = {'torch', 'deepspeed', 'transformers', 'accelerate', 'open_clip', 'matplotlib'};"
         "sys.exit(' '.join(heavy & sys.modules.keys()) or 0)"
     )

@@ -109,7 +109,8 @@ def _load(
         # what the recipe names may lie on another machine, or on the hub
         saved = SavedTokenizer(folder=run.dir / "tokenizer")
         recipe = replace(recipe, data=replace(data, tokenizer=saved))
-    return Trained(recipe, run, objective.to(run.device).model.eval(), checkpoint.step)
+    objective = objective.to(run.device).eval()
+    return Trained(recipe, run, objective.model, checkpoint.step, objective)
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ class Trained:
     run: Run
     model: nn.Module
     step: int
+    objective: Any
+    """What trained the model, and holds it."""
 
 
 def evaluate(options: Options) -> None:
@@ -127,6 +130,7 @@ def evaluate(options: Options) -> None:
     import torch
 
     checkpoint, recipe = _find(options.checkpoint)
+    _refuse_without_text(options.checkpoint, recipe)
     tasks = chosen_tasks(options, recipe)
     for task in tasks:
         task.folder()
@@ -142,6 +146,19 @@ def evaluate(options: Options) -> None:
             _report(task, numbers, out, trained)
     if run.world_size > 1:
         torch.distributed.destroy_process_group()
+
+
+def _refuse_without_text(path: Path, recipe: Recipe) -> None:
+    """An image tower alone is measured by what is trained on top of it."""
+    if hasattr(recipe.model, "text"):
+        return
+    measured = "what it was measured at while it trained stands in its evaluation/, and "
+    raise InputError(
+        f"{path} trained a {type(recipe.model).__name__} without a text tower, which every task "
+        f"of this command needs; {measured if recipe.evaluation else ''}its encoder is measured "
+        f"by python -m frugal.milan.linear_probe or frugal.milan.finetune with --run.start-from "
+        f"{path}"
+    )
 
 
 def chosen_tasks(options: Options, recipe: Recipe) -> list[ImageEvaluation]:

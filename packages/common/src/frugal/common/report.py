@@ -24,6 +24,7 @@ from frugal.common.evaluation import sections
 from frugal.common.evaluation.page import PAGE, STYLE
 from frugal.common.evaluation.sections import Command
 from frugal.common.recipe import load_recipe
+from frugal.common.run import make_logger
 
 if TYPE_CHECKING:
     from frugal.common.evaluation.examples import Gathered
@@ -84,6 +85,7 @@ def write_report(
         body += [
             sections.section("What it sees while training", sections.masked(gathered.masked)),
             sections.section("How patches are chosen", sections.drawn(gathered.drawn)),
+            sections.section("What it makes of a batch", sections.drawn(gathered.batch)),
             sections.section("What it recognises", sections.classified(gathered.classified)),
             sections.section("Class by class", classes),
             sections.section(
@@ -160,7 +162,7 @@ def collect_numbers(stages: Mapping[str, Path]) -> dict[str, Any]:
     """What ``report.json`` holds: the last stage's evaluations, and how long all stages took.
 
     Raises:
-        InputError: if a stage has no checkpoint, or the last one no evaluation.
+        InputError: if a stage has no checkpoint, or the last one was to be evaluated and was not.
     """
     from frugal.common.checkpoint.store import find_checkpoint
 
@@ -168,7 +170,7 @@ def collect_numbers(stages: Mapping[str, Path]) -> dict[str, Any]:
     last = list(stages.values())[-1]
     numbers: dict[str, Any] = dict.fromkeys(REQUIRED)
     files = sorted((last / "evaluation").glob("*.json"))
-    if not files:
+    if not files and load_recipe(last / "recipe.json").evaluation:
         raise InputError(f"{last} was not evaluated yet; start its training again to finish it")
     for file in files:
         numbers |= json.loads(file.read_text())
@@ -188,13 +190,23 @@ def collect_numbers(stages: Mapping[str, Path]) -> dict[str, Any]:
 def gather_examples(stages: Mapping[str, Path], *, count: int) -> Gathered:
     """Pictures and answers of the last stage's model, masked as in the first stage.
 
+    Of a model that reads no captions, what its objective draws, or nothing where the teacher or
+    the training data is not there any more.
+
     Raises:
         InputError: if the checkpoint or the data of an evaluation cannot be used.
     """
     from frugal.common.evaluate import load_trained
-    from frugal.common.evaluation.examples import gather
+    from frugal.common.evaluation.examples import Gathered, draw_batch, gather
 
     first, last = next(iter(stages.values())), list(stages.values())[-1]
+    if not hasattr(load_recipe(last / "recipe.json").model, "text"):
+        try:
+            trained = load_trained(last)
+            return draw_batch(trained.objective, trained.recipe, trained.run)
+        except InputError as error:
+            make_logger(0).warning("the page shows no pictures: %s", error)
+            return Gathered()
     trained = load_trained(last)
     reduction = load_recipe(first / "recipe.json").reduction.image
     return gather(trained.model, trained.recipe, trained.run, reduction=reduction, count=count)
@@ -231,7 +243,8 @@ def report(options: Options) -> None:
         summary=f"Stages of the training: {', then '.join(stages)}." if len(stages) > 1 else "",
     )
     write = sys.stdout.write
-    shown = [name for name in (*REQUIRED, "compositional_mean") if name in numbers]
+    named = (*REQUIRED, "compositional_mean", "accuracy_top1", "segmentation_miou")
+    shown = [name for name in named if numbers.get(name) is not None]
     for name in shown:
         value = numbers[name]
         write(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture that a reduction draws of what it does."""
+    """A picture that a reduction or an objective draws of what it does."""
 
     picture: Picture
     """(3, H*, W*) uint8."""
-    reduction: str
-    """What the reduction is called."""
+    artist: str
+    """What the reduction or the objective is called."""
 
 
 def masked_examples(
@@ -269,6 +269,8 @@ class Gathered:
     masked: tuple[MaskedExample, ...] = ()
     drawn: Drawing | None = None
     """Of reductions that draw."""
+    batch: Drawing | None = None
+    """Of objectives that draw, where the model reads no captions."""
     classified: tuple[Example, ...] = ()
     retrieved: tuple[Example, ...] = ()
     contrasted: tuple[Example, ...] = ()
@@ -323,6 +325,30 @@ def gather(
         shown = next((p for p in map(parts.get, _BEST_TO_MASK) if p), ())
         parts |= _masked(shown, model, recipe, run, reduction or recipe.reduction.image)
     return Gathered(**parts)
+
+
+def draw_batch(objective: Any, recipe: Recipe, run: Run) -> Gathered:
+    """What an objective draws of the first samples that its run trained on.
+
+    Args:
+        objective: on the device of the run; one without ``draw`` draws nothing.
+        recipe: names the data.
+        run: where it runs.
+
+    Raises:
+        InputError: if the data cannot be read.
+    """
+    if not hasattr(objective, "draw"):
+        return Gathered()
+    data: Any = recipe.data
+    if hasattr(data, "workers"):
+        data = replace(data, workers=0)
+    engine = replace(recipe.engine, accumulate=1)
+    few = replace(recipe, batch_size=_DRAWN, engine=engine, data=data)
+    stream = few.data.build(few, run, first_sample=0, state={}, objective=objective)
+    with evaluating(objective):
+        picture = objective.draw(next(iter(stream)).to(run.device))
+    return Gathered(batch=Drawing(as_array(picture), type(objective).__name__))
 
 
 _BEST_TO_MASK = ("retrieved", "classified", "contrasted")

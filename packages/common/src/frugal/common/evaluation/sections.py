@@ -67,16 +67,8 @@ def _against_chance(options: Any, what: str) -> str:
 
 def headline(numbers: Mapping[str, Any]) -> str:
     """What a reader wants to know first, each against chance."""
-    classes = numbers.get("zero_shot_classes")
-    candidates = numbers["retrieval_candidates"]
     cards = []
-    for name, key, note in (
-        ("Zero-shot, top 1", "zero_shot_top1", _against_chance(classes, "classes")),
-        ("Never seen in training", "zero_shot_top1_held_out", _held_out_note(numbers)),
-        ("Text finds image", "image_retrieval_recall_at_1", _against_chance(candidates, "images")),
-        ("Image finds text", "text_retrieval_recall_at_1", _against_chance(candidates, "images")),
-    ):
-        share = numbers[key]
+    for name, share, note in _shares(numbers):
         cards.append(_card(name, _percent(share), note, share=share))
     seen, seconds, speed = (
         numbers[key] for key in ("samples_seen", "train_seconds", "samples_per_second")
@@ -98,6 +90,26 @@ def headline(numbers: Mapping[str, Any]) -> str:
         )
     )
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _shares(numbers: Mapping[str, Any]) -> list[tuple[str, float | None, str]]:
+    """(name, share, note) of what a model of images and captions, or else of images, is good at."""
+    classes = numbers.get("zero_shot_classes")
+    candidates = numbers["retrieval_candidates"]
+    found = [
+        ("Zero-shot, top 1", "zero_shot_top1", _against_chance(classes, "classes")),
+        ("Never seen in training", "zero_shot_top1_held_out", _held_out_note(numbers)),
+        ("Text finds image", "image_retrieval_recall_at_1", _against_chance(candidates, "images")),
+        ("Image finds text", "text_retrieval_recall_at_1", _against_chance(candidates, "images")),
+    ]
+    shares = [(name, numbers[key], note) for name, key, note in found]
+    others = [
+        (escape(key.removesuffix(ending).replace("_", " ").capitalize() + name), value, "")
+        for key, value in numbers.items()
+        for ending, name in (("_top1", ", top 1"), ("_miou", ", mean intersection over union"))
+        if key.endswith(ending) and value is not None
+    ]
+    return shares if any(share is not None for _, share, _ in shares) else others
 
 
 def _held_out_note(numbers: Mapping[str, Any]) -> str:
@@ -124,7 +136,9 @@ def duration(seconds: float | None) -> str:
 
 _CHARTS = (
     ("loss", "Loss", True, False),
-    ("accuracy", "Right partner found within the batch", True, True),
+    ("accuracy", "Right within the batch", True, True),
+    ("cosine_hidden", "Cosine of predicted and wanted features, hidden patches", True, True),
+    ("importance_seen", "Share of the teacher's attention on seen patches", True, True),
     ("learning_rate", "Learning rate", False, True),
     ("samples_per_second", "Samples per second", False, True),
 )
@@ -156,7 +170,7 @@ def curves(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             from_zero=from_zero,
             smoothed=smoothed,
         )
-        figures.append(f"<figure><figcaption>{title}</figcaption>{chart}</figure>")
+        figures.append(f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>")
     return f'<p class="legend">{legend}</p><div class="figures">{"".join(figures)}</div>'
 
 
@@ -225,11 +239,11 @@ def masked(examples: Sequence[MaskedExample]) -> str:
 
 
 def drawn(drawing: Drawing | None) -> str:
-    """The picture that a reduction draws of what it does."""
+    """The picture that a reduction or an objective draws of what it does."""
     if drawing is None:
         return ""
-    name = escape(drawing.reduction)
-    picture = _image(drawing.picture, f"what {drawing.reduction} draws of some images", exact=True)
+    name = escape(drawing.artist)
+    picture = _image(drawing.picture, f"what {drawing.artist} draws of some images", exact=True)
     return f'<p>Drawn by {name} itself.</p><div class="drawn">{picture}</div>'
 
 
