@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from frugal.common.data.labelled import LabelledImages
 from frugal.common.errors import InputError
-from frugal.common.evaluation.embed import evaluating, grouped
+from frugal.common.evaluation.embed import autocast, evaluating, grouped
 from frugal.common.evaluation.metrics import ranked_classes, top_k_accuracy
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.zero_shot import held_out_classes
@@ -34,7 +33,7 @@ def evaluate(
         )
     if not len(data):
         raise InputError(f"{folder} holds no image; check the folder of the evaluation")
-    with evaluating(model), _autocast(recipe, run):
+    with evaluating(model), autocast(recipe.engine.precision, run.device):
         labels, ranked, losses = _answers(task, data, model, run, classes=classes)
     asked = ~torch.isin(labels, torch.tensor(held_out_classes(folder, classes)))
     labels, ranked, losses = labels[asked], ranked[asked], losses[asked]
@@ -88,13 +87,3 @@ def _normalised(images: Tensor, model: Any) -> Tensor:
     tower = model.config.image
     mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (tower.mean, tower.std))
     return (images / 255 - mean) / std
-
-
-def _autocast(recipe: Recipe, run: Run) -> AbstractContextManager:
-    """The precision that the recipe trains in on CUDA; float32 elsewhere."""
-    from frugal.common.engine.backend import compute_dtype
-
-    dtype = compute_dtype(recipe.engine.precision, run.device)
-    if run.device.type != "cuda" or dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast("cuda", dtype=dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,9 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from frugal.common.contracts import Show
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import Window, resize_window
-from frugal.common.engine.backend import compute_dtype
 from frugal.common.errors import InputError
-from frugal.common.evaluation.embed import evaluating
+from frugal.common.evaluation.embed import autocast, evaluating
 from frugal.common.evaluation.pictures import example_places
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.recipe import Recipe
@@ -54,7 +52,7 @@ def evaluate(
     ranks = Ranks.current()
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
     delivered = torch.zeros(len(data), dtype=torch.int64, device=run.device)
-    with evaluating(model), _autocast(recipe, run):
+    with evaluating(model), autocast(recipe.engine.precision, run.device):
         for place, views, labels in pictures.of(ranks, workers=task.workers):
             answer = segment(model, task, views, labels.shape, device=run.device)  # (H, W)
             confusion += confusion_matrix(answer, labels.to(run.device), classes)
@@ -75,14 +73,6 @@ def evaluate(
         "classes": int((~quality.iou.isnan()).sum()),
     }
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
-
-
-def _autocast(recipe: Recipe, run: Run) -> AbstractContextManager:
-    """The precision that the recipe trains in on CUDA; float32 elsewhere."""
-    dtype = compute_dtype(recipe.engine.precision, run.device)
-    if run.device.type != "cuda" or dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast("cuda", dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -41,6 +41,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The precision that a recipe trains in, on CUDA; float32 elsewhere."""
+    if device.type != "cuda" or precision == "float32":
+        return nullcontext()
+    if precision == "float16":
+        return torch.autocast("cuda", dtype=torch.float16)
+    if precision == "auto" and not torch.cuda.is_bf16_supported():
+        return nullcontext()
+    return torch.autocast("cuda", dtype=torch.bfloat16)
+
+
 TEXTS_AT_ONCE = 256
 """Texts in one forward pass."""
 
@@ -165,15 +176,6 @@ class Embedder:
             shorten=_as_in_training(recipe, tokenizer) if reduces else None,
         )
 
-    def _autocast(self) -> AbstractContextManager:
-        if self.device.type != "cuda" or self.precision == "float32":
-            return nullcontext()
-        if self.precision == "float16":
-            return torch.autocast("cuda", dtype=torch.float16)
-        if self.precision == "auto" and not torch.cuda.is_bf16_supported():
-            return nullcontext()
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-
     @cached_property
     def width(self) -> int:
         """Length of an embedding; also known to a process that has nothing to embed."""
@@ -196,7 +198,7 @@ class Embedder:
         return F.normalize(embeddings.mean(0), dim=-1)  # (B, E)
 
     def _see(self, images: Tensor, *kept: Kept) -> Tensor:
-        with self._autocast():
+        with autocast(self.precision, self.device):
             features = self.model.encode_image(images, *kept)
         return F.normalize(features.float(), dim=-1)  # (B, E)
 
@@ -235,7 +237,7 @@ class Embedder:
         for row, ids in enumerate(texts):
             token_ids[row, : len(ids)] = torch.as_tensor(ids)
             lengths[row] = len(ids)
-        with self._autocast():
+        with autocast(self.precision, self.device):
             features = self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
         return F.normalize(features.float(), dim=-1)  # (B, E)
 
