@@ -203,8 +203,7 @@ def short_runs(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.mark.parametrize(
     ("launcher", "word"),
     [
-        (zero(0), ACCUMULATE), (zero(2), ACCUMULATE), (zero(3), ACCUMULATE),
-        (zero(2), CACHE), (zero(3), CACHE),
+        (zero(0), ACCUMULATE), (zero(2), ACCUMULATE), (zero(3), ACCUMULATE), (zero(3), CACHE),
     ],
     ids=lambda value: getattr(value, "name", value),
 )  # fmt: skip

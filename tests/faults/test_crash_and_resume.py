@@ -64,7 +64,6 @@ CHAIN = [
     zero(1),
     deepspeed(0),
     zero(2),
-    Launcher("four DDP processes", processes=4),
     ALONE,
 ]
 

@@ -103,12 +103,23 @@ def test_a_run_learns_says_what_it_sees_and_keeps_its_best(trained: Path) -> Non
     assert "evaluation/segmentation_miou" in board.Tags()["scalars"]
 
 
+GENTLY = "--optimiser.learning-rate=2e-5"
+"""At the demo's rate ten steps of Adam make differences of a percent out of rounding."""
+
+
+@pytest.fixture(scope="module")
+def gently_trained(words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("gently") / "run"
+    train(ALONE, run, *words, GENTLY, **SEGMENT)
+    return run
+
+
 @pytest.mark.parametrize("launcher", [DDP, zero(2)], ids=lambda launcher: launcher.name)
 def test_processes_agree_on_losses_weights_batch_norms_and_measures(
-    launcher: Launcher, trained: Path, words: tuple[str, ...], tmp_path: Path
+    launcher: Launcher, gently_trained: Path, words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    train(launcher, run, *words, **SEGMENT)
+    trained, run = gently_trained, tmp_path / "run"
+    train(launcher, run, *words, GENTLY, **SEGMENT)
     expected, found = losses(trained), losses(run)
     assert list(found) == list(range(1, 11)) == list(expected)
     for step, loss in expected.items():
@@ -117,7 +128,7 @@ def test_processes_agree_on_losses_weights_batch_norms_and_measures(
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         if name.startswith(("weight/", "buffer/")):
-            assert torch.allclose(tensor, right[name], rtol=1e-3, atol=3e-3), name
+            assert torch.allclose(tensor, right[name], rtol=1e-3, atol=3e-4), name
     for mine, theirs in zip(metrics(run), metrics(trained), strict=True):
         assert mine["damaged"] == theirs["damaged"]
         assert mine["pixel_accuracy"] == pytest.approx(theirs["pixel_accuracy"], abs=2e-3)
