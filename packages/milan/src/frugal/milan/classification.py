@@ -7,13 +7,13 @@ A.2 and A.3).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from frugal.common.contracts import EvaluationTask, Show
+from frugal.common.contracts import Show
 from frugal.common.data.config import ImageData
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.models.config import ImageTower
 from frugal.common.randomness import stable_key
 from frugal.common.recipe import Recipe
@@ -167,7 +167,7 @@ class LinearProbe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accuracy(EvaluationTask):
+class Accuracy(FolderEvaluation):
     """How often a classifier is right, on images with classes that it was not trained on.
 
     Reads class-per-folder images, clip_benchmark's webdataset layout, or a scenes folder, of which
@@ -176,41 +176,17 @@ class Accuracy(EvaluationTask):
 
     name: str = "accuracy"
     """First part of the name of every number."""
-    data: Path | None = None
-    """Folder of the images; without it this evaluation is skipped."""
     crop: CenterCrop = field(default_factory=lambda: CenterCrop(share=0.875))
     """Which part of an image the model sees."""
     batch_size: int = 64
     """Images read at a time; the model takes 64 at a time whatever this is."""
-    workers: int = 0
-    """Processes that decode images, per process of the run; 0 decodes in the process itself."""
+
+    _part: ClassVar[str] = "zero_shot"
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
-            raise InputError(
-                f"the name of an evaluation is {self.name!r}; choose letters, digits and "
-                "underscores, because its numbers are named after it"
-            )
+        super().__post_init__()
         if self.batch_size < 1:
             raise InputError(f"Accuracy.batch_size is {self.batch_size}, must be at least 1")
-        if self.workers < 0:
-            raise InputError(f"Accuracy.workers is {self.workers}, must not be negative")
-
-    def folder(self) -> Path | None:
-        """Where the images are read from.
-
-        Raises:
-            InputError: if data is given and missing.
-        """
-        if self.data is None:
-            return None
-        if not self.data.exists():
-            raise InputError(
-                f"the data of the evaluation {self.name!r} is not there: {self.data} does not "
-                "exist; check the path, or leave it out to skip this evaluation"
-            )
-        inside = self.data / "zero_shot"
-        return inside if inside.is_dir() else self.data
 
     def evaluate(
         self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
@@ -226,8 +202,7 @@ class Accuracy(EvaluationTask):
         del show
         folder = self.folder()
         if folder is None:
-            run.log.info("the evaluation %s is skipped: it was given no data", self.name)
-            return {}
+            return self._skip(run)
         from frugal.milan.accuracy import evaluate
 
         return evaluate(self, folder, model, recipe, run)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from frugal.common.contracts import EvaluationTask, Show
+from frugal.common.contracts import Show
 from frugal.common.data.samples import Fields
 from frugal.common.errors import InputError
+from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.models.config import ImageTower
 from frugal.common.randomness import stable_key
 from frugal.common.recipe import Recipe, WarmupCosine
@@ -176,7 +177,7 @@ class Segmentation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanIoU(EvaluationTask):
+class MeanIoU(FolderEvaluation):
     """How well the pixels of every class are found: intersection over union, averaged.
 
     Reads pictures and masks in ADE20K's layout, or a scenes folder with such pictures.
@@ -186,8 +187,6 @@ class MeanIoU(EvaluationTask):
 
     name: str = "segmentation"
     """First part of the name of every number."""
-    data: Path | None = None
-    """Folder that holds images/ and annotations/; without it this evaluation is skipped."""
     split: str = "validation"
     """Name of the folders in images/ and annotations/ that are measured on."""
     view: Literal["sliding", "whole"] = "sliding"
@@ -206,15 +205,11 @@ class MeanIoU(EvaluationTask):
     """Windows that the model takes at a time."""
     image_extensions: tuple[str, ...] = Fields().image
     """Of the pictures."""
-    workers: int = 0
-    """Processes that decode pictures, per process of the run; 0 decodes in the process itself."""
+
+    _part: ClassVar[str] = "segmentation"
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
-            raise InputError(
-                f"the name of an evaluation is {self.name!r}; choose letters, digits and "
-                "underscores, because its numbers are named after it"
-            )
+        super().__post_init__()
         if not 0 < self.stride <= 1:
             raise InputError(f"MeanIoU.stride is {self.stride}, must lie above 0 and be at most 1")
         if not self.scales or min(self.scales) <= 0:
@@ -225,8 +220,6 @@ class MeanIoU(EvaluationTask):
             )
         if self.windows < 1:
             raise InputError(f"MeanIoU.windows is {self.windows}, must be at least 1")
-        if self.workers < 0:
-            raise InputError(f"MeanIoU.workers is {self.workers}, must not be negative")
 
     def folder(self) -> Path | None:
         """Where the pictures are read from.
@@ -235,15 +228,10 @@ class MeanIoU(EvaluationTask):
             InputError: if data is given and missing, laid out in another way, lacks masks, or has
                 masks of other pictures.
         """
-        if self.data is None:
-            return None
-        if not self.data.exists():
-            raise InputError(
-                f"the data of the evaluation {self.name!r} is not there: {self.data} does not "
-                "exist; check the path, or leave it out to skip this evaluation"
-            )
-        open_masked_folder(self.data, self.split, self.image_extensions).look(MOST_CLASSES)
-        return self.data
+        folder = super().folder()
+        if folder is not None:
+            open_masked_folder(folder, self.split, self.image_extensions).look(MOST_CLASSES)
+        return folder
 
     def evaluate(
         self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
@@ -260,8 +248,7 @@ class MeanIoU(EvaluationTask):
         """
         folder = self.folder()
         if folder is None:
-            run.log.info("the evaluation %s is skipped: it was given no data", self.name)
-            return {}
+            return self._skip(run)
         from frugal.milan.mean_iou import evaluate
 
         return evaluate(self, folder, model, recipe, run, show)

@@ -16,24 +16,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEvaluation(EvaluationTask):
-    """What evaluations of images have in common."""
+class FolderEvaluation(EvaluationTask):
+    """What evaluations on the data of a folder have in common."""
 
     name: str
     data: Path | None = None
     """Folder of the data; without it this evaluation is skipped."""
-    crop: CenterCrop = field(default_factory=CenterCrop)
-    """Which part of an image the model sees, at the size its image tower takes."""
-    published_crop: CenterCrop | None = None
-    """The crop that the method's published numbers were measured with; the evaluate command takes
-    it instead of crop when it is told --published."""
-    mask_ratio: float = 0.0
-    """Fraction of the patches that the image tower does not see, drawn anew for every image."""
-    views: int = 1
-    """Masked views of every image, whose unit embeddings are averaged. As many as fit see
-    different patches: 2 at a mask ratio of 0.5, 4 at 0.75."""
-    batch_size: int = 64
-    """Images read at a time; the model takes 64 at a time whatever this is."""
     workers: int = 0
     """Processes that decode images, per process of the run; 0 decodes in the process itself."""
 
@@ -41,27 +29,15 @@ class ImageEvaluation(EvaluationTask):
     """Sub-folder of a scenes folder."""
 
     def __post_init__(self) -> None:
-        kind = type(self).__name__
         if not self.name.isidentifier():
             raise InputError(
                 f"the name of an evaluation is {self.name!r}; choose letters, digits and "
                 "underscores, because its numbers are named after it"
             )
-        if not 0 <= self.mask_ratio < 1:
-            raise InputError(
-                f"{kind}.mask_ratio is {self.mask_ratio}, must be at least 0 and less than 1"
-            )
-        if self.views < 1:
-            raise InputError(f"{kind}.views is {self.views}, must be at least 1")
-        if self.views > 1 and self.mask_ratio == 0:
-            raise InputError(
-                f"{kind}.views is {self.views}, but without a mask_ratio all views are the same; "
-                "give the fraction of the patches to leave out, such as 0.5"
-            )
-        if self.batch_size < 1:
-            raise InputError(f"{kind}.batch_size is {self.batch_size}, must be at least 1")
         if self.workers < 0:
-            raise InputError(f"{kind}.workers is {self.workers}, must not be negative")
+            raise InputError(
+                f"{type(self).__name__}.workers is {self.workers}, must not be negative"
+            )
 
     def folder(self) -> Path | None:
         """Where the images are read from: ``data``, or the part of a scenes folder meant for this.
@@ -84,6 +60,41 @@ class ImageEvaluation(EvaluationTask):
     def _skip(self, run: Run) -> dict[str, float | int]:
         run.log.info("the evaluation %s is skipped: it was given no data", self.name)
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEvaluation(FolderEvaluation):
+    """What evaluations of images and captions have in common."""
+
+    crop: CenterCrop = field(default_factory=CenterCrop)
+    """Which part of an image the model sees, at the size its image tower takes."""
+    published_crop: CenterCrop | None = None
+    """The crop that the method's published numbers were measured with; the evaluate command takes
+    it instead of crop when it is told --published."""
+    mask_ratio: float = 0.0
+    """Fraction of the patches that the image tower does not see, drawn anew for every image."""
+    views: int = 1
+    """Masked views of every image, whose unit embeddings are averaged. As many as fit see
+    different patches: 2 at a mask ratio of 0.5, 4 at 0.75."""
+    batch_size: int = 64
+    """Images read at a time; the model takes 64 at a time whatever this is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = type(self).__name__
+        if not 0 <= self.mask_ratio < 1:
+            raise InputError(
+                f"{kind}.mask_ratio is {self.mask_ratio}, must be at least 0 and less than 1"
+            )
+        if self.views < 1:
+            raise InputError(f"{kind}.views is {self.views}, must be at least 1")
+        if self.views > 1 and self.mask_ratio == 0:
+            raise InputError(
+                f"{kind}.views is {self.views}, but without a mask_ratio all views are the same; "
+                "give the fraction of the patches to leave out, such as 0.5"
+            )
+        if self.batch_size < 1:
+            raise InputError(f"{kind}.batch_size is {self.batch_size}, must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
