@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _MULTIPLIER_1 = -0x40A7B892E31B1A47  # splitmix64's 0xBF58476D1CE4E5B9 as a signed integer
@@ -105,6 +106,13 @@ def sample_generator(seed: int, purpose: str, sample_number: int) -> np.random.G
     """The generator of one sample for one purpose (crop, flip, choice of caption)."""
     key = stable_key(seed, purpose, sample_number) & 0xFFFFFFFFFFFFFFFF
     return np.random.Generator(np.random.Philox(key=key))
+
+
+def weight_generator(seed: int) -> torch.Generator:
+    """The generator that the weights of a run are drawn from before its first step."""
+    import torch
+
+    return torch.Generator().manual_seed(stable_key(seed, "weights") >> 1)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from frugal.common.data.decoding import Interpolation, Window, as_bytes, open_image, resize_window
-from frugal.common.data.transforms import RandomResizedCrop
+from frugal.common.data.transforms import RandomResizedCrop, check_crop
 from frugal.common.errors import InputError
 
 _POLICY = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3a|3aw))*")
@@ -128,18 +128,7 @@ class SingleDrawCrop:
     """Decode JPEG at a reduced scale where the crop is shrunk that much anyway."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise InputError(
-                f"data.augmentation.scale is {self.scale}; give the least and the largest share "
-                "of the area, between 0 and 1"
-            )
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise InputError(
-                f"data.augmentation.ratio is {self.ratio}; give the least and the largest width "
-                "over height"
-            )
-        if not 0 <= self.flip <= 1:
-            raise InputError(f"data.augmentation.flip is {self.flip}, must be a probability")
+        check_crop(self.scale, self.ratio, self.flip)
 
     def decode(
         self, encoded: bytes, *, size: tuple[int, int], generator: np.random.Generator

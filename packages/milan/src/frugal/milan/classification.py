@@ -15,7 +15,7 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.models.config import ImageTower
-from frugal.common.randomness import stable_key
+from frugal.common.randomness import weight_generator
 from frugal.common.recipe import Recipe
 from frugal.milan.mixing import Mixing, RandomErasing
 
@@ -93,10 +93,8 @@ def _check(recipe: Recipe) -> None:
 
 
 def _built(recipe: Recipe) -> VisionClassifier:
-    import torch
 
-    generator = torch.Generator().manual_seed(stable_key(recipe.run.seed, "weights") >> 1)
-    model: VisionClassifier = recipe.model.build(generator)
+    model: VisionClassifier = recipe.model.build(weight_generator(recipe.run.seed))
     model.image.blocks.checkpoint_activations = recipe.engine.checkpoint_activations
     if recipe.engine.compile:
         model.image.compile()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from frugal.common.contracts import Batch, ImageReduction
 from frugal.common.errors import InputError
 from frugal.common.objectives.gather import gather_values, place_in_world
-from frugal.common.randomness import SampleNoise, stable_key
+from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import PatchView
 from frugal.milan.decoders import Split
@@ -167,8 +167,7 @@ def reconstruct_pixels(config: ReconstructPixels, recipe: Recipe) -> Reconstruct
 
 
 def _reconstruction(target: Target, recipe: Recipe) -> Reconstruction:
-    generator = torch.Generator().manual_seed(stable_key(recipe.run.seed, "weights") >> 1)
-    model: Any = recipe.model.build(generator, outputs=target.outputs)
+    model: Any = recipe.model.build(weight_generator(recipe.run.seed), outputs=target.outputs)
     model.checkpoint_activations = recipe.engine.checkpoint_activations
     if recipe.engine.compile:
         model.image.compile()

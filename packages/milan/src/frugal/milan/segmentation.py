@@ -15,7 +15,7 @@ from frugal.common.data.samples import Fields
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.models.config import ImageTower
-from frugal.common.randomness import stable_key
+from frugal.common.randomness import weight_generator
 from frugal.common.recipe import Recipe, WarmupCosine
 from frugal.common.reduction.image import KeepAll
 from frugal.milan.masked_folder import MOST_CLASSES, open_masked_folder
@@ -164,12 +164,9 @@ class Segmentation:
 
     def build(self, recipe: Recipe) -> SegmentationObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
-        import torch
-
         from frugal.milan.segmenter import SegmentationObjective
 
-        generator = torch.Generator().manual_seed(stable_key(recipe.run.seed, "weights") >> 1)
-        model = recipe.model.build(generator)
+        model = recipe.model.build(weight_generator(recipe.run.seed))
         model.image.blocks.checkpoint_activations = recipe.engine.checkpoint_activations
         if recipe.engine.compile:
             model.image.compile()

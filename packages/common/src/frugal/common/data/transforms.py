@@ -93,6 +93,25 @@ def clamped_window(height: int, width: int, *, ratio: tuple[float, float]) -> Wi
     )
 
 
+def check_crop(scale: tuple[float, float], ratio: tuple[float, float], flip: float) -> None:
+    """Refuse what no random crop can do.
+
+    Raises:
+        InputError: naming the option, its value and what is allowed.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise InputError(
+            f"data.augmentation.scale is {scale}; give the least and the largest share of the "
+            "area, between 0 and 1"
+        )
+    if not 0 < ratio[0] <= ratio[1]:
+        raise InputError(
+            f"data.augmentation.ratio is {ratio}; give the least and the largest width over height"
+        )
+    if not 0 <= flip <= 1:
+        raise InputError(f"data.augmentation.flip is {flip}, must be a probability")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
     """A random rectangle of the image, resized and perhaps mirrored (FLIP, arXiv:2212.00794)."""
@@ -117,19 +136,7 @@ class RandomResizedCrop:
     kernels take every pixel."""
 
     def __post_init__(self) -> None:
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise InputError(
-                f"data.augmentation.scale is {self.scale}; give the least and the largest share "
-                "of the area, between 0 and 1"
-            )
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise InputError(
-                f"data.augmentation.ratio is {self.ratio}; give the least and the largest width "
-                "over height"
-            )
-        if not 0 <= self.flip <= 1:
-            raise InputError(f"data.augmentation.flip is {self.flip}, must be a probability")
+        check_crop(self.scale, self.ratio, self.flip)
         if self.tries < 1:
             raise InputError(f"data.augmentation.tries is {self.tries}, must be at least 1")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from frugal.common.data.colour import NO_CHANGE
 from frugal.common.errors import InputError
-from frugal.common.randomness import stable_key
+from frugal.common.randomness import weight_generator
 from frugal.common.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -61,12 +61,9 @@ class Contrastive:
 
     def build(self, recipe: Recipe) -> ContrastiveObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
-        import torch
-
         from frugal.common.objectives.contrastive import ContrastiveObjective
 
-        generator = torch.Generator().manual_seed(stable_key(recipe.run.seed, "weights") >> 1)
-        model = recipe.model.build(generator)
+        model = recipe.model.build(weight_generator(recipe.run.seed))
         model.checkpoint_activations = recipe.engine.checkpoint_activations
         if recipe.engine.compile:
             model.image.compile()
