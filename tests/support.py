@@ -18,6 +18,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from forks import Forked, fork
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 FLIP = "frugal.flip.train"
@@ -35,26 +37,40 @@ TINY = (
 
 @dataclass(frozen=True)
 class Launcher:
-    """A way in which users start a training script."""
+    """A way in which a training script is started."""
 
     name: str
     processes: int = 1
     deepspeed_stage: int | None = None
-    launched_by: Literal["torchrun", "deepspeed"] = "torchrun"
+    launched_by: Literal["fork", "python", "torchrun", "deepspeed"] = "fork"
+    """By a command as users type it; or by a fork per process, which costs no time."""
 
     def command(self, module: str) -> list[str]:
         """The words before the recipe."""
-        if self.launched_by == "deepspeed" and self.processes > 1:
+        if self.launched_by == "deepspeed":
             return [
                 str(BIN / "deepspeed"), "--num_accelerators", str(self.processes),
                 "--master_port", str(free_port()), "--module", module,
             ]  # fmt: skip
-        if self.processes > 1:
+        if self.launched_by == "torchrun":
             return [
                 str(BIN / "torchrun"), "--master_port", str(free_port()),
                 "--nproc_per_node", str(self.processes), "-m", module,
             ]  # fmt: skip
         return [sys.executable, "-m", module]
+
+    def environments(self) -> list[dict[str, str]]:
+        """Of every process that is forked: what torchrun tells its processes."""
+        if self.processes == 1:
+            return [environment()]
+        together = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(self.processes), "LOCAL_WORLD_SIZE": str(self.processes),
+        }  # fmt: skip
+        return [
+            environment() | together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for rank in range(self.processes)
+        ]
 
     def flags(self) -> list[str]:
         """The engine's flags."""
@@ -68,8 +84,12 @@ ALONE = Launcher("one process")
 DDP = Launcher("two DDP processes", processes=2)
 
 
+PYTHON = Launcher("one process under python", launched_by="python")
+TORCHRUN = Launcher("two DDP processes under torchrun", processes=2, launched_by="torchrun")
+
+
 def zero(stage: int, processes: int = 2) -> Launcher:
-    """Processes at a ZeRO stage, under torchrun, which starts in half the time of deepspeed's."""
+    """Processes at a ZeRO stage."""
     return Launcher(f"{processes} x ZeRO-{stage}", processes=processes, deepspeed_stage=stage)
 
 
@@ -93,20 +113,6 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{BIN}:{kept['PATH']}", "DS_ACCELERATOR": "cpu"}
 
 
-def flip_command(
-    launcher: Launcher,
-    run: Path,
-    *words: str,
-    recipe: str = "demo",
-    module: str = FLIP,
-    small: Sequence[str] = TINY,
-) -> list[str]:
-    """The words that train the tiny FLIP, or another method; later words win over earlier ones."""
-    return [
-        *launcher.command(module), recipe, *small, *launcher.flags(), f"--run.dir={run}", *words,
-    ]  # fmt: skip
-
-
 def train(
     launcher: Launcher,
     run: Path,
@@ -116,42 +122,64 @@ def train(
     module: str = FLIP,
     small: Sequence[str] = TINY,
 ) -> str:
-    """Train the tiny FLIP to its end, as a user would; what it wrote to standard error."""
-    command = flip_command(launcher, run, *words, recipe=recipe, module=module, small=small)
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=600
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == expect, f"exit code {result.returncode}\n{output[-6000:]}"
+    """Train the tiny FLIP, or another method, to its end; all that it wrote to the terminal.
+
+    Later words win over earlier ones.
+    """
+    process = start(launcher, run, *words, recipe=recipe, module=module, small=small)
+    code = process.wait(timeout=600)
+    output = log_of(run).read_text()
+    assert code == expect, f"exit code {code}\n{output[-6000:]}"
     return output
 
 
 def start(
-    launcher: Launcher, run: Path, *words: str, module: str = FLIP, small: Sequence[str] = TINY
-) -> subprocess.Popen[bytes]:
-    """Start training the tiny FLIP in a process group of its own."""
+    launcher: Launcher,
+    run: Path,
+    *words: str,
+    recipe: str = "demo",
+    module: str = FLIP,
+    small: Sequence[str] = TINY,
+) -> subprocess.Popen[bytes] | Forked:
+    """Start training, in a process group of its own."""
+    words = (recipe, *small, *launcher.flags(), f"--run.dir={run}", *words)
+    log = log_of(run)
+    log.unlink(missing_ok=True)
+    if launcher.launched_by == "fork":
+        return fork(module, words, log=log, cwd=ROOT, environments=launcher.environments())
     return subprocess.Popen(
-        flip_command(launcher, run, *words, module=module, small=small),
+        [*launcher.command(module), *words],
         cwd=ROOT,
         env=environment(),
         start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=(run.parent / f"{run.name}.log").open("wb"),
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
     )
 
 
-def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
+def log_of(run: Path) -> Path:
+    """Where a run that tests start writes what it says."""
+    return run.parent / f"{run.name}.log"
+
+
+def wait_for_step(process: subprocess.Popen[bytes] | Forked, run: Path, step: int) -> None:
     """Return once a step is logged."""
     deadline = time.monotonic() + 300
     while not any(line["step"] >= step for line in metrics(run)):
-        assert process.poll() is None, (run.parent / f"{run.name}.log").read_text()[-6000:]
+        assert process.poll() is None, log_of(run).read_text()[-6000:]
         assert time.monotonic() < deadline, "the step was never reached"
         time.sleep(0.005)
 
 
-def kill_at_step(process: subprocess.Popen[bytes], run: Path, step: int, number: int) -> None:
+def kill_at_step(
+    process: subprocess.Popen[bytes] | Forked, run: Path, step: int, number: int
+) -> None:
     """Send a signal to a run, all of its processes, once a step is logged; wait for its end."""
     wait_for_step(process, run, step)
+    if isinstance(process, Forked):
+        process.send_signal(number)
+        process.wait(timeout=120)
+        return
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in tree:
         with contextlib.suppress(psutil.NoSuchProcess):

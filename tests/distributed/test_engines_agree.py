@@ -7,7 +7,7 @@ import pytest
 
 from support import (
     ALONE,
-    DDP,
+    TORCHRUN,
     Launcher,
     deepspeed,
     largest_difference,
@@ -21,7 +21,7 @@ from support import (
 
 @pytest.mark.parametrize(
     "launcher",
-    [DDP, zero(0), deepspeed(1), zero(2), deepspeed(3), zero(2, processes=1)],
+    [TORCHRUN, zero(0), deepspeed(1), zero(2), deepspeed(3), zero(2, processes=1)],
     ids=lambda launcher: launcher.name,
 )
 def test_twenty_steps_agree(launcher: Launcher, alone: Path, scenes: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from support import (
     ALONE,
     BIN,
+    PYTHON,
     ROOT,
     Launcher,
     deepspeed,
@@ -167,7 +168,7 @@ def test_damaged_samples_are_counted_and_nothing_is_lost(scenes: Path, tmp_path:
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("launcher", [ALONE, deepspeed(2)], ids=lambda launcher: launcher.name)
+@pytest.mark.parametrize("launcher", [PYTHON, deepspeed(2)], ids=lambda launcher: launcher.name)
 def test_a_loss_that_stays_not_finite_ends_the_run_with_a_sentence(
     launcher: Launcher, scenes: Path, tmp_path: Path
 ) -> None:
@@ -247,16 +248,11 @@ def test_help_names_the_recipes_and_loads_nothing_heavy() -> None:
 def test_real_photos_are_learned_under_deepspeed(real_data: Path, tmp_path: Path) -> None:
     photos = real_data / "flickr8k" / "train"
     run = tmp_path / "run"
-    launcher = deepspeed(1)
-    command = [
-        *launcher.command("frugal.flip.train"), "demo", *launcher.flags(), f"--run.dir={run}",
-        f"--data.train={photos}", f"--evaluation.1.data={photos}",
+    train(
+        deepspeed(1), run, f"--data.train={photos}", f"--evaluation.1.data={photos}",
         "--schedule.samples=48000", "--schedule.warmup-samples=4000", "--run.save-every=1000",
-    ]  # fmt: skip
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=900
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+        small=(),
+    )  # fmt: skip
     numbers = json.loads((run / "evaluation" / "retrieval.json").read_text())
     assert numbers["retrieval_candidates"] == 1850
     chance = 10 / 1850
