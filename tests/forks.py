@@ -8,6 +8,7 @@ left behind) is tested with the launchers.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -90,15 +91,19 @@ def fork(
     log: Path,
     cwd: Path,
     environments: Sequence[dict[str, str]],
+    errors: Path | None = None,
 ) -> Forked:
-    """Run a module in one process per environment; all write to the same log."""
+    """Run a module in one process per environment; all write to the same log.
+
+    What they write to standard error goes to another file where one is given.
+    """
     pids, codes = [], []
     for rank, environment in enumerate(environments):
         code = log.with_name(f"{log.name}.{rank}.exit")
         code.unlink(missing_ok=True)
         request = {
             "module": module, "words": list(words), "log": str(log), "code": str(code),
-            "cwd": str(cwd), "environment": environment,
+            "errors": str(errors or log), "cwd": str(cwd), "environment": environment,
         }  # fmt: skip
         server = _server()
         assert server.stdin is not None and server.stdout is not None
@@ -154,14 +159,16 @@ def _serve() -> None:
 def _become(request: dict) -> NoReturn:
     """Turn this fork into the process that was asked for."""
     os.setsid()
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, target in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(descriptor, target)
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    files = ((os.devnull, os.O_RDONLY), (request["log"], append), (request["errors"], append))
+    for target, (name, mode) in enumerate(files):
+        os.dup2(os.open(name, mode), target)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     random.seed()
+    # libraries remark on what they leave behind when the interpreter has ended
+    atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
     sys.argv = [request["module"], *request["words"]]
     sys.path[0] = request["cwd"]
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,6 +156,21 @@ def start(
         stdout=log.open("wb"),
         stderr=subprocess.STDOUT,
     )
+
+
+def command(
+    module: str, *words: object, cwd: Path = ROOT, expect: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """What ``python -m`` does with a module and words; without the wait for its imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        given = [str(word) for word in words]
+        environments = [environment()]
+        process = fork(module, given, log=out, errors=errors, cwd=cwd, environments=environments)
+        code = process.wait(timeout=600)
+        done = subprocess.CompletedProcess(given, code, out.read_text(), errors.read_text())
+    assert code == expect, f"exit code {code}\n{done.stdout}{done.stderr[-6000:]}"
+    return done
 
 
 def log_of(run: Path) -> Path:

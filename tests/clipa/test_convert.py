@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +19,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluate import load_trained
 from frugal.common.models.positions import resample_length, resample_table, sincos_table
 from frugal.common.models.weight_names import to_open_clip
+from support import command
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NPZ = GOLDEN / "clipa" / "clipa_npz_params.npz"
@@ -137,20 +137,12 @@ def test_a_vocabulary_for_towers_with_clip_s_own_is_refused(tmp_path, vocab):
         converted(tmp_path / "run", tmp_path / "a.safetensors", heads=(4, 2), vocab=vocab)
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "frugal.clipa.convert", *words],
-        capture_output=True, text=True, env=os.environ, timeout=300,
-    )  # fmt: skip
-
-
 def test_the_command_converts_and_a_mistake_is_one_sentence(tmp_path, vocab):
-    done = command(str(NPZ), f"--out={tmp_path / 'run'}", "--image-size=32", f"--vocab={vocab}")
-    assert done.returncode == 0, done.stderr
+    words = ("frugal.clipa.convert", NPZ, f"--out={tmp_path / 'run'}")
+    command(*words, "--image-size=32", f"--vocab={vocab}")
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert recipe["model"]["image"]["norm_epsilon"] == 1e-6
-    refused = command(str(NPZ), f"--out={tmp_path / 'run'}")
-    assert refused.returncode == 2
+    refused = command(*words, expect=2)
     assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
     assert "choose another --out" in refused.stderr
 

@@ -5,8 +5,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.run import Run, make_logger
-from support import ALONE, ROOT, environment, train
+from support import ALONE, command, train
 
 RED = np.array((230, 30, 30))
 
@@ -79,9 +77,7 @@ def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page_of(run: Path) -> str:
-    command = [sys.executable, "-m", "frugal.common.report", str(run), "--examples", "10"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
-    assert result.returncode == 0, result.stderr[-4000:]
+    command("frugal.common.report", run, "--examples=10")
     return (run / "report.html").read_text()
 
 

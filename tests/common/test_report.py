@@ -7,8 +7,6 @@ import io
 import itertools
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -43,6 +41,7 @@ from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate
 from frugal.common.report import REQUIRED, collect_numbers, find_stages, read_metrics, write_report
 from frugal.common.run import Run, make_logger
+from support import command
 
 NUMBERS = {
     "zero_shot_top1": 0.8125,
@@ -433,10 +432,7 @@ def finished_run(folder: Path, recipe: Recipe, *, seconds: float) -> Path:
     return folder
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "frugal.common.report", *words], capture_output=True, text=True
-    )
+REPORT = "frugal.common.report"
 
 
 def test_the_command_reports_on_the_stages_of_a_run(scenes: Path, tmp_path: Path) -> None:
@@ -449,8 +445,7 @@ def test_the_command_reports_on_the_stages_of_a_run(scenes: Path, tmp_path: Path
     finished_run(tmp_path / "z_masked", masked, seconds=3.0)
     last = finished_run(tmp_path / "a_whole", whole, seconds=1.0)
     assert list(find_stages(tmp_path)) == ["z_masked", "a_whole"]
-    refused = command(str(tmp_path))
-    assert refused.returncode == 2
+    refused = command(REPORT, tmp_path, expect=2)
     assert "was not evaluated yet" in refused.stderr
     assert not (tmp_path / "report.html").exists()
 
@@ -466,8 +461,8 @@ def test_the_command_reports_on_the_stages_of_a_run(scenes: Path, tmp_path: Path
     }.items():
         content = {"step": 10, "samples": 640, **numbers}
         (last / "evaluation" / f"{name}.json").write_text(json.dumps(content))
-    result = command(str(tmp_path), "--examples", "4", "--next", "Watch: tensorboard --logdir runs")
-    assert result.returncode == 0, result.stderr
+    words = ("--examples", "4", "--next", "Watch: tensorboard --logdir runs")
+    result = command(REPORT, tmp_path, *words)
     assert "Watch:\n    tensorboard --logdir runs\n" in result.stdout
     assert "compositional_mean  0.75\n" in result.stdout
     saved = json.loads((tmp_path / "report.json").read_text())
@@ -507,7 +502,6 @@ def test_a_single_run_is_a_stage_of_its_own(scenes: Path, tmp_path: Path) -> Non
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no run"):
         find_stages(tmp_path)
-    result = command(str(tmp_path / "nowhere"))
-    assert result.returncode == 2
+    result = command(REPORT, tmp_path / "nowhere", expect=2)
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr

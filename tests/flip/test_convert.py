@@ -29,7 +29,7 @@ from frugal.flip.published_weights import (
     to_flax,
 )
 from frugal.flip.recipes import RECIPES
-from support import ROOT, environment
+from support import command, environment
 from t5x_writer import Style, array_extension, sides_of, write_checkpoint, zip_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flip"
@@ -40,15 +40,6 @@ HEADS = {"image_heads": 4, "text_heads": 2}
 VOCABULARY = ["[PAD]", "[UNK]", "red", "blue", "a", "circle", "square", "of", "and", "the",
               *"bcdefghij"]  # fmt: skip
 LOG = logging.getLogger("test_convert")
-
-
-def run_command(*words: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
 
 
 def embed(run: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,7 +62,7 @@ def vocabulary(tmp_path_factory) -> Path:
 def converted(tmp_path_factory, vocabulary: Path) -> Path:
     """The golden archive, converted as a user would."""
     out = tmp_path_factory.mktemp("converted") / "run"
-    run_command(
+    command(
         "frugal.flip.convert", str(ARCHIVE), f"--out={out}", "--image-heads=4", "--text-heads=2",
         f"--vocab={vocabulary}",
     )  # fmt: skip
@@ -133,11 +124,9 @@ def test_tuning_that_changes_nothing_and_an_export_leave_every_embedding_bit_for
         "--schedule.samples=48", "--schedule.warmup-samples=0", "--engine.precision=float32",
         "--run.log-every=1",
     ]  # fmt: skip
-    done = run_command(
-        *words, f"--run.dir={tmp_path / 'still'}", "--optimiser.learning-rate-per-256=0"
-    )
+    done = command(*words, f"--run.dir={tmp_path / 'still'}", "--optimiser.learning-rate-per-256=0")
     assert "started from step 2" in done.stderr
-    run_command(*words, f"--run.dir={tmp_path / 'tuned'}", "--optimiser.learning-rate-per-256=0.1")
+    command(*words, f"--run.dir={tmp_path / 'tuned'}", "--optimiser.learning-rate-per-256=0.1")
     model = load_recipe(converted / "recipe.json").model.build()
     model.load_state_dict(
         from_flax({n: torch.from_numpy(v) for n, v in PARAMS.items()}, model.config)
@@ -145,7 +134,7 @@ def test_tuning_that_changes_nothing_and_an_export_leave_every_embedding_bit_for
     images = EXPECTED["image_nhwc"].permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = (*model(images, EXPECTED["token_ids"].long()), model.logit_scale)
-    run_command(
+    command(
         "frugal.common.export", f"--checkpoint={tmp_path / 'still'}", "--to=frugal",
         f"--out={tmp_path / 'exported'}",
     )  # fmt: skip
@@ -155,7 +144,7 @@ def test_tuning_that_changes_nothing_and_an_export_leave_every_embedding_bit_for
 
 
 def test_converted_weights_are_evaluated(converted: Path, scenes: Path, tmp_path: Path):
-    run_command(
+    command(
         "frugal.common.evaluate", f"--checkpoint={converted}", f"--data={scenes}",
         f"--out={tmp_path}", "--workers=0",
     )  # fmt: skip
@@ -164,7 +153,7 @@ def test_converted_weights_are_evaluated(converted: Path, scenes: Path, tmp_path
 
 
 def test_a_converted_run_is_not_continued_but_started_from(converted: Path, scenes: Path):
-    done = run_command(
+    done = command(
         "frugal.flip.train", str(converted / "recipe.json"), "--data.workers=0", expect=2
     )
     assert done.stderr.strip().endswith("with --run.start-from and choose another --run.dir")
@@ -385,7 +374,7 @@ def test_a_damaged_chunk_ends_the_command_with_one_sentence(tmp_path: Path):
     folder = write_checkpoint(tmp_path / "checkpoint_2", PARAMS)
     chunk = folder / "target.txt_mlp1.kernel" / "0.0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
-    done = run_command(
+    done = command(
         "frugal.flip.convert", str(folder), f"--out={tmp_path / 'out'}", "--image-heads=4",
         "--text-heads=2", expect=2,
     )  # fmt: skip
@@ -402,12 +391,12 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, existed: bool):
     if existed:
         out.mkdir()
     # no file may grow beyond 16 KiB; the weights have 32
-    command = (
+    limited = (
         f"ulimit -f 16; exec {sys.executable} -m frugal.flip.convert {ARCHIVE} --out {out} "
         "--image-heads 4 --text-heads 2"
     )
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, env=environment(), timeout=300
+        ["bash", "-c", limited], capture_output=True, text=True, env=environment(), timeout=300
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "could not be written" in done.stderr
