@@ -81,7 +81,7 @@ def test_twenty_steps_and_the_threshold_agree(
 def tokens_of(recipe: Recipe, *, rank: int, world_size: int, steps: int) -> list[list[int]]:
     """Patches that every image of a process keeps, step by step."""
     run = Run(Path("unused"), rank, world_size, 0, torch.device("cpu"), logging.getLogger("test"))
-    stream = recipe.data.build(recipe, run, first_sample=0, state={}, objective=None)
+    stream = recipe.data.build(recipe, run, first_sample=0, state={}, engine=None)
     counts = []
     for batch, _ in zip(stream, range(steps), strict=False):
         view = PatchView.of(batch.images, recipe.model.image)

@@ -31,7 +31,7 @@ def stream(folder: Path, *, first_sample: int = 0, seed: int = 0, rank: int = 0,
     recipe = cases.recipe(folder=folder)
     recipe = replace(recipe, run=replace(recipe.run, seed=seed))
     run = replace(cases.HERE, rank=rank, world_size=world)
-    return recipe.data.build(recipe, run, first_sample=first_sample, state={}, objective=None)
+    return recipe.data.build(recipe, run, first_sample=first_sample, state={}, engine=None)
 
 
 def batches(folder: Path, count: int, **options) -> list:
@@ -361,7 +361,7 @@ def test_folders_are_mixed_and_scenes_are_found_in_theirs(tmp_path: Path) -> Non
     cases.write_folder(second / "segmentation", [(32, 48)] * 6)
     recipe = cases.recipe()
     recipe = replace(recipe, data=replace(recipe.data, train=(str(first), str(second))))
-    found = recipe.data.build(recipe, cases.HERE, first_sample=0, state={}, objective=None)
+    found = recipe.data.build(recipe, cases.HERE, first_sample=0, state={}, engine=None)
     batch = next(iter(found))
     assert found.epoch_samples == 12
     keys = [key for _, part in zip(range(3), found, strict=False) for key in part.keys]

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from frugal.common.commands import read_command_line
 from frugal.common.errors import InputError
+from frugal.common.interop.encoder_weights import read_encoder
 from frugal.common.train import train_recipe
-from frugal.milan.encoder_weights import read_encoder
 from frugal.milan.segmentation_recipes import SEGMENTATION
 from support import (
     ALONE,

@@ -169,7 +169,7 @@ def open_stream(vocabulary: WordPiece) -> Callable[..., Any]:
             run,  # type: ignore[arg-type]
             first_sample=first_sample,
             state=state or {},
-            objective=None,
+            engine=None,
         )
 
     return make

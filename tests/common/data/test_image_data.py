@@ -39,7 +39,7 @@ def open_images():
             rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"),
             log=logging.getLogger("frugal.test"),
         )  # fmt: skip
-        return data.build(recipe, run, first_sample=first_sample, state={}, objective=None)
+        return data.build(recipe, run, first_sample=first_sample, state={}, engine=None)
 
     return make
 

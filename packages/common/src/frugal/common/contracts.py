@@ -180,12 +180,19 @@ class Stream(Protocol):
         """What a checkpoint must keep beside the sample number (JSON); {} for indexed data."""
         ...
 
+    def scalars(self) -> dict[str, float]:
+        """What to log of the data beside the loss, alike on every process; usually nothing."""
+        ...
+
 
 class DataConfig(ABC):
     """The part of a recipe that builds the stream of training batches."""
 
     max_damaged: float
     """Fraction of damaged samples at which the run stops."""
+    shared_state: ClassVar[bool] = False
+    """Whether the state of a stream is that of all processes, so that it fits any number of them.
+    Otherwise a stream gets a state back only where there are as many as before."""
 
     @abstractmethod
     def build(
@@ -195,9 +202,17 @@ class DataConfig(ABC):
         *,
         first_sample: int,
         state: dict[str, Any],
-        objective: Any,
+        engine: Any,
     ) -> Stream:
-        """A stream that continues at ``first_sample``, a multiple of the global batch size."""
+        """A stream that continues at ``first_sample``, a multiple of the global batch size.
+
+        ``engine`` holds the model that is trained, for data that asks it; None where nothing is.
+        """
+
+    def report(self, run_dir: Path) -> list[tuple[str, str]]:
+        """Titles and HTML of what the report tells about the data of a run; usually nothing."""
+        del run_dir
+        return []
 
 
 Show = Callable[[str, Any], None]

@@ -7,17 +7,15 @@ is damaged, 2 if the command cannot be done as given.
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -30,6 +28,7 @@ from frugal.common.data.records import RecordReader
 from frugal.common.data.samples import Fields, RawSample, Reader
 from frugal.common.data.sources import build_index, find_files, needs_index, open_shard
 from frugal.common.data.tars import TarReader
+from frugal.common.data.writing import NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
 
 _PERCENTILES = (0, 5, 50, 95, 100)
@@ -213,90 +212,65 @@ def convert(
         samples_per_shard: samples in each tar but the last; at most 10,000.
         fields: where images and captions are in a sample.
     """
-    if not 1 <= samples_per_shard <= 10_000:
-        raise InputError(f"--samples-per-shard is {samples_per_shard}, must be 1 to 10,000")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already and not empty; choose another folder for --out")
+    new_folder(out, samples_per_shard=samples_per_shard)
     paths = _files(patterns)
     for path in paths:
         if needs_index(path) and find_index(path) is None:
             build_index(path)
-    out.mkdir(parents=True, exist_ok=True)
     damage: Counter[str] = Counter()
     samples = _undamaged(paths, fields, damage)
-    number = written = 0
-    while count := _write_shard(out / f"{number:05d}.tar", samples, samples_per_shard, number):
-        number, written = number + 1, written + count
+    written, number = write_tars(out, samples, samples_per_shard=samples_per_shard)
     left_out = ", ".join(f"{kind} {count:,}" for kind, count in sorted(damage.items()))
     _say(f"wrote {written:,} samples in {number:,} shards to {out}; left out: {left_out or 'none'}")
     return 1 if damage else 0
 
 
-def _undamaged(
-    paths: Sequence[Path], fields: Fields, damage: Counter[str]
-) -> Iterator[tuple[str, RawSample, str]]:
-    """Every sample with its key and the extension of its picture; counts those left out."""
+def _undamaged(paths: Sequence[Path], fields: Fields, damage: Counter[str]) -> Iterator[NewSample]:
+    """Every sample; counts those left out."""
     for path in paths:
         shard, _ = open_shard(path, fields)
         reader = shard.open(fields)
         for number in range(shard.num_samples):
             try:
-                raw = reader.read(number)
-                image = open_image(raw.image)
-                extension = _EXTENSIONS.get(image.format or "")
-                if extension is None:
-                    raw = RawSample(_as_png(decode_rgb(image)), raw.captions, raw.label)
+                sample = as_new_sample(reader.read(number), source=reader.key(number))
             except Damaged as damaged:
                 damage[damaged.kind] += 1
                 continue
-            yield reader.key(number), raw, extension or "png"
+            yield sample
         reader.close()
+
+
+def as_new_sample(raw: RawSample, *, source: str, **about: Any) -> NewSample:
+    """A sample as it is written: the first caption as text, all of them in its JSON.
+
+    Args:
+        raw: as it is stored; pictures of other formats than tars usually hold become PNG.
+        source: where it comes from.
+        about: what else its JSON tells.
+
+    Raises:
+        Damaged: if the picture cannot be read.
+    """
+    image = open_image(raw.image)
+    extension = _EXTENSIONS.get(image.format or "")
+    described: dict[str, Any] = {"source": source, **about}
+    if raw.captions:
+        described["caption"] = raw.captions[0]
+    if len(raw.captions) > 1:
+        described["captions"] = raw.captions
+    return NewSample(
+        image=raw.image if extension else _as_png(decode_rgb(image)),
+        extension=extension or "png",
+        about=described,
+        text=raw.captions[0] if raw.captions else None,
+        label=raw.label,
+    )
 
 
 def _as_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _write_shard(
-    path: Path, samples: Iterator[tuple[str, RawSample, str]], limit: int, number: int
-) -> int:
-    """Write the next samples as one tar with its index; how many there were."""
-    first = next(samples, None)
-    if first is None:
-        return 0
-    aside = path.with_suffix(".tar.unfinished")
-    count = 0
-    with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as archive:
-        sample: tuple[str, RawSample, str] | None = first
-        while sample is not None:
-            source, raw, extension = sample
-            key = f"{number:05d}{count:04d}"
-            for suffix, content in _members_of(raw, extension, key, source):
-                header = tarfile.TarInfo(f"{key}.{suffix}")
-                header.size = len(content)
-                archive.addfile(header, io.BytesIO(content))
-            count += 1
-            sample = next(samples, None) if count < limit else None
-    aside.replace(path)
-    build_index(path)
-    return count
-
-
-def _members_of(
-    raw: RawSample, extension: str, key: str, source: str
-) -> Iterator[tuple[str, bytes]]:
-    yield extension, raw.image
-    described: dict[str, object] = {"key": key, "source": source}
-    if raw.captions:
-        yield "txt", raw.captions[0].encode()
-        described["caption"] = raw.captions[0]
-    if len(raw.captions) > 1:
-        described["captions"] = raw.captions
-    if raw.label is not None:
-        yield "cls", str(raw.label).encode()
-    yield "json", json.dumps(described, ensure_ascii=False).encode()
 
 
 def _files(patterns: Sequence[str]) -> list[Path]:

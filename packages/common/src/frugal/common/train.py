@@ -90,13 +90,12 @@ def train_recipe(recipe: Recipe) -> None:
     recipe = _prepared(recipe, run, engine, checkpoint)
     state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0}
     first_step = state["step"]
-    saved_streams = state.get("stream", [])
     stream = recipe.data.build(
         recipe,
         run,
         first_sample=first_step * recipe.batch_size,
-        state=saved_streams[run.rank] if len(saved_streams) == run.world_size else {},
-        objective=engine.objective,
+        state=_stream_state(recipe, run, state.get("stream", [])),
+        engine=engine,
     )
     damage = DamageCounter(
         recipe.data.max_damaged,
@@ -157,6 +156,13 @@ def _claim(run: Run, store: CheckpointStore) -> tuple[TextIOWrapper | None, Chec
     return lock, newest
 
 
+def _stream_state(recipe: Recipe, run: Run, saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the stream of this process continues from, of what each process of a run saved."""
+    if recipe.data.shared_state and saved:
+        return saved[0]
+    return saved[run.rank] if len(saved) == run.world_size else {}
+
+
 def _prepared(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Recipe:
     """The recipe with what its image reduction finds out before the first step.
 
@@ -180,8 +186,7 @@ def _prepared(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint |
 
 def _first_views(recipe: Recipe, run: Run, engine: Engine, *, images: int) -> Iterator[Any]:
     """The first images that this process will train on, damaged ones left out, and their noise."""
-    objective = engine.objective
-    stream = recipe.data.build(recipe, run, first_sample=0, state={}, objective=objective)
+    stream = recipe.data.build(recipe, run, first_sample=0, state={}, engine=engine)
     micro_batch = recipe.batch_size // recipe.engine.accumulate
     for batch in islice(stream, math.ceil(images / micro_batch)):
         stays = batch.valid
@@ -190,7 +195,7 @@ def _first_views(recipe: Recipe, run: Run, engine: Engine, *, images: int) -> It
             sample_numbers=batch.sample_numbers[stays],
             valid=stays[stays],
         )
-        yield objective.look(whole.to(run.device))
+        yield engine.objective.look(whole.to(run.device))
 
 
 def _check_run_dir(recipe: Recipe) -> Recipe:

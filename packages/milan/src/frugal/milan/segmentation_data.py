@@ -197,7 +197,7 @@ class SegmentationData(DataConfig):
         *,
         first_sample: int,
         state: dict[str, Any],
-        objective: Any,
+        engine: Any,
     ) -> Stream:
         """The micro-batches of this process from ``first_sample`` on.
 
@@ -206,5 +206,5 @@ class SegmentationData(DataConfig):
         """
         from frugal.milan.segmentation_stream import build_stream
 
-        del state, objective  # the number of a sample says it all
+        del state, engine  # the number of a sample says it all
         return build_stream(self, recipe, run, first_sample=first_sample)

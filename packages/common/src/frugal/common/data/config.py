@@ -76,7 +76,7 @@ class StoredData(DataConfig):
         *,
         first_sample: int,
         state: dict[str, Any],
-        objective: Any,
+        engine: Any,
     ) -> Stream:
         """The micro-batches of this process from ``first_sample`` on.
 
@@ -85,7 +85,7 @@ class StoredData(DataConfig):
         """
         from frugal.common.data.training import build_stream
 
-        del objective  # such a source does not ask the model
+        del engine  # such data does not ask the model
         return build_stream(self, recipe, run, first_sample=first_sample, state=state)
 
 

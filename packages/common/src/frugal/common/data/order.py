@@ -23,8 +23,10 @@ _CYCLE = 1 << 14
 class Order(Protocol):
     """Where every sample of an endless run is found."""
 
-    samples: int
-    """Samples of an epoch."""
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch."""
+        ...
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For sample numbers (n,): their shards (n,) and their indices within them (n,)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,8 +83,9 @@ class Preparation:
             raise Damaged("no caption")
         if len(raw.captions) == 1:
             return raw.captions[0]
+        captions = [text for text in raw.captions if text] or raw.captions
         generator = sample_generator(self.seed, "caption", number)
-        return raw.captions[int(generator.integers(len(raw.captions)))]
+        return captions[int(generator.integers(len(captions)))]
 
     def token_ids(self, caption: str, number: int) -> list[int] | Placed:
         """At most ``text_length`` ids of the tokens of a caption that stay."""
@@ -189,21 +190,40 @@ class BatchBuilder:
 class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
     """The endless run of samples that an order makes of shards."""
 
-    def __init__(self, shelf: Shelf, order: Order, preparation: Preparation) -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        order: Order,
+        preparation: Preparation,
+        *,
+        choose: Callable[[RawSample, int], RawSample] | None = None,
+    ) -> None:
+        """Put samples in an order.
+
+        Args:
+            shelf: where they are read.
+            order: which one a number stands for.
+            preparation: what is done to them.
+            choose: what of a sample is used, from the sample and its number; all by default.
+        """
         self._shelf = shelf
         self._order = order
         self._preparation = preparation
+        self._choose = choose
 
     def __getitem__(self, numbers: np.ndarray) -> dict[str, Any]:
         """The fields of the ``Batch`` of some sample numbers (B,), damaged samples included."""
         builder = BatchBuilder(self._preparation, numbers)
         shards, indices = self._order.locate(numbers)
-        for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
+        for number, shard, index in zip(
+            numbers.tolist(), shards.tolist(), indices.tolist(), strict=True
+        ):
             key = f"{self._shelf.name(shard)}/{index}"
             try:
                 reader = self._shelf.reader(shard)
                 key = reader.key(index)
-                builder.add(key, reader.read(index))
+                raw = reader.read(index)
+                builder.add(key, raw if self._choose is None else self._choose(raw, number))
             except Damaged as damaged:
                 builder.skip(key, damaged)
         return builder.fields()

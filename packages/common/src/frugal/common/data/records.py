@@ -18,7 +18,14 @@ import numpy as np
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.index import ShardIndex, damage_code, load_index
-from frugal.common.data.samples import Fields, RawSample, StringTable, decode_label, decode_text
+from frugal.common.data.samples import (
+    Fields,
+    RawSample,
+    StringTable,
+    decode_label,
+    decode_text,
+    select_captions,
+)
 from frugal.common.errors import InputError
 
 try:
@@ -254,15 +261,15 @@ class RecordReader:
 
     def _captions(self, features: dict[str, list[bytes] | list[int]]) -> list[str]:
         # img2dataset writes the fields of a sample's JSON as features of their own
-        for field in self.fields.caption:
+        def captions_of(field: str) -> list[str]:
             values = features.get(field.removeprefix("json."), [])
             captions = [decode_text(value) for value in values if isinstance(value, bytes)]
             if self.fields.caption_per_line and not field.startswith("json."):
                 lines = [line.strip() for text in captions for line in text.splitlines()]
                 captions = [line for line in lines if line]
-            if captions:
-                return captions
-        return []
+            return captions
+
+        return select_captions(self.fields, captions_of)
 
 
 @dataclass(frozen=True)

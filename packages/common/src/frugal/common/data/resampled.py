@@ -24,7 +24,7 @@ from frugal.common.contracts import Batch
 from frugal.common.data.damage import Damaged, Kind
 from frugal.common.data.pairs import BatchBuilder, Preparation
 from frugal.common.data.samples import Fields, RawSample, assemble
-from frugal.common.data.stream import PREFETCHED, Share
+from frugal.common.data.stream import PREFETCHED, Share, own_generator
 from frugal.common.data.tars import StrictHeader, split_name
 from frugal.common.randomness import sample_generator
 
@@ -239,6 +239,7 @@ class ResampledStream:
             num_workers=workers,
             prefetch_factor=PREFETCHED if workers else None,
             pin_memory=pin_memory,
+            generator=own_generator(),
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -250,3 +251,7 @@ class ResampledStream:
     def state(self) -> dict[str, Any]:
         """Where every lane of this process stands (JSON)."""
         return {"origin": self._state["origin"], "workers": dict(self._state["workers"])}
+
+    def scalars(self) -> dict[str, float]:
+        """Nothing beside what the loop counts."""
+        return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,10 @@ class Fields:
     captions of which one is drawn every time). The first that a sample has is used."""
     caption_per_line: bool = False
     """Every line of a text member is a caption of its own."""
+    separate: bool = False
+    """Every field of ``caption`` is a text of its own, of which one is drawn every time among those
+    that a sample has: ("json.title", "json.tag"). Such a sample has one caption per field, empty
+    where it lacks the field."""
     template: str = "a photo of a {}."
     """Caption of an image that has only a class."""
     csv_image: str = "filepath"
@@ -37,6 +41,11 @@ class Fields:
     def __post_init__(self) -> None:
         if not self.image:
             raise InputError("data.fields.image is empty; name at least one extension, e.g. jpg")
+        if self.separate and self.caption_per_line:
+            raise InputError(
+                "data.fields.separate takes one text of every field, and "
+                "data.fields.caption_per_line several; choose one of them"
+            )
         if "{}" not in self.template:
             raise InputError(
                 f"data.fields.template is {self.template!r}, which has no place for the class; "
@@ -132,30 +141,40 @@ def assemble_captions(
     fields: Fields, extensions: Collection[str], member: Callable[[str], bytes]
 ) -> list[str]:
     """The captions among the members of a tar, as :func:`assemble`; [] if there are none."""
-    for field in fields.caption:
+    contents: dict[str, dict[str, Any]] = {}  # one member may hold many fields
+
+    def captions_of(field: str) -> list[str]:
         extension, _, name = field.partition(".")
         if extension not in extensions:
-            continue
-        text = decode_text(member(extension))
+            return []
         if name:
-            captions = _json_captions(text, name)
-        elif fields.caption_per_line:
-            captions = [line.strip() for line in text.splitlines() if line.strip()]
-        else:
-            captions = [text]
-        if captions:
-            return captions
-    return []
+            if extension not in contents:
+                contents[extension] = _json(member(extension))
+            value = contents[extension].get(name)
+            values = value if isinstance(value, list) else [value]
+            return [item for item in values if isinstance(item, str)]
+        text = decode_text(member(extension))
+        if fields.caption_per_line:
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        return [text]
+
+    return select_captions(fields, captions_of)
 
 
-def _json_captions(text: str, name: str) -> list[str]:
+def select_captions(fields: Fields, captions_of: Callable[[str], list[str]]) -> list[str]:
+    """The captions of a sample, from those of each of its fields; [] if there are none."""
+    if not fields.separate:
+        return next((found for field in fields.caption if (found := captions_of(field))), [])
+    texts = [next(iter(captions_of(field)), "").strip() for field in fields.caption]
+    return texts if any(texts) else []
+
+
+def _json(encoded: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(text)
+        content = json.loads(decode_text(encoded))
     except ValueError as error:
         raise Damaged("text", str(error)) from None
-    value = content.get(name) if isinstance(content, dict) else None
-    values = value if isinstance(value, list) else [value]
-    return [item for item in values if isinstance(item, str)]
+    return content if isinstance(content, dict) else {}
 
 
 def assemble(

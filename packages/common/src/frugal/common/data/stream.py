@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from frugal.common.contracts import Batch
@@ -14,6 +16,14 @@ from frugal.common.errors import InputError
 
 PREFETCHED = 2
 """Batches that each loader process keeps ready."""
+
+
+def own_generator() -> torch.Generator:
+    """For a loader, which otherwise draws a seed from the generator of the model's noise.
+
+    It does so whenever an iteration begins, as where a run is continued.
+    """
+    return torch.Generator()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +49,18 @@ class Share:
 
 
 class _Numbers(Sampler[np.ndarray]):
-    """Endless sample numbers of one process, a micro-batch at a time."""
+    """Sample numbers of one process, a micro-batch at a time."""
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: Share, micro_batches: int | None) -> None:
         self._share = share
+        self._micro_batches = micro_batches
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        micro_batch = 0
-        while True:
-            yield self._share.numbers(micro_batch)
-            micro_batch += 1
+        endless = itertools.count()
+        return map(self._share.numbers, itertools.islice(endless, self._micro_batches))
 
 
-class _Guarded(Dataset[dict[str, Any]]):
+class Guarded(Dataset[dict[str, Any]]):
     """Hands a user's mistake found in a loader process over as a value.
 
     The loader would wrap it into an exception whose message holds a whole stack trace.
@@ -78,6 +87,7 @@ class IndexedStream:
         epoch_samples: int,
         workers: int,
         pin_memory: bool,
+        micro_batches: int | None = None,
     ) -> None:
         """Stream a data set.
 
@@ -87,15 +97,17 @@ class IndexedStream:
             epoch_samples: samples until every one has come once.
             workers: loader processes; 0 loads in this process.
             pin_memory: put the tensors where a GPU can fetch them.
+            micro_batches: after which the stream ends; endless without it.
         """
         self.epoch_samples = epoch_samples
         self._loader = DataLoader(
-            _Guarded(samples),
-            sampler=_Numbers(share),
+            Guarded(samples),
+            sampler=_Numbers(share, micro_batches),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=PREFETCHED if workers else None,
             pin_memory=pin_memory,
+            generator=own_generator(),
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -106,4 +118,8 @@ class IndexedStream:
 
     def state(self) -> dict[str, Any]:
         """Nothing: the sample number says it all."""
+        return {}
+
+    def scalars(self) -> dict[str, float]:
+        """Nothing beside what the loop counts."""
         return {}

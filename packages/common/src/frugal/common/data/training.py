@@ -38,13 +38,8 @@ def build_stream(
             f"data.train is empty; say where the {what} are, such as --data.train "
             "'path/to/{00000..00010}.tar'"
         )
-    preparation = _preparation(data, recipe)
-    share = Share(
-        first_sample=first_sample,
-        micro_batch=recipe.batch_size // recipe.engine.accumulate,
-        rank=run.rank,
-        world_size=run.world_size,
-    )
+    preparation = make_preparation(data, recipe)
+    share = make_share(recipe, run, first_sample=first_sample)
     pin_memory = run.device.type == "cuda"
     if data.resampled_samples is not None:
         return _resampled(data, run, preparation, share, state, pin_memory=pin_memory)
@@ -59,6 +54,16 @@ def build_stream(
         epoch_samples=order.samples,
         workers=data.workers,
         pin_memory=pin_memory,
+    )
+
+
+def make_share(recipe: Recipe, run: Run, *, first_sample: int) -> Share:
+    """What of the samples from ``first_sample`` on this process reads."""
+    return Share(
+        first_sample=first_sample,
+        micro_batch=recipe.batch_size // recipe.engine.accumulate,
+        rank=run.rank,
+        world_size=run.world_size,
     )
 
 
@@ -92,7 +97,12 @@ def _resampled(
     )
 
 
-def _preparation(data: StoredData, recipe: Recipe) -> Preparation:
+def make_preparation(data: StoredData, recipe: Recipe) -> Preparation:
+    """What a recipe does to every sample.
+
+    Raises:
+        InputError: if tokenizer and text tower do not fit, or cannot be loaded.
+    """
     tokenizer = None
     if data.tokenizer is not None:
         tokenizer = data.tokenizer.load()

@@ -262,6 +262,7 @@ def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
         {
             "samples": samples,
             **means,
+            **training.stream.scalars(),
             "samples_per_second": recipe.batch_size / step_seconds,
             "tokens_per_second": tokens * recipe.batch_size / step_seconds,
             "data_wait": wait,

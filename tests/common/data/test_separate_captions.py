@@ -1,0 +1,95 @@
+"""Fields that are texts of their own: one of those that a sample has is drawn every time."""
+
+import io
+import json
+import struct
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from frugal.common.data.pairs import Preparation
+from frugal.common.data.records import crc32c, mask_checksum
+from frugal.common.data.samples import Fields, RawSample
+from frugal.common.data.sources import build_index, open_source
+from frugal.common.data.transforms import RandomResizedCrop
+from frugal.common.errors import InputError
+
+SEPARATE = Fields(caption=("json.title", "txt", "json.tag"), separate=True)
+SAMPLES = [
+    {"json": {"title": " one ", "tag": "a,b"}, "txt": "text"},
+    {"json": {"title": "two", "tag": ["c", "d"]}},
+    {"json": {"title": "  ", "tag": 7}, "txt": "\n"},
+    {"txt": "alone"},
+]
+EXPECTED = [["one", "text", "a,b"], ["two", "", "c"], [], ["", "alone", ""]]
+
+
+def test_a_tar_gives_one_text_per_field_and_none_where_all_are_empty(tmp_path: Path) -> None:
+    path = tmp_path / "00000.tar"
+    with tarfile.open(path, "w") as archive:
+        for number, sample in enumerate(SAMPLES):
+            contents = {"jpg": b"x", **{k: encode(v) for k, v in sample.items()}}
+            for extension, content in contents.items():
+                member = tarfile.TarInfo(f"{number:04d}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    build_index(path)
+    reader = open_source(str(path), SEPARATE).shards[0].open(SEPARATE)
+    assert [reader.captions(number) for number in range(4)] == EXPECTED
+    assert [reader.read(number).captions for number in range(4)] == EXPECTED
+    # without it the first field that a sample has is all
+    first = Fields(caption=SEPARATE.caption)
+    reader = open_source(str(path), first).shards[0].open(first)
+    assert reader.captions(0) == [" one "]
+    assert reader.captions(3) == ["alone"]
+
+
+def encode(value: object) -> bytes:
+    return value.encode() if isinstance(value, str) else json.dumps(value).encode()
+
+
+def test_a_tfrecord_gives_them_too(tmp_path: Path) -> None:
+    path = tmp_path / "00000.tfrecord"
+    path.write_bytes(record({"jpg": b"x", "title": b" one ", "tag": b"a,b"}))
+    build_index(path)
+    reader = open_source(str(path), SEPARATE).shards[0].open(SEPARATE)
+    assert reader.captions(0) == ["one", "", "a,b"]
+
+
+def record(features: dict[str, bytes]) -> bytes:
+    """A tf.train.Example of byte strings in the framing of TFRecord."""
+
+    def field(number: int, content: bytes) -> bytes:
+        assert len(content) < 128
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    entries = b"".join(
+        field(1, field(1, name.encode()) + field(2, field(1, field(1, value))))
+        for name, value in features.items()
+    )
+    data = field(1, entries)
+    header = struct.pack("<Q", len(data))
+    return (
+        header
+        + struct.pack("<I", mask_checksum(crc32c(header)))
+        + data
+        + struct.pack("<I", mask_checksum(crc32c(data)))
+    )
+
+
+def test_training_draws_among_the_texts_that_are_there() -> None:
+    preparation = Preparation(
+        seed=0, augmentation=RandomResizedCrop(), image_size=(8, 8), tokenizer=None, text=None,
+        text_length=0,
+    )  # fmt: skip
+    raw = RawSample(b"", ["one", "", "a,b"])
+    drawn = Counter(preparation.caption(raw, number) for number in range(400))
+    assert drawn.keys() == {"one", "a,b"}
+    assert abs(drawn["one"] - 200) < 40
+
+
+def test_lines_of_a_text_cannot_be_separate_too() -> None:
+    with pytest.raises(InputError, match="choose one of them"):
+        Fields(caption_per_line=True, separate=True)
