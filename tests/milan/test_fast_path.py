@@ -4,21 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from frugal.common.contracts import Batch
+from frugal.common.interop.encoder_weights import EncoderWeights
 from frugal.common.models.config import ImageTower
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.milan import readable
 from frugal.milan.decoders import Split
 from frugal.milan.encoder import encoder
-from frugal.milan.encoder_weights import EncoderWeights
 from frugal.milan.model import build
 from frugal.milan.objective import Reconstruction
 from frugal.milan.semantic_sampling import SemanticSampling
 from frugal.milan.settings import DecoderConfig, MaskedModel
 from frugal.milan.targets import FeatureTarget, PixelTarget, unit_distance
 from frugal.milan.teacher import FrozenTeacher
+from host_reads import nothing_is_read
 
 IMAGE = encoder("S/8", image_size=(24, 56), width=48, depth=3, heads=3, mlp_width=192)  # 3 x 7
 VARIANTS = [
@@ -134,30 +134,13 @@ def test_the_distance_of_unit_vectors_has_the_gradient_that_autograd_finds():
     assert distance.item() == 2 and zeros.grad.isfinite().all()
 
 
-class NothingIsRead(TorchDispatchMode):
-    """Refuses what makes the host wait for a number of the device."""
-
-    SYNCHRONISING = (
-        torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
-        torch.ops.aten.equal, torch.ops.aten.is_nonzero, torch.ops.aten.unique_dim,
-        torch.ops.aten._unique2, torch.ops.aten.multinomial,
-    )  # fmt: skip
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in self.SYNCHRONISING, f"{func} reads the device"
-        if func.overloadpacket is torch.ops.aten.index:
-            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-            assert not masks, "indexing by a mask reads the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("kind", "target", "sampling"), VARIANTS)
 def test_a_step_reads_nothing_on_the_host(kind, target, sampling):
     objective, batch = make_objective(kind, target, sampling), make_batch()
-    with NothingIsRead():
+    with nothing_is_read():
         loss, _ = objective(batch)
         loss.backward()
-    with pytest.raises(AssertionError, match="reads the device"), NothingIsRead():
+    with pytest.raises(AssertionError, match="reads the device"), nothing_is_read():
         loss.item()
 
 

@@ -83,6 +83,8 @@ class AdamW(Optimiser):
     no_decay: tuple[str, ...] = ("bias", "norm", "position")
     """Which parameters are not decayed: bias, norm, position, class_token, logit_scale,
     embedding, vector (every parameter with fewer than two dimensions)."""
+    projection_weight_decay: float | None = None
+    """Of the projections of both towers into the shared space; without it as of all others."""
     layer_decay: float | None = None
     """Learning rate of every block over that of the block behind it; what stands behind the last
     block has the whole rate. Without it everything has."""
@@ -215,7 +217,7 @@ class RunOptions:
     interpolate: bool = False
     """Allow --run.start-from to resample position tables to another grid or length."""
     max_skipped: int = 10
-    """Steps in a row whose loss is not finite before the run stops."""
+    """Steps in a row whose loss is not finite before the run stops; seen when a line is logged."""
 
     def __post_init__(self) -> None:
         for name in ("log_every", "picture_every", "save_every", "keep", "max_skipped"):

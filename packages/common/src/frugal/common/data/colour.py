@@ -92,9 +92,13 @@ class ColourJitter:
 
     def _changes(self, draws: Tensor) -> Changes:
         """What happens to each image, from (B, 10) uniform numbers."""
+        import torch
+
         factors = (self.brightness, self.contrast, self.saturation)
-        low = draws.new_tensor([*(max(0.0, 1 - by) for by in factors), -self.hue])
-        high = draws.new_tensor([*(1 + by for by in factors), self.hue])
+        lows = (*(max(0.0, 1 - by) for by in factors), -self.hue)
+        highs = (*(1 + by for by in factors), self.hue)
+        # filled on the device: a list would be copied there while the host waits
+        low, high = (torch.stack([draws.new_full((), v) for v in side]) for side in (lows, highs))
         return Changes(
             is_jittered=draws[:, 0] < self.probability,
             is_grey=draws[:, 1] < self.grey,

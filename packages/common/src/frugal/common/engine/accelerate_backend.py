@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
-from frugal.common.engine.backend import (
-    Engine,
-    check_world_size,
-    finite_or_none,
-    fresh_moments,
+from frugal.common.engine.backend import Engine, check_world_size, fresh_moments
+from frugal.common.engine.optimizers import (
+    build_optimizer,
+    set_learning_rate,
+    skip_unless_finite,
 )
-from frugal.common.engine.optimizers import build_optimizer, set_learning_rate
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -62,7 +61,7 @@ class AccelerateEngine(Engine):
         loss.backward()
 
     @override
-    def step(self, learning_rate: float) -> float | None:
+    def _step(self, learning_rate: float) -> Tensor:
         parameters = [p for _, p in self.trainable() if p.grad is not None]
         if self._scale is not None:
             for parameter in parameters:
@@ -70,17 +69,13 @@ class AccelerateEngine(Engine):
                 parameter.grad.div_(self._scale.scale)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        finite = finite_or_none(norm.item())
-        if self._scale is not None:
-            self._scale.update(overflow=finite is None)
-        if finite is not None:
-            if self._clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-            set_learning_rate(self._optimizer, learning_rate)
-            self._optimizer.step()
-            self.updates += 1
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        set_learning_rate(self._optimizer, learning_rate)
+        skip_unless_finite(self._optimizer, norm)
+        self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return finite
+        return norm
 
     def _tensor(self, kind: str, parameter: nn.Parameter) -> Tensor:
         if kind == "weight":

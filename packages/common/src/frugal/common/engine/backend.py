@@ -6,7 +6,6 @@ writing of weights and optimiser moments by parameter name. It knows nothing of 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -37,9 +36,8 @@ class Engine(ABC):
             # inside the module, so that every wrapper around it computes alike
             autocast = torch.autocast(run.device.type, self.dtype)
             objective.forward = autocast(objective.forward)  # type: ignore[method-assign]
-        self._scale = LossScale() if self.dtype == torch.float16 else None
-        self.updates = 0
-        """Optimiser steps applied so far; Adam's step counter."""
+        self._scale = LossScale(run.device) if self.dtype == torch.float16 else None
+        self._updates = torch.zeros((), dtype=torch.int64, device=run.device)
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,14 +51,23 @@ class Engine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss."""
 
-    @abstractmethod
-    def step(self, learning_rate: float) -> float | None:
-        """Clip, update and clear the gradients.
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update and clear the gradients; nothing is read on the host.
 
         Returns:
-            The norm of the whole gradient before clipping, or None if it was not finite and the
-            step was skipped, on every process alike.
+            (): the norm of the whole gradient before clipping, on every process alike. If it is
+            not finite the step was skipped: weights, moments and their counters are as before.
         """
+        norm = self._step(learning_rate).to(self.run.device)
+        is_finite = norm.isfinite()
+        self._updates += is_finite
+        if self._scale is not None:
+            self._scale.update(is_finite)
+        return norm
+
+    @abstractmethod
+    def _step(self, learning_rate: float) -> Tensor:
+        """The same without what both engines count."""
 
     @abstractmethod
     def read(self, kind: str, parameter: nn.Parameter) -> Tensor:
@@ -81,14 +88,19 @@ class Engine(ABC):
     def whole_weights(self) -> AbstractContextManager[None]:
         """While open, ``objective`` holds all its weights on this process (for evaluation)."""
 
+    @property
+    def updates(self) -> int:
+        """Optimiser steps applied so far, Adam's step counter; waits for the device."""
+        return int(self._updates)
+
     def set_updates(self, updates: int) -> None:
         """Continue Adam's counting after ``updates`` steps."""
-        self.updates = updates
+        self._updates.fill_(updates)
         for state in self.moments():
             state["step"].fill_(updates)
 
     def scale_state(self) -> dict[str, float]:
-        """The loss scale of float16 training, for the checkpoint."""
+        """The loss scale of float16 training, for the checkpoint; waits for the device."""
         return {} if self._scale is None else self._scale.state()
 
     def load_scale_state(self, state: dict[str, float]) -> None:
@@ -104,11 +116,16 @@ class Engine(ABC):
         """The other parameters by name, in the same order on every process."""
         return ((n, p) for n, p in self.objective.named_parameters() if not p.requires_grad)
 
-    def clamp(self, bounds: dict[str, tuple[float, float]]) -> None:
-        """Keep named parameters within bounds, in the master weights too."""
+    def clamp(self, bounds: dict[str, tuple[float, float]], *, stepped: Tensor) -> None:
+        """Keep named parameters within bounds, in the master weights too.
+
+        ``stepped``, (), is False on the device where nothing is to change.
+        """
         for name, (low, high) in bounds.items():
             parameter = self.objective.get_parameter(name)
-            self.write("weight", parameter, self.read("weight", parameter).clamp(low, high))
+            weight = self.read("weight", parameter)
+            clamped = weight.clamp(low, high).where(stepped.to(weight.device), weight)
+            self.write("weight", parameter, clamped)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the processes of a small float tensor."""
@@ -173,34 +190,30 @@ def check_world_size(seen: int, engine: str) -> None:
 class LossScale:
     """Dynamic loss scaling for float16: halve on overflow, double after a quiet while.
 
-    The rule and its numbers are those of torch.amp.GradScaler (Micikevicius et al., 2018).
+    The rule and its numbers are those of torch.amp.GradScaler (Micikevicius et al., 2018). The
+    scale stays on the device, where it is decided whether a step can be taken.
     """
 
     growth_interval = 2000
 
-    def __init__(self, initial: float = 2.0**16) -> None:
-        self.scale = initial
-        self.quiet_steps = 0
+    def __init__(self, device: torch.device, initial: float = 2.0**16) -> None:
+        self.scale = torch.full((), initial, device=device)
+        self._quiet_steps = torch.zeros((), dtype=torch.int64, device=device)
 
-    def update(self, *, overflow: bool) -> None:
-        """Adapt the scale after a step."""
-        if overflow:
-            self.scale, self.quiet_steps = max(self.scale / 2, 1.0), 0
-            return
-        self.quiet_steps += 1
-        if self.quiet_steps == self.growth_interval:
-            self.scale, self.quiet_steps = self.scale * 2, 0
+    def update(self, is_finite: Tensor) -> None:
+        """Adapt the scale after a step whose gradient was finite, (), or not."""
+        quiet = torch.where(is_finite, self._quiet_steps + 1, 0)
+        grows = quiet == self.growth_interval
+        larger = torch.where(grows, 2 * self.scale, self.scale)
+        self.scale = torch.where(is_finite, larger, (self.scale / 2).clamp(min=1.0))
+        self._quiet_steps = quiet.masked_fill(grows, 0)
 
     def state(self) -> dict[str, float]:
         """For the checkpoint."""
-        return {"scale": self.scale, "quiet_steps": self.quiet_steps}
+        return {"scale": self.scale.item(), "quiet_steps": self._quiet_steps.item()}
 
     def load(self, state: dict[str, float]) -> None:
         """The inverse of :meth:`state`."""
         if state:
-            self.scale, self.quiet_steps = state["scale"], int(state["quiet_steps"])
-
-
-def finite_or_none(norm: float) -> float | None:
-    """A gradient norm, or None where the step cannot be taken."""
-    return norm if math.isfinite(norm) else None
+            self.scale = torch.full_like(self.scale, state["scale"])
+            self._quiet_steps = torch.full_like(self._quiet_steps, int(state["quiet_steps"]))

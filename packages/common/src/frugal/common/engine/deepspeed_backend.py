@@ -25,13 +25,13 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 from typing_extensions import override
 
-from frugal.common.engine.backend import (
-    Engine,
-    check_world_size,
-    finite_or_none,
-    fresh_moments,
+from frugal.common.engine.backend import Engine, check_world_size, fresh_moments
+from frugal.common.engine.optimizers import (
+    Lars,
+    build_optimizer,
+    set_learning_rate,
+    skip_unless_finite,
 )
-from frugal.common.engine.optimizers import Lars, build_optimizer, set_learning_rate
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -42,6 +42,10 @@ class DeepSpeedEngine(Engine):
 
     Weights stay float32 and the objective computes under autocast, as with Accelerate, so that
     precision is the recipe's alone and the logit scale keeps all its digits at every stage.
+
+    The host waits for the device once or twice a step from stage 1 on, in DeepSpeed's optimisers:
+    they read there whether a gradient overflowed and whether its norm is finite (of offloaded
+    gradients the norm of every parameter). Stage 0 reads nothing.
     """
 
     def __init__(self, objective: nn.Module, recipe: Recipe, run: Run) -> None:
@@ -83,41 +87,34 @@ class DeepSpeedEngine(Engine):
             if self._stage == 0:
                 loss = loss * self._scale.scale
             else:
-                self._engine.optimizer.override_loss_scale(self._scale.scale)
+                # a number of the host, which DeepSpeed compares; it has waited for it already
+                self._engine.optimizer.override_loss_scale(self._scale.scale.item())
         self._engine.backward(loss, scale_wrt_gas=False)
 
     @override
-    def step(self, learning_rate: float) -> float | None:
+    def _step(self, learning_rate: float) -> Tensor:
         set_learning_rate(self._engine.optimizer, learning_rate)
-        norm = self._step_whole() if self._stage == 0 else self._step_zero()
-        if self._scale is not None:
-            self._scale.update(overflow=norm is None)
-        if norm is not None:
-            self.updates += 1
-        return norm
+        return self._step_whole() if self._stage == 0 else self._step_zero()
 
-    def _step_whole(self) -> float | None:
+    def _step_whole(self) -> Tensor:
         """Stage 0: gradients are whole on every process and the optimiser is torch's own."""
         parameters = [p for _, p in self.trainable() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self._scale is not None:
             torch._foreach_div_(gradients, self._scale.scale)
         norm = nn.utils.get_total_norm(gradients)
-        finite = finite_or_none(norm.item())
-        if finite is None:
-            self._engine.zero_grad()
-            return None
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        skip_unless_finite(self._engine.optimizer, norm)
         self._engine.step()
-        return finite
+        return norm
 
-    def _step_zero(self) -> float | None:
+    def _step_zero(self) -> Tensor:
         """Stages 1 to 3: DeepSpeed clips, and skips a step without finite norm everywhere."""
         self._engine.step()
-        if not self._engine.was_step_applied():
-            return None
-        return float(self._engine.get_global_grad_norm())
+        applied = self._engine.was_step_applied()
+        norm = self._engine.get_global_grad_norm() if applied else torch.nan
+        return torch.as_tensor(norm, dtype=torch.float32)
 
     def _state(self) -> dict[torch.Tensor, dict[str, Tensor]]:
         base = self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
@@ -250,6 +247,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+_NO_TIMERS = {"throughput": {"enabled": False}}
+"""DeepSpeed's throughput, which nobody prints, would cost two waits for the device per step."""
+
+
 def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
     """The DeepSpeed file with what the recipe decides filled in.
 
@@ -285,17 +286,24 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
                 f"the DeepSpeed file {path} sets {name} to {given}, but the recipe makes it "
                 f'{value}; write "auto" there, or change the recipe'
             )
-    return config | {
-        # with gradient caching DeepSpeed sees one backward per chunk, so its own arithmetic of
-        # batch = micro-batch x accumulation x processes is told in chunks
-        "train_batch_size": per_backward * backwards * world_size,
-        "train_micro_batch_size_per_gpu": per_backward,
-        "gradient_accumulation_steps": backwards,
-        "gradient_clipping": decided["gradient_clipping"],
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**62,
-    }
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    return (
+        {"timers": _NO_TIMERS}
+        | config
+        | {
+            # with gradient caching DeepSpeed sees one backward per chunk, so its own arithmetic of
+            # batch = micro-batch x accumulation x processes is told in chunks
+            "train_batch_size": per_backward * backwards * world_size,
+            "train_micro_batch_size_per_gpu": per_backward,
+            "gradient_accumulation_steps": backwards,
+            # at stage 0 gradients are clipped here: DeepSpeed's own clipping waits for the device
+            "gradient_clipping": decided["gradient_clipping"] if stage else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**62,
+        }
+    )
 
 
 def backwards_per_step(recipe: Recipe, world_size: int) -> int:

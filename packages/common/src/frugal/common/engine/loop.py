@@ -1,14 +1,16 @@
-"""The training loop: read, step, log, save, evaluate. It knows no method."""
+"""The training loop: read, step, log, save, evaluate. It knows no method.
+
+The host runs ahead of the device. What a step computes, its loss, its norm, whether it was taken,
+stays on the device until a log line, a checkpoint or an evaluation needs it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,15 +20,15 @@ from frugal.common.contracts import Batch, PreparedReduction, Stream
 from frugal.common.data.damage import DamageCounter
 from frugal.common.engine.backend import Engine
 from frugal.common.engine.saving import WeightAverage, collect, gather_values
+from frugal.common.engine.termination import Agreement, Termination
 from frugal.common.engine.throughput import Meter, matmul_peak
+from frugal.common.engine.unread import Step, Values, read
 from frugal.common.engine.watch import Watch
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import seed_step
 from frugal.common.recipe import Recipe, to_json
-from frugal.common.run import LauncherChain, Run
-
-Values = dict[str, float]
+from frugal.common.run import Run
 
 
 @dataclass(kw_only=True)
@@ -57,6 +59,8 @@ class Training:
     """What this process has counted since it last told the others."""
     remarked: bool = False
     """Whether the image reduction had something to say at the last log step."""
+    unread: list[Step] = field(default_factory=list)
+    """Steps whose numbers are still on the device."""
     _started: float = field(default_factory=time.perf_counter)
 
     def share_damage(self) -> None:
@@ -104,26 +108,30 @@ def train(training: Training) -> None:
     keeps_best = recipe.run.best is not None
     measure_what_was_missed(training)
     batches = iter(training.stream)
-    meter = Meter()
+    meter = Meter(run.device)
     peak = matmul_peak(run.device, training.engine.dtype)
-    with _Termination() as termination:
+    agreement = Agreement(run)
+    with Termination() as termination:
         for step in range(training.first_step, recipe.steps):
             seed_step(recipe.run.seed, step, run.rank)
             micro_batches = _read(batches, recipe, run, meter)
-            values = _step(training, step, micro_batches, asked_to_stop=termination.asked)
-            stop = values.pop("stop") > 0
+            stop = agreement.reached(asked=termination.asked)
+            training.unread.append(_step(training, step, micro_batches))
             training.watch.advance()
-            meter.add(values)
             done = step + 1
-            is_last = done == recipe.steps
-            if done % recipe.run.log_every == 0 or is_last or stop:
+            ends = done == recipe.steps or stop
+            logs = done % recipe.run.log_every == 0 or ends
+            measured = _is_measured(recipe, done)
+            saves = done % recipe.run.save_every == 0 or ends or (measured and keeps_best)
+            if logs or saves or measured:
+                _settle(training, meter)
+            if logs:
                 _log(training, done, meter, peak)
             if done % recipe.run.picture_every == 0 or step == 0:
                 training.draw(micro_batches[0], done)
-            measured = _is_measured(recipe, done)
-            if done % recipe.run.save_every == 0 or is_last or stop or (measured and keeps_best):
+            if saves:
                 training.save(done)
-            if stop and not is_last:
+            if stop and done < recipe.steps:
                 raise RunStopped(
                     f"stopped by {termination.name} after step {done}, with a checkpoint in "
                     f"{training.store.folder}; the same command continues from there",
@@ -166,16 +174,13 @@ def measure_what_was_missed(training: Training) -> None:
 
 
 def _read(batches: Iterator[Batch], recipe: Recipe, run: Run, meter: Meter) -> list[Batch]:
-    start = time.perf_counter()
-    micro_batches = [next(batches) for _ in range(recipe.engine.accumulate)]
-    meter.waited(time.perf_counter() - start)
+    with meter.waiting():
+        micro_batches = [next(batches) for _ in range(recipe.engine.accumulate)]
     return [batch.to(run.device) for batch in micro_batches]
 
 
-def _step(
-    training: Training, step: int, micro_batches: list[Batch], *, asked_to_stop: bool
-) -> Values:
-    """One optimiser step; the means over processes of what the objective reports."""
+def _step(training: Training, step: int, micro_batches: list[Batch]) -> Step:
+    """One optimiser step; what is known of it before the device has taken it."""
     recipe, engine = training.recipe, training.engine
     rate = recipe.schedule.learning_rate(
         step * recipe.batch_size, peak=recipe.optimiser.peak(recipe.batch_size)
@@ -187,32 +192,12 @@ def _step(
         parts.append(_accumulate(engine, recipe, batch, share, last=last))
         training.unshared.add(batch.damage, len(batch))
     norm = engine.step(rate)
-    values = _mean_over_processes(engine, parts, asked_to_stop=asked_to_stop)
-    if norm is None:
-        _skipped(training, step, rate, micro_batches, values["loss"])
-        # what is not finite is no part of any mean
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        return finite | {"learning_rate": rate}
-    training.skipped_in_row = 0
-    engine.clamp(engine.objective.bounds())
+    stepped = norm.isfinite()
+    engine.clamp(engine.objective.bounds(), stepped=stepped)
     if training.average is not None:
-        training.average.update()
-    return values | {"learning_rate": rate, "gradient_norm": norm}
-
-
-def _mean_over_processes(
-    engine: Engine, parts: list[dict[str, torch.Tensor]], *, asked_to_stop: bool
-) -> Values:
-    """What the objective reported, averaged over micro-batches and processes; and the wish to stop.
-
-    One small reduction and one wait for the device per step.
-    """
-    names = sorted(parts[0])
-    rows = [torch.stack([part[name].float() for name in names]) for part in parts]
-    local = torch.stack(rows).mean(dim=0)  # (metrics,)
-    local = torch.cat([local, local.new_tensor([float(asked_to_stop)])])
-    means = engine.mean(local).tolist()
-    return dict(zip([*names, "stop"], means, strict=True))
+        training.average.update(stepped)
+    keys = [batch.keys for batch in micro_batches]
+    return Step.of(parts, number=step + 1, learning_rate=rate, norm=norm, keys=keys)
 
 
 def _accumulate(
@@ -227,24 +212,44 @@ def _accumulate(
     return metrics | {"loss": loss.detach()}
 
 
-def _skipped(
-    training: Training, step: int, rate: float, micro_batches: list[Batch], loss: float
-) -> None:
+def _settle(training: Training, meter: Meter) -> None:
+    """Bring what is still on the device to the host, and draw the conclusions step by step.
+
+    Raises:
+        RunStopped: if the gradient was not finite for ``run.max_skipped`` steps in a row.
+    """
+    steps, training.unread = training.unread, []
+    for step, values in zip(steps, read(steps, training.engine.mean), strict=True):
+        if not math.isfinite(values["gradient_norm"]):
+            _skipped(training, step, values["loss"])
+            # what is not finite is no part of any mean
+            del values["gradient_norm"]
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
+        else:
+            training.skipped_in_row = 0
+        meter.add(values | {"learning_rate": step.learning_rate})
+
+
+def _skipped(training: Training, step: Step, loss: float) -> None:
     """Count a step whose gradient was not finite; stop after too many in a row."""
     training.skipped_steps += 1
     training.skipped_in_row += 1
-    training.run.log.warning("step %d skipped: loss %s, the gradient is not finite", step + 1, loss)
+    training.run.log.warning(
+        "step %d skipped: loss %s, the gradient is not finite", step.number, loss
+    )
     if training.skipped_in_row < training.recipe.run.max_skipped:
         return
-    local = [key for batch in micro_batches for key in batch.keys]
+    rate = step.learning_rate
+    local = [key for keys in step.keys for key in keys]
     keys = [key for part in gather_values(local, training.run.world_size) for key in part]
     listing = training.run.dir / "not_finite.json"
     if training.run.is_main:
-        listing.write_text(json.dumps({"step": step + 1, "learning_rate": rate, "keys": keys}))
+        content = {"step": step.number, "learning_rate": rate, "keys": keys}
+        listing.write_text(json.dumps(content))
     raise RunStopped(
         f"the loss was not finite for {training.skipped_in_row} steps in a row up to step "
-        f"{step + 1}, at a learning rate of {rate:.3g}, on the samples {', '.join(keys[:4])} and "
-        f"others (all in {listing}); lower the learning rate, or look at these samples",
+        f"{step.number}, at a learning rate of {rate:.3g}, on the samples {', '.join(keys[:4])} "
+        f"and others (all in {listing}); lower the learning rate, or look at these samples",
         exit_code=1,
     )
 
@@ -262,7 +267,6 @@ def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
         {
             "samples": samples,
             **means,
-            **training.stream.scalars(),
             "samples_per_second": recipe.batch_size / step_seconds,
             "tokens_per_second": tokens * recipe.batch_size / step_seconds,
             "data_wait": wait,
@@ -271,6 +275,7 @@ def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
             "memory_bytes": _peak_memory(run),
             "eta_seconds": (recipe.steps - step) * step_seconds,
             "skipped_steps": training.skipped_steps,
+            **training.stream.scalars(),
             "read_samples": damage.read,
             "trained_samples": damage.read - damage.damaged,
             "damaged": dict(damage.kinds),
@@ -295,42 +300,3 @@ def _peak_memory(run: Run) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class _Termination:
-    """Turns SIGTERM, the first SIGINT and the loss of the launcher into a wish of the loop."""
-
-    def __init__(self) -> None:
-        self._signal: int | None = None
-        self._previous: dict[int, Any] = {}
-        self._launchers = LauncherChain()
-
-    @property
-    def asked(self) -> bool:
-        return self._signal is not None or self._launchers.is_broken
-
-    @property
-    def name(self) -> str:
-        """The signal seen here; another process may have seen it instead."""
-        if self._signal is None and self._launchers.is_broken:
-            return "the end of its launcher"
-        return signal.Signals(self._signal or signal.SIGTERM).name
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + (self._signal or signal.SIGTERM)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self._signal = number
-        # a second Ctrl-C means it
-        signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
-
-    def __enter__(self) -> _Termination:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -108,31 +109,61 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate * group["lr_scale"]
 
 
+def skip_unless_finite(optimizer: Any, norm: Tensor) -> None:
+    """Have the next step change nothing if the norm (), of its gradients is not finite.
+
+    This is decided on the device. torch's fused kernels know the mark from ``GradScaler``: where it
+    is 1, weights, moments and counters stay as they are.
+    """
+    optimizer.found_inf = (~norm.isfinite()).float()
+
+
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
-def build_adamw(module: nn.Module, options: AdamW) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters: one group that decays, one that does not.
+_PROJECTION = re.compile(r"(.*\.)?(image|text)\.projection\.weight")
+"""What leads from a tower into the space that both share."""
 
-    With layer decay there are two for every depth, in the order of their first parameters. The
-    fused kernel is used: torch has it for CPU and CUDA.
+
+def weight_decays(module: nn.Module, options: AdamW) -> dict[str, float]:
+    """The weight decay of every parameter, by name.
+
+    Raises:
+        InputError: if projections have one of their own, but there are none.
     """
     decayed = decayed_names(module, options)
+    names = [name for name, _ in module.named_parameters()]
+    decays = {name: options.weight_decay if name in decayed else 0.0 for name in names}
+    if options.projection_weight_decay is None:
+        return decays
+    projections = [name for name in names if _PROJECTION.fullmatch(name)]
+    if not projections:
+        raise InputError(
+            f"optimiser.projection_weight_decay is {options.projection_weight_decay}, but this "
+            "model projects into no shared space; leave it out"
+        )
+    return decays | dict.fromkeys(projections, options.projection_weight_decay)
+
+
+def build_adamw(module: nn.Module, options: AdamW) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters: a group that decays, one that does not, and others.
+
+    Projections with a weight decay of their own are a third group. With layer decay there are as
+    many for every depth, in the order of their first parameters. The fused kernel is used: torch
+    has it for CPU and CUDA.
+    """
+    decays = weight_decays(module, options)
     scales = learning_rate_scales(module, options.layer_decay)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     if options.layer_decay is None:
-        groups = {(1.0, True): [], (1.0, False): []}
+        groups = {(1.0, options.weight_decay): [], (1.0, 0.0): []}
     for name, parameter in _trained(module):
-        groups.setdefault((scales[name], name in decayed), []).append(parameter)
+        groups.setdefault((scales[name], decays[name]), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {
-                "params": parameters,
-                "weight_decay": options.weight_decay if decays else 0.0,
-                "lr_scale": scale,
-            }
-            for (scale, decays), parameters in groups.items()
+            {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+            for (scale, decay), parameters in groups.items()
             if parameters
         ],
         lr=0.0,
@@ -167,6 +198,8 @@ class Lars(torch.optim.Optimizer):
         self.total: Callable[[Tensor], Tensor] = lambda squares: squares
         """Adds up what the processes know of the squared norms of one matrix; each knows them
         whole unless matrices are cut up."""
+        self.found_inf: Tensor | None = None
+        """(): 1 where a step must change nothing; see :func:`skip_unless_finite`."""
 
     @override
     @torch.no_grad()
@@ -182,8 +215,15 @@ class Lars(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].mul_(group["momentum"]).add_(gradient)
-                parameter.add_(state["momentum"], alpha=-group["lr"])
+                momentum = state["momentum"]
+                moved = momentum.mul(group["momentum"]).add_(gradient)
+                self._replace(momentum, moved)
+                self._replace(parameter, parameter.add(moved, alpha=-group["lr"]))
+
+    def _replace(self, tensor: Tensor, value: Tensor) -> None:
+        if self.found_inf is not None:
+            value = torch.where(self.found_inf == 1, tensor, value)
+        tensor.copy_(value)
 
     def _factor(self, weight: Tensor, gradient: Tensor, trust: float) -> Tensor:
         """(): brings a gradient to ``trust`` times the norm of its weights; 1 if either is zero."""

@@ -32,12 +32,16 @@ class WeightAverage:
             if owner[name] == engine.run.rank:
                 self.owned[name] = whole.detach().clone()
 
-    def update(self) -> None:
-        """Move the averages towards the weights; every process calls this after a step."""
+    def update(self, stepped: Tensor) -> None:
+        """Move the averages towards the weights; every process calls this after a step.
+
+        ``stepped``, (), is False on the device where the step was skipped.
+        """
+        share = torch.where(stepped, 1.0 - self.decay, 0.0)
         for name, parameter in self._engine.trainable():
             whole = self._engine.read("weight", parameter)
             if name in self.owned:
-                self.owned[name].lerp_(whole, 1.0 - self.decay)
+                self.owned[name].lerp_(whole, share.to(whole))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

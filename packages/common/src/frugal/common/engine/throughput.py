@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -33,7 +35,8 @@ def _wait(device: torch.device) -> None:
 class Meter:
     """Means and rates between two log lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._clear()
 
     def _clear(self) -> None:
@@ -41,11 +44,24 @@ class Meter:
         self._counts: dict[str, int] = {}
         self._steps = 0
         self._waited = 0.0
+        self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._start = time.perf_counter()
 
-    def waited(self, seconds: float) -> None:
-        """Time spent waiting for data."""
-        self._waited += seconds
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around waiting for data."""
+        if self._device.type == "cuda":
+            # the host is ahead of the device and may well wait: what counts is that the device has
+            # nothing to do between what was queued before and what is queued behind
+            before, behind = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            yield
+            behind.record()
+            self._idle.append((before, behind))
+            return
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def add(self, values: dict[str, float]) -> None:
         """The numbers of one step."""
@@ -56,6 +72,9 @@ class Meter:
 
     def take(self) -> tuple[dict[str, float], float, float]:
         """(means, seconds per step, share of the time spent waiting) since the last call."""
+        for before, behind in self._idle:
+            behind.synchronize()
+            self._waited += before.elapsed_time(behind) / 1000
         elapsed = time.perf_counter() - self._start
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         result = means, elapsed / self._steps, self._waited / elapsed
