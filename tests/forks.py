@@ -93,16 +93,18 @@ def fork(
     environments: Sequence[dict[str, str]],
     errors: Path | None = None,
 ) -> Forked:
-    """Run a module in one process per environment; all write to the same log.
+    """Run a module, or a script by its path, in one process per environment.
 
-    What they write to standard error goes to another file where one is given.
+    ``{rank}`` among the words becomes the number of the process. All write to the same log; what
+    they write to standard error goes to another file where one is given.
     """
     pids, codes = [], []
     for rank, environment in enumerate(environments):
         code = log.with_name(f"{log.name}.{rank}.exit")
         code.unlink(missing_ok=True)
         request = {
-            "module": module, "words": list(words), "log": str(log), "code": str(code),
+            "module": module, "words": [word.replace("{rank}", str(rank)) for word in words],
+            "log": str(log), "code": str(code),
             "errors": str(errors or log), "cwd": str(cwd), "environment": environment,
         }  # fmt: skip
         server = _server()
@@ -169,9 +171,14 @@ def _become(request: dict) -> NoReturn:
     random.seed()
     # libraries remark on what they leave behind when the interpreter has ended
     atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
-    sys.argv = [request["module"], *request["words"]]
-    sys.path[0] = request["cwd"]
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    module = request["module"]
+    sys.argv = [module, *request["words"]]
+    if module.endswith(".py"):
+        sys.path.insert(0, str(Path(module).parent))
+        runpy.run_path(module, run_name="__main__")
+    else:
+        sys.path[0] = request["cwd"]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit(0)
 
 

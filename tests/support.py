@@ -173,6 +173,13 @@ def command(
     return done
 
 
+def start_ranks(script: str, world_size: int, folder: Path, *words: object) -> Forked:
+    """Start a script once per process of a group; its words are its rank, a folder and others."""
+    given = ["{rank}", str(folder), *map(str, words)]
+    environments = [environment() | {"OMP_NUM_THREADS": "1"}] * world_size
+    return fork(script, given, log=folder / "log", cwd=ROOT, environments=environments)
+
+
 def log_of(run: Path) -> Path:
     """Where a run that tests start writes what it says."""
     return run.parent / f"{run.name}.log"

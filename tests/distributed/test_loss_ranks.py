@@ -3,8 +3,6 @@
 Run as a script this file is one of the processes.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from frugal.common.objectives import contrastive_loss as module
 from frugal.common.objectives.contrastive_loss import BOTH, contrastive_loss, sigmoid_loss
 from frugal.common.objectives.gather import gather, gather_values, place_in_world
+from support import start_ranks
 
 LOCAL, WIDTH, WORLD = 5, 4, 3
 VALID = {
@@ -116,17 +115,8 @@ def run_gather(rank: int, world: int, group: dist.ProcessGroup | None) -> tuple[
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment)
-        for rank in range(WORLD)
-    ]
-    try:
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * WORLD
+    processes = start_ranks(__file__, WORLD, folder)
+    assert processes.wait(timeout=120) == 0, (folder / "log").read_text()
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
