@@ -174,10 +174,10 @@ def teacher_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
     """What CLIP's ViT-B/16 says of a batch."""
     import torch
 
+    from frugal.common.interop.encoder_weights import EncoderWeights
     from frugal.common.models.config import clip_encoder
     from frugal.common.models.image_tower import ImageTransformer
     from frugal.milan import readable
-    from frugal.milan.encoder_weights import EncoderWeights
     from frugal.milan.teacher import FrozenTeacher
 
     tower = replace(clip_encoder("B/16", quick_gelu=True).image, depth=options.depth)

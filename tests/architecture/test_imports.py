@@ -19,7 +19,17 @@ LAYERS = [
     ("evaluation",),
     ("interop",),
     ("engine",),
-    ("commands", "demo", "report", "shards", "train", "evaluate", "export", "plan"),
+    (
+        "commands",
+        "compare",
+        "demo",
+        "report",
+        "shards",
+        "train",
+        "evaluate",
+        "export",
+        "import_weights",
+    ),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # a recipe holds parts that are configured in later layers; it names their types only

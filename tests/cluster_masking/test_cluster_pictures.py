@@ -17,7 +17,7 @@ from frugal.cluster_masking.masking import ClusterMasking
 from frugal.cluster_masking.pictures import mark_patches
 from frugal.cluster_masking.recipes import demo
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
-from frugal.common.evaluation.examples import Gathered, gather
+from frugal.common.evaluation.gathering import Gathered, gather
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.reduction.image import PatchView

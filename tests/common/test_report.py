@@ -28,10 +28,10 @@ from frugal.common.evaluation.examples import (
     Confusion,
     Drawing,
     Example,
-    Gathered,
     Guess,
     masked_examples,
 )
+from frugal.common.evaluation.gathering import Gathered
 from frugal.common.evaluation.sections import Command
 from frugal.common.models.config import clip_encoder
 from frugal.common.objectives.config import Contrastive

@@ -25,13 +25,13 @@ from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint
 from frugal.common.errors import InputError
 from frugal.common.evaluate import load_trained
 from frugal.common.export import Options, export
+from frugal.common.interop.encoder_weights import read_encoder
 from frugal.common.models.weight_names import from_timm, from_vit_mae
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
 from frugal.milan.classification import pooled
 from frugal.milan.decoders import Split
 from frugal.milan.encoder import encoder
-from frugal.milan.encoder_weights import read_encoder
 from frugal.milan.recipes import demo, demo_pixels
 from frugal.milan.segmentation_recipes import SEGMENTATION
 from frugal.milan.settings import DecoderConfig, MaskedModel

@@ -14,15 +14,15 @@ from frugal.common.commands import read_command_line
 from frugal.common.engine.accelerate_backend import AccelerateEngine
 from frugal.common.engine.saving import restore
 from frugal.common.errors import InputError
+from frugal.common.interop.encoder_weights import read_encoder
+from frugal.common.interop.stored_files import read_content, state_in
 from frugal.common.recipe import difference, load_recipe
 from frugal.common.run import Run, make_logger
 from frugal.milan import readable
 from frugal.milan.convert import Options, _fitting, convert
-from frugal.milan.encoder_weights import read_encoder
 from frugal.milan.objective import Reconstruction
 from frugal.milan.published_weights import Published, from_published, our_names, to_published
 from frugal.milan.recipes import RECIPES
-from frugal.milan.stored_files import read_content, state_in
 
 HEADS = {
     "milan_core": {"heads": 4, "decoder_heads": 4},

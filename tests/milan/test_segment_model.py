@@ -18,6 +18,7 @@ from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentati
 from frugal.common.data.config import ImageData
 from frugal.common.engine.optimizers import learning_rate_scales
 from frugal.common.errors import InputError
+from frugal.common.models.batch_norm import SharedBatchNorm
 from frugal.common.models.config import ImageTower
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.initialise import initialise_flip
@@ -25,7 +26,6 @@ from frugal.common.models.positions import image_table
 from frugal.common.models.weight_names import to_timm
 from frugal.common.recipe import from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
-from frugal.milan.batch_norm import SharedBatchNorm
 from frugal.milan.photometric import PhotometricDistortion
 from frugal.milan.segmentation import Segmentation, SegmenterConfig, WarmupLinear, even_taps
 from frugal.milan.segmentation_recipes import SEGMENTATION

@@ -13,10 +13,10 @@ from golden_cases import GOLDEN
 from safetensors.torch import load_file, save_file
 
 from frugal.common.errors import InputError
+from frugal.common.interop.encoder_weights import read_encoder
 from frugal.common.models.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from frugal.milan import readable
 from frugal.milan.encoder import encoder
-from frugal.milan.encoder_weights import read_encoder
 from frugal.milan.settings import Teacher
 from frugal.milan.teacher import FrozenTeacher, load_teacher
 

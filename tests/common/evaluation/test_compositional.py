@@ -7,75 +7,31 @@ import json
 import logging
 import tarfile
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
+import evaluated
 import numpy as np
 import pytest
 import torch
 from clip_benchmark.datasets.sugar_crepe import SugarCrepe
 from clip_benchmark.metrics import image_caption_selection
+from evaluated import OpenClipLike, telling, tokenizer
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.compositional import Contrasts, Verdicts, judge
 from frugal.common.evaluation.config import Compositional
 from frugal.common.evaluation.contrasts import CATEGORIES, KINDS
 from frugal.common.evaluation.embed import Embedder, evaluating, grouped
-from frugal.common.evaluation.examples import gather
-from frugal.common.models.config import clip_encoder
-from frugal.common.recipe import EngineOptions
-from frugal.common.reduction.random_masking import RandomMasking
+from frugal.common.evaluation.gathering import gather
 from frugal.common.run import Run
 from frugal.common.scenes import compositional as scenes_compositional
 
-SMALL = {"width": 24, "depth": 1, "heads": 2, "mlp_width": 32}
-LENGTH = 24
-
-
-def recipe(length: int = LENGTH, evaluation=()) -> SimpleNamespace:
-    model = clip_encoder("S/8", image_size=(24, 32), text_length=length)
-    model = replace(
-        model,
-        image=replace(model.image, **SMALL),
-        text=replace(model.text, **SMALL),
-        embed_dim=12,
-    )
-    return SimpleNamespace(
-        model=model,
-        data=SimpleNamespace(tokenizer=ClipBpe()),
-        engine=EngineOptions(),
-        evaluation=evaluation,
-        run=SimpleNamespace(seed=0),
-        reduction=SimpleNamespace(image=RandomMasking(mask_ratio=0.5)),
-    )
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path, 0, 1, 0, torch.device("cpu"), logging.getLogger("composing"))
-
-
-class OpenClipLike(nn.Module):
-    def __init__(self, model) -> None:
-        super().__init__()
-        self.model = model
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.model.encode_image(images)
-
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        return self.model.encode_text(token_ids, (token_ids != 0).sum(1))
-
-
-def tokenize(texts: list[str]) -> Tensor:
-    tokenizer = ClipBpe().load()
-    rows = [tokenizer.assemble(tokenizer.encode(text), LENGTH) for text in texts]
-    return torch.tensor([row + [0] * (LENGTH - len(row)) for row in rows])
+SIZE = (24, 32)
+recipe = partial(evaluated.recipe, SIZE)
 
 
 def clip_benchmarks(model, images: Path, file: Path) -> float:
@@ -94,7 +50,7 @@ def clip_benchmarks(model, images: Path, file: Path) -> float:
             yield torch.stack([image for image, _ in rows]), [texts for _, texts in rows]
 
     theirs = image_caption_selection.evaluate(
-        OpenClipLike(model).eval(), batches(), tokenize, "cpu", amp=False
+        OpenClipLike(model).eval(), batches(), tokenizer(), "cpu", amp=False
     )
     return theirs["text_acc"]
 
@@ -146,15 +102,6 @@ def sugar(tmp_path: Path) -> Path:
             items.append((files[(number * 3 + place) % 20], f"{right} {number}", wrong))
         write_items(tmp_path / "sugar" / f"{category}.json", items)
     return tmp_path / "sugar"
-
-
-def telling(plan: SimpleNamespace) -> nn.Module:
-    """A fresh model that sees differences between images."""
-    model = plan.model.build().eval()
-    with torch.no_grad():
-        for weight in model.image.parameters():
-            weight.mul_(4)
-    return model
 
 
 def test_categories_are_those_of_the_scenes() -> None:
@@ -237,7 +184,7 @@ def test_a_tie_is_wrong(tmp_path: Path, run: Run, caplog) -> None:
     items = [(name, f"{same} {word}", f"{same} not {word}") for word in ("one", "two")]
     write_items(tmp_path / "swap_obj.json", [*items, (name, "A dog", "a  DOG"), (name, "a", "b")])
     plan = recipe(length=8)
-    with caplog.at_level(logging.WARNING, logger="composing"):
+    with caplog.at_level(logging.WARNING, logger="evaluating"):
         numbers = Compositional(data=tmp_path).evaluate(telling(plan), plan, run)
     assert numbers["compositional_swap_obj"] in (0, 0.25)
     assert "does not tell the captions of 3 of the 4 items apart" in caplog.text
@@ -267,7 +214,7 @@ def test_files_that_are_not_there_leave_their_means_out_and_are_named(
     whole = Compositional(data=sugar).evaluate(model, plan, run)
     (sugar / "swap_att.json").unlink()
     (sugar / "add_obj.json").unlink()
-    with caplog.at_level(logging.WARNING, logger="composing"):
+    with caplog.at_level(logging.WARNING, logger="evaluating"):
         part = Compositional(data=sugar).evaluate(model, plan, run)
     assert "has no swap_att.json, add_obj.json; the means that need them" in caplog.text
     gone = {"swap_att", "add_obj", "swap_att_items", "add_obj_items", "swap", "add", "mean"}

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from frugal.common.contracts import EvaluationTask
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluate import Options, chosen_tasks, evaluate, load_trained
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder
-from frugal.common.recipe import Recipe, load_recipe, to_json
-from support import ALONE, ROOT, environment, train
+from frugal.common.evaluation.identity import weights_digest
+from frugal.common.evaluation.outcomes import load_outcomes
+from frugal.common.recipe import Recipe, from_json, load_recipe, to_json
+from support import ALONE, ROOT, command, environment, train
 
 OWN = CenterCrop(order="crop_first", interpolation="bilinear")
 PUBLISHED = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
@@ -153,7 +160,7 @@ def test_a_recipe_without_a_published_crop_is_one_sentence(recipe: Recipe) -> No
 
 def test_without_data_there_is_nothing_to_measure(recipe: Recipe) -> None:
     said = refused(recipe)
-    assert "names no data for zero-shot or retrieval or compositional; give --data" in said
+    assert "names no data for zero-shot or retrieval or compositional or linear-probe; " in said
     assert "--tasks is empty" in refused(recipe, data=Path("d"), tasks=())
 
 
@@ -210,3 +217,142 @@ def test_a_recipe_that_evaluates_nothing_is_evaluated_with_defaults(recipe: Reci
         ZeroShot(data=Path("d"), batch_size=8),
         Retrieval(data=Path("d"), batch_size=8),
     ]
+
+
+# Through the command, to its files.
+
+
+def test_a_file_says_everything_that_is_needed_to_measure_again(run: Path, scenes: Path) -> None:
+    content = measured(run, "zero_shot", data=scenes, tasks=("zero-shot",))
+    facts = content["zero_shot_measured"]
+    trained = load_trained(run, device="cpu")
+    assert facts["weights_sha256"] == weights_digest(trained.model)
+    assert (facts["checkpoint"], facts["library"]) == (str(run), "frugal")
+    assert len(facts["class_names"]) == 64 and facts["templates"] == ["{c}"]
+    assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert from_json(content["zero_shot_settings"]).crop == OWN
+    outcomes = load_outcomes(run / "out" / "zero_shot.outcomes.safetensors")
+    assert outcomes.facts["data_sha256"] == facts["data_sha256"]
+    assert float(outcomes.number("zero_shot_top1")) == content["zero_shot_top1"]
+
+
+def test_the_table_grows_by_a_row_for_every_task(run: Path, scenes: Path) -> None:
+    for _ in range(2):
+        measured(run, "retrieval", data=scenes)
+    with (run / "out" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kinds = ["zeroshot_classification", "zeroshot_retrieval", *["image_caption_selection"] * 7]
+    assert [row["task"] for row in rows] == 2 * kinds
+    assert rows[2]["dataset"] == f"{scenes}/replace_obj" and rows[2]["text_acc"]
+    (run / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"other\.csv has other columns than model, pretrained"):
+        measured(run, "retrieval", data=scenes, csv=run / "other.csv")
+    assert (run / "other.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_a_suite_is_measured_and_summed_up(run: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for task, count in (("mnist", 10), ("hateful_memes", 2)):
+        for label in range(count):
+            folder = tmp_path / "data" / task / "test" / str(label)
+            folder.mkdir(parents=True)
+            for number in range(2):
+                pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    out = measured(run, "clip_26", data=tmp_path / "data", tasks=("clip-26",))
+    one, two = (
+        json.loads((run / "out" / f"{task}.json").read_text())[f"{task}_{number}"]
+        for task, number in (("mnist", "top1"), ("hateful_memes", "roc_auc"))
+    )
+    assert out["clip_26_scores"] == {"mnist": one, "hateful_memes": two}
+    assert out["clip_26_mean"] == (one + two) / 2
+    assert (out["clip_26_tasks"], len(out["clip_26_missing"])) == (2, 24)
+
+
+def test_a_linear_probe_is_asked_for_and_keeps_its_embeddings(run: Path, scenes: Path) -> None:
+    words = {"data": scenes, "tasks": ("linear-probe",), "solver": "sgd", "weight_decay": 0.01}
+    content = measured(run, "linear_probe", **words)
+    assert content["linear_probe_images"] == 112
+    assert from_json(content["linear_probe_settings"]).crop == OWN  # as its recipe evaluates
+    assert len(list((run / "out" / "features").glob("*.safetensors"))) == 2
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(trained_run: Path, scenes: Path) -> None:
+    words = ("--checkpoint", trained_run, "--data", scenes, "--tasks", "zeroshot")
+    result = command("frugal.common.evaluate", *words, expect=2)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert "there is no task 'zeroshot'; choose from zero-shot, retrieval" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"model": "ViT-B-16"}, "--model ViT-B-16 is for a file of weights of another library"),
+        ({"class_names": "flowers5"}, "class_names is 'flowers5'; choose data"),
+        ({"data": Path("nowhere")}, "nowhere does not exist; check the path"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_written(
+    words: dict, message: str, run: Path, scenes: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        measured(run, "zero_shot", **{"data": scenes, "tasks": ("zero-shot",), **words})
+    assert not (run / "out").exists()
+
+
+@dataclass(frozen=True)
+class Counting(EvaluationTask):
+    """An evaluation of a method of its own."""
+
+    name: str = "counting"
+    data: Path | None = None
+
+    def folder(self) -> Path | None:
+        return self.data
+
+    def evaluate(self, model, recipe, run, *, show=None):
+        return {"counting_weights": sum(w.numel() for w in model.parameters())}
+
+
+def test_evaluations_of_a_method_are_taken_where_they_have_data(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    plan = replace(recipe, evaluation=(*recipe.evaluation, Counting(data=tmp_path)))
+    options = Options(checkpoint=Path("runs/x"))
+    assert chosen_tasks(options, plan) == [Counting(data=tmp_path)]
+    assert chosen_tasks(replace(options, tasks=("counting",)), plan) == [Counting(data=tmp_path)]
+    without = replace(recipe, evaluation=(Counting(),))
+    assert "names no data for" in refused(without, tasks=("counting",))
+    assert "the evaluation 'counting' of runs/x takes no --data" in refused(
+        plan, tasks=("counting",), data=tmp_path
+    )
+    with_data = chosen_tasks(replace(options, data=tmp_path), plan)
+    assert [type(task) for task in with_data] == [ZeroShot, Retrieval]
+
+
+def test_a_model_without_captions_is_measured_by_its_own_evaluations(recipe: Recipe) -> None:
+    @dataclass(frozen=True)
+    class TowerAlone:
+        image: object
+        measured_by: ClassVar[str] = "python -m somewhere.probe"
+
+    bare = replace(
+        recipe, model=TowerAlone(recipe.model.image), evaluation=(), objective=ObjectiveOfNothing()
+    )
+    said = refused(bare, data=Path("d"))
+    assert "runs/x trained a TowerAlone without a text tower, which zero-shot" in said
+    assert "by python -m somewhere.probe with --run.start-from runs/x" in said
+    own = replace(bare, evaluation=(Counting(),))
+    said = refused(own, tasks=("zero-shot",), data=Path("d"))
+    assert "measured by its own counting: give --data, or by python -m somewhere" in said
+
+
+class ObjectiveOfNothing:
+    def build(self, recipe: Recipe) -> None: ...
+
+
+def test_flags_of_linear_probes_are_for_them(recipe: Recipe) -> None:
+    said = refused(recipe, data=Path("d"), tasks=("retrieval",), solver="sgd")
+    assert "--solver, --weight-decay and --features are for linear probes" in said
+    assert "add linear-probe to --tasks, or leave --solver out" in said

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from frugal.common.data.labelled import LabelledImages
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.evaluation.compositional import judge, open_contrasts
-from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
+from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
 from frugal.common.evaluation.contrasts import CATEGORIES
 from frugal.common.evaluation.embed import Embedder, evaluating, similarity
 from frugal.common.evaluation.metrics import recall_at
@@ -31,6 +29,7 @@ from frugal.common.evaluation.zero_shot import ask, open_question
 from frugal.common.models.config import clip_encoder
 from frugal.common.recipe import EngineOptions
 from frugal.common.run import Run, make_logger
+from support import start_ranks
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32}
 COUNTS = (1, 10, 134)
@@ -48,6 +47,11 @@ def write_images(folder: Path) -> None:
             pixels = generator.integers(0, 40, (height, width, 3), dtype=np.uint8)
             pixels += generator.integers(0, 200, 3, dtype=np.uint8)
             Image.fromarray(pixels).save(path)
+    for number in range(70):  # two classes, whose scores have an order
+        path = folder / "two" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
     templates = folder / "zeroshot_classification_templates.txt"
     templates.write_text("a photo of {c}\nthe {c}\n{c}, {c} and {c}\n")
     contrasts = folder / "contrasts"
@@ -152,6 +156,24 @@ def answers(scenes: Path, model, plan, run: Run) -> dict[str, dict]:
     return results
 
 
+def kept(folder: Path, scenes: Path, model, plan, run: Run) -> dict[str, list]:
+    """Numbers of probes and of two classes, with what was found image by image."""
+    results = {}
+    for size in BATCH_SIZES:
+        for task in (
+            LinearProbe(
+                data=scenes, batch_size=size, weight_decay=1e-3, solver="adamw",
+                features=folder / f"features of {run.world_size}" / str(size),
+            ),
+            ZeroShot(name="two", data=folder / "two", batch_size=size, metric="roc_auc"),
+        ):  # fmt: skip
+            found = []
+            numbers = task.evaluate(model, plan, run, keep=found.append)
+            tables = {name: table.tolist() for name, table in found[0].tables.items()}
+            results[f"{task.name} kept by {size}"] = [numbers, tables, found[0].facts]
+    return results
+
+
 def numbers(folder: Path, scenes: Path, rank: int, world_size: int) -> dict[str, dict]:
     """Every case on this process."""
     plan = recipe()
@@ -175,6 +197,7 @@ def numbers(folder: Path, scenes: Path, rank: int, world_size: int) -> dict[str,
             ZeroShot(data=scenes, templates="name", name="masked", mask_ratio=0.5, batch_size=size),
         ):
             results[f"{scene_task.name} by {size}"] = scene_task.evaluate(model, plan, run)
+    results |= kept(folder, scenes, model, plan, run)
     results |= answers(scenes, model, plan, run) | bits(folder, model, plan, run)
     for size in BATCH_SIZES:
         generator = torch.Generator().manual_seed(size)
@@ -184,7 +207,7 @@ def numbers(folder: Path, scenes: Path, rank: int, world_size: int) -> dict[str,
         recall = recall_at(
             images, texts, image_of_text, at=(1, 2), ranks=Ranks.current(), scores_at_once=30
         )
-        results[f"ties {size}"] = vars(recall)
+        results[f"ties {size}"] = [recall.image_retrieval, recall.text_retrieval]
     return json.loads(json.dumps(results))
 
 
@@ -237,6 +260,10 @@ def test_every_image_is_counted_once(alone: dict[str, dict]) -> None:
     assert (scenes["zero_shot_images"], scenes["zero_shot_classes"]) == (128, 64)
     assert scenes["zero_shot_images_held_out"] == 128 * 8 // 64
     assert alone["retrieval by 64"]["retrieval_candidates"] == 40
+    probe, _, facts = alone["linear_probe kept by 3"]
+    assert (probe["linear_probe_images"], facts["train_images"]) == (128 - 16, 112)
+    _, tables, facts = alone["two kept by 3"]
+    assert facts["images"] == len(tables["margin"]) == 70 and len(set(tables["margin"])) > 50
     contrasts = alone["contrasts by 3"]
     assert contrasts["compositional_items"] == 7 * 70
     assert all(contrasts[f"compositional_{name}_items"] == 70 for name in CATEGORIES)
@@ -249,17 +276,15 @@ def test_every_image_is_counted_once(alone: dict[str, dict]) -> None:
 def test_the_number_of_processes_changes_nothing(
     world_size: int, images: Path, scenes: Path, alone: dict[str, dict], tmp_path: Path
 ) -> None:
-    command = [sys.executable, __file__, str(tmp_path), str(images), str(scenes), str(world_size)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(world_size)]
-    assert [process.wait(timeout=300) for process in ranks] == [0] * world_size
+    processes = start_ranks(__file__, world_size, tmp_path, images, scenes, world_size)
+    assert processes.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     for rank in range(world_size):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
 
 
 if __name__ == "__main__":
-    out, image_folder, scene_folder = (Path(word) for word in sys.argv[1:4])
-    size, number = (int(word) for word in sys.argv[4:])
+    out, image_folder, scene_folder = (Path(word) for word in sys.argv[2:5])
+    number, size = int(sys.argv[1]), int(sys.argv[5])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{out}/meeting", rank=number, world_size=size

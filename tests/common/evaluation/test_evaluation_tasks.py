@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,70 +15,22 @@ import torch
 import webdataset
 from clip_benchmark.datasets.builder import all_imagenet_wordnet_ids
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from evaluated import OpenClipLike, recipe, tokenizer
 from open_clip import zero_shot_metadata
 from PIL import Image
-from torch import nn
 
 from frugal.common.data.labelled import CaptionedImages, LabelledImages
-from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating
-from frugal.common.evaluation.examples import confusions, gather, recall_by_class
+from frugal.common.evaluation.examples import confusions, recall_by_class
+from frugal.common.evaluation.gathering import gather
 from frugal.common.evaluation.prompts import named_templates
 from frugal.common.evaluation.zero_shot import Answers, open_question
-from frugal.common.models.config import clip_encoder
-from frugal.common.recipe import EngineOptions, from_json, to_json
+from frugal.common.recipe import from_json, to_json
 from frugal.common.reduction.image import KeepAll
-from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.run import Run
-
-SMALL = {"width": 24, "depth": 1, "heads": 2, "mlp_width": 32}
-LENGTH = 20
-
-
-def recipe(size: int | tuple[int, int] = 32, evaluation=()) -> SimpleNamespace:
-    model = clip_encoder("S/8", image_size=size, text_length=LENGTH)
-    model = replace(
-        model,
-        image=replace(model.image, **SMALL),
-        text=replace(model.text, **SMALL),
-        embed_dim=12,
-    )
-    return SimpleNamespace(
-        model=model,
-        data=SimpleNamespace(tokenizer=ClipBpe()),
-        engine=EngineOptions(),
-        evaluation=evaluation,
-        run=SimpleNamespace(seed=0),
-        reduction=SimpleNamespace(image=RandomMasking(mask_ratio=0.5)),
-    )
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path, 0, 1, 0, torch.device("cpu"), logging.getLogger("frugal"))
-
-
-class OpenClipLike(nn.Module):
-    """The model as clip_benchmark wants one: images decoded by its own loader, texts tokenized."""
-
-    def __init__(self, model) -> None:
-        super().__init__()
-        self.model = model
-
-    def encode_image(self, images):
-        return self.model.encode_image(images)
-
-    def encode_text(self, token_ids):
-        return self.model.encode_text(token_ids, (token_ids != 0).sum(1))
-
-
-def tokenize(texts: list[str]) -> torch.Tensor:
-    tokenizer = ClipBpe().load()
-    rows = [tokenizer.assemble(tokenizer.encode(text), LENGTH) for text in texts]
-    return torch.tensor([row + [0] * (LENGTH - len(row)) for row in rows])
 
 
 def samples(folder: Path, target: str) -> list[tuple[torch.Tensor, str]]:
@@ -110,7 +61,7 @@ def test_zero_shot_on_scenes_equals_clip_benchmark_on_the_same_files(
     theirs = OpenClipLike(model).eval()
     with torch.no_grad():
         classes = zeroshot_classification.zero_shot_classifier(
-            theirs, tokenize, names, templates, "cpu", amp=False
+            theirs, tokenizer(), names, templates, "cpu", amp=False
         )
         logits, labels = zeroshot_classification.run_classification(
             theirs, classes, batches, "cpu", amp=False
@@ -137,7 +88,7 @@ def test_retrieval_on_scenes_equals_clip_benchmark_on_the_same_files(
     ours = Retrieval(data=scenes, batch_size=7).evaluate(model, plan, run)
     pairs = [(x, text.splitlines()) for x, text in samples(scenes / "retrieval", "txt")]
     theirs = zeroshot_retrieval.evaluate(
-        OpenClipLike(model).eval(), batched(pairs, 16), tokenize, "cpu", amp=False,
+        OpenClipLike(model).eval(), batched(pairs, 16), tokenizer(), "cpu", amp=False,
         recall_k_list=[1, 5, 10],
     )  # fmt: skip
     for way in ("image", "text"):
@@ -325,8 +276,9 @@ def test_tasks_survive_json() -> None:
 
 
 def test_naming_an_evaluation_needs_no_torch() -> None:
-    check = "import sys, frugal.common.evaluation.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+    for module in ("evaluation.config", "evaluate", "compare"):
+        check = f"import sys, frugal.common.{module}; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
 def test_photos_of_any_shape_pass_through(real_data: Path, run: Run) -> None:

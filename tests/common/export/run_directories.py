@@ -58,6 +58,12 @@ def write_run(
         engine=EngineOptions(ema_decay=0.9 if average else None),
         evaluation=(ZeroShot(), Retrieval()),
     )
+    return write_run_of(folder, recipe, spoil=spoil)
+
+
+def write_run_of(folder: Path, recipe: Recipe, *, spoil: float | None = None) -> Path:
+    """The same of any recipe of image-text pairs."""
+    average = recipe.engine.ema_decay is not None
     generator = torch.Generator().manual_seed(3)
     objective = recipe.objective.build(recipe)
     tensors = {}
@@ -70,7 +76,12 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text(json.dumps(to_json(recipe)))
     recipe.data.save_tokenizer(folder / "tokenizer")
+    write_tensors(folder, tensors)
+    return folder
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A checkpoint of one process into a run directory."""
     run = Run(folder, 0, 1, 0, torch.device("cpu"), logging.getLogger("test"))
     state = {"step": STEP, "updates": STEP, "loss_scale": {}}
     CheckpointStore(run, keep=1).save(tensors, state, gather=lambda value: [value])
-    return folder

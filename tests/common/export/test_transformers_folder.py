@@ -16,7 +16,10 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
+    CLIPTextModel,
     CLIPTokenizer,
+    Dinov2Model,
+    VisionTextDualEncoderModel,
 )
 
 from frugal.common.data.tokenizers import HuggingFace
@@ -104,3 +107,33 @@ def test_the_image_processor_gives_the_pixels_of_our_evaluation(clip_run, tmp_pa
         ours = torch.from_numpy(CenterCrop().decode(file.getvalue(), size=(32, 32)).copy())
         expected = ((pixels * std + mean) * 255).round()
         torch.testing.assert_close(ours.float(), expected, rtol=0, atol=1)
+
+
+def test_image_towers_that_clip_does_not_have_stand_beside_clip_s_text_tower(
+    make_run, bert, tmp_path
+) -> None:
+    config = small(
+        clip,
+        image={"pre_norm": False, "positions": "sincos", "layer_scale": 0.3, "mlp_width": 48},
+        text={"layer_scale": 0.4, "activation": "quick_gelu", "vocabulary": 90},
+    )
+    run = make_run(config, tokenizer=HuggingFace(name=str(bert)))
+    out = tmp_path / "out"
+    assert export(Options(checkpoint=run, to="huggingface", out=out)) < 1e-5
+    theirs, loading = AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert isinstance(theirs, VisionTextDualEncoderModel)
+    assert isinstance(theirs.vision_model, Dinov2Model)
+    assert isinstance(theirs.text_model, CLIPTextModel)
+    tokens = AutoTokenizer.from_pretrained(out)(
+        CAPTIONS, padding=True, truncation=True, return_tensors="pt"
+    )
+    trained = load(run)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        made = theirs.eval()(**tokens, pixel_values=images)
+        lengths = tokens["attention_mask"].sum(1)
+        texts = trained.model.encode_text(tokens["input_ids"], lengths)
+        torch.testing.assert_close(made.text_embeds, texts, rtol=0, atol=1e-5)
+        seen = trained.model.encode_image(images)
+        torch.testing.assert_close(made.image_embeds, seen, rtol=0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -41,11 +42,22 @@ class Options:
     """A run directory, or one of its checkpoints."""
     to: Literal["frugal", "open_clip", "huggingface", "huggingface_mae", "timm"]
     """frugal: a run directory with nothing but weights. open_clip: a folder for its local-dir
-    names. huggingface: a folder for transformers' CLIPModel, or of an image tower alone for its
-    ViTModel. huggingface_mae: for its ViTMAEForPreTraining. timm: the image tower for timm's
-    local-dir names."""
+    names. huggingface: a folder for transformers' CLIPModel, with a tower that this does not have
+    for its VisionTextDualEncoderModel, or of an image tower alone for its ViTModel.
+    huggingface_mae: for its ViTMAEForPreTraining. timm: the image tower for timm's local-dir
+    names."""
     out: Path
     """Folder that is written; it must not exist, or be empty."""
+    moving_average: bool = True
+    """Take the moving average of the weights, where the run kept one; without it those of the last
+    step leave, as a run directory (--to frugal) that is exported like any other."""
+
+    def __post_init__(self) -> None:
+        if not self.moving_average and self.to != "frugal":
+            raise InputError(
+                f"--no-moving-average is for --to frugal; export so first, and what that wrote "
+                f"with --to {self.to}"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,23 +81,42 @@ def targets(trained: TrainedRun) -> dict[str, Target]:
     from frugal.common.interop import run_directory
     from frugal.common.interop.trained import TrainedModel, TrainedTower
 
-    has_text = isinstance(trained, TrainedModel)
     own = Target(
-        usage=run_directory.USAGE if has_text else run_directory.USAGE_OF_A_TOWER,
+        usage=run_directory.USAGE if trained.reads_captions else run_directory.USAGE_OF_A_TOWER,
         misfit=lambda: None,
         write=lambda folder: run_directory.write(trained, folder),
-        difference=lambda folder: _difference_of_weights(trained, folder),
+        difference=lambda folder: run_directory.difference(trained, folder),
     )
     if isinstance(trained, TrainedModel):
         return {"frugal": own} | _targets_of_two_towers(trained)
-    assert isinstance(trained, TrainedTower)
-    return {"frugal": own} | _targets_of_a_tower(trained)
+    if isinstance(trained, TrainedTower):
+        return {"frugal": own} | _targets_of_a_tower(trained)
+    return {"frugal": own}
 
 
 def _targets_of_two_towers(trained: TrainedModel) -> dict[str, Target]:
-    from frugal.common.interop import open_clip_folder, transformers_folder
+    from frugal.common.interop import (
+        dual_encoder_folder,
+        open_clip_folder,
+        transformers_folder,
+    )
 
-    image = trained.image
+    is_own = trained.has_own_towers
+    timm = {"timm": replace(_timm(trained.image), is_whole=False)} if is_own.image else {}
+    mixed = Target(
+        usage=dual_encoder_folder.USAGE,
+        misfit=lambda: dual_encoder_folder.misfit(trained),
+        write=lambda folder: dual_encoder_folder.write(trained, folder),
+        difference=lambda folder: trained.difference(dual_encoder_folder.embed, folder),
+    )
+    if not all(is_own):
+        return {"huggingface": mixed, **timm}
+    clip = Target(
+        usage=transformers_folder.USAGE,
+        misfit=lambda: transformers_folder.misfit(trained),
+        write=lambda folder: transformers_folder.write(trained, folder),
+        difference=lambda folder: trained.difference(transformers_folder.embed, folder),
+    )
     return {
         "open_clip": Target(
             usage=open_clip_folder.USAGE,
@@ -93,13 +124,9 @@ def _targets_of_two_towers(trained: TrainedModel) -> dict[str, Target]:
             write=lambda folder: open_clip_folder.write(trained, folder),
             difference=lambda folder: trained.difference(open_clip_folder.embed, folder),
         ),
-        "huggingface": Target(
-            usage=transformers_folder.USAGE,
-            misfit=lambda: transformers_folder.misfit(trained),
-            write=lambda folder: transformers_folder.write(trained, folder),
-            difference=lambda folder: trained.difference(transformers_folder.embed, folder),
-        ),
-        "timm": replace(_timm(image), is_whole=False),
+        # not every image tower is CLIP's, and transformers joins others to CLIP's text tower
+        "huggingface": mixed if clip.misfit() and not mixed.misfit() else clip,
+        **timm,
     }
 
 
@@ -134,14 +161,34 @@ def _timm(tower: TrainedTower) -> Target:
     )
 
 
-def _difference_of_weights(trained: TrainedRun, folder: Path) -> float:
-    """Equal weights give equal embeddings."""
-    from frugal.common.checkpoint.store import find_checkpoint
-    from frugal.common.checkpoint.warm_start import load_weights
+def open_run(path: Path, *, average: bool = True) -> TrainedRun:
+    """A run directory or checkpoint of any model, of which no weight is read.
 
-    left, right = load_weights(trained.checkpoint), load_weights(find_checkpoint(folder))
-    same = left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
-    return 0.0 if same else float("inf")
+    Args:
+        path: the run directory, or one of its checkpoints.
+        average: whether the moving average of the weights stands for them.
+
+    Raises:
+        InputError: if there is no whole checkpoint, or no average that could be left behind.
+    """
+    from frugal.common.checkpoint.store import find_checkpoint
+    from frugal.common.interop.model_card import measured
+    from frugal.common.interop.trained import TrainedRun
+    from frugal.common.recipe import load_recipe
+
+    checkpoint = find_checkpoint(path)
+    folder = checkpoint.folder.parent.parent
+    recipe, numbers = load_recipe(folder / "recipe.json"), measured(folder, step=checkpoint.step)
+    if not average:
+        if not any(name.startswith("ema/") for name in checkpoint.names()):
+            raise InputError(
+                f"{path} holds no moving average of its weights; leave out --no-moving-average"
+            )
+        recipe = replace(recipe, engine=replace(recipe.engine, ema_decay=None))
+        numbers = {}  # they are of the average
+    return TrainedRun(
+        recipe=recipe, checkpoint=checkpoint, folder=folder, numbers=numbers, average=average
+    )
 
 
 def load(path: Path) -> TrainedRun:
@@ -180,7 +227,7 @@ def _load_two_towers(path: Path, checkpoint: Checkpoint) -> TrainedModel:
         recipe=trained.recipe,
         checkpoint=checkpoint,
         folder=folder,
-        numbers=measured(folder, step=trained.step),
+        numbers=measured(folder, step=checkpoint.step),
     )
 
 
@@ -223,9 +270,14 @@ def export(options: Options) -> float:
         InputError: if the folder is taken, there is no model, it does not fit the library, or
             what was written does not give the same embeddings; nothing is left behind then.
     """
+    from frugal.common.interop.run_directory import refuse_taken
+
     out = options.out.resolve()
-    _refuse_taken(out)
-    trained = load(options.checkpoint)
+    refuse_taken(out)
+    if options.to == "frugal":  # which needs no model, however large that is
+        trained = open_run(options.checkpoint, average=options.moving_average)
+    else:
+        trained = load(options.checkpoint)
     _refuse_misfit(trained, options)
     aside = out.with_name(f".{out.name}.writing")
     target = targets(trained)[options.to]
@@ -252,14 +304,6 @@ def _writing(out: Path) -> Iterator[None]:
         raise InputError(f"{out} could not be written ({reason}); choose another --out") from None
 
 
-def _refuse_taken(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        what = "is not empty" if out.is_dir() else "is a file"
-        raise InputError(f"{out} {what}, and nothing is overwritten; choose another --out")
-
-
 def _refuse_misfit(trained: TrainedRun, options: Options) -> None:
     ways = targets(trained)
     misfit = _misfit(trained, options.to)
@@ -277,6 +321,10 @@ def _misfit(trained: TrainedRun, to: str) -> Misfit | None:
 
     if to in (ways := targets(trained)):
         return ways[to].misfit()
+    if isinstance(trained, TrainedModel) and to in ("open_clip", "timm"):
+        part = "image" if to == "timm" or not trained.has_own_towers.image else "text"
+        kind = type(getattr(trained.config, part)).__name__
+        return Misfit(f"model.{part}={kind}", "that is a tower of another library")
     lacking = "no decoder" if isinstance(trained, TrainedModel) else "no text tower"
     return Misfit(f"model={type(trained.recipe.model).__name__}", f"it has {lacking}")
 
@@ -285,11 +333,15 @@ def _write(trained: TrainedRun, target: Target, library: str, folder: Path, name
     """Everything into a new folder that will have this name."""
     from frugal.common.interop.model_card import model_card
     from frugal.common.interop.trained import TrainedModel
+    from frugal.common.recipe import to_json
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     target.write(folder)
-    shutil.copyfile(trained.folder / "recipe.json", folder / "recipe.json")
+    if trained.average:
+        shutil.copyfile(trained.folder / "recipe.json", folder / "recipe.json")
+    else:
+        (folder / "recipe.json").write_text(json.dumps(to_json(trained.recipe), indent=2))
     usage = target.usage.replace("FOLDER", name)
     card = folder / "README.md"
     if isinstance(trained, TrainedModel) and not target.is_whole:

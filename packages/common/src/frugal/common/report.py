@@ -27,7 +27,7 @@ from frugal.common.recipe import load_recipe
 from frugal.common.run import make_logger
 
 if TYPE_CHECKING:
-    from frugal.common.evaluation.examples import Gathered
+    from frugal.common.evaluation.gathering import Gathered
 
 REQUIRED = (
     "zero_shot_top1",
@@ -50,6 +50,7 @@ def write_report(
     numbers: Mapping[str, Any],
     stages: Mapping[str, Path],
     gathered: Gathered | None = None,
+    about_data: Sequence[tuple[str, str]] = (),
     commands: Sequence[Command] = (),
     title: str = "Training report",
     summary: str = "",
@@ -63,6 +64,7 @@ def write_report(
         stages: name and run directory (with ``metrics.jsonl``) of each stage of the training, in
             order; a stage's curve begins at the samples where the one before it ended.
         gathered: example images and what the model makes of them.
+        about_data: titles and HTML of what is to be told of the training data.
         commands: what to type next.
         title: of the page.
         summary: a sentence below the title.
@@ -80,6 +82,7 @@ def write_report(
     logged = {name: read_metrics(run_dir) for name, run_dir in stages.items()}
     body = [sections.headline(finite)]
     body.append(sections.section("How it learned", sections.curves(logged)))
+    body += [sections.section(name, content) for name, content in about_data]
     if gathered is not None:
         classes = sections.classes(gathered.classes, gathered.confused)
         body += [
@@ -173,7 +176,9 @@ def collect_numbers(stages: Mapping[str, Path]) -> dict[str, Any]:
     if not files and load_recipe(last / "recipe.json").evaluation:
         raise InputError(f"{last} was not evaluated yet; start its training again to finish it")
     for file in files:
-        numbers |= json.loads(file.read_text())
+        content = json.loads(file.read_text())
+        # what was measured, and with what, is for repeating it; a page of it would hide the rest
+        numbers |= {n: value for n, value in content.items() if not n.endswith("_measured")}
     for name in ("step", "samples"):
         numbers.pop(name, None)
     samples = sum(state["samples"] for state in states)
@@ -187,6 +192,12 @@ def collect_numbers(stages: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
+def describe_data(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
+    """Titles and HTML of what the data of every stage tells about itself."""
+    recipes = {run_dir: load_recipe(run_dir / "recipe.json") for run_dir in stages.values()}
+    return [part for run_dir, recipe in recipes.items() for part in recipe.data.report(run_dir)]
+
+
 def gather_examples(stages: Mapping[str, Path], *, count: int) -> Gathered:
     """Pictures and answers of the last stage's model, masked as in the first stage.
 
@@ -197,7 +208,7 @@ def gather_examples(stages: Mapping[str, Path], *, count: int) -> Gathered:
         InputError: if the checkpoint or the data of an evaluation cannot be used.
     """
     from frugal.common.evaluate import load_trained
-    from frugal.common.evaluation.examples import Gathered, draw_batch, gather
+    from frugal.common.evaluation.gathering import Gathered, draw_batch, gather
 
     first, last = next(iter(stages.values())), list(stages.values())[-1]
     if not hasattr(load_recipe(last / "recipe.json").model, "text"):
@@ -238,6 +249,7 @@ def report(options: Options) -> None:
         numbers=numbers,
         stages=stages,
         gathered=gather_examples(stages, count=options.examples),
+        about_data=describe_data(stages),
         commands=commands,
         title=options.title or f"Report of {options.folder.resolve().name}",
         summary=f"Stages of the training: {', then '.join(stages)}." if len(stages) > 1 else "",

@@ -76,8 +76,8 @@ def convert(options: Options) -> None:
 
 
 def _write_run(options: Options) -> None:
+    from frugal.common.interop.stored_files import read_content, state_in
     from frugal.milan.published_weights import from_published, from_published_moments
-    from frugal.milan.stored_files import read_content, state_in
 
     source = str(options.source)
     content = read_content(options.source)

@@ -15,9 +15,9 @@ from torch import nn
 
 from frugal.common.checkpoint.store import BEST, find_checkpoint
 from frugal.common.errors import InputError
+from frugal.common.interop.encoder_weights import EncoderWeights, read_encoder
 from frugal.common.models.config import ImageTower
 from frugal.common.models.positions import image_table
-from frugal.milan.encoder_weights import EncoderWeights, read_encoder
 
 if TYPE_CHECKING:
     from frugal.milan.classifier import VisionClassifier
@@ -38,7 +38,7 @@ def start_encoder(
 
     Args:
         model: whose tower has learned positions; they start from those of the source.
-        source: see :mod:`frugal.milan.encoder_weights`.
+        source: see :mod:`frugal.common.interop.encoder_weights`.
         interpolate: whether positions may be brought to another grid.
         log: told what was taken.
 

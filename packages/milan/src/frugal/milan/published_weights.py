@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.interop.encoder_weights import encoder_of_state
+from frugal.common.interop.stored_files import State
 from frugal.common.models.config import ImageTower
 from frugal.common.models.positions import image_table
 from frugal.common.models.weight_names import (
@@ -28,10 +30,8 @@ from frugal.common.models.weight_names import (
     to_timm,
     write_names,
 )
-from frugal.milan.encoder_weights import encoder_of_state
 from frugal.milan.model import MaskedImageModel
 from frugal.milan.settings import DecoderConfig, MaskedModel
-from frugal.milan.stored_files import State
 
 _HEAD_WIDTH = 32
 """Of the decoder: 16 heads at the published width of 512."""

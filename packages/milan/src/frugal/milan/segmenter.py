@@ -16,13 +16,13 @@ from typing_extensions import override
 
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
+from frugal.common.models.batch_norm import SharedBatchNorm, precise, share_statistics
 from frugal.common.models.config import ImageTower
 from frugal.common.models.cost import image_flops
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.initialise import initialise_flip
 from frugal.common.models.positions import sincos_table
 from frugal.common.randomness import SampleNoise
-from frugal.milan.batch_norm import SharedBatchNorm, precise, share_statistics
 from frugal.milan.classifier import mean_over_valid
 from frugal.milan.encoder_start import start_encoder
 from frugal.milan.masked_folder import IGNORED, PADDING

@@ -16,12 +16,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
+from frugal.common.interop.encoder_weights import EncoderWeights, read_encoder
 from frugal.common.models.attention import Attention
 from frugal.common.models.config import ImageTower
 from frugal.common.models.cost import image_flops
 from frugal.common.models.transformer import Block
 from frugal.common.reduction.image import Channels
-from frugal.milan.encoder_weights import EncoderWeights, read_encoder
 from frugal.milan.settings import Teacher
 
 

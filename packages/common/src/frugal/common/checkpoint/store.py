@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, find_tensors
 from frugal.common.errors import InputError
 from frugal.common.run import Run
 
@@ -62,6 +63,27 @@ class Checkpoint:
             for file in self.state["files"]
         }
         return lambda name: handles[owner[name]].get_tensor(name)
+
+    def weights(self, *, average: bool = True) -> dict[str, str]:
+        """``kind/name`` of every weight and buffer by its name, for :meth:`reader`.
+
+        That of its moving average where the run kept one, or with ``average=False`` never.
+        """
+        names = self.names()
+        chosen = {}
+        for kind in ("weight", "buffer"):
+            for stored in sorted(name for name in names if name.startswith(f"{kind}/")):
+                name = stored.partition("/")[2]
+                moved = average and kind == "weight" and f"ema/{name}" in names
+                chosen[name] = f"ema/{name}" if moved else stored
+        return chosen
+
+    def tensor_bytes(self) -> dict[str, TensorBytes]:
+        """Where every tensor lies, by ``kind/name``; none is read."""
+        found: dict[str, TensorBytes] = {}
+        for file in self.state["files"]:
+            found |= find_tensors(self.folder / file["name"])
+        return found
 
 
 def owners(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:
@@ -177,12 +199,40 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], *, step: int) -> P
     Raises:
         InputError: if it cannot be written; the folder holds nothing new then.
     """
+    tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
+    return _save_alone(folder, step, tensors, lambda path: _write_tensors(path, tensors))
+
+
+def copy_weights(checkpoint: Checkpoint, folder: Path, *, average: bool = True) -> Path:
+    """What :func:`save_weights` writes, of a checkpoint, a few MiB in memory at a time.
+
+    Args:
+        checkpoint: of any engine, written by any number of processes.
+        folder: ``checkpoints`` of a run directory; made if missing.
+        average: take the moving average of a weight where there is one.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        InputError: if it cannot be written; the folder holds nothing new then.
+    """
+    stored = checkpoint.tensor_bytes()
+    names = checkpoint.weights(average=average)
+    tensors = {f"weight/{name}": stored[source] for name, source in names.items()}
+    return _save_alone(folder, checkpoint.step, tensors, lambda path: copy_tensors(tensors, path))
+
+
+def _save_alone(
+    folder: Path, step: int, names: Iterable[str], write: Callable[[Path], str]
+) -> Path:
+    """A checkpoint of one file without optimiser state; ``write`` says what went wrong."""
     final = folder / _name(step)
     aside = _aside(final)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
-    files = [_write_file(aside / "tensors-00000-of-00001.safetensors", tensors)]
+    path = aside / "tensors-00000-of-00001.safetensors"
+    files = [_entry(path, names, failure=write(path))]
     try:
         _refuse_failures(files, final)
     except InputError:
@@ -204,10 +254,13 @@ def _aside(final: Path) -> Path:
 
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write one file of a checkpoint; its entry in ``state.json``, or what went wrong."""
-    failure = _write_tensors(path, tensors)
+    return _entry(path, tensors, failure=_write_tensors(path, tensors))
+
+
+def _entry(path: Path, names: Iterable[str], *, failure: str) -> dict[str, Any]:
     return {
         "name": path.name,
-        "tensors": sorted(tensors),
+        "tensors": sorted(names),
         "failure": failure,
         "bytes": 0 if failure else path.stat().st_size,
         "crc32": 0 if failure else file_checksum(path),

@@ -36,14 +36,7 @@ class Resample(Protocol):
 def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights by name; their moving average where the run kept one."""
     read = checkpoint.reader()
-    names = checkpoint.names()
-    weights = {}
-    for name in sorted(n.removeprefix("weight/") for n in names if n.startswith("weight/")):
-        kind = "ema" if f"ema/{name}" in names else "weight"
-        weights[name] = read(f"{kind}/{name}")
-    for name in sorted(n.removeprefix("buffer/") for n in names if n.startswith("buffer/")):
-        weights[name] = read(f"buffer/{name}")
-    return weights
+    return {name: read(stored) for name, stored in checkpoint.weights().items()}
 
 
 def warm_start(

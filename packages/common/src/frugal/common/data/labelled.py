@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -15,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import as_bytes
-from frugal.common.data.folders import find_objectnet, named_folders
+from frugal.common.data.folders import FileList, find_objectnet, named_folders
+from frugal.common.data.index import load_index
 from frugal.common.data.pairs import Shelf
 from frugal.common.data.samples import Fields, Reader
 from frugal.common.data.sources import find_files, index_missing, open_source
+from frugal.common.data.tars import TarReader
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 
@@ -76,6 +80,34 @@ class _Images(Dataset[dict[str, Any]]):
             "places": torch.tensor(places),
         }
 
+    def member(self, place: int, extension: str) -> bytes | None:
+        """The bytes of a member of a sample in a tar; None where there is none."""
+        reader, index = self.locate(place)
+        members = reader.members(index) if isinstance(reader, TarReader) else {}
+        if extension not in members:
+            return None
+        assert isinstance(reader, TarReader)
+        return reader.content(members[extension])
+
+    def digest(self) -> str:
+        """SHA-256 that tells this data from any other: checksums of tars, files with their sizes.
+
+        It stays where a data set is copied or moved.
+        """
+        found = hashlib.sha256()
+        for shard in self.source.shards:
+            if isinstance(shard, FileList):
+                for place in range(len(shard.files)):
+                    file = shard.files[place]
+                    size = _size(Path(shard.base, file)) if file else 0
+                    label = -1 if shard.labels is None else int(shard.labels[place])
+                    found.update(f"{file}\0{label}\0{size}\0".encode("utf-8", "surrogateescape"))
+            else:
+                index = load_index(Path(shard.name))
+                for part in (index.names.blob, index.checksums, index.first_member):
+                    found.update(part.tobytes())
+        return found.hexdigest()
+
     def pictures(self, places: Sequence[int]) -> np.ndarray:
         """(b, 3, H, W) uint8: some of the images as the model sees them, for people."""
         fields = self[places]
@@ -97,6 +129,15 @@ class _Images(Dataset[dict[str, Any]]):
             if "mistake" in fields:
                 raise InputError(fields["mistake"])
             yield fields
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(
+            f"{path} is not there any more ({error.strerror}); copy it again"
+        ) from None
 
 
 def _check_number_of_shards(folder: Path, files: list[Path]) -> None:
@@ -126,7 +167,39 @@ def _lines(folder: Path, name: str) -> list[str] | None:
     return None
 
 
-class LabelledImages:
+class _InOrder:
+    """Images that are handed out in the order in which they are stored."""
+
+    _images: _Images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def digest(self) -> str:
+        """What tells these images from any others."""
+        return self._images.digest()
+
+    def pictures(self, places: Sequence[int]) -> np.ndarray:
+        """(b, 3, H, W) uint8: the images at some places, for people to look at."""
+        return self._images.pictures(places)
+
+    def batches(
+        self, rank: int, world_size: int, batch_size: int, workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of the images: every image comes once, on one process.
+
+        Yields:
+            images (b, 3, H, W) uint8, or float32 grey levels where the crop resizes with a kernel
+            of TensorFlow; places in the data (b,) int64.
+
+        Raises:
+            InputError: if an image is damaged.
+        """
+        for fields in self._images.batches(rank, world_size, batch_size, workers):
+            yield fields["images"], fields["places"]
+
+
+class LabelledImages(_InOrder):
     """Images with class numbers, in the order in which they are stored."""
 
     def __init__(
@@ -160,21 +233,13 @@ class LabelledImages:
             if self.templates is None and find_objectnet(split):
                 self.templates = ["{c}"]  # as the field asks about it: bare names
 
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def pictures(self, places: Sequence[int]) -> np.ndarray:
-        """(b, 3, H, W) uint8: the images at some places, for people to look at."""
-        return self._images.pictures(places)
-
-    def batches(
+    def batches(  # type: ignore[override]
         self, rank: int, world_size: int, batch_size: int, workers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """This process's part of the images: every image comes once, on one process.
 
         Yields:
-            images (b, 3, H, W) uint8, or float32 grey levels where the crop resizes with a kernel
-            of TensorFlow; labels (b,) int64; places in the data (b,) int64.
+            images as those of others are; labels (b,) int64; places in the data (b,) int64.
 
         Raises:
             InputError: if an image is damaged or has no label.
@@ -189,7 +254,7 @@ class LabelledImages:
             yield fields["images"], fields["labels"], fields["places"]
 
 
-class CaptionedImages:
+class CaptionedImages(_InOrder):
     """Images with captions, in the order in which they are stored."""
 
     def __init__(
@@ -235,24 +300,56 @@ class CaptionedImages:
             raise InputError(f"{reader.key(index)} has no caption; add one or remove it")
         return captions
 
-    def __len__(self) -> int:
-        return len(self._images)
 
-    def pictures(self, places: Sequence[int]) -> np.ndarray:
-        """(b, 3, H, W) uint8: the images at some places, for people to look at."""
-        return self._images.pictures(places)
+def is_multi_labelled(folder: Path) -> bool:
+    """Whether clip_benchmark's layout says that an image may be of several classes."""
+    return _lines(_test_split(folder), "dataset_type.txt") == ["multilabel"]
 
-    def batches(
-        self, rank: int, world_size: int, batch_size: int, workers: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the images: every image comes once, on one process.
 
-        Yields:
-            images (b, 3, H, W) uint8 or float32, as :class:`LabelledImages` does; places in the
-            data (b,) int64.
+class MultiLabelledImages(_InOrder):
+    """Images of which each may be of several classes, in the order in which they are stored."""
+
+    def __init__(
+        self, folder: Path, *, size: tuple[int, int], crop: CenterCrop | None = None
+    ) -> None:
+        """Open tars with ``npy`` members of zeros and ones, as clip_benchmark writes them.
+
+        Args:
+            folder: where the tars are, or ``test/`` with the tars.
+            size: (height, width) of the images handed out.
+            crop: the evaluation transform; resize and centre crop if not given.
 
         Raises:
-            InputError: if an image is damaged.
+            InputError: if there is no such data, or an image does not say what it is of.
         """
-        for fields in self._images.batches(rank, world_size, batch_size, workers):
-            yield fields["images"], fields["places"]
+        split = _test_split(folder)
+        self._images = _Images(split, Fields(caption=()), size=size, crop=crop or CenterCrop())
+        self.class_folders: list[str] | None = None
+        self.class_names = _lines(split, "classnames.txt")
+        """One name per class; None if the data does not say."""
+        self.templates = _lines(split, "zeroshot_classification_templates.txt")
+        """Prompts with ``{c}`` in place of the class; None if the data has none."""
+        rows = [self._target(place) for place in range(len(self))]
+        widths = sorted({len(row) for row in rows})
+        if len(widths) > 1:
+            raise InputError(
+                f"the images of {folder} disagree on the number of classes ({widths[0]} and "
+                f"{widths[1]}); write the npy members again"
+            )
+        self.targets = torch.from_numpy(np.stack(rows))
+        """(N, C) bool: which classes every image is of."""
+
+    def _target(self, place: int) -> np.ndarray:
+        """(C,) bool."""
+        reader, index = self._images.locate(place)
+        try:
+            content = self._images.member(place, "npy") or b""
+            target = np.load(io.BytesIO(content), allow_pickle=False)
+        except (Damaged, ValueError, EOFError, OSError):
+            target = None
+        if target is None or target.ndim != 1 or not np.isin(target, (0, 1)).all():
+            raise InputError(
+                f"{reader.key(index)} does not say which classes it is of; it needs an npy member "
+                "with a row of zeros and ones"
+            )
+        return target.astype(bool)

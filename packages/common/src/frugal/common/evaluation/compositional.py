@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional
 from frugal.common.evaluation.contrasts import CATEGORIES, KINDS, read_contrasts
 from frugal.common.evaluation.embed import Embedder, evaluating
+from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import embed
@@ -78,6 +80,15 @@ class Contrasts(Dataset[dict[str, Any]]):
             except (OSError, Damaged) as error:
                 return {"mistake": f"{path} cannot be evaluated ({error}); repair or replace it"}
         return {"images": torch.from_numpy(np.stack(images)), "places": torch.tensor(places)}
+
+    def digest(self) -> str:
+        """SHA-256 of the items and of the sizes of their images."""
+        found = hashlib.sha256()
+        for item in self.items:
+            words = (item.category, item.file, item.caption, item.negative_caption)
+            size = (self._folder / item.file).stat().st_size
+            found.update("\0".join((*words, str(size), "")).encode("utf-8", "surrogateescape"))
+        return found.hexdigest()
 
     def images(self, places: Sequence[int]) -> Tensor:
         """(b, 3, H, W): the images at some places, as the model takes them.
@@ -194,7 +205,13 @@ def open_contrasts(task: Compositional, folder: Path, recipe: Recipe) -> Contras
 
 
 def evaluate(
-    task: Compositional, folder: Path, model: Any, recipe: Recipe, run: Run, show: Show | None
+    task: Compositional,
+    folder: Path,
+    model: Any,
+    recipe: Recipe,
+    run: Run,
+    show: Show | None,
+    keep: Keep | None = None,
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.Compositional.evaluate`."""
     data = open_contrasts(task, folder, recipe)
@@ -210,7 +227,35 @@ def evaluate(
     _remark(task, data, verdicts, folder, run)
     if show is not None:
         show(task.name, _picture(data, verdicts))
+    if keep is not None:
+        keep(_outcomes(task, data, verdicts))
     return {f"{task.name}_{kind}": number for kind, number in verdicts.numbers().items()}
+
+
+def _outcomes(task: Compositional, data: Contrasts, verdicts: Verdicts) -> Outcomes:
+    """Item by item, whether the true caption was nearer."""
+    right = verdicts.right.to(torch.uint8)
+    category = torch.tensor([CATEGORIES.index(name) for name in verdicts.categories])
+    image = torch.tensor(data.image_of_item)
+    numbers = verdicts.numbers()
+    tables, measures = {}, {}
+    wholes = {kind: [f"{kind}_{part}" for part in parts] for kind, parts in KINDS.items()}
+    wholes |= {"mean": list(CATEGORIES)} | {name: [name] for name in CATEGORIES}
+    for name, parts in wholes.items():
+        if name not in numbers:
+            continue
+        own = torch.isin(category, torch.tensor([CATEGORIES.index(part) for part in parts]))
+        tables[f"{name}_right"], tables[f"{name}_category"] = right[own], category[own]
+        tables[f"{name}_image"] = image[own]
+        measures[f"{task.name}_{name}"] = Measure(
+            "mean_of_groups", f"{name}_right", groups=f"{name}_category", image=f"{name}_image"
+        )
+    facts = {
+        "data_sha256": data.digest(),
+        "images": len(data),
+        "items": len(data.items),
+    }
+    return Outcomes(facts, len(data), tables, measures)
 
 
 def _remark(

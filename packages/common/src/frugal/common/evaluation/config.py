@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from frugal.common.contracts import EvaluationTask, Show
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.evaluation.suites import Metric, listed
 
 if TYPE_CHECKING:
+    from frugal.common.evaluation.outcomes import Keep
     from frugal.common.recipe import Recipe
     from frugal.common.run import Run
 
@@ -96,6 +99,28 @@ class ImageEvaluation(FolderEvaluation):
         if self.batch_size < 1:
             raise InputError(f"{kind}.batch_size is {self.batch_size}, must be at least 1")
 
+    @abstractmethod
+    def evaluate(
+        self,
+        model: Any,
+        recipe: Recipe,
+        run: Run,
+        *,
+        show: Show | None = None,
+        keep: Keep | None = None,
+    ) -> dict[str, float | int]:
+        """As every evaluation; ``keep`` takes what was found image by image.
+
+        It is given on the process that wants it.
+        """
+
+
+SUBSETS = ("imagenet_a", "imagenet_r")
+"""Of ImageNet's classes."""
+CLASS_NAMES = ("data", "imagenet", *SUBSETS)
+TEMPLATES = ("data", "imagenet_7", "imagenet_9", "imagenet_80", "name")
+"""Words of their own beside the names of tasks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot(ImageEvaluation):
@@ -107,24 +132,49 @@ class ZeroShot(ImageEvaluation):
 
     name: str = "zero_shot"
     """First part of the name of every number."""
-    class_names: Literal["data", "imagenet"] = "data"
+    class_names: str = "data"
     """data: the names the data comes with; folders that are WordNet ids of ImageNet-1k, or the
     numbers 0 to 999, get ImageNet's names, and images are classified among the classes that are
-    there. imagenet: ImageNet-1k's 1,000 names, labels 0 to 999."""
-    templates: Literal["data", "imagenet_7", "imagenet_80", "name"] = "data"
+    there. imagenet: ImageNet-1k's 1,000 names, labels 0 to 999. imagenet_a, imagenet_r: those of
+    their 200 classes. One of the tasks of the suite clip-26, such as food101: that task's names."""
+    templates: str = "data"
     """data: the templates the data comes with, or imagenet_7 where it has none. imagenet_7 and
-    imagenet_80: OpenAI's for ImageNet. name: the bare class name."""
+    imagenet_80: OpenAI's for ImageNet; imagenet_9: the seven, "A photo of a {}" and the bare name
+    (CiT). name: the bare class name. One of the tasks of the suite clip-26: that task's."""
+    metric: Metric | None = None
+    """Which of the numbers is the task's own: it is given again as its score."""
     reduce_prompts: bool = False
     """Shorten prompts by the recipe's text reduction, as captions in training; else only what
     does not fit is cut off."""
 
     _part: ClassVar[str] = "zero_shot"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field_name, given, words in (
+            ("class_names", self.class_names, CLASS_NAMES),
+            ("templates", self.templates, TEMPLATES),
+        ):
+            if given not in (*words, *listed()):
+                raise InputError(
+                    f"{field_name} is {given!r}; choose {', '.join(words)} or one of the tasks "
+                    f"{', '.join(listed())}"
+                )
+
     def evaluate(
-        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+        self,
+        model: Any,
+        recipe: Recipe,
+        run: Run,
+        *,
+        show: Show | None = None,
+        keep: Keep | None = None,
     ) -> dict[str, float | int]:
         """``{name}_top1``, ``_top5``, ``_mean_per_class_recall``, ``_images`` and ``_classes``.
 
+        With two classes also ``_roc_auc``, with a metric ``_score``. Where images may be of
+        several classes (clip_benchmark's ``dataset_type.txt`` says multilabel) instead
+        ``{name}_mean_average_precision``, ``_images``, ``_classes`` and ``_labels``.
         Where the data says which classes training never saw (scenes: ``held_out.txt``), also
         ``{name}_top1_held_out``, ``_images_held_out`` and ``_classes_held_out``. Every process
         of the run calls this and gets the same numbers; {} where there is no data.
@@ -135,9 +185,12 @@ class ZeroShot(ImageEvaluation):
         folder = self.folder()
         if folder is None:
             return self._skip(run)
-        from frugal.common.evaluation import zero_shot
+        from frugal.common.data.labelled import is_multi_labelled
+        from frugal.common.evaluation import multi_label, zero_shot
 
-        return zero_shot.evaluate(self, folder, model, recipe, run, show)
+        if is_multi_labelled(folder):
+            return multi_label.evaluate(self, folder, model, recipe, run, show, keep)
+        return zero_shot.evaluate(self, folder, model, recipe, run, show, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +207,13 @@ class Retrieval(ImageEvaluation):
     _part: ClassVar[str] = "retrieval"
 
     def evaluate(
-        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+        self,
+        model: Any,
+        recipe: Recipe,
+        run: Run,
+        *,
+        show: Show | None = None,
+        keep: Keep | None = None,
     ) -> dict[str, float | int]:
         """``image_{name}_recall_at_{1,5,10}`` (text to image), ``text_{name}_...`` (to text).
 
@@ -169,7 +228,7 @@ class Retrieval(ImageEvaluation):
             return self._skip(run)
         from frugal.common.evaluation import retrieval
 
-        return retrieval.evaluate(self, folder, model, recipe, run, show)
+        return retrieval.evaluate(self, folder, model, recipe, run, show, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +260,13 @@ class Compositional(ImageEvaluation):
         return super().folder()
 
     def evaluate(
-        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+        self,
+        model: Any,
+        recipe: Recipe,
+        run: Run,
+        *,
+        show: Show | None = None,
+        keep: Keep | None = None,
     ) -> dict[str, float | int]:
         """``{name}_swap_obj`` and so on: the share of items whose true caption is strictly nearer.
 
@@ -218,4 +283,91 @@ class Compositional(ImageEvaluation):
             return self._skip(run)
         from frugal.common.evaluation import compositional
 
-        return compositional.evaluate(self, folder, model, recipe, run, show)
+        return compositional.evaluate(self, folder, model, recipe, run, show, keep)
+
+
+Solver = Literal["lbfgs", "adamw", "sgd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe(ImageEvaluation):
+    """A linear classifier on the embeddings of images, trained on some and measured on others.
+
+    Reads a folder with the parts train/ and test/ (or val/), each of them class-per-folder images
+    or tars with ``cls`` members as clip_benchmark has them; of a scenes folder, its zero_shot/.
+    Source: Radford et al., arXiv:2103.00020, appendix A.3, as clip_benchmark does it.
+    """
+
+    name: str = "linear_probe"
+    """First part of the name of every number."""
+    train: str = "train"
+    """Sub-folder of the images to train on."""
+    test: str | None = None
+    """Sub-folder of the images to measure on; by default test, or val without it."""
+    validation: str | None = None
+    """Sub-folder of the images that choose the weight decay; by default val, where it is not
+    measured on."""
+    validation_share: float = 0.2
+    """Without such a folder, the share of the training images that choose instead, drawn with the
+    seed; they are trained on too once the weight decay is chosen."""
+    weight_decay: float | None = None
+    """By default searched: 7 of the 97 values from 1e-6 to 100, then closer and closer around the
+    best."""
+    solver: Solver = "lbfgs"
+    """lbfgs: the optimum of the mean cross-entropy plus half the weight decay times the squared
+    weights, without a learning rate. adamw, sgd: epochs with a cosine, as clip_benchmark trains."""
+    epochs: int = 10
+    """Of adamw and sgd."""
+    learning_rate: float = 0.1
+    """Of adamw and sgd, at the start."""
+    probe_batch: int = 64
+    """Embeddings in a step of adamw and sgd."""
+    seed: int = 0
+    """Of the first weights, the order and the drawn validation images."""
+    features: Path | None = None
+    """Folder where embeddings are kept for the next time; without it they are not."""
+
+    _part: ClassVar[str] = "zero_shot"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.validation_share < 1:
+            raise InputError(
+                f"LinearProbe.validation_share is {self.validation_share}, must lie between 0 and 1"
+            )
+        for field_name in ("epochs", "probe_batch"):
+            if getattr(self, field_name) < 1:
+                raise InputError(
+                    f"LinearProbe.{field_name} is {getattr(self, field_name)}, must be at least 1"
+                )
+        if not self.learning_rate > 0:
+            raise InputError(f"LinearProbe.learning_rate is {self.learning_rate}, must be positive")
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise InputError(
+                f"LinearProbe.weight_decay is {self.weight_decay}, must not be negative"
+            )
+
+    def evaluate(
+        self,
+        model: Any,
+        recipe: Recipe,
+        run: Run,
+        *,
+        show: Show | None = None,
+        keep: Keep | None = None,
+    ) -> dict[str, float | int]:
+        """``{name}_top1``, ``_top5``, ``_mean_per_class_recall``, ``_weight_decay``.
+
+        Also ``_images``, ``_train_images``, ``_validation_images`` and ``_classes``. Every process
+        of the run calls this and gets the same numbers; {} where there is no data.
+
+        Raises:
+            InputError: if the data is missing, or its parts do not have the same classes.
+        """
+        del show
+        folder = self.folder()
+        if folder is None:
+            return self._skip(run)
+        from frugal.common.evaluation import linear_probe
+
+        return linear_probe.evaluate(self, folder, model, recipe, run, keep)

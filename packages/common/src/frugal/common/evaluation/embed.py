@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
@@ -17,15 +17,13 @@ from frugal.common.data.labelled import GROUP
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
 from frugal.common.evaluation.ranks import Ranks
+from frugal.common.models.config import ImageTower
 from frugal.common.randomness import SampleNoise, sample_generator
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import PURPOSE, RandomMasking
 from frugal.common.reduction.text import Placed
 from frugal.common.run import Run
-
-if TYPE_CHECKING:
-    from frugal.common.models.config import ImageTower
 
 
 @contextmanager
@@ -160,6 +158,11 @@ class Embedder:
         data: Any = recipe.data
         views = None
         if task is not None and task.mask_ratio:
+            if not isinstance(recipe.model.image, ImageTower):
+                raise InputError(
+                    f"the mask_ratio of {task.name} is {task.mask_ratio}, but this model's image "
+                    "tower is another library's and sees every patch; leave it out"
+                )
             masking = RandomMasking(mask_ratio=task.mask_ratio)
             masking.num_kept(recipe.model.image.num_patches)
             views = MaskedViews(masking, task.views, recipe.run.seed)

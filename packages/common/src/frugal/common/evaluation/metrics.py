@@ -1,4 +1,4 @@
-"""Accuracy and recall from embeddings, as clip_benchmark defines them."""
+"""Accuracy, recall and precision, as clip_benchmark defines them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,55 @@ def mean_per_class_recall(predicted: Tensor, labels: Tensor) -> float:
     return float((right.double() / images.double()).mean())
 
 
-def count_found(
+def roc_auc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Area under the receiver operating characteristic; a tie counts half.
+
+    Args:
+        scores: (N,) higher for what is held to be positive.
+        positive: (N,) bool.
+        weights: (R, N) how often every image counts, R times over; once each by default.
+
+    Returns:
+        (R,) float64; nan where there is no positive, or nothing else.
+    """
+    if weights is None:
+        weights = torch.ones(1, len(scores), dtype=torch.float64)
+    weights = weights.double()
+    values, place = scores.unique(return_inverse=True)  # ascending
+    blocks = weights.new_zeros(2, len(weights), len(values))
+    blocks[0].index_add_(1, place[~positive], weights[:, ~positive])
+    blocks[1].index_add_(1, place[positive], weights[:, positive])
+    others, own = blocks
+    below = others.cumsum(1) - others / 2  # (R, values): what a positive there is right about
+    return (own * below).sum(1) / (own.sum(1) * others.sum(1))
+
+
+def average_precision(scores: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over an image's own ranks of the share of positives up to there, class by class.
+
+    As clip_benchmark has it; a class without an image has 0.
+
+    Args:
+        scores: (N, C).
+        targets: (N, C) bool: which classes every image is of.
+        weights: (R, N) how often every image counts, R times over; once each by default.
+
+    Returns:
+        (R, C) float64.
+    """
+    if weights is None:
+        weights = torch.ones(1, len(scores), dtype=torch.float64)
+    found = []
+    for own, is_of in zip(scores.T, targets.T, strict=True):
+        order = own.sort(descending=True).indices
+        counts = weights[:, order].double()  # (R, N)
+        right = counts * is_of[order]
+        precision = right.cumsum(1) / counts.cumsum(1).clamp_min(1e-12)
+        found.append((right * precision).sum(1) / right.sum(1).clamp_min(1))
+    return torch.stack(found, dim=1)
+
+
+def found_among_nearest(
     queries: Tensor,
     candidates: Tensor,
     *,
@@ -56,8 +104,8 @@ def count_found(
     at: Sequence[int],
     ranks: Ranks,
     scores_at_once: int = _SCORES_AT_ONCE,
-) -> list[int]:
-    """How many queries have a candidate of their own owner among their k nearest, per k.
+) -> Tensor:
+    """Which queries have a candidate of their own owner among their k nearest, per k.
 
     Args:
         queries: (Q, E); the processes share them out in chunks.
@@ -67,26 +115,45 @@ def count_found(
         at: the values of k; one beyond C counts as C.
         ranks: every one of these processes must call this.
         scores_at_once: bounds the memory; at least one row of C scores is held.
+
+    Returns:
+        (K, Q) bool.
     """
     rows = max(1, scores_at_once // max(1, len(candidates)))
-    found = torch.zeros(len(at), dtype=torch.int64, device=queries.device)
+    found = torch.zeros(len(at), len(queries), dtype=torch.int32, device=queries.device)
     for part in ranks.turns(len(queries), rows):
         scores = similarity(queries[part], candidates)  # (rows, C)
         owner = query_owner[part, None]  # (rows, 1)
         for place, k in enumerate(at):
             nearest = scores.topk(min(k, len(candidates)), dim=1).indices  # (rows, k)
-            found[place] += (candidate_owner[nearest] == owner).any(1).sum()
-    return ranks.sum(found).tolist()
+            found[place, part] = (candidate_owner[nearest] == owner).any(1).int()
+    return ranks.sum(found).bool()
 
 
 @dataclass(frozen=True)
 class Recall:
     """Recall at each k, both ways."""
 
-    image_retrieval: dict[int, float]
-    """Text to image: the fraction of captions whose image is among the k nearest images."""
-    text_retrieval: dict[int, float]
-    """Image to text: the fraction of images with any of their captions among the k nearest."""
+    at: tuple[int, ...]
+    """The values of k."""
+    texts_found: Tensor
+    """(K, M) bool, text to image: the captions whose image is among the k nearest images."""
+    images_found: Tensor
+    """(K, N) bool, image to text: the images with any of their captions among the k nearest."""
+
+    @property
+    def image_retrieval(self) -> dict[int, float]:
+        """Text to image: the fraction of captions found, by k."""
+        return _shares(self.at, self.texts_found)
+
+    @property
+    def text_retrieval(self) -> dict[int, float]:
+        """Image to text: the fraction of images found, by k."""
+        return _shares(self.at, self.images_found)
+
+
+def _shares(at: Sequence[int], found: Tensor) -> dict[int, float]:
+    return {k: int(row.sum()) / len(row) for k, row in zip(at, found, strict=True)}
 
 
 def recall_at(
@@ -112,8 +179,8 @@ def recall_at(
     image_of_text = image_of_text.to(images.device)
     image_numbers = torch.arange(len(images), device=images.device)
 
-    def recall(queries: Tensor, candidates: Tensor, owners: tuple[Tensor, Tensor]) -> list[float]:
-        found = count_found(
+    def found(queries: Tensor, candidates: Tensor, owners: tuple[Tensor, Tensor]) -> Tensor:
+        return found_among_nearest(
             queries,
             candidates,
             query_owner=owners[0],
@@ -122,11 +189,9 @@ def recall_at(
             ranks=ranks,
             scores_at_once=scores_at_once,
         )
-        return [count / len(queries) for count in found]
 
-    to_image = recall(texts, images, (image_of_text, image_numbers))
-    to_text = recall(images, texts, (image_numbers, image_of_text))
     return Recall(
-        image_retrieval=dict(zip(at, to_image, strict=True)),
-        text_retrieval=dict(zip(at, to_text, strict=True)),
+        at=tuple(at),
+        texts_found=found(texts, images, (image_of_text, image_numbers)),
+        images_found=found(images, texts, (image_numbers, image_of_text)),
     )

@@ -10,6 +10,8 @@ from torch import Tensor
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import TEXTS_AT_ONCE, Embedder
 from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.suites import listed
+from frugal.common.evaluation.task_labels import task_labels
 
 ClassName = str | Sequence[str]
 """One name, or several of equal standing."""
@@ -23,16 +25,22 @@ def imagenet_class_names() -> list[str]:
 
 
 def named_templates(name: str) -> list[str]:
-    """The templates called ``imagenet_7``, ``imagenet_80`` or ``name``, with ``{c}`` for the class.
+    """The templates called ``imagenet_7``, ``_9`` or ``_80``, ``name``, or those of a task.
+
+    Returns:
+        Prompts with ``{c}`` for the class.
 
     Raises:
         InputError: if there are none of this name.
     """
     if name == "name":
         return ["{c}"]
-    if name not in ("imagenet_7", "imagenet_80"):
+    if name in listed():
+        return list(task_labels(name).templates)
+    if name not in ("imagenet_7", "imagenet_9", "imagenet_80"):
         raise InputError(
-            f"there are no prompt templates called {name!r}; choose imagenet_7, imagenet_80 or name"
+            f"there are no prompt templates called {name!r}; choose imagenet_7, imagenet_9, "
+            f"imagenet_80, name, or a task: {', '.join(listed())}"
         )
     from open_clip.zero_shot_metadata import (
         OPENAI_IMAGENET_TEMPLATES,
@@ -41,7 +49,8 @@ def named_templates(name: str) -> list[str]:
 
     long = name == "imagenet_80"
     templates = OPENAI_IMAGENET_TEMPLATES if long else SIMPLE_IMAGENET_TEMPLATES
-    return [template("{c}") for template in templates]
+    more = ["A photo of a {c}", "{c}"] if name == "imagenet_9" else []
+    return [template("{c}") for template in templates] + more
 
 
 def prompts(name: ClassName, templates: Sequence[str]) -> list[str]:

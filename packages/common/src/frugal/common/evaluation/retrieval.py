@@ -15,6 +15,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval
 from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity, text_table
 from frugal.common.evaluation.metrics import Recall, recall_at
+from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.recipe import Recipe
@@ -88,7 +89,13 @@ def open_captioned(task: Retrieval, folder: Path, recipe: Recipe) -> CaptionedIm
 
 
 def evaluate(
-    task: Retrieval, folder: Path, model: Any, recipe: Recipe, run: Run, show: Show | None
+    task: Retrieval,
+    folder: Path,
+    model: Any,
+    recipe: Recipe,
+    run: Run,
+    show: Show | None,
+    keep: Keep | None = None,
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.Retrieval.evaluate`."""
     ranks = Ranks.current()
@@ -101,6 +108,8 @@ def evaluate(
         recall = embedded.recall(ranks)
     if show is not None:
         show(task.name, _picture(captioned, embedded))
+    if keep is not None:
+        keep(_outcomes(task, captioned, embedded, recall))
     numbers: dict[str, float | int] = {}
     for kind, values in (("image", recall.image_retrieval), ("text", recall.text_retrieval)):
         for k, value in values.items():
@@ -108,6 +117,26 @@ def evaluate(
     numbers[f"{task.name}_candidates"] = len(embedded.images)
     numbers[f"{task.name}_captions"] = len(embedded.texts)
     return numbers
+
+
+def _outcomes(
+    task: Retrieval, captioned: CaptionedImages, embedded: Embedded, recall: Recall
+) -> Outcomes:
+    """Caption by caption and image by image, what was found."""
+    tables = {"image_of_text": embedded.image_of_text.cpu()}
+    measures = {}
+    for place, k in enumerate(recall.at):
+        tables[f"text_{k}"] = recall.texts_found[place].to(torch.uint8).cpu()
+        tables[f"image_{k}"] = recall.images_found[place].to(torch.uint8).cpu()
+        found = Measure("mean", f"text_{k}", image="image_of_text")
+        measures[f"image_{task.name}_recall_at_{k}"] = found
+        measures[f"text_{task.name}_recall_at_{k}"] = Measure("mean", f"image_{k}")
+    facts = {
+        "data_sha256": captioned.digest(),
+        "images": len(embedded.images),
+        "captions": len(embedded.texts),
+    }
+    return Outcomes(facts, len(embedded.images), tables, measures)
 
 
 def _picture(captioned: CaptionedImages, embedded: Embedded) -> Picture:

@@ -139,6 +139,7 @@ _CHARTS = (
     ("accuracy", "Right within the batch", True, True),
     ("cosine_hidden", "Cosine of predicted and wanted features, hidden patches", True, True),
     ("importance_seen", "Share of the teacher's attention on seen patches", True, True),
+    ("kept_ratio", "Share of the scanned captions that are kept", False, True),
     ("learning_rate", "Learning rate", False, True),
     ("samples_per_second", "Samples per second", False, True),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,20 @@ from torch import Tensor
 from frugal.common.contracts import Show
 from frugal.common.data.labelled import LabelledImages
 from frugal.common.errors import InputError
+from frugal.common.evaluation.class_names import names_and_templates
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity
-from frugal.common.evaluation.metrics import mean_per_class_recall, ranked_classes, top_k_accuracy
-from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
-from frugal.common.evaluation.prompts import (
-    ClassName,
-    class_embeddings,
-    imagenet_class_names,
-    named_templates,
+from frugal.common.evaluation.metrics import (
+    mean_per_class_recall,
+    ranked_classes,
+    roc_auc,
+    top_k_accuracy,
 )
+from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
+from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
+from frugal.common.evaluation.prompts import ClassName, class_embeddings
 from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.evaluation.suites import Metric
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -40,16 +42,68 @@ class Answers:
     ranked: Tensor
     """(N, K) int64: the K = min(5, C) best classes, best first."""
     num_classes: int
+    margin: Tensor | None = None
+    """(N,) float32, of two classes: the cosine of the second less that of the first."""
 
-    def numbers(self) -> dict[str, float | int]:
-        """Accuracies as fractions, and what they are fractions of."""
-        return {
+    def numbers(self, metric: Metric | None = None) -> dict[str, float | int]:
+        """Accuracies as fractions, and what they are fractions of.
+
+        Raises:
+            InputError: if the metric needs two classes and there are others.
+        """
+        numbers: dict[str, float | int] = {
             "top1": top_k_accuracy(self.ranked, self.labels, 1),
             "top5": top_k_accuracy(self.ranked, self.labels, 5),
             "mean_per_class_recall": mean_per_class_recall(self.best, self.labels),
-            "images": len(self.labels),
-            "classes": self.num_classes,
         }
+        if self.margin is not None:
+            numbers["roc_auc"] = float(roc_auc(self.margin, self.labels == 1))
+        if metric == "mean_top1_top5":
+            numbers["score"] = (numbers["top1"] + numbers["top5"]) / 2
+        elif metric is not None and metric not in numbers:
+            raise InputError(
+                f"the metric {metric} is of two classes, but there are {self.num_classes}; choose "
+                "another"
+            )
+        elif metric is not None:
+            numbers["score"] = numbers[metric]
+        return numbers | {"images": len(self.labels), "classes": self.num_classes}
+
+    def outcomes(
+        self,
+        name: str,
+        facts: dict[str, Any],
+        *,
+        metric: Metric | None = None,
+        held_out: Sequence[int] = (),
+    ) -> Outcomes:
+        """Image by image, what the numbers of the task of this name are made of."""
+        first = self.ranked[:, 0] == self.labels
+        tables = {
+            "labels": self.labels,
+            "top1": first.to(torch.uint8),
+            "top5": (self.ranked == self.labels[:, None]).any(1).to(torch.uint8),
+            "best": (self.best == self.labels).to(torch.uint8),
+        }
+        tables["both"] = torch.stack([tables["top1"], tables["top5"]], dim=1)
+        measures = {
+            "top1": Measure("mean", "top1"),
+            "top5": Measure("mean", "top5"),
+            "mean_per_class_recall": Measure("mean_of_groups", "best", groups="labels"),
+            "mean_top1_top5": Measure("mean_of_means", "both"),
+        }
+        if self.margin is not None:
+            tables["margin"] = self.margin
+            measures["roc_auc"] = Measure("roc_auc", "margin", groups="labels")
+        among = torch.isin(self.labels, torch.tensor(held_out, dtype=torch.int64)).nonzero()[:, 0]
+        if len(among):
+            tables |= {"held_out": tables["top1"][among], "held_out_image": among}
+            measures["top1_held_out"] = Measure("mean", "held_out", image="held_out_image")
+        both = measures.pop("mean_top1_top5")
+        if metric is not None:
+            measures["score"] = both if metric == "mean_top1_top5" else measures[metric]
+        named = {f"{name}_{kind}": measure for kind, measure in measures.items()}
+        return Outcomes(facts, len(self.labels), tables, named)
 
     def held_out_numbers(self, held_out: Sequence[int]) -> dict[str, float | int]:
         """The images of these classes alone, still answered among all classes."""
@@ -90,7 +144,8 @@ def answer(
     ranks = ranks or Ranks()
     if not len(data):
         raise InputError("there are no images to classify; check the folder of the evaluation")
-    width = min(5, len(classes))
+    width, compares = min(5, len(classes)), len(classes) == 2
+    margin = torch.zeros(len(data) if compares else 0, device=classes.device)
     # one row per image: how often it came, its label, the best class, the ranked classes
     table = torch.zeros(len(data), 3 + width, dtype=torch.int64, device=classes.device)
     batches = data.batches(ranks.rank, ranks.world_size, batch_size, workers)
@@ -100,7 +155,10 @@ def answer(
         labels = labels.to(said.device)[:, None]
         rows = torch.cat([torch.ones_like(labels), labels, said], dim=1)  # (b, 3 + K)
         table.index_add_(0, places.to(table.device), rows)
+        if compares:
+            margin[places.to(margin.device)] = scores[:, 1] - scores[:, 0]
     table = ranks.sum(table).cpu()
+    margin = ranks.sum(margin).cpu()
     check_delivery(table[:, 0])
     labels = table[:, 1]
     if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
@@ -109,73 +167,8 @@ def answer(
             f"an image has the label {outside}, but there are names for {len(classes)} classes; "
             "labels count from 0 and every one needs a name"
         )
-    return Answers(labels, table[:, 2], table[:, 3:], len(classes))
-
-
-_WORDNET_ID = re.compile(r"n\d{8}")
-_NUMBERS = [str(number) for number in range(1000)]
-
-
-def names_and_templates(
-    task: ZeroShot, data: Any, source: Path
-) -> tuple[list[ClassName], list[str]]:
-    """What the classes are called and what is written around the names.
-
-    Raises:
-        InputError: if the data has no names, or they cannot be brought together with ImageNet's.
-    """
-    names: list[ClassName] = list(data.class_names or ())
-    is_imagenet = names == _NUMBERS or any(map(_is_wordnet_id, names))
-    if task.class_names == "imagenet" or is_imagenet:
-        own = data.class_folders or names if task.class_names == "imagenet" else names
-        names = _imagenet_names(own, source, has_numbers=data.class_folders is None)
-    if not names:
-        raise InputError(
-            f"{source} does not say what its classes are called; add a classnames.txt with one "
-            "name per line, or choose the class names 'imagenet'"
-        )
-    if task.templates != "data":
-        return names, named_templates(task.templates)
-    return names, list(data.templates or ()) or named_templates("imagenet_7")
-
-
-def _is_wordnet_id(name: ClassName) -> bool:
-    return isinstance(name, str) and _WORDNET_ID.fullmatch(name) is not None
-
-
-def _imagenet_names(
-    own: Sequence[ClassName], source: Path, *, has_numbers: bool
-) -> list[ClassName]:
-    """ImageNet-1k's names for the classes of a data set, in the order of its class numbers.
-
-    Args:
-        own: the class folders, or what the data calls its classes, if anything.
-        source: of the data, for messages.
-        has_numbers: labels come with the images; else they count the class folders.
-    """
-    names = imagenet_class_names()
-    if any(map(_is_wordnet_id, own)):
-        from timm.data import ImageNetInfo
-
-        by_id = dict(zip(ImageNetInfo("imagenet-1k").label_names(), names, strict=True))
-        if unknown := [name for name in own if name not in by_id]:
-            raise InputError(
-                f"{source} has the class {unknown[0]}, which is no WordNet id of ImageNet-1k; "
-                "remove it, or give your classes names of their own in a classnames.txt"
-            )
-        return [by_id[str(name)] for name in own]
-    if own and len(own) != len(names):
-        raise InputError(
-            f"{source} holds {len(own)} classes, but ImageNet-1k has {len(names)} names; use "
-            "the complete folder, or give your classes names of their own"
-        )
-    if not has_numbers and list(own) != _NUMBERS:
-        raise InputError(
-            f"the class folders of {source} are neither ImageNet-1k's WordNet ids nor the numbers "
-            f"0 to 999 (the first is {own[0]!r}), so it cannot be told which class is which; "
-            "rename them"
-        )
-    return list(names)
+    ranked = table[:, 3:]
+    return Answers(labels, table[:, 2], ranked, len(classes), margin if compares else None)
 
 
 def held_out_classes(data: Path, num_classes: int) -> list[int]:
@@ -205,6 +198,15 @@ class Question:
     templates: list[str]
     held_out: list[int]
     """Classes that training never saw."""
+
+    def facts(self) -> dict[str, Any]:
+        """What is asked, and about which images."""
+        return {
+            "data_sha256": self.images.digest(),
+            "images": len(self.images),
+            "class_names": self.names,
+            "templates": self.templates,
+        }
 
     @property
     def labels(self) -> list[str]:
@@ -237,7 +239,13 @@ def ask(task: ZeroShot, question: Question, embedder: Embedder, *, ranks: Ranks)
 
 
 def evaluate(
-    task: ZeroShot, folder: Path, model: Any, recipe: Recipe, run: Run, show: Show | None
+    task: ZeroShot,
+    folder: Path,
+    model: Any,
+    recipe: Recipe,
+    run: Run,
+    show: Show | None,
+    keep: Keep | None = None,
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.ZeroShot.evaluate`."""
     question = open_question(task, folder, recipe)
@@ -253,7 +261,10 @@ def evaluate(
         answers = ask(task, question, embedder, ranks=Ranks.current())
     if show is not None:
         show(task.name, _picture(question, answers))
-    numbers = answers.numbers() | answers.held_out_numbers(question.held_out)
+    if keep is not None:
+        facts, held_out = question.facts(), question.held_out
+        keep(answers.outcomes(task.name, facts, metric=task.metric, held_out=held_out))
+    numbers = answers.numbers(task.metric) | answers.held_out_numbers(question.held_out)
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
 
 

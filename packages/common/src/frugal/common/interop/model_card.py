@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.interop.trained import TrainedModel, TrainedRun
+from frugal.common.interop.trained import TrainedRun
 from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.recipe import to_json
 
@@ -58,7 +58,7 @@ def model_card(trained: TrainedRun, *, library: str, usage: str) -> str:
 
 def _kind(trained: TrainedRun) -> tuple[str, str]:
     """Task and tags for the front matter, and a sentence."""
-    if isinstance(trained, TrainedModel):
+    if trained.reads_captions:
         return (
             "pipeline_tag: zero-shot-image-classification\ntags:\n- clip",
             "A dual encoder of images and captions, trained with Frugal.",
@@ -76,12 +76,16 @@ def _kind(trained: TrainedRun) -> tuple[str, str]:
 def _model(trained: TrainedRun) -> dict[str, str]:
     """The shape of the towers."""
     config: Any = trained.recipe.model
+    if not hasattr(config, "image"):
+        return {"kind": type(config).__name__}
     height, width = config.image.height_width
+    own = isinstance(config.image, ImageTower)
+    patches = f" in patches of {config.image.patch_size}" if own else ""
     rows = {
-        "images": f"{height}x{width} pixels in patches of {config.image.patch_size}",
+        "images": f"{height}x{width} pixels{patches}",
         "image tower": _shape(config.image),
     }
-    if isinstance(trained, TrainedModel):
+    if trained.reads_captions:
         rows |= {
             "captions": f"{config.text.length} tokens of {config.text.vocabulary:,}",
             "text tower": _shape(config.text),
@@ -90,7 +94,9 @@ def _model(trained: TrainedRun) -> dict[str, str]:
     return rows
 
 
-def _shape(tower: ImageTower | TextTower) -> str:
+def _shape(tower: Any) -> str:
+    if not isinstance(tower, (ImageTower, TextTower)):
+        return f"{tower.name} ({_words(tower)})"
     return f"{tower.depth} blocks of width {tower.width}, {tower.heads} heads"
 
 
@@ -100,6 +106,7 @@ def _words(part: Any) -> str:
     if not isinstance(settings, dict):
         return str(settings)
     name = settings.pop("type").rpartition(".")[2]
+    settings.pop("facts", None)  # all that a model of another library is made of
     return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"
 
 

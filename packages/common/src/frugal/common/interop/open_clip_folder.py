@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.interop.folding import fold_patch_bias
-from frugal.common.interop.trained import Embedded, Misfit, TrainedModel
+from frugal.common.interop.trained import Embedded, Misfit, TrainedModel, misfit_of_projector
 from frugal.common.interop.transformers_tokenizer import as_transformers, save
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
 from frugal.common.models.weight_names import to_open_clip
@@ -34,6 +34,8 @@ def misfit(trained: TrainedModel) -> Misfit | None:
     """The first option that open_clip cannot express."""
     image, text = trained.config.image, trained.config.text
     quick = [tower.activation == "quick_gelu" for tower in (image, text)]
+    if (found := misfit_of_projector(image)) is not None:
+        return found
     reads_one_caption_token = text.pooling in ("first", "end_of_text")
     if image.class_token == "none":
         return Misfit("model.image.class_token=none", "its vision transformer always has one")

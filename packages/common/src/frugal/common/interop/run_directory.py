@@ -10,10 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from frugal.common.checkpoint.store import save_weights
-from frugal.common.checkpoint.warm_start import load_weights
+from frugal.common.checkpoint.store import copy_weights, find_checkpoint, save_weights
 from frugal.common.data.config import PairData
-from frugal.common.data.tokenizers import WordPiece
+from frugal.common.data.tokenizers import ClipBpe, HuggingFace, WordPiece
 from frugal.common.errors import InputError
 from frugal.common.interop.trained import TrainedRun
 from frugal.common.recipe import Recipe, to_json
@@ -31,10 +30,25 @@ A recipe starts from these weights with `--run.start-from FOLDER`.
 """
 
 
+def refuse_taken(out: Path) -> None:
+    """Nothing is ever overwritten.
+
+    Raises:
+        InputError: if there is a file, or a folder that holds something.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise InputError(f"{out} {what}, and nothing is overwritten; choose another --out")
+
+
 def write(trained: TrainedRun, folder: Path) -> None:
-    """One checkpoint with the weights (or their moving average), tokenizer and numbers."""
-    weights = load_weights(trained.checkpoint)
-    save_weights(folder / "checkpoints", weights, step=trained.checkpoint.step)
+    """One checkpoint with the weights (or their moving average), tokenizer and numbers.
+
+    However large the model is, a few MiB of it are in memory at a time.
+    """
+    copy_weights(trained.checkpoint, folder / "checkpoints", average=trained.average)
     if (trained.folder / "tokenizer").is_dir():
         shutil.copytree(trained.folder / "tokenizer", folder / "tokenizer")
     if trained.numbers:
@@ -45,12 +59,22 @@ def write(trained: TrainedRun, folder: Path) -> None:
         )
 
 
+def difference(trained: TrainedRun, folder: Path) -> float:
+    """0 where a written folder has every weight bit for bit, else infinite."""
+    written, stored = find_checkpoint(folder).tensor_bytes(), trained.checkpoint.tensor_bytes()
+    names = trained.checkpoint.weights(average=trained.average)
+    same = len(written) == len(names) and all(
+        written[f"weight/{name}"].equals(stored[source]) for name, source in names.items()
+    )
+    return 0.0 if same else float("inf")
+
+
 def write_converted(out: Path, recipe: Recipe, weights: Mapping[str, Tensor], *, step: int) -> None:
     """Weights of another library as a run of a recipe, with a copy of its vocabulary file.
 
     Args:
         out: new or empty; what was written of it is removed again if that fails.
-        recipe: of image-text pairs; its run directory becomes ``out``.
+        recipe: its run directory becomes ``out``.
         weights: of the model, under our names.
         step: how long they were trained.
 
@@ -60,14 +84,10 @@ def write_converted(out: Path, recipe: Recipe, weights: Mapping[str, Tensor], *,
     folder = out.resolve()
     existed = folder.exists()
     data = recipe.data
-    assert isinstance(data, PairData)
-    tokenizer = data.tokenizer
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(tokenizer, WordPiece) and tokenizer.vocab is not None:
-            data.save_tokenizer(folder / "tokenizer")
-            own = replace(tokenizer, vocab=folder / "tokenizer" / "vocab.txt")
-            data = replace(data, tokenizer=own)
+        if isinstance(data, PairData):
+            data = _with_own_tokenizer(data, folder / "tokenizer")
         # the objective's names: it holds the model as a part
         named = {f"model.{name}": tensor for name, tensor in weights.items()}
         save_weights(folder / "checkpoints", named, step=step)
@@ -81,3 +101,16 @@ def write_converted(out: Path, recipe: Recipe, weights: Mapping[str, Tensor], *,
         if isinstance(error, OSError):
             raise InputError(f"{out} cannot be written ({error.strerror})") from None
         raise
+
+
+def _with_own_tokenizer(data: PairData, folder: Path) -> PairData:
+    """The same with a copy of its vocabulary, unless that is still to be fetched from the hub."""
+    tokenizer = data.tokenizer
+    if isinstance(tokenizer, WordPiece) and tokenizer.vocab is not None:
+        data.save_tokenizer(folder)
+        return replace(data, tokenizer=replace(tokenizer, vocab=folder / "vocab.txt"))
+    if isinstance(tokenizer, ClipBpe) or (
+        isinstance(tokenizer, HuggingFace) and Path(tokenizer.name).is_dir()
+    ):
+        data.save_tokenizer(folder)
+    return data

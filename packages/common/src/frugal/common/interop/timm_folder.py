@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal.common.interop.folding import fold_patch_bias_of_tower
-from frugal.common.interop.trained import Misfit, Seen, TrainedTower
+from frugal.common.interop.trained import Misfit, Seen, TrainedTower, misfit_of_projector
 from frugal.common.models.config import SIZES, ImageTower
 from frugal.common.models.weight_names import State, to_timm
 
@@ -33,6 +33,8 @@ _SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
 def misfit(trained: TrainedTower) -> Misfit | None:
     """The first option that timm cannot express."""
+    if (found := misfit_of_projector(trained.tower)) is not None:
+        return found
     epsilon = trained.tower.norm_epsilon
     if epsilon not in _EPSILONS:
         return Misfit(

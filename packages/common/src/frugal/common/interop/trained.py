@@ -17,7 +17,7 @@ from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder
-from frugal.common.models.config import DualEncoderConfig, ImageTower
+from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
 from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.weight_names import State
@@ -53,6 +53,16 @@ class Misfit(NamedTuple):
     reason: str
 
 
+def misfit_of_projector(tower: ImageTower) -> Misfit | None:
+    """What no other library has behind its vision transformers."""
+    if tower.projector_width is None:
+        return None
+    return Misfit(
+        f"model.image.projector_width={tower.projector_width}",
+        "its vision transformers have no MLP with batch norms behind what they pool",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
     """A checkpoint and what is known of the run it is from."""
@@ -63,6 +73,13 @@ class TrainedRun:
     """The run directory."""
     numbers: dict[str, dict[str, Any]]
     """What this checkpoint was measured at, by task."""
+    average: bool = True
+    """Whether it leaves with the moving average of its weights, where the run kept one."""
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether it has a text tower."""
+        return hasattr(self.recipe.model, "text")
 
     @property
     def crop(self) -> CenterCrop:
@@ -101,6 +118,11 @@ class TrainedTower(TrainedRun):
     """(C, D) and (C,): weight and bias of the linear layer."""
     scores: Callable[[Tensor], Tensor] | None = None
     """The model that has that layer: (B, 3, H, W) uint8 pictures to (B, C)."""
+
+    @property
+    def reads_captions(self) -> bool:
+        """False: where the run has a text tower, it stays behind."""
+        return False
 
     @property
     def has_norm(self) -> bool:
@@ -174,6 +196,13 @@ def affine(layer: nn.Module, inputs: int) -> tuple[Tensor, Tensor]:
     return weight.T.float().contiguous(), bias[0].float()
 
 
+class OwnTowers(NamedTuple):
+    """Whether each tower is of this library."""
+
+    image: bool
+    text: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel(TrainedRun):
     """Two trained towers and everything that is needed to use them."""
@@ -202,6 +231,12 @@ class TrainedModel(TrainedRun):
                 "was trained with"
             )
         return tokenizer
+
+    @property
+    def has_own_towers(self) -> OwnTowers:
+        """Which towers are of this library, and not models of another one."""
+        image, text = self.config.image, self.config.text
+        return OwnTowers(isinstance(image, ImageTower), isinstance(text, TextTower))
 
     @property
     def captions_end(self) -> bool:

@@ -9,8 +9,15 @@ import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from safetensors.torch import save_file
 from torch import Tensor
 
+from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.interop.folding import fold_layer_scale, fold_patch_bias
-from frugal.common.interop.trained import Embedded, Misfit, TrainedModel, TrainedRun
+from frugal.common.interop.trained import (
+    Embedded,
+    Misfit,
+    TrainedModel,
+    TrainedRun,
+    misfit_of_projector,
+)
 from frugal.common.interop.transformers_tokenizer import as_transformers, save
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
 from frugal.common.models.weight_names import to_transformers_clip
@@ -36,6 +43,8 @@ _ARGMAX = 2
 def misfit(trained: TrainedModel) -> Misfit | None:
     """The first option that ``CLIPModel`` cannot express."""
     config, image, text = trained.config, trained.config.image, trained.config.text
+    if (found := misfit_of_projector(image)) is not None:
+        return found
     if image.class_token == "none":
         return Misfit("model.image.class_token=none", "CLIPModel always has one")
     if image.pooling != "class":
@@ -44,12 +53,24 @@ def misfit(trained: TrainedModel) -> Misfit | None:
         return Misfit("model.image.pre_norm=False", "CLIPModel has a norm before the blocks")
     if image.grid[0] != image.grid[1]:
         return Misfit(f"model.image.image_size={image.image_size}", "CLIPModel takes square images")
+    if (found := misfit_of_text(text)) is not None:
+        return found
+    if config.initial_logit_bias is not None:
+        return Misfit("model.initial_logit_bias", "CLIPModel's logits have a scale and no bias")
+    return misfit_of_tokenizer(trained)
+
+
+def misfit_of_text(text: TextTower) -> Misfit | None:
+    """The first option of a text tower that ``CLIPTextModel`` cannot express."""
     if not text.causal:
         return Misfit("model.text.causal=False", "CLIPModel's text tower is causal")
     if text.pooling != "end_of_text":
         return Misfit(f"model.text.pooling={text.pooling}", "CLIPModel pools the end-of-text token")
-    if config.initial_logit_bias is not None:
-        return Misfit("model.initial_logit_bias", "CLIPModel's logits have a scale and no bias")
+    return None
+
+
+def misfit_of_tokenizer(trained: TrainedModel) -> Misfit | None:
+    """Captions whose end ``CLIPTextModel`` cannot find."""
     if not trained.captions_end or trained.tokenizer.end_id == _ARGMAX:
         return Misfit(
             "data.tokenizer",
@@ -59,7 +80,7 @@ def misfit(trained: TrainedModel) -> Misfit | None:
     return None
 
 
-def model_config(config: DualEncoderConfig, **token_ids: int) -> Any:
+def model_config(config: DualEncoderConfig, **token_ids: Any) -> Any:
     """The ``CLIPConfig`` for towers that :func:`misfit` has nothing to say about.
 
     Args:
@@ -71,23 +92,28 @@ def model_config(config: DualEncoderConfig, **token_ids: int) -> Any:
     image, text = config.image, config.text
     return CLIPConfig(
         vision_config={
-            **_transformer(image, config),
+            **_transformer(image, config.embed_dim),
             "image_size": image.height_width[0],
             "patch_size": image.patch_size,
         },
-        text_config={
-            **_transformer(text, config),
-            "vocab_size": text.vocabulary,
-            "max_position_embeddings": text.length,
-            **token_ids,
-        },
+        text_config=text_config(text, config.embed_dim, **token_ids),
         projection_dim=config.embed_dim,
         logit_scale_init_value=config.initial_logit_scale,
         architectures=["CLIPModel"],
     )
 
 
-def _transformer(tower: ImageTower | TextTower, config: DualEncoderConfig) -> dict[str, Any]:
+def text_config(text: TextTower, embed_dim: int, **token_ids: Any) -> dict[str, Any]:
+    """The fields of a ``CLIPTextConfig``."""
+    return {
+        **_transformer(text, embed_dim),
+        "vocab_size": text.vocabulary,
+        "max_position_embeddings": text.length,
+        **token_ids,
+    }
+
+
+def _transformer(tower: ImageTower | TextTower, embed_dim: int) -> dict[str, Any]:
     return {
         "hidden_size": tower.width,
         "num_hidden_layers": tower.depth,
@@ -95,7 +121,7 @@ def _transformer(tower: ImageTower | TextTower, config: DualEncoderConfig) -> di
         "intermediate_size": tower.mlp_width,
         "hidden_act": ACTIVATIONS[tower.activation],
         "layer_norm_eps": tower.norm_epsilon,
-        "projection_dim": config.embed_dim,
+        "projection_dim": embed_dim,
     }
 
 
@@ -109,13 +135,16 @@ def write(trained: TrainedModel, folder: Path) -> None:
         to_transformers_clip(state, config), folder / "model.safetensors", metadata={"format": "pt"}
     )
     theirs = as_transformers(trained.tokenizer, length=config.text.length)
-    ids = {"eos_token_id": trained.tokenizer.end_id, "pad_token_id": theirs.pad_token_id}
-    if trained.tokenizer.prefix:
-        ids["bos_token_id"] = trained.tokenizer.prefix[0]
-    model_config(config, **ids).save_pretrained(folder)
+    model_config(config, **token_ids(trained.tokenizer)).save_pretrained(folder)
     pixels = image_processor(trained, config.image)
     CLIPProcessor(image_processor=pixels, tokenizer=theirs).save_pretrained(folder)
     save(theirs, folder)
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a ``CLIPTextConfig`` says of a tokenizer."""
+    ids = {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+    return ids | ({"bos_token_id": tokenizer.prefix[0]} if tokenizer.prefix else {})
 
 
 def image_processor(trained: TrainedRun, tower: ImageTower) -> Any:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from frugal.common.models.dual_encoder import DualEncoder
+    from frugal.common.models.image_tower import ImageTransformer
+    from frugal.common.models.text_tower import TextTransformer
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 """Exact GELU, its tanh approximation, or x * sigmoid(1.702 x)."""
@@ -91,6 +93,11 @@ class ImageTower:
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
     layer_scale: float | None = None
     """First value of the layer scales; without it there are none."""
+    projector_width: int | None = None
+    """Hidden width of MoCo v3's projector (4096 there), three linear layers with batch norms on the
+    pooled vector; without it there is none."""
+    projector_outputs: int = 256
+    """Width of what the projector makes of the pooled vector."""
 
     def __post_init__(self) -> None:
         _check_transformer("image", self)
@@ -116,6 +123,11 @@ class ImageTower:
             )
         if min(self.std) <= 0:
             raise InputError(f"image.std is {self.std}, must be positive")
+        if min(self.projector_width or 1, self.projector_outputs) < 1:
+            raise InputError(
+                f"image.projector_width is {self.projector_width} and image.projector_outputs "
+                f"{self.projector_outputs}; both must be at least 1"
+            )
 
     def _check_grid(self) -> None:
         if self.patch_size < 1:
@@ -154,6 +166,17 @@ class ImageTower:
     def num_positions(self) -> int:
         """Rows of the position table."""
         return self.num_patches + (self.class_token == "with_position")
+
+    @property
+    def pooled_width(self) -> int:
+        """Of the vector that is projected into the space of texts."""
+        return self.width if self.projector_width is None else self.projector_outputs
+
+    def module(self, embed_dim: int | None = None) -> ImageTransformer:
+        """The tower, its weights as torch's layers start."""
+        from frugal.common.models.image_tower import ImageTransformer
+
+        return ImageTransformer(self, embed_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +226,12 @@ class TextTower:
     def padding_matters(self) -> bool:
         """Whether the slots behind a caption change its vector."""
         return self.pooling in ("last", "mean_all") or not (self.causal or self.pad_mask)
+
+    def module(self, embed_dim: int | None = None) -> TextTransformer:
+        """The tower, its weights as torch's layers start."""
+        from frugal.common.models.text_tower import TextTransformer
+
+        return TextTransformer(self, embed_dim)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ although towers that pool one token leave the others out of their last block.
 
 from __future__ import annotations
 
+from typing import Any
+
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
 
 
@@ -30,5 +32,30 @@ def text_flops(tower: TextTower, tokens: float) -> float:
 
 def dual_encoder_flops(config: DualEncoderConfig, *, patches: float, tokens: float) -> float:
     """Forward FLOPs of one pair."""
-    projections = 2 * config.embed_dim * (config.image.width + config.text.width)
-    return image_flops(config.image, patches) + text_flops(config.text, tokens) + projections
+    towers = tower_flops(config.image, patches) + tower_flops(config.text, tokens)
+    return towers + projection_flops(config)
+
+
+def tower_flops(tower: Any, seen: float) -> float:
+    """Forward FLOPs of a tower of any library, without what projects into the shared space.
+
+    Args:
+        tower: its configuration.
+        seen: patches, or slots of a caption, that are computed.
+    """
+    if isinstance(tower, ImageTower):
+        return image_flops(tower, seen) + projector_flops(tower)
+    return text_flops(tower, seen) if isinstance(tower, TextTower) else tower.flops(seen)
+
+
+def projector_flops(tower: ImageTower) -> float:
+    """Forward FLOPs of the projector on one pooled vector; 0 where there is none."""
+    if tower.projector_width is None:
+        return 0.0
+    hidden = tower.projector_width
+    return 2.0 * hidden * (tower.width + hidden + tower.projector_outputs)
+
+
+def projection_flops(config: DualEncoderConfig) -> float:
+    """Forward FLOPs of both projections of one pair into the shared space."""
+    return 2 * config.embed_dim * (config.image.pooled_width + config.text.width)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from frugal.common.models.config import DualEncoderConfig
-from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.initialise import initialise_flip, initialise_open_clip
-from frugal.common.models.text_tower import TextTransformer
 from frugal.common.reduction.image import Kept
 
 
@@ -28,8 +29,8 @@ class DualEncoder(nn.Module):
         """Weights start as torch's layers do; :func:`build` draws them from a generator."""
         super().__init__()
         self.config = config
-        self.image = ImageTransformer(config.image, config.embed_dim)
-        self.text = TextTransformer(config.text, config.embed_dim)
+        self.image: Any = config.image.module(config.embed_dim)
+        self.text: Any = config.text.module(config.embed_dim)
         # one dimension, not none: DeepSpeed cannot take a parameter without one
         self.logit_scale = nn.Parameter(torch.full((1,), config.initial_logit_scale))
         self.register_parameter("logit_bias", None)
@@ -62,23 +63,41 @@ class DualEncoder(nn.Module):
     @property
     def checkpoint_activations(self) -> bool:
         """Whether every block is recomputed in the backward pass; set it to change that."""
-        return self.image.blocks.checkpoint_activations
+        return self.image.checkpoint_activations
 
     @checkpoint_activations.setter
     def checkpoint_activations(self, wanted: bool) -> None:
         for tower in (self.image, self.text):
-            tower.blocks.checkpoint_activations = wanted
+            tower.checkpoint_activations = wanted
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Parts of which nothing is trained stay in evaluation mode."""
+        super().train(mode)
+        if mode:
+            _rest_if_frozen(self)
+        return self
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Draw every weight afresh, as ``config.initialisation`` says."""
         flip = self.config.initialisation == "flip"
         start = initialise_flip if flip else initialise_open_clip
-        start(self.image, generator)
-        start(self.text, generator)
+        for tower in (self.image, self.text):
+            own = getattr(tower, "initialise", None)  # another library's, which knows its scheme
+            start(tower, generator) if own is None else own(generator)
         self.logit_scale.fill_(self.config.initial_logit_scale)
         if self.logit_bias is not None and self.config.initial_logit_bias is not None:
             self.logit_bias.fill_(self.config.initial_logit_bias)
+
+
+def _rest_if_frozen(module: nn.Module) -> None:
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    if trained and not any(trained):
+        module.eval()
+        return
+    for part in module.children():
+        _rest_if_frozen(part)
 
 
 def build(config: DualEncoderConfig, generator: torch.Generator | None = None) -> DualEncoder:

@@ -11,10 +11,25 @@ from torch import Tensor, nn
 
 from frugal.common.errors import InputError
 from frugal.common.models.attention import Layout, Packed
+from frugal.common.models.batch_norm import SharedVectorNorm
 from frugal.common.models.config import ImageTower
 from frugal.common.models.positions import image_table
 from frugal.common.models.transformer import Blocks, Picked
 from frugal.common.reduction.image import Kept, PatchView, normalise, take_patches
+
+
+class Projector(nn.Sequential):
+    """MoCo v3's: three linear layers without bias, each with a batch norm, the last one bare.
+
+    Source: Chen et al., arXiv:2104.02057, section 4.1.
+    """
+
+    def __init__(self, width: int, hidden: int, outputs: int) -> None:
+        layers: list[nn.Module] = []
+        for inputs in (width, hidden):
+            layers += [nn.Linear(inputs, hidden, bias=False), SharedVectorNorm(hidden), nn.ReLU()]
+        last = nn.Linear(hidden, outputs, bias=False)
+        super().__init__(*layers, last, SharedVectorNorm(outputs, affine=False))
 
 
 class ImageTransformer(nn.Module):
@@ -42,8 +57,12 @@ class ImageTransformer(nn.Module):
         self.norm_pre = self._norm() if config.pre_norm else nn.Identity()
         self.blocks = Blocks(config)
         self.norm = self._norm()
+        if config.projector_width is not None:
+            self.projector = Projector(width, config.projector_width, config.projector_outputs)
         self.projection = (
-            nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
+            nn.Identity()
+            if embed_dim is None
+            else nn.Linear(config.pooled_width, embed_dim, bias=False)
         )
 
     def _norm(self) -> nn.LayerNorm:
@@ -63,9 +82,10 @@ class ImageTransformer(nn.Module):
             images: (B, 3, H, W) uint8, which is normalised here, or float that already is.
             kept: the patches that stay; None for all of them.
             output: ``embedding``, the pooled and projected vector; ``pooled``, the same before
-                the projection; ``tokens``, every token after the last norm (before it, where the
-                norm belongs to the pooled vector); ``blocks``, what the given blocks put out;
-                ``embedded``, the patches with their positions, before anything else.
+                the projection, behind the projector where there is one; ``tokens``, every token
+                after the last norm (before it, where the norm belongs to the pooled vector);
+                ``blocks``, what the given blocks put out; ``embedded``, the patches with their
+                positions, before anything else.
             blocks: numbers of blocks, from 0.
 
         Returns:
@@ -83,6 +103,8 @@ class ImageTransformer(nn.Module):
         if output == "tokens":
             return tokens if self.config.norm_after_pooling else self.norm(tokens)
         pooled = self._pool(tokens, layout)  # (B, D)
+        if self.config.projector_width is not None:
+            pooled = self.projector(pooled)
         return pooled if output == "pooled" else self.projection(pooled)
 
     def forward_pooled(self, images: Tensor, kept: Kept | None = None) -> Tensor:
@@ -96,6 +118,15 @@ class ImageTransformer(nn.Module):
         if blocks is None:
             return self(images, kept, output="tokens")
         return self(images, kept, output="blocks", blocks=blocks)
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether every block is recomputed in the backward pass; set it to change that."""
+        return self.blocks.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, wanted: bool) -> None:
+        self.blocks.checkpoint_activations = wanted
 
     def _patches(self, images: Tensor, kept: Kept | None) -> Tensor:
         """(B, K, D) or packed (T, D): the kept patches, embedded, with their positions."""

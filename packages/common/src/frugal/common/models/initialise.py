@@ -45,6 +45,8 @@ def _start_fixed_parts(tower: nn.Module) -> None:
         if isinstance(module, nn.LayerNorm):
             module.weight.fill_(1)
             module.bias.zero_()
+        elif isinstance(module, nn.BatchNorm1d):
+            module.reset_parameters()
         elif isinstance(module, LayerScale):
             module.gamma.fill_(module.value)
         elif isinstance(module, ImageTransformer) and module.config.positions != "learned":

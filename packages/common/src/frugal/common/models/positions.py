@@ -53,16 +53,19 @@ def resample_grid(
     old_grid: tuple[int, int],
     new_grid: tuple[int, int],
     antialias: bool = True,
+    align_corners: bool = False,
 ) -> Tensor:
     """A learned image table on another grid; rows in front of the patches are copied.
 
-    Bicubic, corners not aligned: with antialiasing as in open_clip and CLIPA, without as in MAE.
+    Bicubic: with antialiasing as in open_clip and CLIPA, without as in MAE; with aligned corners,
+    and then without antialiasing, as in SWAG.
 
     Args:
         table: (..., [1 +] N, D) for ``old_grid``.
         old_grid: (rows, columns) of the table.
         new_grid: (rows, columns) wanted.
         antialias: whether shrinking averages.
+        align_corners: whether the outer patches of both grids lie on each other.
 
     Returns:
         (..., [1 +] N', D) float32.
@@ -77,7 +80,11 @@ def resample_grid(
     front, patches = flat[:, :prefix], flat[:, prefix:]
     picture = patches.transpose(1, 2).unflatten(2, old_grid)  # (1, D, rows, columns)
     picture = F.interpolate(
-        picture, new_grid, mode="bicubic", align_corners=False, antialias=antialias
+        picture,
+        new_grid,
+        mode="bicubic",
+        align_corners=align_corners,
+        antialias=antialias and not align_corners,
     )
     resampled = torch.cat([front, picture.flatten(2).transpose(1, 2)], dim=1)
     return resampled.reshape(*table.shape[:-2], *resampled.shape[1:])

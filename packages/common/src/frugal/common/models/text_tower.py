@@ -80,6 +80,15 @@ class TextTransformer(nn.Module):
         """(B, D): the pooled vector before the projection."""
         return self(token_ids, text_lengths, output="pooled")
 
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether every block is recomputed in the backward pass; set it to change that."""
+        return self.blocks.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, wanted: bool) -> None:
+        self.blocks.checkpoint_activations = wanted
+
     def _checked(self, token_ids: Tensor, text_positions: Tensor | None) -> Tensor:
         width, length = token_ids.shape[1], self.config.length
         if text_positions is not None and text_positions.shape != token_ids.shape:

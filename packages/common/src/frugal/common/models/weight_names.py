@@ -176,7 +176,7 @@ def _without_fixed_table(state: State, name: str, tower: ImageTower, *, source: 
     return {key: value for key, value in state.items() if key != name}
 
 
-def _with_fixed_table(state: Mapping[str, Tensor], name: str, tower: ImageTower) -> State:
+def with_fixed_table(state: Mapping[str, Tensor], name: str, tower: ImageTower) -> State:
     """Our state with its position table, and a class row of zeros where there is none."""
     state = dict(state)
     if tower.positions != "learned":
@@ -208,7 +208,7 @@ def to_open_clip(state: Mapping[str, Tensor], config: DualEncoderConfig) -> Stat
     """
     if config.image.class_token == "none":
         raise InputError("open_clip's vision transformer has a class token; this model has none")
-    state = _with_fixed_table(state, "image.pos_embed", config.image)
+    state = with_fixed_table(state, "image.pos_embed", config.image)
     return write_names(state, OPEN_CLIP, target="open_clip")
 
 
@@ -244,7 +244,7 @@ def to_timm(state: Mapping[str, Tensor], tower: ImageTower) -> State:
     A class token without position becomes one with a position of zeros; the projection is left.
     """
     encoder = {key: value for key, value in state.items() if key != "projection.weight"}
-    encoder = _with_fixed_table(encoder, "pos_embed", tower)
+    encoder = with_fixed_table(encoder, "pos_embed", tower)
     return write_names(encoder, _timm_rules(tower), target="timm")
 
 
@@ -311,7 +311,7 @@ def to_transformers_clip(state: Mapping[str, Tensor], config: DualEncoderConfig)
             "transformers' CLIPModel has a class token and a norm before the blocks; this model "
             "lacks one of them"
         )
-    state = _with_fixed_table(state, "image.pos_embed", config.image)
+    state = with_fixed_table(state, "image.pos_embed", config.image)
     return write_names(state, TRANSFORMERS_CLIP, target="transformers' CLIPModel")
 
 
@@ -356,7 +356,8 @@ VIT_MAE_DECODER = (
     *pairs("", "decoder_", {"embed": "embed", "norm": "norm", "head": "pred"}),
     *_vit_mae_blocks("blocks.{i}.", "decoder_layers.{i}.", published=True),
 )
-"""The decoder of MAE, as frugal.milan's plain one, in checkpoints of ``ViTMAEForPreTraining``."""
+"""The decoder of a masked autoencoder with plain blocks, in checkpoints of
+``ViTMAEForPreTraining``."""
 
 
 def from_vit_mae(state: Mapping[str, Tensor], tower: ImageTower) -> State:
@@ -389,5 +390,5 @@ def to_vit_mae(state: Mapping[str, Tensor], tower: ImageTower, *, published: boo
             modules of version 5.
     """
     encoder = {key: value for key, value in state.items() if key != "projection.weight"}
-    encoder = _with_fixed_table(encoder, "pos_embed", tower)
+    encoder = with_fixed_table(encoder, "pos_embed", tower)
     return write_names(encoder, _vit_mae_rules(published=published), target="transformers' ViT")

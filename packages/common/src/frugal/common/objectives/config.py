@@ -25,9 +25,9 @@ class Contrastive:
     """CLIP's loss, or SigLIP's, for which the model needs an initial_logit_bias."""
     directions: tuple[Direction, ...] = BOTH
     """Who looks for whom; the loss is the mean over the directions."""
-    clamp: Literal["after_step", "forward"] = "after_step"
+    clamp: Literal["after_step", "forward", "never"] = "after_step"
     """How the logit scale stays within 1 and 100: the parameter itself after every step, or only
-    where it is used, as in FLIP's published runs."""
+    where it is used, as in FLIP's published runs, or not at all, as in CiT's."""
     chunk: int | None = None
     """Columns of the global batch compared at a time; by default few enough for 4 MiB of logits."""
 
@@ -61,14 +61,12 @@ class Contrastive:
 
     def build(self, recipe: Recipe) -> ContrastiveObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
-        from frugal.common.objectives.contrastive import ContrastiveObjective
-
         model = recipe.model.build(weight_generator(recipe.run.seed))
         model.checkpoint_activations = recipe.engine.checkpoint_activations
         if recipe.engine.compile:
             model.image.compile()
             model.text.compile()
-        return ContrastiveObjective(
+        return self._kind()(
             model,
             self,
             reduction=recipe.reduction.image,
@@ -76,3 +74,8 @@ class Contrastive:
             samples=recipe.schedule.samples,
             colour=getattr(recipe.data, "colour", NO_CHANGE),
         )
+
+    def _kind(self) -> type[ContrastiveObjective]:
+        from frugal.common.objectives.contrastive import ContrastiveObjective
+
+        return ContrastiveObjective

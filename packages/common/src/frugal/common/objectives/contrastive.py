@@ -196,7 +196,7 @@ class ContrastiveObjective(nn.Module):
 
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Parameters, by name, that the engine keeps within bounds after every step."""
-        if self._config.clamp == "forward":
+        if self._config.clamp != "after_step":
             return {}
         return {"model.logit_scale": (0.0, LARGEST_LOG_SCALE)}
 

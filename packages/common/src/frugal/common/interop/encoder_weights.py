@@ -1,9 +1,9 @@
 """Trained image towers from files and folders of many kinds.
 
 Ours: any run directory or checkpoint whose model has an image tower. OpenAI's CLIP (the published
-archive, or its state saved again), open_clip (file or folder), SLIP, transformers' CLIP (folder or
-name), and plain vision transformers in timm's layout, among them DINO, MAE and MILAN with or
-without decoder or head.
+archive, or its state saved again), open_clip (file or folder), SLIP, transformers' CLIP, ViT and
+ViTMAE (folder or name), and plain vision transformers in timm's layout, among them DINO, MAE and
+MILAN with or without decoder or head.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.interop.stored_files import State, read_content, state_in
 from frugal.common.models.config import (
     CLIP_MEAN,
     CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     Activation,
     ImageTower,
 )
@@ -33,9 +36,9 @@ from frugal.common.models.weight_names import (
     OPEN_CLIP,
     TRANSFORMERS_CLIP,
     from_timm,
+    from_vit_mae,
     read_names,
 )
-from frugal.milan.stored_files import State, read_content, state_in
 
 _LOG = logging.getLogger("frugal")
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
@@ -266,10 +269,12 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 def _transformers_folder(folder: Path) -> EncoderWeights:
     settings = _json(folder / "config.json")
+    if settings.get("model_type") in ("vit", "vit_mae"):
+        return _vit_folder(folder, settings)
     if "clip" not in str(settings.get("model_type", "")):
         raise InputError(
-            f"{folder} holds a model of type {settings.get('model_type')!r}, not a CLIP model; "
-            "choose another one"
+            f"{folder} holds a model of type {settings.get('model_type')!r}, not a CLIP model or a "
+            "plain vision transformer; choose another one"
         )
     # what a saved configuration leaves out has transformers' default
     from transformers import CLIPVisionConfig
@@ -286,8 +291,7 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
         if name.startswith(kept) and not name.endswith("position_ids")
     }
     ours = _without_prefix(read_names(visual, TRANSFORMERS_CLIP, source=str(folder)), "image.")
-    beside = folder / "preprocessor_config.json"
-    pixels = _json(beside) if beside.is_file() else {}
+    pixels = _look(folder)
     return _shaped(
         ours,
         str(folder),
@@ -298,6 +302,50 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
         std=tuple(pixels.get("image_std", CLIP_STD)),
         norm_epsilon=vision.layer_norm_eps,
     )
+
+
+_HALF = (0.5, 0.5, 0.5)
+"""What transformers' ViT normalises pixels with, where a folder does not say."""
+_BESIDE_A_VIT = ("classifier.", "pooler.", "vit.pooler.", "decoder.")
+
+
+def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
+    """A ``ViTModel``, with classes or without, or a ``ViTMAEForPreTraining``."""
+    from transformers import ViTConfig, ViTMAEConfig
+
+    kind = ViTConfig if settings["model_type"] == "vit" else ViTMAEConfig
+    vit: Any = kind(**{k: v for k, v in settings.items() if k != "model_type"})
+    if vit.hidden_act not in _ACTIVATIONS:
+        raise InputError(f"the activation {vit.hidden_act!r} of {folder} is not known here")
+    size = vit.image_size
+    look = _look(folder)
+    tower = ImageTower(
+        width=vit.hidden_size,
+        depth=vit.num_hidden_layers,
+        heads=vit.num_attention_heads,
+        mlp_width=vit.intermediate_size,
+        patch_size=vit.patch_size,
+        image_size=size if isinstance(size, int) else tuple(size),
+        activation=_ACTIVATIONS[vit.hidden_act],
+        norm_epsilon=vit.layer_norm_eps,
+        mean=tuple(look.get("image_mean", _HALF if kind is ViTConfig else IMAGENET_MEAN)),
+        std=tuple(look.get("image_std", _HALF if kind is ViTConfig else IMAGENET_STD)),
+    )
+    stored = state_in(read_content(_weights_in(folder)), source=str(folder))
+    state = {name: tensor.float() for name, tensor in stored.items()}
+    encoder = {n: t for n, t in state.items() if not n.startswith(_BESIDE_A_VIT)}
+    rest = {
+        n.replace("classifier.", "head.", 1): t
+        for n, t in state.items()
+        if n.startswith(("classifier.", "decoder."))
+    }
+    return EncoderWeights(tower, from_vit_mae(encoder, tower), str(folder), rest)
+
+
+def _look(folder: Path) -> dict[str, Any]:
+    """How the folder says that images are prepared."""
+    beside = folder / "preprocessor_config.json"
+    return _json(beside) if beside.is_file() else {}
 
 
 def _weights_in(folder: Path) -> Path:

@@ -53,9 +53,11 @@ def read_content(path: Path) -> Any:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read as safetensors: {error}") from None
+    if is_torchscript(path):
+        from frugal.common.interop.foreign_files import read_torchscript
+
+        return read_torchscript(path)
     try:
-        if is_torchscript(path):
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch.load raises errors of every kind

@@ -1,0 +1,107 @@
+"""Tensors of safetensors files as ranges of bytes, to be copied without being in memory at once.
+
+A file begins with the length of a JSON header (8 bytes, little-endian), which says of every tensor
+its type, its shape and where its bytes lie behind the header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_AT_ONCE = 1 << 22
+"""Bytes in memory at a time."""
+_ALIGNED = 8
+"""Every tensor starts at a multiple of this many bytes, as safetensors writes them."""
+
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """One tensor of a file."""
+
+    path: Path
+    dtype: str
+    """As safetensors calls it: F32, I64."""
+    shape: tuple[int, ...]
+    start: int
+    """Of its first byte in the file."""
+    size: int
+    """Bytes."""
+
+    def read(self) -> Iterator[bytes]:
+        """Its bytes, a few MiB at a time."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = self.size
+            while left and (block := file.read(min(left, _AT_ONCE))):
+                left -= len(block)
+                yield block
+
+    def equals(self, other: TensorBytes) -> bool:
+        """Whether both have the same type, shape and bits."""
+        if (self.dtype, self.shape, self.size) != (other.dtype, other.shape, other.size):
+            return False
+        return all(a == b for a, b in zip(self.read(), other.read(), strict=True))
+
+
+def find_tensors(path: Path) -> dict[str, TensorBytes]:
+    """The tensors of a safetensors file that is known to be whole, by name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            found[name] = TensorBytes(
+                path, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first
+            )
+    return found
+
+
+def copy_tensors(tensors: Mapping[str, TensorBytes], path: Path) -> str:
+    """Write a safetensors file of these tensors under these names, and read it back.
+
+    The file depends on what the tensors are alone, not on where they lay.
+
+    Returns:
+        What went wrong, or nothing.
+    """
+    # the largest elements first, so that all of them start at multiples of their size
+    names = sorted(tensors, key=lambda name: (-_element(tensors[name]), name))
+    header, end = {}, 0
+    for name in names:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [end, end + tensor.size],
+        }
+        end += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                for block in tensors[name].read():
+                    file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        written = find_tensors(path)
+        different = [name for name in names if not tensors[name].equals(written[name])]
+    except OSError as error:
+        return f"{path.name}: {error}"
+    return f"{path.name}: {different[0]} reads back differently" if different else ""
+
+
+def _element(tensor: TensorBytes) -> int:
+    """Bytes of one number; a tensor without any comes last."""
+    count = 1
+    for side in tensor.shape:
+        count *= side
+    return tensor.size // count if count else 0

@@ -1,0 +1,123 @@
+"""Embeddings of labelled images, kept on disk for the next time they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from frugal.common.data.labelled import LabelledImages
+from frugal.common.errors import InputError
+from frugal.common.evaluation.embed import Embedder, grouped
+from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.run import Run
+
+
+@dataclass(frozen=True)
+class Features:
+    """Embeddings with the classes of their images, complete on every process, on the CPU."""
+
+    embeddings: Tensor
+    """(N, E) float32 unit vectors, in the order of the data."""
+    labels: Tensor
+    """(N,) int64."""
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.labels)
+
+    def rows(self, chosen: Tensor) -> Features:
+        """Some of them."""
+        return Features(self.embeddings[chosen], self.labels[chosen])
+
+    def joined(self, other: Features) -> Features:
+        """These, then the others."""
+        return Features(
+            torch.cat([self.embeddings, other.embeddings]), torch.cat([self.labels, other.labels])
+        )
+
+
+def embed_labelled(
+    embedder: Embedder, data: LabelledImages, *, batch_size: int, workers: int, ranks: Ranks
+) -> Features:
+    """Embed every image once, whatever the number of processes and the batch size."""
+    embeddings = torch.zeros(len(data), embedder.width, device=embedder.device)
+    table = torch.zeros(len(data), 2, dtype=torch.int64, device=embedder.device)
+    batches = data.batches(ranks.rank, ranks.world_size, batch_size, workers)
+    for images, labels, places in grouped(batches):
+        places = places.to(embedder.device)
+        embeddings[places] = embedder.images(images, places)
+        labels = labels.to(embedder.device)
+        table.index_add_(0, places, torch.stack([torch.ones_like(labels), labels], dim=1))
+    table = ranks.sum(table).cpu()
+    check_delivery(table[:, 0])
+    return Features(ranks.sum(embeddings).cpu(), table[:, 1].clone())
+
+
+def kept(
+    folder: Path | None,
+    key: dict[str, Any],
+    make: Callable[[], Features],
+    *,
+    ranks: Ranks,
+    run: Run,
+) -> Features:
+    """Features from a folder where they are there for this key, else made and left there.
+
+    Every process must call this. A file that is damaged, or of another key, is made again.
+
+    Args:
+        folder: made if missing; None keeps nothing.
+        key: everything that the features depend on, ready for JSON.
+        make: every process calls it, or none does.
+        ranks: the processes.
+        run: which of them writes, and says what it did.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    if folder is None:
+        return make()
+    words = json.dumps(key, sort_keys=True)
+    path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:24]}.safetensors"
+    found = _read(path, words)
+    has = torch.tensor([found is not None], dtype=torch.int64, device=run.device)
+    if int(ranks.sum(has)) == ranks.world_size and found is not None:
+        run.log.info("%s embeddings were kept in %s", f"{len(found):,}", path)
+        return found
+    made = make()
+    if run.is_main:
+        _write(path, words, made)
+    return made
+
+
+def _read(path: Path, words: str) -> Features | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != words:
+                return None
+            made = Features(file.get_tensor("embeddings"), file.get_tensor("labels"))
+    except (OSError, SafetensorError):
+        return None
+    return made if made.embeddings.isfinite().all() else None
+
+
+def _write(path: Path, words: str, features: Features) -> None:
+    aside = path.with_name(f".{path.name}.writing")
+    tensors = {"embeddings": features.embeddings, "labels": features.labels}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside, metadata={"key": words})
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"the embeddings cannot be kept in {path.parent} ({error}); choose another --features"
+        ) from None

@@ -1,0 +1,365 @@
+"""Linear probing: a linear classifier on frozen embeddings, its weight decay searched.
+
+Source: Radford et al., arXiv:2103.00020, appendix A.3 (L-BFGS, a search that closes in on the best
+weight decay), and clip_benchmark, which trains with AdamW and a cosine instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
+from torch import Tensor
+
+from frugal.common.data.labelled import LabelledImages
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import LinearProbe
+from frugal.common.evaluation.embed import Embedder, evaluating
+from frugal.common.evaluation.features import Features, embed_labelled, kept
+from frugal.common.evaluation.identity import weights_digest
+from frugal.common.evaluation.metrics import ranked_classes
+from frugal.common.evaluation.outcomes import Keep
+from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.zero_shot import Answers, held_out_classes
+from frugal.common.randomness import stable_key
+from frugal.common.recipe import Recipe, to_json
+from frugal.common.run import Run
+
+WEIGHT_DECAYS = np.logspace(-6, 2, num=97).tolist()
+"""What is searched; clip_benchmark's."""
+_FIRST, _SPAN = 16, 8
+"""Every 16th is tried first; then 8, 4, 2 and 1 to either side of the best."""
+_ROWS_AT_ONCE = 1 << 16
+"""Embeddings that are float64 at a time."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear classifier."""
+
+    weight: Tensor
+    """(C, E)."""
+    bias: Tensor
+    """(C,)."""
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """(N, C), on the CPU."""
+        parts = embeddings.split(_ROWS_AT_ONCE)
+        return torch.cat([self._scores(part.to(self.weight)).cpu() for part in parts])
+
+    def _scores(self, embeddings: Tensor) -> Tensor:
+        return F.linear(embeddings, self.weight, self.bias)
+
+    def accuracy(self, features: Features) -> float:
+        """Fraction of the images whose class has the highest score."""
+        best = self.scores(features.embeddings).topk(1, dim=1).indices[:, 0]
+        return int((best == features.labels).sum()) / len(features)
+
+
+def fit(
+    task: LinearProbe,
+    features: Features,
+    num_classes: int,
+    *,
+    weight_decay: float,
+    device: torch.device,
+) -> Linear:
+    """A classifier that has learned the classes of some embeddings."""
+    with torch.enable_grad():
+        if task.solver == "lbfgs":
+            return _optimum(features, num_classes, weight_decay, device)
+        return _trained(task, features, num_classes, weight_decay, device)
+
+
+def _optimum(
+    features: Features, num_classes: int, weight_decay: float, device: torch.device
+) -> Linear:
+    """What minimises the mean cross-entropy plus half the weight decay times the squared weights.
+
+    The problem is convex: nothing is drawn, and the bias is not decayed.
+    """
+    options: Any = {"dtype": torch.float64, "device": device, "requires_grad": True}
+    weight = torch.zeros(num_classes, features.embeddings.shape[1], **options)
+    bias = torch.zeros(num_classes, **options)
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=1_000,
+        max_eval=1_250,
+        history_size=20,
+        tolerance_grad=1e-5,  # ten times below scikit-learn's, which CLIP used
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        total = 0.5 * weight_decay * weight.square().sum()
+        total.backward()
+        for start in range(0, len(features), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            scores = F.linear(features.embeddings[rows].to(weight), weight, bias)
+            labels = features.labels[rows].to(device)
+            part = F.cross_entropy(scores, labels, reduction="sum") / len(features)
+            part.backward()
+            total = total.detach() + part.detach()
+        return total
+
+    solver.step(loss)  # type: ignore[arg-type]
+    return Linear(weight.detach(), bias.detach())
+
+
+def batches(num_images: int, *, size: int, epochs: int, seed: int) -> Iterator[Tensor]:
+    """The rows of every step, each epoch in an order of its own."""
+    generator = torch.Generator().manual_seed(stable_key(seed, "probe order") % 2**63)
+    for _ in range(epochs):
+        yield from torch.randperm(num_images, generator=generator).split(size)
+
+
+def _trained(
+    task: LinearProbe,
+    features: Features,
+    num_classes: int,
+    weight_decay: float,
+    device: torch.device,
+) -> Linear:
+    """Some epochs of AdamW, or of SGD with momentum, under a cosine without warm-up."""
+    generator = torch.Generator().manual_seed(task.seed)
+    width = features.embeddings.shape[1]
+    bound = 1 / math.sqrt(width)  # torch's own for a linear layer
+    drawn = [
+        torch.empty(shape).uniform_(-bound, bound, generator=generator).to(device)
+        for shape in ((num_classes, width), (num_classes,))
+    ]
+    weight, bias = (part.requires_grad_() for part in drawn)
+    decay = weight_decay
+    solver: torch.optim.Optimizer
+    if task.solver == "adamw":
+        solver = torch.optim.AdamW([weight, bias], lr=task.learning_rate, weight_decay=decay)
+    else:
+        solver = torch.optim.SGD(
+            [weight, bias], lr=task.learning_rate, momentum=0.9, weight_decay=decay
+        )
+    options = {"size": task.probe_batch, "epochs": task.epochs, "seed": task.seed}
+    steps = task.epochs * math.ceil(len(features) / task.probe_batch)
+    for step, rows in enumerate(batches(len(features), **options)):
+        solver.param_groups[0]["lr"] = (
+            0.5 * (1 + math.cos(math.pi * step / steps)) * task.learning_rate
+        )
+        solver.zero_grad()
+        scores = F.linear(features.embeddings[rows].to(device), weight, bias)
+        F.cross_entropy(scores, features.labels[rows].to(device)).backward()
+        solver.step()
+    return Linear(weight.detach(), bias.detach())
+
+
+def search(accuracy: Callable[[float], float]) -> float:
+    """The weight decay of the highest accuracy, closing in on it as clip_benchmark does.
+
+    Of equal ones the first that was tried counts.
+    """
+    known: dict[int, float] = {}
+
+    def best(places: list[int]) -> int:
+        for place in places:
+            if place not in known:
+                known[place] = accuracy(WEIGHT_DECAYS[place])
+        return max(places, key=lambda place: (known[place], -places.index(place)))
+
+    last = len(WEIGHT_DECAYS) - 1
+    peak, span = best(list(range(0, last + 1, _FIRST))), _SPAN
+    while span:
+        peak = best([max(peak - span, 0), peak, min(peak + span, last)])
+        span //= 2
+    return WEIGHT_DECAYS[peak]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images of a probe."""
+
+    train: LabelledImages
+    test: LabelledImages
+    validation: LabelledImages | None
+    """Those that choose the weight decay, where they lie apart."""
+
+
+def open_parts(task: LinearProbe, folder: Path, recipe: Recipe) -> Parts:
+    """Open the parts of the data; no image is read yet.
+
+    Raises:
+        InputError: if a part is missing, or two do not have the same classes.
+    """
+    has_test = (folder / "test").is_dir()
+    test = task.test or ("test" if has_test else "val")
+    validation = task.validation
+    if validation is None and task.weight_decay is None and test != "val":
+        validation = "val" if (folder / "val").is_dir() else None
+    names = [task.train, test, *([validation] if validation else [])]
+    if missing := [name for name in names if not (folder / name).is_dir()]:
+        raise InputError(
+            f"{folder} has no {missing[0]}/ for the evaluation {task.name!r}, which trains on "
+            f"{task.train}/ and measures on {test}/; copy it, or name its sub-folders"
+        )
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"the evaluation {task.name!r} would use {', '.join(f'{name}/' for name in names)} of "
+            f"{folder}, one of them twice; name different sub-folders"
+        )
+    size = recipe.model.image.height_width
+    opened = [LabelledImages(folder / name, size=size, crop=task.crop) for name in names]
+    for name, part in zip(names, opened, strict=True):
+        own, first = part.class_folders or [], opened[0].class_folders or []
+        if odd := sorted(set(own) ^ set(first)):
+            raise InputError(
+                f"the classes of {folder / name} are not those of {folder / task.train}: only one "
+                f"of them has {odd[0]!r}; make their folders the same"
+            )
+    return Parts(opened[0], opened[1], opened[2] if validation else None)
+
+
+def evaluate(
+    task: LinearProbe,
+    folder: Path,
+    model: Any,
+    recipe: Recipe,
+    run: Run,
+    keep: Keep | None = None,
+) -> dict[str, float | int]:
+    """See :meth:`frugal.common.evaluation.config.LinearProbe.evaluate`."""
+    parts = open_parts(task, folder, recipe)
+    embedder, ranks = Embedder.of(model, recipe, run, task), Ranks.current()
+    weights = weights_digest(model) if task.features else ""
+
+    def embedded(data: LabelledImages) -> Features:
+        def make() -> Features:
+            options = {"batch_size": task.batch_size, "workers": task.workers, "ranks": ranks}
+            with evaluating(model):
+                return embed_labelled(embedder, data, **options)  # type: ignore[arg-type]
+
+        key = _key(task, data, recipe, run, weights) if task.features else {}
+        return kept(task.features, key, make, ranks=ranks, run=run)
+
+    train, test = embedded(parts.train), embedded(parts.test)
+    validation = None if parts.validation is None else embedded(parts.validation)
+    found = probe(task, train, validation, device=run.device)
+    held_out = held_out_classes(folder, found.num_classes)
+    asked = ~torch.isin(test.labels, torch.tensor(held_out, dtype=torch.int64))
+    answers = found.answers(test.rows(asked))
+    run.log.info(
+        "%s: %s images, %s trained on, weight decay %.3g",
+        task.name,
+        f"{len(answers.labels):,}",
+        f"{len(train):,}",
+        found.weight_decay,
+    )
+    counts = {
+        "weight_decay": found.weight_decay,
+        "train_images": len(train),
+        "validation_images": found.num_validation,
+        "left_out": int((~asked).sum()),
+    }
+    if keep is not None:
+        facts = {
+            "data_sha256": parts.test.digest(),
+            "train_sha256": parts.train.digest(),
+            "images": len(answers.labels),
+            **counts,
+        }
+        keep(answers.outcomes(task.name, facts))
+    numbers = answers.numbers() | {n: v for n, v in counts.items() if n != "left_out" or v}
+    return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
+
+
+def _key(
+    task: LinearProbe, data: LabelledImages, recipe: Recipe, run: Run, weights: str
+) -> dict[str, Any]:
+    """Everything that embeddings depend on."""
+    image = recipe.model.image
+    return {
+        "weights": weights,
+        "data": data.digest(),
+        "crop": to_json(task.crop),
+        "size": list(image.height_width),
+        "normalisation": [list(image.mean), list(image.std)],
+        "precision": recipe.engine.precision,
+        "device": run.device.type,
+        "views": [task.mask_ratio, task.views, recipe.run.seed] if task.mask_ratio else None,
+    }
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted classifier and how it came about."""
+
+    classifier: Linear
+    weight_decay: float
+    num_classes: int
+    num_validation: int
+    """Images that chose the weight decay."""
+
+    def answers(self, features: Features) -> Answers:
+        """What it says about images that it has not seen.
+
+        Raises:
+            InputError: if one is of a class that nothing was trained on could be.
+        """
+        if not len(features):
+            raise InputError("there are no images to measure a probe on; check its test part")
+        highest = int(features.labels.max())
+        if highest >= self.num_classes:
+            raise InputError(
+                f"a test image has the label {highest}, but the training images have labels below "
+                f"{self.num_classes}; check that both parts number their classes alike"
+            )
+        scores = self.classifier.scores(features.embeddings).float()
+        ranked = ranked_classes(scores)
+        margin = scores[:, 1] - scores[:, 0] if self.num_classes == 2 else None
+        return Answers(features.labels, scores.argmax(1), ranked, self.num_classes, margin)
+
+
+def probe(
+    task: LinearProbe, train: Features, validation: Features | None, *, device: torch.device
+) -> Probe:
+    """Choose the weight decay, then train on everything that is not tested on.
+
+    Raises:
+        InputError: if there are too few images or classes.
+    """
+    labels = train.labels if validation is None else train.joined(validation).labels
+    num_classes = int(labels.max()) + 1
+    if num_classes < 2:
+        raise InputError("the training images of a linear probe are all of one class; add others")
+    if task.weight_decay is not None:
+        classifier = fit(task, train, num_classes, weight_decay=task.weight_decay, device=device)
+        return Probe(classifier, task.weight_decay, num_classes, 0)
+    whole = train if validation is None else train.joined(validation)
+    if validation is None:
+        train, validation = _split(task, train)
+    chooses = validation
+
+    def accuracy(weight_decay: float) -> float:
+        classifier = fit(task, train, num_classes, weight_decay=weight_decay, device=device)
+        return classifier.accuracy(chooses)
+
+    chosen = search(accuracy)
+    classifier = fit(task, whole, num_classes, weight_decay=chosen, device=device)
+    return Probe(classifier, chosen, num_classes, len(validation))
+
+
+def _split(task: LinearProbe, train: Features) -> tuple[Features, Features]:
+    """Those that are trained on while the weight decay is chosen, and those that choose it."""
+    count = round(task.validation_share * len(train))
+    if not 0 < count < len(train):
+        raise InputError(
+            f"{len(train)} training images are too few to set {task.validation_share:.0%} of them "
+            "aside; choose another validation_share, or a weight_decay"
+        )
+    generator = torch.Generator().manual_seed(stable_key(task.seed, "probe split") % 2**63)
+    order = torch.randperm(len(train), generator=generator)
+    return train.rows(order[count:]), train.rows(order[:count])

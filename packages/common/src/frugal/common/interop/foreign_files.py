@@ -1,0 +1,127 @@
+"""Files of weights that others wrote, read without ever running anything that is in them.
+
+OpenAI's published models are TorchScript archives: a pickle, the bytes of the tensors, and code.
+``torch.jit.load`` would compile that code, and ``torch.load(weights_only=True)`` refuses the file.
+Here the pickle is read by an unpickler that knows tensors, lists and nameless modules, and the
+code is never opened.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal.common.errors import InputError
+from frugal.common.interop.stored_files import is_torchscript, read_content, state_in
+
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name: safetensors, a torch checkpoint, or TorchScript.
+
+    Raises:
+        InputError: if the file is missing, truncated, or holds anything but tensors.
+    """
+    is_archive = path.is_file() and is_torchscript(path)
+    content = read_torchscript(path) if is_archive else read_content(path)
+    return state_in(content, source=str(path))
+
+
+# ------------------------------------------------------------------------------------------------
+# TorchScript
+
+
+class _Module:
+    """Stands for a module of any class; what it held is kept and nothing is called."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.held = state if isinstance(state, dict) else {}
+
+
+def _rebuild(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset).clone()
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors, ordered dictionaries, TorchScript's lists, and modules without their code."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self._archive = archive
+        self._root = root
+        self._storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "__torch__":
+            return _Module
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return _same
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no tensor")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"it refers to a {kind!r}")
+        if key not in self._storages:
+            content = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+            size = torch.empty((), dtype=dtype).element_size()
+            if len(content) < count * size:
+                raise pickle.UnpicklingError(f"the tensor {key} is cut short")
+            whole = torch.frombuffer(content, dtype=dtype, count=count) if count else None
+            self._storages[key] = torch.empty(0, dtype=dtype) if whole is None else whole
+        return self._storages[key]
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """The parameters and buffers of an archive, by their names in the state dict.
+
+    Raises:
+        InputError: if it is truncated, or holds more than modules and tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = next(n for n in archive.namelist() if n.endswith("/constants.pkl")).split("/")[0]
+            return dict(_walk(_Unpickler(archive, root).load(), ""))
+    except Exception as error:  # noqa: BLE001 - an altered pickle fails in any way
+        raise InputError(
+            f"{path} cannot be read as TorchScript ({type(error).__name__}: {error}); copy it again"
+        ) from None
+
+
+def _walk(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, value in getattr(module, "held", {}).items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _Module):
+            yield from _walk(value, f"{prefix}{name}.")

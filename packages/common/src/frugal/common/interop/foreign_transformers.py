@@ -1,0 +1,217 @@
+"""Folders of transformers: ``CLIPModel``, ``SiglipModel``, ``VisionTextDualEncoderModel``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal.common.data.tokenizers import HuggingFace, Tokenizer
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.interop.foreign_models import Foreign, fill
+from frugal.common.interop.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
+from frugal.common.interop.transformers_folder import ACTIVATIONS
+from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.weight_names import from_transformers_clip
+
+LIBRARY = "transformers"
+_KINDS = ("clip", "siglip", "vision-text-dual-encoder")
+_OURS: dict[str, Activation] = {theirs: ours for ours, theirs in ACTIVATIONS.items()}  # type: ignore[misc]
+_INTERPOLATION = {2: "bilinear", 3: "bicubic"}
+"""By Pillow's numbers."""
+_MANY_TOKENS = 512
+"""No text tower of these takes more."""
+
+
+def load(folder: Path) -> Foreign:
+    """The model of a folder that ``AutoModel.from_pretrained`` takes; no code in it is ever run.
+
+    Raises:
+        InputError: if it is another kind of model, incomplete or damaged.
+    """
+    theirs = _model(folder)
+    config = theirs.config
+    tokenizer = HuggingFace(name=str(folder))
+    loaded = tokenizer.load()
+    processor = _processor(folder)
+    image = _image(processor, config, folder)
+    crop = _crop(processor, image.height_width, folder)
+    text = WrappedText(length=_length(config))
+    ours = _towers(config, image, loaded) if config.model_type == "clip" else None
+    if ours is not None:
+        state = from_transformers_clip(theirs.state_dict(), ours)
+        model: Any = fill(ours, state, source=str(folder))
+        return Foreign(model=model, config=ours, tokenizer=tokenizer, crop=crop, library=LIBRARY)
+    wrapped = WrappedModel(library=LIBRARY, image=image, text=text)
+    sees_padding = config.model_type == "siglip"
+    model = Wrapped(
+        theirs,
+        wrapped,
+        image=lambda model, images: model.get_image_features(pixel_values=images),
+        text=_text_with_padding if sees_padding else _text_masked,
+    ).eval()
+    return Foreign(model=model, config=wrapped, tokenizer=tokenizer, crop=crop, library=LIBRARY)
+
+
+def _text_with_padding(model: Any, token_ids: Tensor, lengths: Tensor) -> Any:
+    """SigLIP was trained on captions that fill every slot, padding and all."""
+    del lengths
+    return model.get_text_features(input_ids=token_ids)
+
+
+def _text_masked(model: Any, token_ids: Tensor, lengths: Tensor) -> Any:
+    longest = int(lengths.max())
+    places = torch.arange(longest, device=token_ids.device)
+    mask = (places < lengths[:, None]).long()  # (B, T)
+    return model.get_text_features(input_ids=token_ids[:, :longest], attention_mask=mask)
+
+
+def _model(folder: Path) -> Any:
+    from transformers import AutoConfig, AutoModel
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+    except Exception as error:  # noqa: BLE001 - transformers raises of all kinds
+        raise InputError(
+            f"{folder} is no folder of a model that transformers has ({_first_line(error)}); "
+            "models that bring their own code are not run"
+        ) from None
+    if config.model_type not in _KINDS:
+        raise InputError(
+            f"{folder} holds a {config.model_type!r} of transformers; {', '.join(_KINDS)} can be "
+            "measured"
+        )
+    try:
+        model, report = AutoModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # noqa: BLE001 - a truncated file, a shape, a missing shard
+        raise InputError(
+            f"the weights of {folder} cannot be loaded ({_first_line(error)}); copy them again"
+        ) from None
+    for kind in ("missing_keys", "mismatched_keys"):
+        if wrong := sorted(map(str, report.get(kind) or ())):
+            raise InputError(
+                f"the weights of {folder} are not of the model its config.json describes: "
+                f"{len(wrong)} {kind.replace('_', ' ')}, the first {wrong[0]}"
+            )
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".:")[:200]
+
+
+def _processor(folder: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # noqa: BLE001 - each kind of processor fails in its own way
+        raise InputError(
+            f"{folder} does not say how images are prepared ({_first_line(error)}); add the "
+            "preprocessor_config.json that belongs to the model"
+        ) from None
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """(height, width) of a size that names both."""
+    height, width = (_entry(size, name) for name in ("height", "width"))
+    return None if height is None or width is None else (int(height), int(width))
+
+
+def _entry(size: Any, name: str) -> Any:
+    return size.get(name) if isinstance(size, Mapping) else getattr(size, name, None)
+
+
+def _image(processor: Any, config: Any, folder: Path) -> WrappedImage:
+    crops = bool(getattr(processor, "do_center_crop", False))
+    seen = _sides(processor.crop_size) if crops else _sides(processor.size)
+    wanted = getattr(config.vision_config, "image_size", None)
+    both = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted or ()) or seen
+    if seen is None or both != seen:
+        raise InputError(
+            f"the preprocessing of {folder} makes images of {seen}, its image tower takes {both}; "
+            "give the preprocessor_config.json that belongs to the model"
+        )
+    factor = getattr(processor, "rescale_factor", 1 / 255)
+    steps = [getattr(processor, name, True) for name in ("do_resize", "do_rescale", "do_normalize")]
+    if not all(steps) or abs(factor * 255 - 1) > 1e-3:
+        raise InputError(
+            f"the preprocessing of {folder} leaves out a step (resize, rescale by 1/255, "
+            "normalize); only the usual one is known"
+        )
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    return WrappedImage(height_width=seen, mean=mean, std=std)
+
+
+def _crop(processor: Any, seen: tuple[int, int], folder: Path) -> CenterCrop:
+    interpolation = _INTERPOLATION.get(int(processor.resample))
+    edge = _entry(processor.size, "shortest_edge")
+    if interpolation is None or (edge is None and _sides(processor.size) != seen):
+        raise InputError(
+            f"the preprocessing of {folder} resizes to {processor.size} with Pillow's kernel "
+            f"{processor.resample}; bilinear (2) and bicubic (3), to the model's size or by the "
+            "shortest edge, are known"
+        )
+    if edge is None:
+        return CenterCrop(order="stretch", interpolation=interpolation)  # type: ignore[arg-type]
+    return CenterCrop(interpolation=interpolation, share=min(seen) / edge)  # type: ignore[arg-type]
+
+
+def _length(config: Any) -> int:
+    """Slots of the text tower, as far as a caption may fill them."""
+    text = config.text_config
+    slots = getattr(text, "max_position_embeddings", _MANY_TOKENS)
+    if text.model_type in ("roberta", "xlm-roberta", "camembert"):
+        slots -= text.pad_token_id + 1  # their first positions stand for padding
+    return min(slots, _MANY_TOKENS)
+
+
+def _towers(config: Any, image: WrappedImage, tokenizer: Tokenizer) -> DualEncoderConfig | None:
+    """The towers of a ``CLIPModel`` as ours; None where it pools or computes otherwise."""
+    vision, text = config.vision_config, config.text_config
+    if vision.hidden_act not in _OURS or text.hidden_act not in _OURS:
+        return None
+    end = tokenizer.end_id
+    # 2 stands for "the highest id" in the oldest configurations
+    highest = text.eos_token_id == 2 and end == tokenizer.vocab_size - 1
+    if end is None or end in tokenizer.prefix or not (text.eos_token_id == end or highest):
+        return None
+    return DualEncoderConfig(
+        image=ImageTower(
+            **_transformer(vision),
+            patch_size=vision.patch_size,
+            image_size=image.height_width,
+            mean=image.mean,  # type: ignore[arg-type]
+            std=image.std,  # type: ignore[arg-type]
+            patch_bias=False,
+            pre_norm=True,
+        ),
+        text=TextTower(
+            **_transformer(text),
+            vocabulary=text.vocab_size,
+            length=text.max_position_embeddings,
+            pad_id=min(tokenizer.pad_id, text.vocab_size - 1),
+        ),
+        embed_dim=config.projection_dim,
+    )
+
+
+def _transformer(part: Any) -> dict[str, Any]:
+    return {
+        "width": part.hidden_size,
+        "depth": part.num_hidden_layers,
+        "heads": part.num_attention_heads,
+        "mlp_width": part.intermediate_size,
+        "activation": _OURS[part.hidden_act],
+        "norm_epsilon": part.layer_norm_eps,
+    }

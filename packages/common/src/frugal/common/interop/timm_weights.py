@@ -1,0 +1,174 @@
+"""timm's vision transformers as image towers: a folder for its ``local-dir:`` names, or a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.interop.encoder_weights import EncoderWeights
+from frugal.common.interop.stored_files import read_content, state_in
+from frugal.common.models.config import Activation, ImageTower
+from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.weight_names import from_timm
+
+_FILES = ("model.safetensors", "pytorch_model.bin")
+_ACTIVATIONS: dict[str, Activation] = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh"}
+_LARGEST_DIFFERENCE = 1e-4
+"""Between timm's tower and ours, over the largest number, where that is above 1."""
+
+
+@dataclass(frozen=True)
+class TimmWeights:
+    """A vision transformer of timm's."""
+
+    weights: EncoderWeights
+    crop: CenterCrop
+    """How timm prepares an image for it."""
+
+
+def read_folder(folder: Path) -> TimmWeights:
+    """The model of a folder that ``timm.create_model("local-dir:...")`` takes.
+
+    Raises:
+        InputError: if it is incomplete, damaged, or no vision transformer that ours can be.
+    """
+    path = folder / "config.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        name, args = about["architecture"], dict(about.get("model_args") or {})
+        settings = dict(about.get("pretrained_cfg") or about)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} does not describe a model of timm ({error})") from None
+    weights = next((folder / file for file in _FILES if (folder / file).is_file()), None)
+    if weights is None:
+        raise InputError(f"the folder {folder} holds none of {', '.join(_FILES)}")
+    if "input_size" in settings:
+        args.setdefault("img_size", tuple(settings["input_size"][1:]))
+    if "global_pool" in about:
+        args.setdefault("global_pool", about["global_pool"])
+    return _read(weights, name, args, settings)
+
+
+def read_named(name: str, path: Path) -> TimmWeights:
+    """A file of weights as the model that timm calls so.
+
+    Raises:
+        InputError: if it cannot be read, or is of another model.
+    """
+    return _read(path, name, {}, {})
+
+
+def _read(
+    path: Path, name: str, args: Mapping[str, Any], settings: Mapping[str, Any]
+) -> TimmWeights:
+    import timm
+
+    state = {n: t.float() for n, t in state_in(read_content(path), source=str(path)).items()}
+    classes = len(state["head.weight"]) if "head.weight" in state else 0
+    try:
+        with torch.device("meta"):
+            theirs: Any = timm.create_model(name, num_classes=classes, **args)
+        usual: Any = theirs.pretrained_cfg
+    except Exception as error:  # noqa: BLE001 - an unknown name, an option of another version
+        raise InputError(
+            f"timm cannot build {name!r} as a vision transformer: {_last_line(error)}"
+        ) from None
+    try:
+        theirs.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not hold timm's {name}: {_last_line(error)}") from None
+    about = {**(usual if isinstance(usual, Mapping) else vars(usual)), **settings}
+    tower = _tower(theirs, name, about)
+    ours = from_timm({n: t for n, t in state.items() if not n.startswith("head.")}, tower)
+    head = {n: t for n, t in state.items() if n.startswith("head.")}
+    weights = EncoderWeights(tower, ours, str(path), head)
+    _compare(theirs.eval(), weights, name)
+    kernel: Literal["bilinear", "bicubic"] = "bicubic"
+    if about.get("interpolation") == "bilinear":
+        kernel = "bilinear"
+    if about.get("crop_mode", "center") == "squash":
+        return TimmWeights(weights, CenterCrop(order="stretch", interpolation=kernel))
+    share = about.get("crop_pct") or 1.0
+    return TimmWeights(weights, CenterCrop(interpolation=kernel, share=share))
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip().rstrip(".")
+
+
+def _tower(theirs: Any, name: str, about: Mapping[str, Any]) -> ImageTower:
+    """Our tower that is to compute the same."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(theirs, VisionTransformer):
+        raise InputError(
+            f"timm's {name} is a {type(theirs).__name__}; its VisionTransformer can be read"
+        )
+    front = theirs.num_prefix_tokens
+    misfits = {
+        "reg_tokens": theirs.num_reg_tokens > 0,
+        "global_pool": theirs.global_pool not in ("token", "avg"),
+        "pos_embed": theirs.pos_embed is None,
+        "final_norm": isinstance(theirs.norm, nn.Identity)
+        and isinstance(theirs.fc_norm, nn.Identity),
+    }
+    if odd := [option for option, misfit in misfits.items() if misfit]:
+        raise InputError(
+            f"timm's {name} has an option that towers of this library do not have: {odd[0]}"
+        )
+    after = not isinstance(theirs.fc_norm, nn.Identity)
+    last: Any = theirs.fc_norm if after else theirs.norm
+    block: Any = theirs.blocks[0]
+    scale = None if isinstance(block.ls1, nn.Identity) else getattr(block.ls1, "init_values", 1e-5)
+    if front == 0:
+        class_token = "none"
+    else:
+        class_token = "without_position" if theirs.no_embed_class else "with_position"
+    means = "mean_all" if theirs.pool_include_prefix else "mean"
+    return ImageTower(
+        width=theirs.embed_dim,
+        depth=len(theirs.blocks),
+        heads=block.attn.num_heads,
+        mlp_width=block.mlp.fc1.out_features,
+        patch_size=theirs.patch_embed.patch_size[0],
+        image_size=tuple(theirs.patch_embed.img_size),
+        mean=tuple(about["mean"]),
+        std=tuple(about["std"]),
+        patch_bias=theirs.patch_embed.proj.bias is not None,
+        class_token=class_token,  # type: ignore[arg-type]
+        pre_norm=not isinstance(theirs.norm_pre, nn.Identity),
+        activation=_ACTIVATIONS.get(type(block.mlp.act).__name__, "gelu"),
+        norm_epsilon=last.eps,
+        pooling="class" if theirs.global_pool == "token" else means,  # type: ignore[arg-type]
+        norm_after_pooling=after,
+        layer_scale=scale,
+    )
+
+
+@torch.no_grad()
+def _compare(theirs: Any, weights: EncoderWeights, name: str) -> None:
+    """Refuse what our tower computes otherwise, whatever option that is."""
+    transformer = ImageTransformer(weights.tower)
+    try:
+        transformer.load_state_dict(weights.state)
+    except RuntimeError as error:
+        raise InputError(f"timm's {name} is not whole: {_last_line(error)}") from None
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((2, 3, *weights.tower.height_width), generator=generator)
+    ours = transformer.eval().forward_pooled(images)
+    expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    scale = max(1.0, float(expected.abs().max()))
+    if not float((ours - expected).abs().max()) / scale <= _LARGEST_DIFFERENCE:
+        raise InputError(
+            f"timm's {name} computes something that towers of this library do not, or its weights "
+            "are not finite"
+        )

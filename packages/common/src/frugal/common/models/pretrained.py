@@ -1,0 +1,385 @@
+"""Towers of timm and transformers as parts of a recipe; nothing here imports torch.
+
+A tower says what it is made of in a text that is written into the recipe, so that a run needs the
+folder or the hub that it was named by only once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from frugal.common.errors import InputError
+from frugal.common.models.config import IMAGENET_MEAN, IMAGENET_STD, DualEncoderConfig, ImageTower
+from frugal.common.recipe import Recipe
+from frugal.common.reduction.image import Channels, KeepAll
+
+if TYPE_CHECKING:
+    import torch
+
+    from frugal.common.models.dual_encoder import DualEncoder
+    from frugal.common.models.pretrained_towers import (
+        TimmImageModule,
+        TransformersImageModule,
+        TransformersTextModule,
+    )
+
+SIMCSE = "princeton-nlp/unsup-simcse-bert-base-uncased"
+"""BERT base uncased, tuned without labels (Gao et al., arXiv:2104.08821)."""
+_BERT_BASE = {
+    "model_type": "bert",
+    "vocab_size": 30_522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+_KNOWN = {SIMCSE: _BERT_BASE, "google-bert/bert-base-uncased": _BERT_BASE}
+"""What need not be read, so that the recipes that name it can be built anywhere."""
+
+Facts = Annotated[str, tyro.conf.Suppress]
+
+
+def _facts(name: str, given: str) -> str:
+    """What a model is made of, as JSON: what is given, if that is of this name, or else read."""
+    if given and json.loads(given)["name"] == name:
+        return given
+    config, pixels = _KNOWN.get(name), None
+    if config is None:
+        config = _read_json(name, "config.json")
+        pixels = _read_json(name, "preprocessor_config.json", needed=False)
+    facts: dict[str, Any] = {"name": name, "config": config}
+    if pixels:
+        facts["pixels"] = {k: pixels[k] for k in ("image_mean", "image_std") if k in pixels}
+    return json.dumps(facts, sort_keys=True)
+
+
+def _read_json(name: str, file: str, *, needed: bool = True) -> dict[str, Any] | None:
+    """A file of a folder or of the hub; None where it may be missing and is.
+
+    Raises:
+        InputError: if it is needed and cannot be had, or is no JSON object.
+    """
+    path = Path(name) / file if Path(name).is_dir() else _fetched(name, file, needed=needed)
+    if path is None or not path.is_file():
+        if not needed:
+            return None
+        raise InputError(f"the folder {name} holds no {file}; give a folder that holds a model")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return content
+
+
+def _fetched(name: str, file: str, *, needed: bool) -> Path | None:
+    """A file of a model on the hub, downloaded if it is not here yet."""
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or Path(name).suffix == ".json":
+        raise InputError(f"there is no folder {name}; give one, or a name on the Hugging Face hub")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except Exception as error:  # noqa: BLE001 - the hub's client raises errors of every kind
+        if not needed:
+            return None
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"there is no folder {name}, and its {file} cannot be fetched from the Hugging Face "
+            f"hub: {reason}"
+        ) from None
+
+
+def _check_alone(facts: str, part: str) -> None:
+    """Refuse what is no single tower of transformers."""
+    about = json.loads(facts)
+    name, config = about["name"], about["config"]
+    if "model_type" not in config:
+        raise InputError(
+            f"the config.json of {name} has no model_type, so that transformers cannot tell what "
+            "it is; give the folder of a transformers model"
+        )
+    if "text_config" in config and "vision_config" in config:
+        raise InputError(
+            f"{name} is a {config['model_type']} of two towers; model.{part} takes the folder of "
+            "one tower"
+        )
+
+
+@functools.cache
+def transformers_config(facts: str) -> Any:
+    """The configuration that transformers makes of the facts.
+
+    Raises:
+        InputError: if it does not know such a model.
+    """
+    from transformers import AutoConfig
+
+    about = json.loads(facts)
+    settings = dict(about["config"])
+    try:
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except Exception as error:  # noqa: BLE001 - every model checks its settings in its own way
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"transformers cannot make the model of {about['name']}: {reason}"
+        ) from None
+
+
+class _Whole:
+    """An image tower that sees images whole: no part of one can be left out."""
+
+    image_size: int
+    class_token = "none"
+    grid = (1, 1)
+    num_patches = 1
+
+    @property
+    def patch_size(self) -> int:
+        """Side of what is seen or not, in pixels: the whole image."""
+        return self.image_size
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Of the images, in pixels."""
+        return (self.image_size, self.image_size)
+
+    @property
+    def pooled_width(self) -> int:
+        """Of the vector that is projected into the space of texts."""
+        from frugal.common.models.pretrained_towers import probe
+
+        return probe(self).width
+
+    width = pooled_width
+
+    def flops(self, seen: float) -> float:
+        """Forward FLOPs of one image."""
+        from frugal.common.models.pretrained_towers import forward_flops
+
+        del seen
+        return forward_flops(self, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersImage(_Whole):
+    """Any image model of transformers."""
+
+    name: str
+    """A folder with a config.json, or a name on the Hugging Face hub."""
+    image_size: int = 224
+    """Side of the square images, in pixels."""
+    pooling: Literal["pooler", "first", "mean"] = "pooler"
+    """The model's own pooled output, the first token, or the mean of all, behind its last norm."""
+    pretrained: bool = True
+    """Start from the weights of that name; otherwise from random ones."""
+    facts: Facts = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", _facts(self.name, self.facts))
+        _check_alone(self.facts, "image")
+        _check_length("image.image_size", self.image_size)
+
+    @property
+    def mean(self) -> Channels:
+        """Of the red, green and blue of uint8 images, on a scale from 0 to 1."""
+        return _channels(self.facts, "image_mean", IMAGENET_MEAN)
+
+    @property
+    def std(self) -> Channels:
+        """Of the same."""
+        return _channels(self.facts, "image_std", IMAGENET_STD)
+
+    def module(self, embed_dim: int | None = None) -> TransformersImageModule:
+        """The tower with weights that are yet to be drawn."""
+        from frugal.common.models.pretrained_towers import TransformersImageModule
+
+        return TransformersImageModule(self, embed_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmImage(_Whole):
+    """Any image model of timm, without its head."""
+
+    name: str
+    """An architecture, with or without the tag of its weights (vit_base_patch16_224.augreg_in21k),
+    or a folder in timm's layout."""
+    weights: Path | None = None
+    """A file of weights that the architecture starts from instead."""
+    image_size: int = 224
+    """Side of the square images, in pixels."""
+    pretrained: bool = True
+    """Start from the weights of that name, or in that file; otherwise from random ones."""
+    facts: Facts = ""
+
+    def __post_init__(self) -> None:
+        if Path(self.name).is_dir() or self.facts:
+            object.__setattr__(self, "facts", self._folder_facts())
+        _check_length("image.image_size", self.image_size)
+        if self.weights is not None and not self.pretrained:
+            raise InputError(
+                f"model.image.weights is {self.weights}, but model.image.pretrained is off; choose "
+                "one"
+            )
+
+    def _folder_facts(self) -> str:
+        if not Path(self.name).is_dir() and json.loads(self.facts)["name"] != self.name:
+            return ""
+        facts = _facts(self.name, self.facts)
+        if "architecture" not in json.loads(facts)["config"]:
+            raise InputError(
+                f"the config.json of {self.name} names no architecture, so that it is not a folder "
+                "of timm; give another one"
+            )
+        return facts
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """architecture, model_args, mean and std."""
+        if not self.facts:
+            from frugal.common.models.pretrained_towers import about_timm
+
+            return about_timm(self.name)
+        config = json.loads(self.facts)["config"]
+        pixels = config.get("pretrained_cfg", {})
+        return {
+            "architecture": config["architecture"],
+            "model_args": config.get("model_args") or {},
+            "mean": pixels.get("mean", IMAGENET_MEAN),
+            "std": pixels.get("std", IMAGENET_STD),
+        }
+
+    @property
+    def mean(self) -> Channels:
+        """Of the red, green and blue of uint8 images, on a scale from 0 to 1."""
+        red, green, blue = self.about["mean"]
+        return red, green, blue
+
+    @property
+    def std(self) -> Channels:
+        """Of the same."""
+        red, green, blue = self.about["std"]
+        return red, green, blue
+
+    def module(self, embed_dim: int | None = None) -> TimmImageModule:
+        """The tower with weights that are yet to be drawn."""
+        from frugal.common.models.pretrained_towers import TimmImageModule
+
+        return TimmImageModule(self, embed_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersText:
+    """Any text model of transformers; of one with a decoder, the encoder."""
+
+    name: str = SIMCSE
+    """A folder with a config.json, or a name on the Hugging Face hub."""
+    length: int = 32
+    """Most tokens of a caption, special tokens included."""
+    pooling: Literal["pooler", "first", "last", "mean"] = "pooler"
+    """The model's own pooled output, or of what it says of every token the first, the last of the
+    caption, or the mean of the caption."""
+    pretrained: bool = True
+    """Start from the weights of that name; otherwise from random ones."""
+    dropout: float | None = None
+    """In training, in place of the dropouts that the model has."""
+    facts: Facts = ""
+
+    packed = False
+    padding_matters = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", _facts(self.name, self.facts))
+        _check_alone(self.facts, "text")
+        _check_length("text.length", self.length)
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"text.dropout is {self.dropout}, must lie in [0, 1)")
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token table."""
+        return transformers_config(self.facts).vocab_size
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the right of a caption, as transformers' tokenizers of such models have it."""
+        config = transformers_config(self.facts)
+        ends = getattr(config, "eos_token_id", None)
+        end = ends[0] if isinstance(ends, list) else ends
+        candidates = (getattr(config, "pad_token_id", None), end, 0)
+        return next(token for token in candidates if token is not None)
+
+    @property
+    def width(self) -> int:
+        """Of the pooled vector."""
+        from frugal.common.models.pretrained_towers import probe
+
+        return probe(self).width
+
+    def flops(self, seen: float) -> float:
+        """Forward FLOPs of one caption of which so many slots are computed."""
+        from frugal.common.models.pretrained_towers import forward_flops
+
+        return forward_flops(self, max(round(seen), 1))
+
+    def module(self, embed_dim: int | None = None) -> TransformersTextModule:
+        """The tower with weights that are yet to be drawn."""
+        from frugal.common.models.pretrained_towers import TransformersTextModule
+
+        return TransformersTextModule(self, embed_dim)
+
+
+def _check_length(name: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{name} is {value}, must be at least 1")
+
+
+def _channels(facts: str, name: str, default: Channels) -> Channels:
+    red, green, blue = json.loads(facts).get("pixels", {}).get(name, default)
+    return red, green, blue
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedDualEncoderConfig(DualEncoderConfig):
+    """Two towers of any library, with projections that start as torch's linear layers do."""
+
+    image: Any
+    """:class:`ImageTower`, :class:`TransformersImage` or :class:`TimmImage`. (A union in its type
+    would take the fields of the tower off the command line.)"""
+    text: Any
+    """:class:`~frugal.common.models.config.TextTower` or :class:`TransformersText`."""
+    embed_dim: int = 512
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a token reduction that the image tower cannot follow."""
+        reduction = recipe.reduction.image
+        if not isinstance(self.image, ImageTower) and not isinstance(reduction, KeepAll):
+            raise InputError(
+                f"reduction.image {type(reduction).__name__} leaves patches out, but the tower "
+                f"{self.image.name} is another library's and sees images whole; choose KeepAll, or "
+                "one of Frugal's own towers"
+            )
+
+    def build(self, generator: torch.Generator | None = None) -> DualEncoder:
+        """The model, on the CPU in float32, with weights drawn from ``generator``.
+
+        Without a generator the seed is 0.
+        """
+        from frugal.common.models.pretrained_towers import build
+
+        return build(self, generator)

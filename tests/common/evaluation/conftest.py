@@ -1,0 +1,18 @@
+"""Fixtures of the tests of evaluations."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import evaluated`
+
+from frugal.common.run import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """One process on the CPU, whose log pytest hears."""
+    return Run(tmp_path, 0, 1, 0, torch.device("cpu"), logging.getLogger("evaluating"))

@@ -1,0 +1,81 @@
+"""A small model as evaluations and clip_benchmark take one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from frugal.common.data.tokenizers import ClipBpe
+from frugal.common.models.config import clip_encoder
+from frugal.common.recipe import EngineOptions
+from frugal.common.reduction.random_masking import RandomMasking
+
+SMALL = {"width": 24, "depth": 1, "heads": 2, "mlp_width": 32}
+LENGTH = 24
+
+
+def recipe(
+    size: int | tuple[int, int] = 32, *, length: int = LENGTH, evaluation=()
+) -> SimpleNamespace:
+    """What evaluations read of a recipe."""
+    model = clip_encoder("S/8", image_size=size, text_length=length)
+    model = replace(
+        model,
+        image=replace(model.image, **SMALL),
+        text=replace(model.text, **SMALL),
+        embed_dim=12,
+    )
+    return SimpleNamespace(
+        model=model,
+        data=SimpleNamespace(tokenizer=ClipBpe()),
+        engine=EngineOptions(),
+        evaluation=evaluation,
+        run=SimpleNamespace(seed=0),
+        reduction=SimpleNamespace(image=RandomMasking(mask_ratio=0.5)),
+    )
+
+
+def telling(plan: SimpleNamespace) -> nn.Module:
+    """A fresh model that sees differences between images."""
+    model = plan.model.build().eval()
+    with torch.no_grad():
+        for weight in model.image.parameters():
+            weight.mul_(4)
+    return model
+
+
+class OpenClipLike(nn.Module):
+    """The model as clip_benchmark wants one: captions are rows of tokens alone."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.model.encode_image(images)
+
+    def encode_text(self, token_ids: Tensor) -> Tensor:
+        return self.model.encode_text(token_ids, (token_ids != 0).sum(1))
+
+
+def tokenizer(length: int = LENGTH) -> Callable[[list[str]], Tensor]:
+    """From captions to rows of tokens."""
+    loaded = ClipBpe().load()
+
+    def tokenize(texts: list[str]) -> Tensor:
+        rows = [loaded.assemble(loaded.encode(text), length) for text in texts]
+        return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+
+    return tokenize
+
+
+def number(value) -> float:
+    """A number out of an array of one element, as ``float`` did before NumPy 2.4.
+
+    clip_benchmark 1.6.2 counts right answers with that.
+    """
+    return value.item() if hasattr(value, "item") else float(value)

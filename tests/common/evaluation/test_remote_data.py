@@ -1,0 +1,107 @@
+"""Data behind a URL is copied once, whole, and measured like any other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from evaluated import recipe, telling
+
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import LinearProbe, ZeroShot
+from frugal.common.evaluation.remote import _places, as_url, fetch
+from frugal.common.run import Run
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder, counts what is asked for, and breaks off where it is told to."""
+
+    asked: list[str]
+    breaks: str = "nothing"
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        if self.path.endswith(type(self).breaks):
+            self.send_response(200)
+            self.send_header("Content-Length", "5000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+            return
+        super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing to say."""
+
+
+@pytest.fixture
+def served(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Handler]]]:
+    """The URL of the scenes' folder, and what serves it."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = type("Own", (Handler,), {"asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(scenes)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+
+
+def test_numbers_are_those_of_the_folder_behind_the_url(
+    served: tuple[str, type[Handler]], scenes: Path, run: Run, tmp_path: Path
+) -> None:
+    url, handler = served
+    folder = fetch(f"{url}/zero_shot", ["test", "train"], cache=tmp_path)
+    plan = recipe()
+    model = telling(plan)
+    for task in (ZeroShot(), LinearProbe(weight_decay=0.1, solver="sgd", epochs=1)):
+        here, there = (
+            type(task)(**{**vars(task), "data": place}).evaluate(model, plan, run)
+            for place in (scenes / "zero_shot", folder)
+        )
+        there |= {name: value for name, value in here.items() if "held_out" in name}
+        if isinstance(task, ZeroShot):
+            assert here == there
+        else:  # held_out.txt is not part of clip_benchmark's layout
+            assert there["linear_probe_images"] == 128
+    count = len(handler.asked)
+    assert fetch(f"{url}/zero_shot", ["test"], cache=tmp_path) == folder
+    # only what need not be there is asked for again
+    assert all("dataset_type.txt" in path for path in handler.asked[count:])
+
+
+@pytest.mark.parametrize(
+    ("part", "breaks", "message"),
+    [
+        ("nowhere", "nothing", r"nowhere/test/nshards\.txt cannot be fetched \(HTTP Error 404"),
+        ("zero_shot", "1.tar", r"1\.tar broke off after 100 of 5000 bytes; try again"),
+    ],
+)
+def test_what_does_not_arrive_whole_is_one_sentence(
+    part: str, breaks: str, message: str, served: tuple[str, type[Handler]], tmp_path: Path
+) -> None:
+    url, handler = served
+    handler.breaks = breaks
+    with pytest.raises(InputError, match=message) as caught:
+        fetch(f"{url}/{part}", ["test"], cache=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("1.tar"))
+    handler.breaks = "nothing"
+    if part == "zero_shot":  # what was whole stays, and the rest comes now
+        folder = fetch(f"{url}/{part}", ["test"], cache=tmp_path)
+        assert len(list((folder / "test").glob("*.tar"))) == 4
+
+
+def test_a_server_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9/x/classnames\.txt cannot be fetched"):
+        fetch("http://127.0.0.1:9/x", ["test"], cache=tmp_path)
+
+
+def test_a_url_survives_being_taken_for_a_path() -> None:
+    url = "https://huggingface.co/datasets/clip-benchmark/wds_mnist/tree/main"
+    assert as_url(Path(url)) == url
+    assert as_url(Path("data/scenes")) is None and as_url(Path("/data")) is None
+    words, shards = _places(url)
+    assert words == "https://huggingface.co/datasets/clip-benchmark/wds_mnist/raw/main"
+    assert shards == "https://huggingface.co/datasets/clip-benchmark/wds_mnist/resolve/main"

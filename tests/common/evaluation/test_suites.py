@@ -1,0 +1,339 @@
+"""The 26 tasks: their lists, their metrics, and how their folders are found and asked about."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
+from evaluated import recipe, telling
+from PIL import Image
+from safetensors.torch import load_file
+
+from frugal.common.data.labelled import LabelledImages, MultiLabelledImages
+from frugal.common.errors import InputError
+from frugal.common.evaluation.asked import Options, chosen_tasks
+from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.embed import Embedder, evaluating
+from frugal.common.evaluation.metrics import average_precision, ranked_classes, roc_auc
+from frugal.common.evaluation.prompts import class_embeddings, named_templates, prompts
+from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.suites import SUITES, listed, metric_of
+from frugal.common.evaluation.task_labels import TASKS, task_labels
+from frugal.common.evaluation.zero_shot import Answers, open_question
+from frugal.common.run import Run
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "cit"
+
+# name: classes, templates, metric; as published for CiT and SLIP
+PUBLISHED = {
+    "food101": (101, 1, "top1"), "cifar10": (10, 18, "top1"), "cifar100": (100, 18, "top1"),
+    "cub200": (200, 1, "top1"), "sun397": (397, 2, "top1"), "cars": (196, 8, "top1"),
+    "aircraft": (100, 2, "mean_per_class_recall"), "dtd": (47, 8, "top1"),
+    "pets": (37, 1, "mean_per_class_recall"), "caltech101": (102, 34, "mean_per_class_recall"),
+    "flowers": (102, 1, "mean_per_class_recall"), "mnist": (10, 1, "top1"),
+    "fer2013": (7, 6, "top1"), "stl10": (10, 2, "top1"), "eurosat": (10, 3, "top1"),
+    "resisc45": (45, 18, "top1"), "gtsrb": (43, 3, "top1"), "kitti_distance": (4, 1, "top1"),
+    "country211": (211, 5, "top1"), "patch_camelyon": (2, 1, "top1"),
+    "ucf101_frames": (101, 48, "top1"), "kinetics700_frames": (700, 28, "mean_top1_top5"),
+    "clevr_counts": (8, 1, "top1"), "hateful_memes": (2, 1, "roc_auc"),
+    "rendered_sst2": (2, 1, "top1"), "imagenet": (1000, 7, "top1"),
+}  # fmt: skip
+
+
+def test_the_26_tasks_have_the_published_counts_and_metrics() -> None:
+    found = {}
+    for name in SUITES["clip-26"]:
+        labels = task_labels(name)
+        found[name] = (len(labels.classes), len(labels.templates), metric_of(name))
+    assert found == PUBLISHED
+    assert set(listed()) - set(TASKS) == {"birdsnap", "voc2007"}
+    assert any(len(words) > 1 for words in task_labels("fer2013").classes)
+    assert all("{c}" in text for name in listed() for text in named_templates(name))
+
+
+def test_nine_prompts_of_imagenet_are_the_seven_and_two_more() -> None:
+    seven, nine = named_templates("imagenet_7"), named_templates("imagenet_9")
+    assert nine == [*seven, "A photo of a {c}", "{c}"]
+    assert seven == named_templates("imagenet")  # SLIP's list is OpenAI's
+
+
+# Metrics, against recorded numbers and other libraries.
+
+
+@pytest.mark.parametrize("case", ["metric_10", "metric_2"])
+def test_metrics_are_those_that_were_recorded(case: str) -> None:
+    expected = json.loads((GOLDEN / f"{case}.json").read_text())
+    tensors = load_file(GOLDEN / f"{case}.safetensors")
+    logits, labels = tensors["logits"], tensors["targets"].long()
+    margin = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else None
+    answers = Answers(labels, logits.argmax(1), ranked_classes(logits), logits.shape[1], margin)
+    numbers = answers.numbers()
+    names = {"mean_per_class_recall": "mean_per_class", "top1": "top1", "top5": "top5"}
+    for ours, theirs in (*names.items(), ("roc_auc", "roc_auc")):
+        if theirs in expected:
+            assert 100 * numbers[ours] == pytest.approx(expected[theirs], abs=1e-3)
+    if "mean_top1_top5" in expected:
+        score = answers.numbers("mean_top1_top5")["score"]
+        assert 100 * score == pytest.approx(expected["mean_top1_top5"], abs=1e-3)
+
+
+def test_class_features_are_those_that_were_recorded() -> None:
+    case = json.loads((GOLDEN / "classifier_synonyms.json").read_text())
+    tensors = load_file(GOLDEN / "classifier_synonyms.safetensors")
+    rows = dict(zip(case["prompts"], tensors["prompt_embeds"], strict=True))
+
+    class Recorded:
+        width, device = 12, torch.device("cpu")
+
+        def texts(self, texts):
+            return torch.nn.functional.normalize(torch.stack([rows[t] for t in texts]), dim=1)
+
+    templates = [template.replace("{}", "{c}") for template in case["templates"]]
+    made = class_embeddings(Recorded(), case["labels"], templates, ranks=Ranks())
+    assert (made - tensors["class_features"]).abs().max() < 1e-6
+    assert {text for name in case["labels"] for text in prompts(name, templates)} == rows.keys()
+
+
+def test_the_area_under_the_curve_counts_ties_half() -> None:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(6, (60,), generator=generator).float()
+    positive = torch.rand(60, generator=generator) < 0.3
+    expected = roc_auc_score(positive, scores)
+    assert float(roc_auc(scores, positive)) == pytest.approx(expected, abs=1e-12)
+    weights = torch.randint(4, (3, 60), generator=generator)
+    for row, found in zip(weights, roc_auc(scores, positive, weights), strict=True):
+        again = roc_auc_score(positive, scores, sample_weight=row)
+        assert float(found) == pytest.approx(again, abs=1e-12)
+    rounded = torch.rand(60, 4, generator=generator)
+    targets = torch.rand(60, 4, generator=generator) < 0.2
+    found = average_precision(rounded, targets)[0]
+    assert found.tolist() == pytest.approx(
+        average_precision_per_class(rounded, targets).tolist(), abs=1e-6
+    )
+    theirs = [average_precision_score(targets[:, c], rounded[:, c]) for c in range(4)]
+    assert found.tolist() == pytest.approx(theirs, abs=1e-9)
+
+
+def test_a_metric_of_two_classes_needs_two() -> None:
+    labels = torch.tensor([0, 1, 2])
+    answers = Answers(labels, labels, labels[:, None], 3)
+    with pytest.raises(InputError, match="roc_auc is of two classes, but there are 3"):
+        answers.numbers("roc_auc")
+
+
+# Folders.
+
+
+def pictures(folder: Path, count: int = 1, *, seed: int = 0) -> Path:
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_class_folders_are_brought_together_with_the_names_of_their_task(tmp_path: Path) -> None:
+    names = [words[0] for words in task_labels("eurosat").classes]
+    for name in names:
+        pictures(tmp_path / name.title().replace(" ", "_"))
+    task = ZeroShot(class_names="eurosat", templates="eurosat")
+    question = open_question(task, tmp_path, recipe())
+    folders = question.images.class_folders
+    assert [name.lower().replace("_", " ") for name in folders] == question.labels
+    assert sorted(question.labels) == sorted(names) and question.labels != names
+    assert question.templates == named_templates("eurosat")
+
+
+def test_folders_of_other_names_are_taken_in_their_order(tmp_path: Path) -> None:
+    for number in range(10):
+        pictures(tmp_path / f"class_{number}")
+    question = open_question(ZeroShot(class_names="mnist"), tmp_path, recipe())
+    assert question.labels == [words[0] for words in task_labels("mnist").classes]
+
+
+def test_names_of_equal_standing_are_averaged(tmp_path: Path, run: Run) -> None:
+    for number in range(7):
+        pictures(tmp_path / f"{number}", 2, seed=number)
+    task = ZeroShot(data=tmp_path, class_names="fer2013", templates="fer2013")
+    plan = recipe()
+    numbers = task.evaluate(telling(plan), plan, run)
+    assert (numbers["zero_shot_images"], numbers["zero_shot_classes"]) == (14, 7)
+
+
+def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
+    for number in range(9):
+        pictures(tmp_path / f"{number}")
+    with pytest.raises(InputError, match="holds 9 classes, but eurosat has 10 names") as caught:
+        open_question(ZeroShot(class_names="eurosat"), tmp_path, recipe())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(
+        InputError, match="class_names is 'euro'; choose data, imagenet, imagenet_a"
+    ):
+        ZeroShot(class_names="euro")
+    with pytest.raises(InputError, match="templates is 'no'; choose data, imagenet_7"):
+        ZeroShot(templates="no")
+
+
+def test_a_suite_is_asked_about_the_folders_that_are_there(tmp_path: Path) -> None:
+    for number in range(10):
+        pictures(tmp_path / "MNIST" / "test" / str(number))
+        pictures(tmp_path / "eurosat" / "val" / str(number))
+    pictures(tmp_path / "hateful-memes" / "dev" / "0")
+    pictures(tmp_path / "hateful-memes" / "dev" / "1")
+    (tmp_path / "other").mkdir()
+    plan = recipe(evaluation=(ZeroShot(reduce_prompts=True),))
+    options = Options(checkpoint=Path("x"), data=tmp_path, tasks=("clip-26",), workers=0)
+    tasks = {task.name: task for task in chosen_tasks(options, plan)}
+    assert list(tasks) == ["mnist", "eurosat", "hateful_memes"]
+    assert tasks["mnist"].data == tmp_path / "MNIST" / "test"
+    assert tasks["hateful_memes"].metric == "roc_auc"
+    assert all(task.reduce_prompts for task in tasks.values())
+    assert {task.class_names for task in tasks.values()} == set(tasks)
+
+
+def test_a_suite_without_a_folder_of_its_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    options = {"checkpoint": Path("x"), "tasks": ("clip-26",)}
+    for words, message in (
+        ({"data": tmp_path}, "holds none of the tasks of clip-26"),
+        ({}, "clip-26 needs --data"),
+        ({"data": tmp_path / "no"}, "no is no folder"),
+        ({"data": tmp_path, "class_names": "mnist"}, "--class-names is for one task"),
+    ):
+        with pytest.raises(InputError, match=message):
+            chosen_tasks(Options(**options, **words), recipe())
+
+
+@pytest.mark.parametrize(("name", "classes"), [("imagenet_a", 200), ("imagenet_r", 200)])
+def test_variants_of_imagenet_have_the_classes_that_clip_benchmark_gives_them(
+    name: str, classes: int, tmp_path: Path
+) -> None:
+    from clip_benchmark.datasets import builder
+
+    source = ast.parse(Path(builder.__file__).read_text())
+    (ids,) = (
+        ast.literal_eval(node.value)
+        for node in ast.walk(source)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == f"{name}_wnids"
+    )
+    everything = builder.all_imagenet_wordnet_ids
+    for wordnet_id in ids:
+        pictures(tmp_path / name / wordnet_id)
+    options = Options(checkpoint=Path("x"), data=tmp_path, tasks=("imagenet-robustness",))
+    (task,) = chosen_tasks(options, recipe())
+    assert task.name == name
+    question = open_question(task, task.data, recipe())
+    names = [words[0] for words in task_labels("imagenet").classes]
+    mask = [wordnet_id in set(ids) for wordnet_id in everything]
+    assert question.labels == [n for n, is_in in zip(names, mask, strict=True) if is_in]
+    assert len(question.labels) == classes
+    shutil.rmtree(tmp_path / name / sorted(ids)[5])
+    with pytest.raises(InputError, match=rf"holds 199 classes, but {name} has 200: only one of"):
+        open_question(task, task.data, recipe())
+
+
+# Several classes to an image.
+
+
+def multi_label_tars(folder: Path, targets: np.ndarray) -> Path:
+    """clip_benchmark's layout, three images to a shard."""
+    generator = np.random.default_rng(0)
+    (folder / "test").mkdir(parents=True)
+    for shard, start in enumerate(range(0, len(targets), 3)):
+        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
+            for place in range(start, min(start + 3, len(targets))):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                image, target = io.BytesIO(), io.BytesIO()
+                Image.fromarray(pixels).save(image, "PNG")
+                np.save(target, targets[place])
+                for ending, content in (("png", image), ("npy", target)):
+                    entry = tarfile.TarInfo(f"s{place:04d}.{ending}")
+                    entry.size = content.tell()
+                    content.seek(0)
+                    tar.addfile(entry, content)
+    (folder / "test" / "nshards.txt").write_text(str(-(-len(targets) // 3)))
+    (folder / "dataset_type.txt").write_text("multilabel\n")
+    (folder / "classnames.txt").write_text("dog\ncat\nkite\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\n")
+    return folder
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_images_of_several_classes_have_clip_benchmarks_average_precision(
+    batch_size: int, tmp_path: Path, run: Run
+) -> None:
+    targets = (np.random.default_rng(1).random((20, 3)) < 0.4).astype(np.int64)
+    folder = multi_label_tars(tmp_path / "voc", targets)
+    plan = recipe()
+    model = telling(plan)
+    kept = []
+    task = ZeroShot(data=folder, batch_size=batch_size)
+    numbers = task.evaluate(model, plan, run, keep=kept.append)
+    data = MultiLabelledImages(folder, size=(32, 32))
+    words = Embedder.of(model, plan, run)
+    with evaluating(model):
+        images = torch.cat([words.images(x) for x, _ in data.batches(0, 1, 64)])
+        classes = words.texts([f"a photo of a {name}" for name in ("dog", "cat", "kite")])
+    expected = average_precision_per_class(100.0 * images @ classes.T, torch.from_numpy(targets))
+    assert numbers["zero_shot_mean_average_precision"] == pytest.approx(
+        float(expected.mean()), abs=1e-6
+    )
+    counts = [numbers[f"zero_shot_{name}"] for name in ("images", "classes", "labels")]
+    assert counts == [20, 3, int(targets.sum())]
+    (outcomes,) = kept
+    again = outcomes.number("zero_shot_mean_average_precision")
+    assert float(again) == pytest.approx(numbers["zero_shot_mean_average_precision"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (np.zeros((4, 2), np.int64), "are marked for 2 classes, but there are names for 3"),
+        (np.full((4, 3), 2), "s0000 does not say which classes it is of"),
+        (np.zeros((4, 3, 1), np.int64), "needs an npy member with a row of zeros and ones"),
+    ],
+)
+def test_marks_that_are_none_are_refused(
+    targets: np.ndarray, message: str, tmp_path: Path, run: Run
+) -> None:
+    folder = multi_label_tars(tmp_path / "voc", targets)
+    plan = recipe()
+    with pytest.raises(InputError, match=message) as caught:
+        ZeroShot(data=folder).evaluate(telling(plan), plan, run)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_digest_tells_data_from_other_data_wherever_it_lies(tmp_path: Path) -> None:
+    for place in ("a", "elsewhere/b"):
+        pictures(tmp_path / place / "x", 3)
+        pictures(tmp_path / place / "y", 2, seed=1)
+    one, same = (LabelledImages(tmp_path / p, size=(8, 8)) for p in ("a", "elsewhere/b"))
+    before = one.digest()
+    assert before == same.digest()
+    (tmp_path / "a" / "y" / "1.png").rename(tmp_path / "a" / "x" / "9.png")
+    assert LabelledImages(tmp_path / "a", size=(8, 8)).digest() != before
+    targets = np.eye(3, dtype=np.int64)
+    tars = MultiLabelledImages(multi_label_tars(tmp_path / "t", targets), size=(8, 8))
+    moved = MultiLabelledImages(multi_label_tars(tmp_path / "u", targets), size=(8, 8))
+    other = MultiLabelledImages(multi_label_tars(tmp_path / "v", 1 - targets), size=(8, 8))
+    assert tars.digest() == moved.digest() != other.digest()
+
+
+def test_retrieval_tells_which_captions_and_images_were_found(scenes: Path, run: Run) -> None:
+    plan, kept = recipe(), []
+    numbers = Retrieval(data=scenes).evaluate(telling(plan), plan, run, keep=kept.append)
+    (outcomes,) = kept
+    for name in outcomes.measures:
+        assert float(outcomes.number(name)) == pytest.approx(numbers[name])
+    assert outcomes.facts["captions"] == 40 and len(outcomes.measures) == 6
