@@ -34,6 +34,7 @@ IMPORTED = (
     "frugal.common.train", "frugal.common.engine.loop", "frugal.common.engine.deepspeed_backend",
     "frugal.common.engine.accelerate_backend", "frugal.common.data.training",
     "frugal.common.objectives.contrastive", "frugal.common.checkpoint.warm_start",
+    "pyarrow.parquet",
 )  # fmt: skip
 
 

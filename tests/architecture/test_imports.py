@@ -95,6 +95,7 @@ def test_no_package_takes_the_namespace_for_itself() -> None:
         ("frugal.milan.recipes", ["RECIPES"]),
         ("frugal.milan.transfer_recipes", ["FINE_TUNING", "LINEAR_PROBING"]),
         ("frugal.milan.segmentation_recipes", ["SEGMENTATION"]),
+        ("frugal.cit.recipes", ["RECIPES"]),
         ("frugal.common.scenes", []),
     ],
 )

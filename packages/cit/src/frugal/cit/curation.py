@@ -1,0 +1,401 @@
+"""One curation: scan a pool unit by unit until enough captions are near to a wanted class.
+
+What is chosen is a function of the weights, the seed and the unit it starts at: units are scored
+by the processes in turn, but counted in their order, and what was scored beyond the last one that
+is needed is thrown away.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from frugal.cit.curated_data import CuratedData
+from frugal.cit.features import TextFeatures
+from frugal.cit.metadata import WantedClass
+from frugal.cit.pool import NO_TEXT, UNREADABLE, Pool, UnitReader, UnitTexts
+from frugal.cit.selection import Collection, class_features, nearest_class, select
+from frugal.common.data.damage import DamageCounter
+from frugal.common.errors import InputError
+from frugal.common.randomness import sample_generator
+from frugal.common.run import Run
+
+PASSES = 10
+"""How often a pool is scanned for one curation at most, unless a recipe says it."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Pairs of a pool, N of them, in the order in which they are trained on."""
+
+    shards: np.ndarray
+    """(N,) int64 numbers of shards."""
+    indices: np.ndarray
+    """(N,) int64 numbers of samples within them."""
+    texts: np.ndarray
+    """(N,) int16: which text of a sample."""
+    similarity: np.ndarray
+    """(N,) float32 cosine with the nearest class."""
+    classes: np.ndarray
+    """(N,) int32: which class that is."""
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def rows(self, which: Any) -> Chosen:
+        """Some of them, by an index or a mask."""
+        return Chosen(**{name: value[which] for name, value in vars(self).items()})
+
+    @classmethod
+    def together(cls, parts: Sequence[Chosen]) -> Chosen:
+        """One after the other."""
+        return cls(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        )
+
+
+_COLUMNS = ("shards", "indices", "texts", "similarity", "classes")
+
+
+@dataclass
+class Facts:
+    """How a curation went."""
+
+    period: int
+    first_unit: int
+    next_unit: int
+    """Where the next curation starts."""
+    threshold: float
+    scanned: int = 0
+    """Captions, unusable ones included."""
+    kept: int = 0
+    """Of these; the last unit may have given more than was needed."""
+    filled_up: int = 0
+    """Chosen although they were not kept, because there were too few."""
+    fallbacks: int = 0
+    """Units in which too few captions were above the threshold."""
+    without_text: int = 0
+    unreadable: int = 0
+    best: float = -1.0
+    """Highest similarity."""
+
+    @property
+    def kept_ratio(self) -> float:
+        """Share of the scanned captions that were kept."""
+        return self.kept / self.scanned if self.scanned else 0.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A caption that was looked at."""
+
+    caption: str
+    nearest: str
+    """Class."""
+    similarity: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Curation:
+    """The pairs of one period and how they were found."""
+
+    chosen: Chosen
+    facts: Facts
+    examples: list[Example] = field(default_factory=list)
+    """Some captions of the first unit, on the main process."""
+    seconds: float = 0.0
+
+
+class Gather:
+    """Collects the scores of one unit of every process, in rank order, on all of them."""
+
+    def __init__(self, run: Run, group: Any = None) -> None:
+        """Talk to the processes of a run.
+
+        Args:
+            run: whose processes.
+            group: of the processes, for tensors on the CPU; by default the one that trains.
+        """
+        self._world_size = run.world_size
+        self._group = group
+        self._device = run.device if group is None else torch.device("cpu")
+
+    def __call__(self, scores: Tensor) -> list[Tensor]:
+        """The scores (3, scan) int32 of every process, on the CPU."""
+        if self._world_size == 1:
+            return [scores]
+        mine = scores.to(self._device)
+        parts = [torch.empty_like(mine) for _ in range(self._world_size)]
+        dist.all_gather(parts, mine, group=self._group)
+        return [part.cpu() for part in parts]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What all processes know of a unit."""
+
+    unit: int
+    similarity: Tensor
+    """(scan,) float32."""
+    classes: Tensor
+    """(scan,) int32."""
+    texts: Tensor
+    """(scan,) int32."""
+
+    @classmethod
+    def unpack(cls, unit: int, scores: Tensor) -> _Scored:
+        return cls(unit, scores[0].view(torch.float32), scores[1], scores[2])
+
+    def pack(self) -> Tensor:
+        """(3, scan) int32, one message."""
+        return torch.stack([self.similarity.view(torch.int32), self.classes, self.texts])
+
+
+class Curator:
+    """Curates a pool, one curation after the other."""
+
+    def __init__(
+        self,
+        data: CuratedData,
+        pool: Pool,
+        classes: Sequence[WantedClass],
+        run: Run,
+        *,
+        first_unit: int,
+    ) -> None:
+        """Begin to read captions.
+
+        Args:
+            data: the rule.
+            pool: what is scanned.
+            classes: what is wanted.
+            run: its processes share the work.
+            first_unit: where the first curation starts.
+        """
+        self._data = data
+        self._pool = pool
+        self._classes = classes
+        self._run = run
+        self._log = run.log
+        self._damage = DamageCounter(data.max_damaged, patience=min(256, pool.samples))
+        self._reader = UnitReader(pool, run, first=first_unit, workers=data.workers)
+
+    def curate(
+        self, period: int, first_unit: int, wanted: int, *, features: TextFeatures, gather: Gather
+    ) -> Curation:
+        """Choose the pairs of a period; every process calls this and gets the same ones.
+
+        Args:
+            period: its number.
+            first_unit: where to start; where the curation before it ended.
+            wanted: pairs.
+            features: of texts, with the weights that choose.
+            gather: shares the scores.
+
+        Raises:
+            InputError: if enough was scanned without finding as many, or texts cannot be used.
+        """
+        started = time.perf_counter()
+        search = _Search(self._data, self._pool, period, first_unit, wanted)
+        with features.asked():
+            wanted_features = class_features([c.prompts for c in self._classes], features.texts)
+            while not search.is_over:
+                self._round(search, features, wanted_features, gather)
+        chosen = search.finish(self._log)
+        order = sample_generator(self._pool.choice.seed, "curated order", period).permutation(
+            len(chosen)
+        )
+        return Curation(
+            chosen.rows(order),
+            search.facts,
+            self._examples(search) if self._run.is_main else [],
+            time.perf_counter() - started,
+        )
+
+    def _round(
+        self, search: _Search, features: TextFeatures, classes: Tensor, gather: Gather
+    ) -> None:
+        """Score a unit on every process, and count those that are still needed."""
+        before = search.facts.next_unit
+        first = before - before % self._run.world_size
+        mine = first + self._run.rank
+        texts = None
+        scores = torch.zeros(3, self._pool.scan, dtype=torch.int32)
+        if mine >= before:  # else it was counted in the curation before this one
+            texts = self._reader.take()
+            scores = _score(mine, texts, features, classes).pack()
+        for unit, part in enumerate(gather(scores), first):
+            if unit >= before and not search.is_over:
+                self._count_damage(search.add(_Scored.unpack(unit, part)))
+        if texts is not None and mine >= search.facts.next_unit:
+            self._reader.give_back(texts)
+
+    def _count_damage(self, unreadable: int) -> None:
+        self._damage.add({"text": unreadable} if unreadable else {}, self._pool.scan)
+        self._damage.check()
+
+    def _examples(self, search: _Search, count: int = 8) -> list[Example]:
+        """Captions of the first unit, spread over all similarities, chosen and not."""
+        unit = search.first
+        assert unit is not None
+        scored, kept = unit
+        numbers = self._pool.numbers(scored.unit)
+        found = []
+        for wanted in (True, False):
+            rows = ((kept == wanted) & (scored.texts >= 0)).nonzero().flatten()
+            rows = rows[scored.similarity[rows].argsort(descending=True, stable=True)]
+            places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
+            for row in rows[places].tolist():
+                drawn = self._pool.text(int(numbers[row]))
+                assert drawn is not None
+                nearest = self._classes[int(scored.classes[row])].name
+                found.append(Example(drawn[1], nearest, float(scored.similarity[row]), wanted))
+        return found
+
+
+def _score(unit: int, texts: UnitTexts, features: TextFeatures, classes: Tensor) -> _Scored:
+    """The nearest class of every usable text of a unit."""
+    similarity = torch.full((len(texts.texts),), -2.0)
+    nearest = torch.zeros(len(texts.texts), dtype=torch.int32)
+    usable = (texts.texts >= 0).nonzero().flatten()
+    if len(usable):
+        vectors = features.tokens(texts.token_ids[usable], texts.lengths[usable])
+        found, which = nearest_class(vectors, classes)
+        similarity[usable], nearest[usable] = found.cpu(), which.cpu().int()
+    return _Scored(unit, similarity, nearest, texts.texts.int())
+
+
+class _Search:
+    """What one curation has found so far; alike on every process."""
+
+    def __init__(
+        self, data: CuratedData, pool: Pool, period: int, first_unit: int, wanted: int
+    ) -> None:
+        self._data = data
+        self._pool = pool
+        self._wanted = wanted
+        self._max_scanned = data.max_scanned or PASSES * pool.samples
+        self._collection: Collection[int] = Collection(keep=data.keep)
+        self._parts: list[Chosen] = []
+        self._rejected: list[Chosen] = []
+        self.facts = Facts(period, first_unit, first_unit, data.threshold)
+        self.first: tuple[_Scored, Tensor] | None = None
+        self._last_found = 0
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._collection) >= self._wanted
+
+    @property
+    def is_over(self) -> bool:
+        """Whether enough was found, or too much scanned."""
+        scanned = self.facts.scanned
+        return (
+            self._is_full
+            or scanned >= self._max_scanned
+            # the same weights will find no more in another pass
+            or scanned - self._last_found >= self._pool.samples
+        )
+
+    def add(self, scored: _Scored) -> int:
+        """Count one unit; the number of its texts that could not be read."""
+        facts, usable = self.facts, scored.texts >= 0
+        unreadable = int((scored.texts == UNREADABLE).sum())
+        facts.next_unit = scored.unit + 1
+        facts.scanned += len(scored.texts)
+        facts.unreadable += unreadable
+        facts.without_text += int((scored.texts == NO_TEXT).sum())
+        kept = torch.zeros_like(usable)
+        if usable.any():
+            similarity = scored.similarity[usable]
+            facts.best = max(facts.best, float(similarity.max()))
+            selection = select(
+                similarity, threshold=self._data.threshold, min_ratio=self._data.min_ratio
+            )
+            facts.fallbacks += selection.fell_back
+            kept[usable] = selection.chosen
+        new = self._take(self._rows(scored, kept))
+        facts.kept += new
+        if new:
+            self._last_found = facts.scanned
+        if self._data.when_short == "best":
+            self._remember(self._rows(scored, usable & ~kept))
+        if self.first is None:
+            self.first = scored, kept
+        return unreadable
+
+    def _rows(self, scored: _Scored, mask: Tensor) -> Chosen:
+        rows = mask.numpy()
+        shards, indices = self._pool.order.locate(self._pool.numbers(scored.unit)[rows])
+        return Chosen(
+            shards,
+            indices,
+            scored.texts.numpy()[rows].astype(np.int16),
+            scored.similarity.numpy()[rows],
+            scored.classes.numpy()[rows],
+        )
+
+    def _take(self, pairs: Chosen) -> int:
+        """Collect pairs, each once if that is wanted; how many were new."""
+        samples = self._pool.first_of_shard[pairs.shards] + pairs.indices
+        keys = samples * (int(np.iinfo(np.int16).max) + 1) + pairs.texts
+        taken = np.array(self._collection.add(keys.tolist()), np.bool_)
+        self._parts.append(pairs.rows(taken))
+        return int(taken.sum())
+
+    def _remember(self, rejected: Chosen) -> None:
+        """Hold the nearest of what was not kept, a bounded number of them."""
+        self._rejected.append(rejected)
+        if sum(map(len, self._rejected)) > 4 * self._wanted:
+            self._rejected = [_nearest(Chosen.together(self._rejected), 2 * self._wanted)]
+
+    def finish(self, log: logging.Logger) -> Chosen:
+        """What was chosen, in the order in which it was found.
+
+        Raises:
+            InputError: if it is not enough.
+        """
+        if not self._is_full and self._data.when_short == "best" and self._rejected:
+            before = len(self._collection)
+            nearest = Chosen.together(self._rejected)
+            self._take(_nearest(nearest, len(nearest)))
+            self.facts.filled_up = min(len(self._collection), self._wanted) - before
+            log.warning("%s; the nearest of the others fill up", self._shortage(before))
+        if not self._is_full:
+            raise InputError(self._mistake())
+        return Chosen.together(self._parts).rows(slice(self._wanted))
+
+    def _shortage(self, found: int) -> str:
+        facts = self.facts
+        return (
+            f"curation {facts.period} scanned {facts.scanned:,} captions and kept {found:,} of the "
+            f"{self._wanted:,} pairs it needs; the best similarity it saw is {facts.best:.4f} at "
+            f"data.threshold = {facts.threshold:g}"
+        )
+
+    def _mistake(self) -> str:
+        facts = self.facts
+        if facts.without_text + facts.unreadable == facts.scanned:
+            return (
+                f"none of the {facts.scanned:,} samples that were scanned has a usable text in "
+                f"data.fields.caption = {self._data.fields.caption} ({facts.unreadable:,} could "
+                "not be read); name the fields in which the captions are"
+            )
+        return (
+            f"{self._shortage(len(self._collection))}; lower it, set or raise data.min_ratio, "
+            "shorten data.period, or let data.max_scanned allow more"
+        )
+
+
+def _nearest(pairs: Chosen, count: int) -> Chosen:
+    order: Callable[..., np.ndarray] = np.argsort
+    return pairs.rows(order(-pairs.similarity, kind="stable")[:count])

@@ -1,0 +1,133 @@
+"""What is wanted of a pool: names of classes, from tasks, from WordNet or from text files.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from frugal.common.errors import InputError
+from frugal.common.evaluation.task_labels import TASKS, task_labels
+
+ALL, WORDNET, OWN = "all", "wordnet", "task"
+_PLAIN = ("{c}",)
+
+
+@dataclass(frozen=True)
+class WantedClass:
+    """One direction in which captions are looked for."""
+
+    name: str
+    """For people."""
+    prompts: tuple[str, ...]
+    """Texts whose mean feature it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Whose captions are wanted."""
+
+    sources: tuple[str, ...] = ("imagenet",)
+    """Any number of: tasks (imagenet, food101, cifar10 and so on), "all" for the 26 of them,
+    "wordnet" for the lemmas of its nouns, and text files with a class per line, whose names, if it
+    has several, are separated by tabs."""
+    templates: tuple[str, ...] = _PLAIN
+    """Sentences around a name, {c} where it goes; "task" stands for those that a task is evaluated
+    with."""
+    flatten: bool = False
+    """Make every name a class of its own, also where a class has several."""
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise InputError(
+                "data.metadata.sources is empty, so that no caption is wanted; name a task, such "
+                "as imagenet, or a text file with one name per line"
+            )
+        if not self.templates:
+            raise InputError(
+                "data.metadata.templates is empty; give {c} for the name alone, or task"
+            )
+        for template in self.templates:
+            if template != OWN and "{c}" not in template:
+                raise InputError(
+                    f"data.metadata.templates has {template!r}, which has no place for the name; "
+                    "write {c} where it goes"
+                )
+
+    def classes(self) -> list[WantedClass]:
+        """Every class once, in the order of the sources.
+
+        Raises:
+            InputError: if a source is unknown, cannot be read, or names nothing.
+        """
+        sources = [s for source in self.sources for s in (TASKS if source == ALL else (source,))]
+        found: dict[tuple[str, ...], WantedClass] = {}
+        for source in sources:
+            names, own = _read(source)
+            if not names:
+                raise InputError(f"data.metadata.sources: {source} names no class; add some")
+            if self.flatten:
+                names = [(name,) for several in names for name in several]
+            templates = self._templates(source, own)
+            for several in names:
+                prompts = tuple(t.replace("{c}", name) for t in templates for name in several)
+                found.setdefault(tuple(sorted(prompts)), WantedClass(several[0], prompts))
+        return list(found.values())
+
+    def _templates(self, source: str, own: Sequence[str]) -> list[str]:
+        if OWN in self.templates and not own:
+            raise InputError(
+                f"data.metadata.templates is task, but {source} is no task and has none of its "
+                "own; write the templates, such as 'a photo of a {c}.'"
+            )
+        return [t for template in self.templates for t in (own if template == OWN else [template])]
+
+
+def _read(source: str) -> tuple[list[tuple[str, ...]], Sequence[str]]:
+    """The names of every class of a source, and its own templates."""
+    if source == WORDNET:
+        return [(name,) for name in wordnet_nouns()], ()
+    path = Path(source)
+    if path.is_file():
+        return _read_file(path), ()
+    if path.suffix or "/" in source:
+        raise InputError(
+            f"data.metadata.sources names the file {source}, which does not exist; check the path"
+        )
+    labels = task_labels(source)
+    return list(labels.classes), labels.templates
+
+
+def _read_file(path: Path) -> list[tuple[str, ...]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"data.metadata.sources: {path} cannot be read as text ({error}); give a UTF-8 file "
+            "with one class per line"
+        ) from None
+    split = (tuple(name for part in line.split("\t") if (name := part.strip())) for line in lines)
+    return [names for names in split if names]
+
+
+def wordnet_nouns() -> list[str]:
+    """The lemmas of WordNet's nouns, spaces between their words, in alphabetical order.
+
+    Raises:
+        InputError: if WordNet is not installed.
+    """
+    import nltk
+    from nltk.corpus import wordnet
+
+    try:
+        lemmas = set(wordnet.all_lemma_names(pos="n"))
+    except LookupError:
+        raise InputError(
+            "data.metadata.sources names wordnet, which is in none of the folders "
+            f"{', '.join(nltk.data.path)}; run `python -m nltk.downloader wordnet` once, or set "
+            "NLTK_DATA to a folder that has corpora/wordnet"
+        ) from None
+    return sorted(lemma.replace("_", " ") for lemma in lemmas)

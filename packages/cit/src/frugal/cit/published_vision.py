@@ -1,0 +1,249 @@
+"""Vision transformers from the files that CiT starts from, and from all others that Frugal reads.
+
+MoCo v3's checkpoints (the base encoder with its projector; momentum encoder and predictor are
+left), SWAG's, timm's (AugReg), folders of such towers as CiT's released code converts them, the
+vision part of a released CiT model, ViT folders of transformers, and what
+:mod:`frugal.common.interop.encoder_weights` reads: CLIP, DINO, MAE, MILAN, runs of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from frugal.common.errors import InputError
+from frugal.common.interop.encoder_weights import encoder_of_state, read_encoder
+from frugal.common.interop.stored_files import State, read_content, state_in
+from frugal.common.models.config import Activation, ImageTower
+from frugal.common.models.weight_names import Rule, from_vit_mae, pairs, read_names, write_names
+
+KINDS = ("moco", "augreg", "swag")
+"""What CiT's released code calls its three families of towers."""
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_HALF = (0.5, 0.5, 0.5)
+"""What transformers' ViT normalises pixels with, where a folder does not say."""
+_OF_A_FAMILY = re.compile(
+    r"(vision_model\.)?(moco|augreg|swag)\.|base_encoder\.|conv_proj\.|head\.7\.running_mean"
+)
+"""Names that only files of the three families have."""
+_WIDE_HEADS = {1280: 16}
+"""By width, where a head is not 64 wide: ViT-H."""
+
+
+@dataclass(frozen=True)
+class VisionWeights:
+    """An image tower and its weights."""
+
+    tower: ImageTower
+    state: State
+    """By the names of ``ImageTransformer``, float32."""
+    is_certain: bool
+    """The source says itself what its tower computes; otherwise heads, activation, epsilon and
+    pooling are guesses from its shapes."""
+    aligns_corners: bool = False
+    """How its position table is to be resampled."""
+
+
+def read_vision(source: str | Path) -> VisionWeights:
+    """The image tower of a file, a folder, a name on the hub or a run, in float32.
+
+    Raises:
+        InputError: if there is none of a known kind, or the file is damaged.
+    """
+    path = Path(source)
+    if path.is_file():
+        state = state_in(read_content(path), source=str(path))
+        if any(_OF_A_FAMILY.match(name) for name in state):
+            return vision_of_state(state, source=str(path))
+        found = read_encoder(path)
+        return VisionWeights(found.tower, found.state, is_certain=False)
+    settings = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if settings.get("model_type") in KINDS or is_released(settings):
+        file = weights_file(path)
+        return vision_of_state(state_in(read_content(file), source=str(file)), source=str(path))
+    if settings.get("model_type") == "vit":
+        return _vit_folder(path)
+    found = read_encoder(source)
+    # of timm's folders only the architecture is known
+    return VisionWeights(found.tower, found.state, is_certain="architecture" not in settings)
+
+
+def is_released(settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a released CiT model."""
+    vision = settings.get("vision_config")
+    return isinstance(vision, Mapping) and vision.get("model_type") in KINDS
+
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
+}  # fmt: skip
+
+
+def _vit_folder(folder: Path) -> VisionWeights:
+    """The class token behind the last norm of a ViT of transformers; its pooler is left."""
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(folder)
+    pixels_file = folder / "preprocessor_config.json"
+    pixels = read_json(pixels_file) if pixels_file.is_file() else {}
+    try:
+        tower = ImageTower(
+            width=settings.hidden_size,
+            depth=settings.num_hidden_layers,
+            heads=settings.num_attention_heads,
+            mlp_width=settings.intermediate_size,
+            patch_size=settings.patch_size,
+            image_size=settings.image_size,
+            norm_epsilon=settings.layer_norm_eps,
+            activation=_ACTIVATIONS[settings.hidden_act],
+            mean=tuple(pixels.get("image_mean", _HALF)),
+            std=tuple(pixels.get("image_std", _HALF)),
+        )
+    except KeyError as error:
+        raise InputError(f"the activation {error} of {folder} is not known here") from None
+    file = weights_file(folder)
+    state = state_in(read_content(file), source=str(file))
+    encoder = {
+        name.removeprefix("vit."): tensor.float()
+        for name, tensor in state.items()
+        if not name.startswith(("pooler.", "vit.pooler.", "classifier."))
+    }
+    return VisionWeights(tower, from_vit_mae(encoder, tower), is_certain=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: if the file holds none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return content
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of weights in a folder.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"the folder {folder} holds none of {', '.join(_WEIGHT_FILES)}")
+    return found[0]
+
+
+def vision_of_state(
+    state: Mapping[str, Tensor], *, source: str, heads: int | None = None
+) -> VisionWeights:
+    """The image tower among named tensors of one of the known layouts.
+
+    Args:
+        state: as a file holds it.
+        source: for messages.
+        heads: attention heads; without it one per 64 channels, and 16 for ViT-H.
+
+    Raises:
+        InputError: if there is none.
+    """
+    state = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    if any(name.startswith("vision_model.") for name in state):
+        state = _inside(state, "vision_model.")
+    for kind in KINDS:
+        if any(name.startswith(f"{kind}.") for name in state):
+            state = _inside(state, f"{kind}.")
+    if any(name.startswith("base_encoder.") for name in state):
+        state = _inside(state, "base_encoder.")
+    if "conv_proj.weight" in state or "encoder.pos_embedding" in state:
+        return _swag(state, source, heads)
+    found = encoder_of_state(state, source=source, heads=heads)
+    projector = {
+        f"projector.{name.removeprefix('head.')}": tensor
+        for name, tensor in found.rest.items()
+        if re.fullmatch(r"head\.\d\..*", name)
+    }
+    if not projector:
+        return VisionWeights(found.tower, found.state, is_certain=False)
+    try:
+        hidden, outputs = len(projector["projector.0.weight"]), len(projector["projector.6.weight"])
+    except KeyError as error:
+        missing = error.args[0].replace("projector", "head")
+        raise InputError(f"{source} has a projector without {missing}; it is incomplete") from None
+    tower = replace(found.tower, projector_width=hidden, projector_outputs=outputs)
+    return VisionWeights(tower, found.state | projector, is_certain=False)
+
+
+def _inside(state: Mapping[str, Tensor], prefix: str) -> State:
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+
+# ------------------------------------------------------------------------------------------------
+# SWAG
+
+_BLOCK = "encoder.layers.layer_{i}."
+_SWAG = (
+    Rule("patch_embed.weight", "conv_proj.weight", "kernel"),
+    Rule("patch_embed.bias", "conv_proj.bias"),
+    Rule("cls_token", "class_token"),
+    Rule("pos_embed", "encoder.pos_embedding"),
+    Rule("blocks.{i}.attn.qkv.weight", f"{_BLOCK}self_attention.in_proj_weight"),
+    Rule("blocks.{i}.attn.qkv.bias", f"{_BLOCK}self_attention.in_proj_bias"),
+    *pairs(
+        "blocks.{i}.",
+        _BLOCK,
+        {
+            "norm1": "ln_1",
+            "attn.proj": "self_attention.out_proj",
+            "norm2": "ln_2",
+            "mlp.fc1": "mlp.linear_1",
+            "mlp.fc2": "mlp.linear_2",
+        },
+    ),
+    *pairs("", "", {"norm": "encoder.ln"}),
+)
+
+
+def _swag(state: Mapping[str, Tensor], source: str, heads: int | None) -> VisionWeights:
+    kept = {name: t for name, t in state.items() if not name.startswith(("head.", "heads."))}
+    ours = read_names(kept, _SWAG, source=source)
+    try:
+        kernel = state["conv_proj.weight"]
+        ours["pos_embed"] = ours["pos_embed"].transpose(0, 1).contiguous()  # (seq, 1, D) there
+        width, patches = kernel.shape[0], ours["pos_embed"].shape[1] - 1
+        mlp_width = len(ours["blocks.0.mlp.fc1.weight"])
+    except KeyError as error:
+        raise InputError(f"{source} has no {error.args[0]}; it is no whole tower") from None
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise InputError(
+            f"the position table of {source} has {patches + 1} rows, which are not those of a "
+            "square grid and a class token"
+        )
+    numbers = [int(name.split(".")[1]) for name in ours if name.startswith("blocks.")]
+    tower = ImageTower(
+        width=width,
+        depth=max(numbers) + 1,
+        heads=heads or _WIDE_HEADS.get(width, max(width // 64, 1)),
+        mlp_width=mlp_width,
+        patch_size=kernel.shape[-1],
+        image_size=kernel.shape[-1] * side,
+    )
+    return VisionWeights(tower, ours, is_certain=False, aligns_corners=True)
+
+
+def to_swag(state: Mapping[str, Tensor]) -> State:
+    """The state of one of our towers, without projection, by SWAG's names."""
+    theirs = write_names(state, _SWAG, target="SWAG's layout")
+    theirs["encoder.pos_embedding"] = theirs["encoder.pos_embedding"].transpose(0, 1).contiguous()
+    return theirs

@@ -1,0 +1,199 @@
+"""Where towers of Frugal's own kind get their first weights: published files, folders and runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from frugal.cit.published_vision import VisionWeights, read_vision
+from frugal.common.checkpoint.store import find_checkpoint
+from frugal.common.checkpoint.warm_start import load_weights
+from frugal.common.errors import InputError
+from frugal.common.models.config import ImageTower, TextTower
+from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.positions import image_table, resample_grid, resample_length
+from frugal.common.models.text_tower import TextTransformer
+from frugal.common.recipe import load_recipe
+
+_FREE_OF_IMAGES = ("image_size", "positions", "drop_path", "mean", "std")
+_PROJECTOR = ("projector_width", "projector_outputs")
+_FREE_OF_TEXTS = ("length", "drop_path", "packed")
+_UNSAID = ("heads", "activation", "norm_epsilon", "pooling", "norm_after_pooling", "layer_scale")
+"""What weights alone do not say: of a file it is a guess."""
+_TABLE_TOLERANCE = 1e-4
+
+
+def start_image(
+    tower: ImageTransformer,
+    source: str,
+    *,
+    interpolate: bool,
+    fresh_projector: bool,
+    log: logging.Logger,
+) -> None:
+    """Give an image tower the weights of a file, a folder, a name on the hub or a run.
+
+    The projection into the space of texts stays as it is, and so does a projector that the source
+    does not have.
+
+    Args:
+        tower: ours.
+        source: see :mod:`frugal.cit.published_vision`.
+        interpolate: whether positions may be brought to another grid.
+        fresh_projector: whether the tower may keep the projector it has.
+        log: told what was taken.
+
+    Raises:
+        InputError: if there is no tower, or it computes something else; nothing is changed then.
+    """
+    found = read_vision(source)
+    config = tower.config
+    free = (*_FREE_OF_IMAGES, *_PROJECTOR, *(() if found.is_certain else _UNSAID))
+    _compare(found.tower, config, free, part="image", source=source)
+    for name in ("mean", "std"):
+        theirs, ours = getattr(found.tower, name), getattr(config, name)
+        if found.is_certain and theirs != ours:
+            log.warning("%s was trained with images of %s %s, here it is %s", source, name,
+                        theirs, ours)  # fmt: skip
+    state = _without_projection(found.state)
+    notes: list[str] = []
+    _fit_table(state, found, config, source, interpolate=interpolate, notes=notes)
+    wanted = _without_projection(tower.state_dict())
+    _fit_projector(state, wanted, source, fresh=fresh_projector, notes=notes)
+    _check_shapes(state, wanted, part="image", source=source)
+    tower.load_state_dict(state, strict=False)
+    log.info("the image tower starts from %s", ", ".join([source, *notes]))
+
+
+def _compare(theirs: Any, ours: Any, free: tuple[str, ...], *, part: str, source: str) -> None:
+    """Refuse a tower that computes something else."""
+    for field in fields(ImageTower if part == "image" else TextTower):
+        there, here = getattr(theirs, field.name), getattr(ours, field.name)
+        if field.name not in free and there != here:
+            flag = field.name.replace("_", "-")
+            raise InputError(
+                f"the {part} tower of {source} has {field.name} {there}, but model.{part}."
+                f"{field.name} is {here}; give --model.{part}.{flag} {there}"
+            )
+
+
+def _fit_table(
+    state: dict[str, Tensor],
+    found: VisionWeights,
+    config: ImageTower,
+    source: str,
+    *,
+    interpolate: bool,
+    notes: list[str],
+) -> None:
+    """The position table as the tower has it: on its grid, as a weight or as nothing."""
+    grids = [f"{rows}x{columns}" for rows, columns in (found.tower.grid, config.grid)]
+    if found.tower.grid != config.grid and not interpolate:
+        raise InputError(
+            f"the positions of {source} are made for {grids[0]} patches, here are {grids[1]}; add "
+            "--run.interpolate to bring them to the new grid"
+        )
+    if "pos_embed" not in state:
+        table = image_table(replace(found.tower, image_size=config.image_size))
+    else:
+        table = state.pop("pos_embed")
+    if found.tower.positions == "learned" and found.tower.grid != config.grid:
+        table = resample_grid(
+            table,
+            old_grid=found.tower.grid,
+            new_grid=config.grid,
+            align_corners=found.aligns_corners,
+        )
+        notes.append(f"positions resampled from {grids[0]} to {grids[1]} patches")
+    if config.positions == "learned":
+        state["pos_embed"] = table
+        return
+    here = image_table(config)
+    if table.shape != here.shape or (table - here).abs().max() > _TABLE_TOLERANCE:
+        raise InputError(
+            f"the position table of {source} is not {config.positions}; keep it with "
+            "--model.image.positions learned"
+        )
+
+
+def _fit_projector(
+    state: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    source: str,
+    *,
+    fresh: bool,
+    notes: list[str],
+) -> None:
+    """Leave a projector away that the tower has not; accept that there is none, if allowed."""
+    there = [name for name in state if name.startswith("projector.")]
+    here = [name for name in wanted if name.startswith("projector.")]
+    if there and not here:
+        for name in there:
+            del state[name]
+        notes.append("without its projector")
+    if here and not there:
+        if not fresh:
+            raise InputError(
+                f"{source} has no projector, and a random one would stay as it is; train it with "
+                "--objective.train-image head, or leave --model.image.projector-width out"
+            )
+        for name in here:
+            del wanted[name]
+        notes.append("with a new projector")
+
+
+def _check_shapes(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], *, part: str, source: str
+) -> None:
+    odd = sorted(wanted.keys() - state.keys()) or sorted(state.keys() - wanted.keys())
+    if odd:
+        what = "lacks" if odd[0] in wanted else "holds besides"
+        raise InputError(
+            f"the {part} tower of {source} does not fit: it {what} {odd[0]}; choose a tower of the "
+            "same kind, or copy the file again"
+        )
+    for name, tensor in wanted.items():
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"the {part} tower of {source} does not fit: {name} has the shape "
+                f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
+            )
+
+
+def start_text(
+    tower: TextTransformer, source: str, *, interpolate: bool, log: logging.Logger
+) -> None:
+    """Give a text tower the weights of a run's; the projection stays as it is.
+
+    Raises:
+        InputError: if the run has no such text tower; nothing is changed then.
+    """
+    checkpoint = find_checkpoint(Path(source))
+    recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
+    theirs = getattr(recipe.model, "text", None)
+    if not isinstance(theirs, TextTower):
+        raise InputError(f"the run {source} trained no text tower of Frugal's; give another one")
+    _compare(theirs, tower.config, _FREE_OF_TEXTS, part="text", source=source)
+    prefix = "model.text."
+    weights = load_weights(checkpoint)
+    state = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+    if theirs.length != tower.config.length:
+        if not interpolate:
+            raise InputError(
+                f"the text tower of {source} has {theirs.length} slots, here are "
+                f"{tower.config.length}; add --run.interpolate to bring its positions to them"
+            )
+        state["pos_embed"] = resample_length(state["pos_embed"], tower.config.length)
+    kept, wanted = _without_projection(state), _without_projection(tower.state_dict())
+    _check_shapes(kept, wanted, part="text", source=source)
+    tower.load_state_dict(kept, strict=False)
+    log.info("the text tower starts from %s", source)
+
+
+def _without_projection(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t for n, t in state.items() if not n.startswith("projection.")}
