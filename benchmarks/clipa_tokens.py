@@ -11,11 +11,12 @@ way. Run it on an otherwise idle machine; a finished training is not repeated.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from measuring import write
-from small_runs import Outcome, lasting, scenes, table, train_small, write_page
+from small_runs import Outcome, lasting, scenes, speed, table, train_small, write_page
 
 from frugal.common.evaluation.curves import Curve
 
@@ -30,6 +31,11 @@ class Setting:
     name: str
     words: tuple[str, ...]
     """Of its command line, after those of whole images and captions."""
+
+    @property
+    def folder(self) -> str:
+        """First part of the names of its run directories."""
+        return self.name.replace(": ", "-").replace(" ", "-")
 
 
 def image_strategies() -> list[Setting]:
@@ -81,17 +87,43 @@ def main() -> None:
     run = options.out / f"full-{options.samples}-{options.tuning}"
     total = options.samples + options.tuning
     full = train_small(MODULE, "demo", data, run, (*WHOLE, *lasting(total)))
-    rows = {"full length": (full, full)}
+    stages = {}
     for setting in [*image_strategies(), *text_strategies(options)]:
-        name = setting.name.replace(": ", "-").replace(" ", "-")
-        folder = options.out / f"{name}-{options.samples}"
+        folder = options.out / f"{setting.folder}-{options.samples}"
         first = train_small(MODULE, "demo", data, folder, (*WHOLE, *setting.words, *samples))
         tuning = (*lasting(options.tuning), f"--run.start-from={folder}")
-        whole = options.out / f"{name}-{options.samples}-tuning-{options.tuning}"
+        whole = options.out / f"{setting.folder}-{options.samples}-tuning-{options.tuning}"
         second = train_small(MODULE, "demo-tuning", data, whole, tuning)
-        rows[setting.name] = (first, add(first, second))
-        print(f"{setting.name}: {first.top1:.1%}, tuned {second.top1:.1%}")
-    report(options, rows)
+        stages[setting] = (first, second)
+        print(f"{setting.name}: {first.top1:.1%}, tuned {second.top1:.1%}", flush=True)
+    report(options, rows(options, data, full, stages))
+
+
+def rows(
+    options: argparse.Namespace,
+    data: Path,
+    full: Outcome,
+    stages: dict[Setting, tuple[Outcome, Outcome]],
+) -> dict[str, tuple[Outcome, Outcome]]:
+    """The first stage and both stages of every setting, all timed one right after the other."""
+
+    def timed(name: str, words: tuple[str, ...]) -> float:
+        run = options.out / f"{name}-speed"
+        shutil.rmtree(run, ignore_errors=True)
+        return speed(MODULE, "demo", data, run, (*WHOLE, *words))
+
+    whole = timed("full", ())
+    at_full_length = at_speed(full, whole)
+    found = {"full length": (at_full_length, at_full_length)}
+    for setting, (first, second) in stages.items():
+        first = at_speed(first, timed(setting.folder, setting.words))
+        found[setting.name] = (first, add(first, at_speed(second, whole)))
+    return found
+
+
+def at_speed(outcome: Outcome, samples_per_second: float) -> Outcome:
+    """The same training, had it run at this speed throughout."""
+    return replace(outcome, train_seconds=outcome.samples / samples_per_second)
 
 
 def read_options() -> argparse.Namespace:

@@ -50,6 +50,18 @@ def train_small(module: str, recipe: str, data: Path, run: Path, words: Sequence
     return outcome(run)
 
 
+def speed(module: str, recipe: str, data: Path, run: Path, words: Sequence[str]) -> float:
+    """Samples per second of a short training in one process, start and evaluation left out.
+
+    Trainings that take an hour together do not find the machine alike; short ones right after one
+    another do.
+    """
+    given = [f"--data.train={data / 'train'}", "--run.log-every=4", *words, *lasting(2_560)]
+    finish(module, recipe, run, given)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["samples_per_second"] for line in lines[1:])
+
+
 def finish(module: str, recipe: str, run: Path, words: Sequence[str]) -> None:
     """Start an entry script in one process; it continues, or finds nothing left to do."""
     command = [sys.executable, "-m", module, recipe, f"--run.dir={run}", *words]
