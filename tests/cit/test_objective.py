@@ -141,9 +141,12 @@ def test_the_logit_scale_is_clamped_unless_the_release_is_repeated(recipe: Recip
 
 def test_damaged_samples_count_in_no_statistic(recipe: Recipe) -> None:
     recipe = replace(recipe, objective=LockedContrastive())
+    # in float64: batch norms of so few samples make rounding a thousand times larger
+    whole = batch_of(8, invalid=3)
+    whole = replace(whole, images=whole.images.double() / 100)
     results = []
-    for batch in (batch_of(8, invalid=3), batch_of(8, invalid=3).rows(0, 5)):
-        module = objective_of(replace(recipe, model=replace(recipe.model, text=TEXT)))
+    for batch in (whole, whole.rows(0, 5)):
+        module = objective_of(replace(recipe, model=replace(recipe.model, text=TEXT))).double()
         loss, _ = module(batch)
         loss.backward()
         gradients = [p.grad for p in module.parameters() if p.grad is not None]

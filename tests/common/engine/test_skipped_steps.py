@@ -179,6 +179,7 @@ def test_checkpoints_between_log_steps_count_right(
             launcher, run, f"--data.train={scenes / 'train'}", "--engine.precision=float16",
             "--optimiser.learning-rate=1e3", "--schedule.warmup-samples=0", "--run.keep=9",
             f"--run.log-every={every}", f"--run.save-every={save}", "--run.max-skipped=1000",
+            "--schedule.samples=240",
         )  # fmt: skip
         names = ("updates", "skipped_steps", "skipped_in_row", "loss_scale")
         state = json.loads((newest(run) / "state.json").read_text())
