@@ -40,7 +40,7 @@ def _curation(facts: Facts, examples: Sequence[Example]) -> str:
         _table(name, [example for example in examples if example.chosen == chosen])
         for name, chosen in (("Chosen", True), ("Rejected", False))
     )
-    return f'<p>{words}</p><div class="classes">{tables}</div>'
+    return f'<p>{words}</p><div class="figures">{tables}</div>'
 
 
 def _table(title: str, examples: Sequence[Example]) -> str:
@@ -52,4 +52,4 @@ def _table(title: str, examples: Sequence[Example]) -> str:
         f"<td>{example.similarity:.3f}</td></tr>"
         for example in examples
     )
-    return f'<div class="scroll"><table class="numbers"><tr>{head}</tr>{rows}</table></div>'
+    return f'<figure class="scroll"><table class="numbers"><tr>{head}</tr>{rows}</table></figure>'
