@@ -17,10 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frugal.cit.published_vision import KINDS, is_released, read_json, to_swag, vision_of_state
-from frugal.cit.published_vision import weights_file as file_in
+from frugal.cit.published_vision import (
+    KINDS,
+    WEIGHT_FILES,
+    is_released,
+    to_swag,
+    vision_of_state,
+)
 from frugal.common.errors import InputError
-from frugal.common.interop.stored_files import State, read_content, state_in
+from frugal.common.interop.stored_files import (
+    State,
+    read_content,
+    state_in,
+    weights_in,
+    without_prefix,
+)
+from frugal.common.json_files import read_json_object
 from frugal.common.models.config import ImageTower
 from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.pretrained import (
@@ -68,10 +80,11 @@ def read_released(path: Path, *, heads: Heads, length: int) -> Released:
         InputError: if there is no such model, or it is damaged.
     """
     folder = path if path.is_dir() else path.parent
-    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    about = folder / "config.json"
+    settings = read_json_object(about) if about.is_file() else {}
     if path.is_dir() and settings and not is_released(settings):
         return _transformers_folder(path, settings, length=length)
-    file = file_in(path) if path.is_dir() else path
+    file = weights_in(path, WEIGHT_FILES) if path.is_dir() else path
     content = read_content(file)
     state = state_in(content, source=str(file))
     released = from_released(
@@ -120,7 +133,7 @@ def from_released(
     tower = vision.tower
     if any(name.startswith("vision_model.augreg.") for name in state):
         tower = replace(tower, mean=_HALF, std=_HALF)
-    texts = {n.removeprefix("text_model."): t for n, t in state.items() if n[:11] == "text_model."}
+    texts = without_prefix(state, "text_model.")
     config = dict(text_config) if text_config else _bert_of(texts, source, heads.text)
     facts = json.dumps({"name": source, "config": config}, sort_keys=True)
     model = PretrainedDualEncoderConfig(
@@ -189,7 +202,7 @@ def _transformers_folder(folder: Path, settings: Mapping[str, Any], *, length: i
         )
     from transformers import AutoModel
 
-    file_in(folder)
+    weights_in(folder, WEIGHT_FILES)
     try:
         theirs, report = AutoModel.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
@@ -200,7 +213,7 @@ def _transformers_folder(folder: Path, settings: Mapping[str, Any], *, length: i
     if report["missing_keys"]:
         raise InputError(f"the weights in {folder} lack {sorted(report['missing_keys'])[0]}")
     pixels_file = folder / "preprocessor_config.json"
-    pixels = read_json(pixels_file) if pixels_file.is_file() else {}
+    pixels = read_json_object(pixels_file) if pixels_file.is_file() else {}
     image, text = (
         json.dumps({"name": str(folder), "config": part.to_dict(), "pixels": pixels}, default=str)
         for part in (theirs.config.vision_config, theirs.config.text_config)
@@ -281,7 +294,7 @@ def to_released(
     nothing reads, is left out.
     """
     assert kind in KINDS
-    image = {n.removeprefix("image."): t for n, t in state.items() if n.startswith("image.")}
+    image = without_prefix(state, "image.")
     del image["projection.weight"]
     head = {n: image.pop(n) for n in list(image) if n.startswith("projector.")}
     theirs = to_timm(image, replace(model.image, projector_width=None))

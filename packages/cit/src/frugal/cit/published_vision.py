@@ -8,7 +8,6 @@ vision part of a released CiT model, ViT folders of transformers, and what
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,15 +18,14 @@ from torch import Tensor
 
 from frugal.common.errors import InputError
 from frugal.common.interop.encoder_weights import encoder_of_state, read_encoder
-from frugal.common.interop.stored_files import State, read_content, state_in
-from frugal.common.models.config import Activation, ImageTower
-from frugal.common.models.weight_names import Rule, from_vit_mae, pairs, read_names, write_names
+from frugal.common.interop.stored_files import State, read_weights, weights_in, without_prefix
+from frugal.common.json_files import read_json_object
+from frugal.common.models.config import ImageTower
+from frugal.common.models.weight_names import Rule, pairs, read_names, write_names
 
 KINDS = ("moco", "augreg", "swag")
 """What CiT's released code calls its three families of towers."""
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_HALF = (0.5, 0.5, 0.5)
-"""What transformers' ViT normalises pixels with, where a folder does not say."""
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _OF_A_FAMILY = re.compile(
     r"(vision_model\.)?(moco|augreg|swag)\.|base_encoder\.|conv_proj\.|head\.7\.running_mean"
 )
@@ -58,17 +56,15 @@ def read_vision(source: str | Path) -> VisionWeights:
     """
     path = Path(source)
     if path.is_file():
-        state = state_in(read_content(path), source=str(path))
+        state = read_weights(path)
         if any(_OF_A_FAMILY.match(name) for name in state):
             return vision_of_state(state, source=str(path))
         found = read_encoder(path)
         return VisionWeights(found.tower, found.state, is_certain=False)
-    settings = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    about = path / "config.json"
+    settings = read_json_object(about) if about.is_file() else {}
     if settings.get("model_type") in KINDS or is_released(settings):
-        file = weights_file(path)
-        return vision_of_state(state_in(read_content(file), source=str(file)), source=str(path))
-    if settings.get("model_type") == "vit":
-        return _vit_folder(path)
+        return vision_of_state(read_weights(weights_in(path, WEIGHT_FILES)), source=str(path))
     found = read_encoder(source)
     # of timm's folders only the architecture is known
     return VisionWeights(found.tower, found.state, is_certain="architecture" not in settings)
@@ -78,70 +74,6 @@ def is_released(settings: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a released CiT model."""
     vision = settings.get("vision_config")
     return isinstance(vision, Mapping) and vision.get("model_type") in KINDS
-
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
-}  # fmt: skip
-
-
-def _vit_folder(folder: Path) -> VisionWeights:
-    """The class token behind the last norm of a ViT of transformers; its pooler is left."""
-    from transformers import AutoConfig
-
-    settings = AutoConfig.from_pretrained(folder)
-    pixels_file = folder / "preprocessor_config.json"
-    pixels = read_json(pixels_file) if pixels_file.is_file() else {}
-    try:
-        tower = ImageTower(
-            width=settings.hidden_size,
-            depth=settings.num_hidden_layers,
-            heads=settings.num_attention_heads,
-            mlp_width=settings.intermediate_size,
-            patch_size=settings.patch_size,
-            image_size=settings.image_size,
-            norm_epsilon=settings.layer_norm_eps,
-            activation=_ACTIVATIONS[settings.hidden_act],
-            mean=tuple(pixels.get("image_mean", _HALF)),
-            std=tuple(pixels.get("image_std", _HALF)),
-        )
-    except KeyError as error:
-        raise InputError(f"the activation {error} of {folder} is not known here") from None
-    file = weights_file(folder)
-    state = state_in(read_content(file), source=str(file))
-    encoder = {
-        name.removeprefix("vit."): tensor.float()
-        for name, tensor in state.items()
-        if not name.startswith(("pooler.", "vit.pooler.", "classifier."))
-    }
-    return VisionWeights(tower, from_vit_mae(encoder, tower), is_certain=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InputError: if the file holds none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return content
-
-
-def weights_file(folder: Path) -> Path:
-    """The file of weights in a folder.
-
-    Raises:
-        InputError: if there is none.
-    """
-    found = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
-    if not found:
-        raise InputError(f"the folder {folder} holds none of {', '.join(_WEIGHT_FILES)}")
-    return found[0]
 
 
 def vision_of_state(
@@ -159,12 +91,12 @@ def vision_of_state(
     """
     state = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
     if any(name.startswith("vision_model.") for name in state):
-        state = _inside(state, "vision_model.")
+        state = without_prefix(state, "vision_model.")
     for kind in KINDS:
         if any(name.startswith(f"{kind}.") for name in state):
-            state = _inside(state, f"{kind}.")
+            state = without_prefix(state, f"{kind}.")
     if any(name.startswith("base_encoder.") for name in state):
-        state = _inside(state, "base_encoder.")
+        state = without_prefix(state, "base_encoder.")
     if "conv_proj.weight" in state or "encoder.pos_embedding" in state:
         return _swag(state, source, heads)
     found = encoder_of_state(state, source=source, heads=heads)
@@ -182,10 +114,6 @@ def vision_of_state(
         raise InputError(f"{source} has a projector without {missing}; it is incomplete") from None
     tower = replace(found.tower, projector_width=hidden, projector_outputs=outputs)
     return VisionWeights(tower, found.state | projector, is_certain=False)
-
-
-def _inside(state: Mapping[str, Tensor], prefix: str) -> State:
-    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from frugal.cit.published_vision import VisionWeights, read_vision
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.checkpoint.warm_start import load_weights
 from frugal.common.errors import InputError
+from frugal.common.interop.stored_files import without_prefix
 from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.positions import image_table, resample_grid, resample_length
@@ -181,7 +182,7 @@ def start_text(
     _compare(theirs, tower.config, _FREE_OF_TEXTS, part="text", source=source)
     prefix = "model.text."
     weights = load_weights(checkpoint)
-    state = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+    state = without_prefix(weights, prefix)
     if theirs.length != tower.config.length:
         if not interpolate:
             raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from frugal.common.data.damage import Damaged
 from frugal.common.data.samples import Fields, RawSample, StringTable
 from frugal.common.errors import InputError
+from frugal.common.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,7 @@ def _chosen_folders(folder: Path) -> tuple[Path, dict[str, str]] | None:
 
 
 def _read_names(path: Path) -> dict[str, str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
+    content = read_json(path)
     is_mapping = isinstance(content, dict) and content
     if not is_mapping or not all(isinstance(value, str) for value in content.values()):
         raise InputError(

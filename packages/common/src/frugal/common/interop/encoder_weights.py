@@ -8,7 +8,6 @@ MILAN with or without decoder or head.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -18,10 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.interop.stored_files import State, read_content, state_in
+from frugal.common.interop.stored_files import (
+    State,
+    read_content,
+    state_in,
+    weights_in,
+    without_prefix,
+)
+from frugal.common.json_files import read_json_object
 from frugal.common.models.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -133,8 +138,8 @@ def read_encoder(
         if (path / "open_clip_config.json").is_file():
             _refuse(source, activation, heads)
             return _open_clip_folder(path)
-        if exported and "architecture" in _json(path / "config.json"):  # timm's
-            return read_encoder(_weights_in(path), activation=activation, heads=heads)
+        if exported and "architecture" in read_json_object(path / "config.json"):  # timm's
+            return read_encoder(weights_in(path, _WEIGHT_FILES), activation=activation, heads=heads)
         if exported:
             _refuse(source, activation, heads)
             return _transformers_folder(path)
@@ -202,7 +207,7 @@ def _own_run(path: Path) -> EncoderWeights:
     tower = getattr(recipe.model, "image", None)
     weights = load_weights(checkpoint)
     prefix = "model.image."
-    state = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+    state = without_prefix(weights, prefix)
     if not isinstance(tower, ImageTower) or not state:
         raise InputError(f"the run {path} trained no image tower; give another one")
     rest = {n.removeprefix("model."): t for n, t in weights.items() if not n.startswith(prefix)}
@@ -225,7 +230,7 @@ def _clip_state(
 ) -> EncoderWeights:
     """The visual part of a state of OpenAI's or open_clip's ``CLIP``."""
     visual = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
-    ours = _without_prefix(read_names(visual, OPEN_CLIP, source=source), "image.")
+    ours = without_prefix(read_names(visual, OPEN_CLIP, source=source), "image.")
     side = state["visual.conv1.weight"].shape[-1]
     return _shaped(
         ours,
@@ -240,12 +245,12 @@ def _clip_state(
 
 
 def _open_clip_folder(folder: Path) -> EncoderWeights:
-    settings = _json(folder / "open_clip_config.json")
+    settings = read_json_object(folder / "open_clip_config.json")
     model, pixels = settings.get("model_cfg", {}), settings.get("preprocess_cfg", {})
     vision = model.get("vision_cfg", {})
     if vision.get("pool_type", "tok") != "tok" or "timm_model_name" in vision:
         raise InputError(f"the image tower of {folder} is no plain CLIP tower; choose another one")
-    state = state_in(read_content(_weights_in(folder)), source=str(folder))
+    state = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
     weights = _clip_state(
         {name: tensor.float() for name, tensor in state.items()},
         activation="quick_gelu" if model.get("quick_gelu") else "gelu",
@@ -268,7 +273,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def _transformers_folder(folder: Path) -> EncoderWeights:
-    settings = _json(folder / "config.json")
+    settings = read_json_object(folder / "config.json")
     if settings.get("model_type") in ("vit", "vit_mae"):
         return _vit_folder(folder, settings)
     if "clip" not in str(settings.get("model_type", "")):
@@ -283,14 +288,14 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
     vision: Any = CLIPVisionConfig(**{k: v for k, v in given.items() if k != "model_type"})
     if vision.hidden_act not in _ACTIVATIONS:
         raise InputError(f"the activation {vision.hidden_act!r} of {folder} is not known here")
-    state = state_in(read_content(_weights_in(folder)), source=str(folder))
+    state = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
     kept = ("vision_model.", "visual_projection.")
     visual = {
         name: tensor.float()
         for name, tensor in state.items()
         if name.startswith(kept) and not name.endswith("position_ids")
     }
-    ours = _without_prefix(read_names(visual, TRANSFORMERS_CLIP, source=str(folder)), "image.")
+    ours = without_prefix(read_names(visual, TRANSFORMERS_CLIP, source=str(folder)), "image.")
     pixels = _look(folder)
     return _shaped(
         ours,
@@ -331,7 +336,7 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
         mean=tuple(look.get("image_mean", _HALF if kind is ViTConfig else IMAGENET_MEAN)),
         std=tuple(look.get("image_std", _HALF if kind is ViTConfig else IMAGENET_STD)),
     )
-    stored = state_in(read_content(_weights_in(folder)), source=str(folder))
+    stored = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
     state = {name: tensor.float() for name, tensor in stored.items()}
     encoder = {n: t for n, t in state.items() if not n.startswith(_BESIDE_A_VIT)}
     rest = {
@@ -345,24 +350,7 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
 def _look(folder: Path) -> dict[str, Any]:
     """How the folder says that images are prepared."""
     beside = folder / "preprocessor_config.json"
-    return _json(beside) if beside.is_file() else {}
-
-
-def _weights_in(folder: Path) -> Path:
-    found = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
-    if not found:
-        raise InputError(f"the folder {folder} holds none of {', '.join(_WEIGHT_FILES)}")
-    return found[0]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return content
+    return read_json_object(beside) if beside.is_file() else {}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -379,7 +367,7 @@ def encoder_of_state(
     """
     projection = state.get("image_projection")
     if "visual.patch_embed.proj.weight" in state:
-        state = _without_prefix(state, "visual.")
+        state = without_prefix(state, "visual.")
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4 or "blocks.0.attn.qkv.weight" not in state:
         raise InputError(
@@ -406,10 +394,6 @@ def encoder_of_state(
                 "autoencoder; it is kept as it is", source, distance,
             )  # fmt: skip
     return weights
-
-
-def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
-    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
 
 def _shaped(

@@ -109,7 +109,7 @@ def load_foreign(path: Path, *, name: str | None = None) -> Foreign:
         InputError: if it cannot be read, is of a kind that is not known, or needs a name.
     """
     from frugal.common.interop import foreign_open_clip, foreign_openai, foreign_transformers
-    from frugal.common.interop.stored_files import is_torchscript
+    from frugal.common.interop.torchscript import is_torchscript
 
     if path.is_dir():
         if name is not None:

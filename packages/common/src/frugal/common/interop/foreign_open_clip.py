@@ -13,7 +13,6 @@ from torch import Tensor
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.interop.foreign_files import read_weights
 from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, Foreign, fill
 from frugal.common.interop.foreign_wrapped import (
     RowTokenizer,
@@ -22,6 +21,7 @@ from frugal.common.interop.foreign_wrapped import (
     WrappedModel,
     WrappedText,
 )
+from frugal.common.interop.stored_files import read_weights
 from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
 from frugal.common.models.weight_names import from_open_clip
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.interop.foreign_files import read_weights
 from frugal.common.interop.foreign_models import Foreign, fill
 from frugal.common.interop.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
+from frugal.common.interop.stored_files import read_weights
 from frugal.common.models.config import (
     CLIP_MEAN,
     CLIP_STD,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
@@ -21,7 +20,9 @@ from frugal.common.interop import timm_weights
 from frugal.common.interop.encoder_weights import EncoderWeights, read_encoder
 from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, OPENAI, Foreign, load_foreign
 from frugal.common.interop.imported_encoder import ImportedEncoder, TrainedElsewhere
-from frugal.common.interop.stored_files import State, is_torchscript, read_content, state_in
+from frugal.common.interop.stored_files import State, read_weights
+from frugal.common.interop.torchscript import is_torchscript
+from frugal.common.json_files import read_json_object
 from frugal.common.models.config import DualEncoderConfig, ImagePositions, ImageTower
 from frugal.common.models.positions import image_table
 from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine
@@ -106,7 +107,7 @@ def _folder(folder: Path, name: str | None) -> Imported:
         )
     if (folder / OPEN_CLIP_CONFIG).is_file():
         return _two_towers(load_foreign(folder, name=name), folder)
-    about = _json(folder / "config.json")
+    about = read_json_object(folder / "config.json")
     kind = about.get("model_type")
     if kind in _TWO_TOWERS:
         return _two_towers(load_foreign(folder, name=name), folder)
@@ -131,7 +132,7 @@ def _file(path: Path, name: str | None) -> Imported:
         return _two_towers(load_foreign(path, name=name), path)
     if path.suffix not in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
         raise InputError(f"{path} is no file of weights that is known here{_elsewhere()}")
-    state = state_in(read_content(path), source=str(path))
+    state = read_weights(path)
     if {"input_resolution", "context_length", "vocab_size"} <= state.keys():
         return _two_towers(load_foreign(path, name=OPENAI), path)
     if "text_projection" in state or "text.text_projection" in state:
@@ -142,16 +143,6 @@ def _file(path: Path, name: str | None) -> Imported:
         f"{path} does not say which model its weights are of, the first of them "
         f"{min(state)!r}; give --model with open_clip's or timm's name of it{_elsewhere()}"
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return content
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,7 +256,7 @@ def _encoder(found: EncoderWeights, crop: CenterCrop) -> Imported:
 def _crop(folder: Path) -> CenterCrop:
     """How a folder of transformers says that images are cut, as near as that is known."""
     path = folder / "preprocessor_config.json"
-    about = _json(path) if path.is_file() else {}
+    about = read_json_object(path) if path.is_file() else {}
     size, cut = about.get("size"), about.get("crop_size")
     kernel = "bilinear" if about.get("resample", 2) == 2 else "bicubic"
     edge = size.get("shortest_edge") if isinstance(size, dict) else None

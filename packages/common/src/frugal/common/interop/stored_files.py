@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.interop.torchscript import is_torchscript, read_torchscript
 
 State = dict[str, Tensor]
 
@@ -54,8 +54,6 @@ def read_content(path: Path) -> Any:
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read as safetensors: {error}") from None
     if is_torchscript(path):
-        from frugal.common.interop.foreign_files import read_torchscript
-
         return read_torchscript(path)
     try:
         with torch.serialization.safe_globals(_ALLOWED):
@@ -67,12 +65,30 @@ def read_content(path: Path) -> Any:
         ) from None
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive of compiled code and its constants."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+def read_weights(path: Path) -> State:
+    """The tensors of a file by name: safetensors, a torch checkpoint, or TorchScript.
+
+    Raises:
+        InputError: if the file is missing, truncated, or holds anything but tensors.
+    """
+    return state_in(read_content(path), source=str(path))
+
+
+def weights_in(folder: Path, names: Sequence[str]) -> Path:
+    """The file of weights in a folder, by the first of its usual names.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise InputError(f"the folder {folder} holds none of {', '.join(names)}")
+    return found
+
+
+def without_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
 
 def state_in(content: Any, *, source: str) -> State:

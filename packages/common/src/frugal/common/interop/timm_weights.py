@@ -14,7 +14,7 @@ from torch import nn
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.interop.encoder_weights import EncoderWeights
-from frugal.common.interop.stored_files import read_content, state_in
+from frugal.common.interop.stored_files import read_weights, weights_in
 from frugal.common.models.config import Activation, ImageTower
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.weight_names import from_timm
@@ -47,9 +47,7 @@ def read_folder(folder: Path) -> TimmWeights:
         settings = dict(about.get("pretrained_cfg") or about)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not describe a model of timm ({error})") from None
-    weights = next((folder / file for file in _FILES if (folder / file).is_file()), None)
-    if weights is None:
-        raise InputError(f"the folder {folder} holds none of {', '.join(_FILES)}")
+    weights = weights_in(folder, _FILES)
     if "input_size" in settings:
         args.setdefault("img_size", tuple(settings["input_size"][1:]))
     if "global_pool" in about:
@@ -71,7 +69,7 @@ def _read(
 ) -> TimmWeights:
     import timm
 
-    state = {n: t.float() for n, t in state_in(read_content(path), source=str(path)).items()}
+    state = {n: t.float() for n, t in read_weights(path).items()}
     classes = len(state["head.weight"]) if "head.weight" in state else 0
     try:
         with torch.device("meta"):

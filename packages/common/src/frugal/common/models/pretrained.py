@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from frugal.common.errors import InputError
+from frugal.common.json_files import read_json_object
 from frugal.common.models.config import IMAGENET_MEAN, IMAGENET_STD, DualEncoderConfig, ImageTower
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Channels, KeepAll
@@ -78,13 +79,7 @@ def _read_json(name: str, file: str, *, needed: bool = True) -> dict[str, Any] |
         if not needed:
             return None
         raise InputError(f"the folder {name} holds no {file}; give a folder that holds a model")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object")
-    return content
+    return read_json_object(path)
 
 
 def _fetched(name: str, file: str, *, needed: bool) -> Path | None:

@@ -1,4 +1,4 @@
-"""Files of weights that others wrote, read without ever running anything that is in them.
+"""TorchScript archives, read without ever running anything that is in them.
 
 OpenAI's published models are TorchScript archives: a pickle, the bytes of the tensors, and code.
 ``torch.jit.load`` would compile that code, and ``torch.load(weights_only=True)`` refuses the file.
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.interop.stored_files import is_torchscript, read_content, state_in
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -35,19 +34,12 @@ _DTYPES = {
 }
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name: safetensors, a torch checkpoint, or TorchScript.
-
-    Raises:
-        InputError: if the file is missing, truncated, or holds anything but tensors.
-    """
-    is_archive = path.is_file() and is_torchscript(path)
-    content = read_torchscript(path) if is_archive else read_content(path)
-    return state_in(content, source=str(path))
-
-
-# ------------------------------------------------------------------------------------------------
-# TorchScript
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive of compiled code and its constants."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 class _Module:
