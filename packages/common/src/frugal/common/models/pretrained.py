@@ -157,7 +157,7 @@ class _Whole:
     @property
     def pooled_width(self) -> int:
         """Of the vector that is projected into the space of texts."""
-        from frugal.common.models.pretrained_towers import probe
+        from frugal.common.models.pretrained_models import probe
 
         return probe(self).width
 
@@ -165,7 +165,7 @@ class _Whole:
 
     def flops(self, seen: float) -> float:
         """Forward FLOPs of one image."""
-        from frugal.common.models.pretrained_towers import forward_flops
+        from frugal.common.models.pretrained_models import forward_flops
 
         del seen
         return forward_flops(self, 1)
@@ -247,7 +247,7 @@ class TimmImage(_Whole):
     def about(self) -> dict[str, Any]:
         """architecture, model_args, mean and std."""
         if not self.facts:
-            from frugal.common.models.pretrained_towers import about_timm
+            from frugal.common.models.pretrained_models import about_timm
 
             return about_timm(self.name)
         config = json.loads(self.facts)["config"]
@@ -322,13 +322,13 @@ class TransformersText:
     @property
     def width(self) -> int:
         """Of the pooled vector."""
-        from frugal.common.models.pretrained_towers import probe
+        from frugal.common.models.pretrained_models import probe
 
         return probe(self).width
 
     def flops(self, seen: float) -> float:
         """Forward FLOPs of one caption of which so many slots are computed."""
-        from frugal.common.models.pretrained_towers import forward_flops
+        from frugal.common.models.pretrained_models import forward_flops
 
         return forward_flops(self, max(round(seen), 1))
 
