@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from measuring import write
-from small_runs import finish, lasting, mean_and_spread, outcome, table, write_page
+from small_runs import finish, lasting, outcome, report_seeds
 
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import build_index, find_files, open_shard
 from frugal.common.data.tars import TarReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
-from frugal.common.evaluation.curves import Curve
 
 MODULE = "frugal.cit.train"
 ALL = ("--data.threshold=-1", "--data.min-ratio", "None")
@@ -158,31 +156,15 @@ def share_of(file: Path, relevant: dict[tuple[str, int], bool]) -> float:
 
 def report(options: argparse.Namespace, outcomes: dict[str, list[Numbers]]) -> None:
     """Table, JSON and page."""
-    rows = []
-    for name in outcomes["curated"][0]:
-        values = {key: [numbers[name] for numbers in seeds] for key, seeds in outcomes.items()}
-        spreads = (mean_and_spread(part) for part in values.values())
-        cells = [f"{mean:.4g} ± {spread:.2g}" for mean, spread in spreads]
-        pairs = zip(values["curated"], values["raw pool"], strict=True)
-        rows.append([name, *cells, f"{sum(a > b for a, b in pairs)} of {options.seeds}"])
-    text = table(["number", *outcomes, "curated above raw"], rows)
-    print(text)
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
-    write(options.out / "cit_scenes.json", settings | outcomes)
-    top1 = [
-        Curve(
-            name, tuple((seed, 100 * found["zero_shot_top1"]) for seed, found in enumerate(seeds))
-        )
-        for name, seeds in outcomes.items()
-    ]
-    charts: dict[str, Any] = {"Zero-shot accuracy by seed": ("seed", top1)}
-    write_page(
-        options.out / "cit_scenes.html",
+    report_seeds(
+        options.out / "cit_scenes",
+        outcomes,
+        settings={name: value for name, value in vars(options).items() if name != "out"},
+        contests={"curated above raw": ("curated", "raw pool")},
+        shown=("zero_shot_top1", "Zero-shot accuracy"),
         title="Curation, the raw pool and an oracle on scenes",
         summary=f"{options.updates:,} updates of {options.batch_size} pairs each. "
         f"{(__doc__ or '').splitlines()[0]}",
-        text=text,
-        charts=charts,
     )
 
 

@@ -11,13 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from measuring import write
-from small_runs import lasting, mean_and_spread, scenes, table, train_small, write_page
+from small_runs import lasting, report_seeds, scenes, train_small
 
 from frugal.cluster_masking.recipes import RECIPES
-from frugal.common.evaluation.curves import Curve
 
 MODULE = "frugal.cluster_masking.train"
 SETTINGS = {"clusters": "demo", "random": "demo-random"}
@@ -69,31 +66,14 @@ def measured_numbers(run: Path) -> Numbers:
 
 def report(options: argparse.Namespace, outcomes: dict[str, list[Numbers]]) -> None:
     """Table, JSON and page."""
-    clusters, random = outcomes["clusters"], outcomes["random"]
-    names = [name for name in clusters[0] if name in random[0]]
-    rows = []
-    for name in names:
-        values = {key: [numbers[name] for numbers in seeds] for key, seeds in outcomes.items()}
-        better = sum(a > b for a, b in zip(values["clusters"], values["random"], strict=True))
-        spreads = (mean_and_spread(part) for part in values.values())
-        cells = [f"{mean:.4g} ± {spread:.2g}" for mean, spread in spreads]
-        rows.append([name, *cells, f"{better} of {options.seeds}"])
-    text = table(["number", *outcomes, "clusters higher"], rows)
-    print(text)
-    write(options.out / "cluster_masking_scenes.json", {"samples": options.samples, **outcomes})
-    top1 = [
-        Curve(
-            name, tuple((seed, 100 * seeds[seed]["zero_shot_top1"]) for seed in range(len(seeds)))
-        )
-        for name, seeds in outcomes.items()
-    ]
-    charts: dict[str, Any] = {"Zero-shot accuracy by seed": ("seed", top1)}
-    write_page(
-        options.out / "cluster_masking_scenes.html",
+    report_seeds(
+        options.out / "cluster_masking_scenes",
+        outcomes,
+        settings={"samples": options.samples},
+        contests={"clusters higher": ("clusters", "random")},
+        shown=("zero_shot_top1", "Zero-shot accuracy"),
         title="Clusters against random patches on scenes",
         summary=f"{options.samples:,} samples each. {(__doc__ or '').splitlines()[0]}",
-        text=text,
-        charts=charts,
     )
 
 

@@ -16,12 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from measuring import write
-from small_runs import finish, lasting, mean_and_spread, scenes, table, train_small, write_page
-
-from frugal.common.evaluation.curves import Curve
+from small_runs import finish, lasting, report_seeds, scenes, train_small
 
 PRETRAIN, PROBE = "frugal.milan.pretrain", "frugal.milan.linear_probe"
 MODELS = ("MILAN", "MAE", "teacher")
@@ -89,32 +85,15 @@ def probe(options: argparse.Namespace, data: Path, run: Path, seed: int) -> Numb
 
 def report(options: argparse.Namespace, outcomes: dict[str, list[Numbers]]) -> None:
     """Table, JSON and page."""
-    rows = []
-    for name in outcomes["MILAN"][0]:
-        values = {model: [numbers[name] for numbers in seeds] for model, seeds in outcomes.items()}
-        spreads = (mean_and_spread(part) for part in values.values())
-        cells = [f"{mean:.4g} ± {spread:.2g}" for mean, spread in spreads]
-        for other in ("MAE", "teacher"):
-            pairs = zip(values["MILAN"], values[other], strict=True)
-            cells.append(f"{sum(a > b for a, b in pairs)} of {options.seeds}")
-        rows.append([name, *cells])
-    header = ["number", *outcomes, "MILAN above MAE", "MILAN above teacher"]
-    text = table(header, rows)
-    print(text)
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
-    write(options.out / "milan_scenes.json", settings | outcomes)
-    top1 = [
-        Curve(name, tuple((seed, 100 * found["accuracy_top1"]) for seed, found in enumerate(seeds)))
-        for name, seeds in outcomes.items()
-    ]
-    charts: dict[str, Any] = {"Accuracy of a linear probe by seed": ("seed", top1)}
-    write_page(
-        options.out / "milan_scenes.html",
+    report_seeds(
+        options.out / "milan_scenes",
+        outcomes,
+        settings={name: value for name, value in vars(options).items() if name != "out"},
+        contests={"MILAN above MAE": ("MILAN", "MAE"), "MILAN above teacher": ("MILAN", "teacher")},
+        shown=("accuracy_top1", "Accuracy of a linear probe"),
         title="MILAN, MAE and the teacher on scenes",
         summary=f"{options.epochs} epochs of {options.images:,} images each. "
         f"{(__doc__ or '').splitlines()[0]}",
-        text=text,
-        charts=charts,
     )
 
 

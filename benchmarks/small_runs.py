@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
+
+from measuring import write
 
 from frugal.common.evaluation.curves import Curve, line_chart
 from frugal.common.evaluation.page import PAGE, STYLE
@@ -93,6 +96,50 @@ def outcome(run: Path) -> Outcome:
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and the standard deviation over seeds (0 for one seed)."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def report_seeds(
+    path: Path,
+    outcomes: dict[str, list[dict[str, float]]],
+    *,
+    settings: dict[str, Any],
+    contests: dict[str, tuple[str, str]],
+    shown: tuple[str, str],
+    title: str,
+    summary: str,
+) -> None:
+    """Table, JSON and page of what several trainings reached, seed by seed.
+
+    Args:
+        path: of the files, without their suffix.
+        outcomes: the numbers of every seed, by the name of the training.
+        settings: what goes into the JSON besides.
+        contests: columns that say how often the first of two trainings is above the second.
+        shown: the number that is drawn, and what it is called.
+        title: of the page.
+        summary: a sentence under it.
+    """
+    first, *others = (seeds[0] for seeds in outcomes.values())
+    names = [name for name in first if all(name in other for other in others)]
+    rows = []
+    for name in names:
+        values = {key: [numbers[name] for numbers in seeds] for key, seeds in outcomes.items()}
+        spreads = (mean_and_spread(part) for part in values.values())
+        cells = [f"{mean:.4g} ± {spread:.2g}" for mean, spread in spreads]
+        for one, other in contests.values():
+            pairs = list(zip(values[one], values[other], strict=True))
+            cells.append(f"{sum(a > b for a, b in pairs)} of {len(pairs)}")
+        rows.append([name, *cells])
+    text = table(["number", *outcomes, *contests], rows)
+    print(text)
+    write(path.with_suffix(".json"), settings | outcomes)
+    number, called = shown
+    curves = [
+        Curve(name, tuple((seed, 100 * found[number]) for seed, found in enumerate(seeds)))
+        for name, seeds in outcomes.items()
+    ]
+    charts = {f"{called} by seed": ("seed", curves)}
+    write_page(path.with_suffix(".html"), title=title, summary=summary, text=text, charts=charts)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
