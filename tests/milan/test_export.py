@@ -16,6 +16,10 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    BeitBackbone,
+    BeitForImageClassification,
+    UperNetForSemanticSegmentation,
     ViTForImageClassification,
     ViTMAEForPreTraining,
     ViTModel,
@@ -254,11 +258,89 @@ def test_the_batch_norm_of_a_probe_is_part_of_the_exported_layer(make_run, tmp_p
         assert torch.equal(load_trained(slim, device="cpu").model(images), ours(images))
 
 
-def test_a_norm_on_the_mean_cannot_leave_for_transformers(make_run, tmp_path) -> None:
-    run = make_run(tuning(demo_fine_tuning()))
-    named = r"model.image.norm_after_pooling=True: .*--to frugal or timm"
-    with pytest.raises(InputError, match=named):
-        export(Options(checkpoint=run, to="huggingface", out=tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("pooling", "to"),
+    [("mean", "huggingface"), ("mean", "huggingface_beit"), ("class", "huggingface_beit")],
+)
+def test_a_norm_on_the_mean_leaves_for_transformers_as_beit(
+    pooling, to, make_run, tmp_path
+) -> None:
+    recipe = tuning(demo_fine_tuning())
+    tower = pooled(recipe.model.image, pooling)
+    recipe = replace(recipe, model=replace(recipe.model, image=tower))
+    run, out = make_run(recipe), tmp_path / "out"
+    assert export(Options(checkpoint=run, to=to, out=out)) < 1e-5
+    theirs, loading = AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
+    assert isinstance(theirs, BeitForImageClassification) and not any(loading.values()), loading
+    assert theirs.config.use_mean_pooling == (pooling == "mean")
+    ours: Any = load_trained(run, device="cpu").model
+    images = images_for(recipe)
+    with torch.inference_mode():
+        logits = theirs.eval()(pixel_values=images).logits
+        torch.testing.assert_close(logits, ours(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "option"),
+    [("mean_all", "model.image.norm_after_pooling=True"), ("mean_all", "model.image.pooling")],
+)
+def test_a_mean_over_all_tokens_cannot_leave_for_transformers(
+    pooling, option, make_run, tmp_path
+) -> None:
+    recipe = tuning(demo_fine_tuning())
+    tower = pooled(recipe.model.image, pooling)
+    run = make_run(replace(recipe, model=replace(recipe.model, image=tower)))
+    to = "huggingface" if "norm" in option else "huggingface_beit"
+    with pytest.raises(InputError, match=f"{option}.*: .*--to frugal or timm"):
+        export(Options(checkpoint=run, to=to, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_an_encoder_is_a_backbone_of_transformers(depth, make_run, tmp_path) -> None:
+    recipe = pretraining(demo(), depth=depth, patch_bias=True)
+    run, out = make_run(recipe), tmp_path / "out"
+    assert export(Options(checkpoint=run, to="huggingface_beit", out=out)) < 1e-5
+    theirs, loading = BeitBackbone.from_pretrained(
+        out, out_indices=[1, depth], output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    ours, images = read_encoder(run).build().eval(), images_for(recipe)
+    with torch.inference_mode():
+        maps = theirs.eval()(pixel_values=images).feature_maps
+        tokens = ours(images, output="blocks", blocks=(0, depth - 1))
+        everything = AutoModel.from_pretrained(out).eval()(pixel_values=images).last_hidden_state
+        torch.testing.assert_close(everything, ours.forward_tokens(images), rtol=1e-5, atol=1e-5)
+    for found, expected in zip(maps, tokens, strict=True):
+        flat = found.flatten(2).transpose(1, 2)  # (B, N, D)
+        torch.testing.assert_close(flat, expected[:, 1:], rtol=1e-5, atol=1e-5)
+    assert "BeitBackbone" in (out / "README.md").read_text()
+
+
+def test_wide_images_have_no_backbone_in_transformers(make_run, tmp_path) -> None:
+    run = make_run(pretraining(demo(), image_size=(16, 40)))
+    with pytest.raises(InputError, match=r"model.image.image_size=\(16, 40\): .* square"):
+        export(Options(checkpoint=run, to="huggingface_beit", out=tmp_path / "out"))
+
+
+def test_a_segmenter_leaves_for_transformers_with_both_heads(make_run, tmp_path) -> None:
+    recipe = SEGMENTATION["demo"]()
+    model = replace(recipe.model, width=20, auxiliary_width=12, pool_scales=(1, 2), num_classes=7)
+    recipe = replace(recipe, model=model)
+    run, out = make_run(recipe), tmp_path / "out"
+    assert export(Options(checkpoint=run, to="huggingface", out=out)) < 1e-5
+    theirs, loading = AutoModelForSemanticSegmentation.from_pretrained(
+        out, output_loading_info=True
+    )
+    assert isinstance(theirs, UperNetForSemanticSegmentation) and not any(loading.values())
+    assert theirs.config.auxiliary_loss_weight == recipe.objective.auxiliary_weight
+    ours: Any = load_trained(run, device="cpu").model
+    images = images_for(recipe)
+    with torch.inference_mode():
+        made = theirs.eval()(pixel_values=images, labels=torch.zeros(3, 64, 64).long())
+        torch.testing.assert_close(made.logits, ours(images), rtol=1e-5, atol=1e-5)
+        auxiliary = theirs.auxiliary_head(theirs.backbone(images).feature_maps)
+        torch.testing.assert_close(auxiliary, ours.both(images)[1], rtol=1e-5, atol=1e-5)
+    assert "AutoModelForSemanticSegmentation" in (out / "README.md").read_text()
 
 
 def test_the_encoder_of_a_segmenter_leaves_without_a_last_norm(make_run, tmp_path) -> None:
@@ -272,5 +354,5 @@ def test_the_encoder_of_a_segmenter_leaves_without_a_last_norm(make_run, tmp_pat
         tokens = ours(images, output="blocks", blocks=(last,))[0]
         found = theirs.forward_features(images)
     torch.testing.assert_close(found, tokens, rtol=1e-5, atol=1e-5)
-    with pytest.raises(InputError, match=r"model.image.norm: .*--to frugal or timm"):
-        export(Options(checkpoint=run, to="huggingface", out=tmp_path / "other"))
+    with pytest.raises(InputError, match=r"model.image.norm: .*--to frugal or huggingface or timm"):
+        export(Options(checkpoint=run, to="huggingface_beit", out=tmp_path / "other"))

@@ -16,12 +16,12 @@ from run_directories import STEP, small
 from safetensors.torch import load_file, save_file
 from transformers import BertTokenizer
 
-from frugal.common import export as export_module
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.data.tokenizers import HuggingFace, WordPiece
 from frugal.common.errors import InputError
 from frugal.common.evaluate import load_trained
-from frugal.common.export import LIBRARIES, Options, export, load, targets
+from frugal.common.export import LIBRARIES, Options, export, load
+from frugal.common.interop import targets as ways_out
 from frugal.common.models.config import clip_encoder, flip_encoder
 from frugal.flip.recipes import demo
 from support import command
@@ -260,7 +260,7 @@ def test_weights_that_are_not_finite_are_not_written(make_run, tmp_path) -> None
 def test_what_reads_back_differently_is_removed(
     to, tensor, clip_run, tmp_path, monkeypatch
 ) -> None:
-    ways = targets(load(clip_run))
+    ways = ways_out.targets(load(clip_run))
     honest = ways[to]
 
     def write(folder: Path) -> None:
@@ -270,7 +270,7 @@ def test_what_reads_back_differently_is_removed(
         save_file({**state, tensor: state[tensor] + 0.01}, file, metadata={"format": "pt"})
 
     spoiling = ways | {to: replace(honest, write=write)}
-    monkeypatch.setattr(export_module, "targets", lambda trained: spoiling)
+    monkeypatch.setattr(ways_out, "targets", lambda trained: spoiling)
     with pytest.raises(InputError, match="differs by"):
         export(Options(checkpoint=clip_run, to=to, out=tmp_path / "out"))
     assert not list(tmp_path.iterdir())

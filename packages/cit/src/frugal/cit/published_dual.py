@@ -42,6 +42,7 @@ from frugal.common.models.pretrained import (
     transformers_config,
 )
 from frugal.common.models.weight_names import to_timm
+from frugal.common.quiet_transformers import quietly
 
 _HALF = (0.5, 0.5, 0.5)
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\..*")
@@ -204,9 +205,10 @@ def _transformers_folder(folder: Path, settings: Mapping[str, Any], *, length: i
 
     weights_in(folder, WEIGHT_FILES)
     try:
-        theirs, report = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
+        with quietly():
+            theirs, report = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:  # noqa: BLE001 - files raise errors of every kind
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{folder} cannot be loaded by transformers: {reason}") from None

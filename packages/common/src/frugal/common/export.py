@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,9 +15,11 @@ import tyro
 
 from frugal.common.commands import run_politely
 from frugal.common.errors import InputError
+from frugal.common.quiet_transformers import quietly
 
 if TYPE_CHECKING:
     from frugal.common.checkpoint.store import Checkpoint
+    from frugal.common.interop.targets import Target
     from frugal.common.interop.trained import Misfit, TrainedModel, TrainedRun, TrainedTower
     from frugal.common.recipe import Recipe
 
@@ -28,6 +30,7 @@ LIBRARIES = {
     "frugal": "frugal",
     "open_clip": "open_clip",
     "huggingface": "transformers",
+    "huggingface_beit": "transformers",
     "huggingface_mae": "transformers",
     "timm": "timm",
 }
@@ -40,12 +43,13 @@ class Options:
 
     checkpoint: Path
     """A run directory, or one of its checkpoints."""
-    to: Literal["frugal", "open_clip", "huggingface", "huggingface_mae", "timm"]
+    to: Literal["frugal", "open_clip", "huggingface", "huggingface_beit", "huggingface_mae", "timm"]
     """frugal: a run directory with nothing but weights. open_clip: a folder for its local-dir
     names. huggingface: a folder for transformers' CLIPModel, with a tower that this does not have
-    for its VisionTextDualEncoderModel, or of an image tower alone for its ViTModel.
-    huggingface_mae: for its ViTMAEForPreTraining. timm: the image tower for timm's local-dir
-    names."""
+    for its VisionTextDualEncoderModel, of an image tower alone for its ViTModel (or BeitModel, with
+    a norm on the mean of the patches), of a segmenter for its UperNetForSemanticSegmentation.
+    huggingface_beit: an image tower for its BeitModel and BeitBackbone. huggingface_mae: for its
+    ViTMAEForPreTraining. timm: the image tower for timm's local-dir names."""
     out: Path
     """Folder that is written; it must not exist, or be empty."""
     moving_average: bool = True
@@ -58,107 +62,6 @@ class Options:
                 f"--no-moving-average is for --to frugal; export so first, and what that wrote "
                 f"with --to {self.to}"
             )
-
-
-@dataclass(frozen=True)
-class Target:
-    """One way for a trained model to leave."""
-
-    usage: str
-    """How to load FOLDER, in Markdown."""
-    misfit: Callable[[], Misfit | None]
-    """The first option of the model that the library has no place for."""
-    write: Callable[[Path], None]
-    """Fills an empty folder."""
-    difference: Callable[[Path], float]
-    """The largest one between what the library reads out of the folder and the model."""
-    is_whole: bool = True
-    """A text tower is not left behind."""
-
-
-def targets(trained: TrainedRun) -> dict[str, Target]:
-    """Every way for this kind of model to leave, by the name on the command line."""
-    from frugal.common.interop import run_directory
-    from frugal.common.interop.trained import TrainedModel, TrainedTower
-
-    own = Target(
-        usage=run_directory.USAGE if trained.reads_captions else run_directory.USAGE_OF_A_TOWER,
-        misfit=lambda: None,
-        write=lambda folder: run_directory.write(trained, folder),
-        difference=lambda folder: run_directory.difference(trained, folder),
-    )
-    if isinstance(trained, TrainedModel):
-        return {"frugal": own} | _targets_of_two_towers(trained)
-    if isinstance(trained, TrainedTower):
-        return {"frugal": own} | _targets_of_a_tower(trained)
-    return {"frugal": own}
-
-
-def _targets_of_two_towers(trained: TrainedModel) -> dict[str, Target]:
-    from frugal.common.interop import (
-        dual_encoder_folder,
-        open_clip_folder,
-        transformers_folder,
-    )
-
-    is_own = trained.has_own_towers
-    timm = {"timm": replace(_timm(trained.image), is_whole=False)} if is_own.image else {}
-    mixed = Target(
-        usage=dual_encoder_folder.USAGE,
-        misfit=lambda: dual_encoder_folder.misfit(trained),
-        write=lambda folder: dual_encoder_folder.write(trained, folder),
-        difference=lambda folder: trained.difference(dual_encoder_folder.embed, folder),
-    )
-    if not all(is_own):
-        return {"huggingface": mixed, **timm}
-    clip = Target(
-        usage=transformers_folder.USAGE,
-        misfit=lambda: transformers_folder.misfit(trained),
-        write=lambda folder: transformers_folder.write(trained, folder),
-        difference=lambda folder: trained.difference(transformers_folder.embed, folder),
-    )
-    return {
-        "open_clip": Target(
-            usage=open_clip_folder.USAGE,
-            misfit=lambda: open_clip_folder.misfit(trained),
-            write=lambda folder: open_clip_folder.write(trained, folder),
-            difference=lambda folder: trained.difference(open_clip_folder.embed, folder),
-        ),
-        # not every image tower is CLIP's, and transformers joins others to CLIP's text tower
-        "huggingface": mixed if clip.misfit() and not mixed.misfit() else clip,
-        **timm,
-    }
-
-
-def _targets_of_a_tower(trained: TrainedTower) -> dict[str, Target]:
-    from frugal.common.interop import vit_folder, vit_mae_folder
-
-    return {
-        "huggingface": Target(
-            usage=vit_folder.USAGE if trained.head is None else vit_folder.CLASSIFIER_USAGE,
-            misfit=lambda: vit_folder.misfit(trained),
-            write=lambda folder: vit_folder.write(trained, folder),
-            difference=lambda folder: trained.difference(vit_folder.see, folder),
-        ),
-        "huggingface_mae": Target(
-            usage=vit_mae_folder.USAGE,
-            misfit=lambda: vit_mae_folder.misfit(trained),
-            write=lambda folder: vit_mae_folder.write(trained, folder),
-            difference=lambda folder: vit_mae_folder.difference(trained, folder),
-        ),
-        "timm": _timm(trained),
-    }
-
-
-def _timm(tower: TrainedTower) -> Target:
-    from frugal.common.interop import timm_folder
-
-    return Target(
-        usage=timm_folder.USAGE,
-        misfit=lambda: timm_folder.misfit(tower),
-        write=lambda folder: timm_folder.write(tower, folder),
-        difference=lambda folder: tower.difference(timm_folder.see, folder),
-    )
 
 
 def open_run(path: Path, *, average: bool = True) -> TrainedRun:
@@ -271,6 +174,7 @@ def export(options: Options) -> float:
             what was written does not give the same embeddings; nothing is left behind then.
     """
     from frugal.common.interop.run_directory import refuse_taken
+    from frugal.common.interop.targets import targets
 
     out = options.out.resolve()
     refuse_taken(out)
@@ -281,10 +185,12 @@ def export(options: Options) -> float:
     _refuse_misfit(trained, options)
     aside = out.with_name(f".{out.name}.writing")
     target = targets(trained)[options.to]
+    library = LIBRARIES[options.to]
     try:
-        with _writing(out):
-            _write(trained, target, LIBRARIES[options.to], aside, out.name)
-        difference = _verify(target, LIBRARIES[options.to], aside)
+        with quietly() if library == "transformers" else nullcontext():
+            with _writing(out):
+                _write(trained, target, library, aside, out.name)
+            difference = _verify(target, library, aside)
         with _writing(out):
             aside.rename(out)
     finally:
@@ -305,6 +211,8 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _refuse_misfit(trained: TrainedRun, options: Options) -> None:
+    from frugal.common.interop.targets import targets
+
     ways = targets(trained)
     misfit = _misfit(trained, options.to)
     if misfit is None:
@@ -317,6 +225,7 @@ def _refuse_misfit(trained: TrainedRun, options: Options) -> None:
 
 
 def _misfit(trained: TrainedRun, to: str) -> Misfit | None:
+    from frugal.common.interop.targets import targets
     from frugal.common.interop.trained import Misfit, TrainedModel
 
     if to in (ways := targets(trained)):
@@ -325,8 +234,11 @@ def _misfit(trained: TrainedRun, to: str) -> Misfit | None:
         part = "image" if to == "timm" or not trained.has_own_towers.image else "text"
         kind = type(getattr(trained.config, part)).__name__
         return Misfit(f"model.{part}={kind}", "that is a tower of another library")
-    lacking = "no decoder" if isinstance(trained, TrainedModel) else "no text tower"
-    return Misfit(f"model={type(trained.recipe.model).__name__}", f"it has {lacking}")
+    if not isinstance(trained, TrainedModel):
+        has = "no text tower"
+    else:
+        has = "no decoder" if to == "huggingface_mae" else "a text tower"
+    return Misfit(f"model={type(trained.recipe.model).__name__}", f"it has {has}")
 
 
 def _write(trained: TrainedRun, target: Target, library: str, folder: Path, name: str) -> None:

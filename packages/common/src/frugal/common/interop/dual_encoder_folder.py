@@ -32,6 +32,7 @@ from frugal.common.models.weight_names import (
     with_fixed_table,
     write_names,
 )
+from frugal.common.quiet_transformers import quietly
 
 USAGE = """\
 ```python
@@ -228,16 +229,10 @@ def _filled(kind: Any, config: Any, state: State) -> Any:
     Raises:
         InputError: if this version does not know all of them.
     """
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with quietly():
         model, report = kind.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True
         )
-    finally:
-        logging.set_verbosity(level)
     if odd := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
         raise InputError(
             f"this version of transformers has other weights in its {kind.__name__} ({odd[0]}); "

@@ -17,6 +17,7 @@ from frugal.common.interop.foreign_wrapped import Wrapped, WrappedImage, Wrapped
 from frugal.common.interop.transformers_folder import ACTIVATIONS
 from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
 from frugal.common.models.weight_names import from_transformers_clip
+from frugal.common.quiet_transformers import quietly
 
 LIBRARY = "transformers"
 _KINDS = ("clip", "siglip", "vision-text-dual-encoder")
@@ -87,9 +88,10 @@ def _model(folder: Path) -> Any:
             "measured"
         )
     try:
-        model, report = AutoModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, **options
-        )
+        with quietly():
+            model, report = AutoModel.from_pretrained(
+                folder, config=config, dtype=torch.float32, output_loading_info=True, **options
+            )
     except Exception as error:  # noqa: BLE001 - a truncated file, a shape, a missing shard
         raise InputError(
             f"the weights of {folder} cannot be loaded ({_first_line(error)}); copy them again"

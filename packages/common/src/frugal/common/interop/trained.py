@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from frugal.common.checkpoint.store import Checkpoint
+from frugal.common.checkpoint.warm_start import warm_start
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
@@ -22,6 +23,7 @@ from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.weight_names import State
 from frugal.common.recipe import Recipe
+from frugal.common.run import make_logger
 
 _CAPTIONS = [
     "a photo of a cat",
@@ -80,6 +82,13 @@ class TrainedRun:
     def reads_captions(self) -> bool:
         """Whether it has a text tower."""
         return hasattr(self.recipe.model, "text")
+
+    def objective(self) -> Any:
+        """What was trained, with these weights, on the CPU, in evaluation mode."""
+        recipe: Any = replace(self.recipe, engine=replace(self.recipe.engine, compile=False))
+        objective = recipe.objective.build(recipe)
+        warm_start(objective, self.checkpoint.folder, resample=None, log=make_logger(0))
+        return objective.eval()
 
     @property
     def crop(self) -> CenterCrop:
@@ -147,29 +156,27 @@ class TrainedTower(TrainedRun):
 
     @torch.no_grad()
     def difference(self, see: See, folder: Path) -> float:
-        """How far what another library sees is from ours, for noise.
-
-        Returns:
-            The largest difference over the largest number, where that is above 1; infinite if one
-            is not finite.
-        """
+        """How far what another library sees is from ours, for noise: the largest difference."""
         pictures = noise_pictures(self.tower)
         ours, theirs = self._see(pictures), see(folder, pictures)
-        worst = 0.0
-        for mine, other in zip(ours, theirs, strict=True):
-            if other is None:
-                continue
-            assert mine is not None
-            if mine.shape != other.shape or not (mine - other).isfinite().all():
-                return float("inf")
-            scale = max(1.0, float(mine.abs().max()))
-            worst = max(worst, float((mine - other).abs().max()) / scale)
-        return worst
+        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
+        return max(largest_difference(cast("Tensor", mine), other) for mine, other in pairs)
 
     def _see(self, pictures: Tensor) -> Seen:
         transformer = self.build()
         said = transformer.forward_pooled if self.scores is None else self.scores
         return Seen(said(pictures), transformer.forward_tokens(pictures))
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    """That of two numbers at one place, over the largest of ours where that is above 1.
+
+    Returns:
+        Infinity if the shapes differ or a number is not finite.
+    """
+    if ours.shape != theirs.shape or not (ours - theirs).isfinite().all():
+        return float("inf")
+    return float((ours - theirs).abs().max()) / max(1.0, float(ours.abs().max()))
 
 
 def noise_pictures(tower: ImageTower) -> Tensor:

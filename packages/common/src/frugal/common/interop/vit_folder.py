@@ -72,21 +72,22 @@ def write(trained: TrainedTower, folder: Path) -> None:
         state = {f"vit.{name}": tensor for name, tensor in state.items()}
         weight, bias = trained.head
         state |= {"classifier.weight": weight.contiguous(), "classifier.bias": bias}
-        settings |= {
-            "architectures": ["ViTForImageClassification"],
-            "id2label": {number: str(number) for number in range(len(bias))},
-            "label2id": {str(number): number for number in range(len(bias))},
-        }
+        settings |= {"architectures": ["ViTForImageClassification"], **labels(len(bias))}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     ViTConfig(**settings).save_pretrained(folder)
     image_processor(trained, trained.tower).save_pretrained(folder)
 
 
 def encoder_state(trained: TrainedTower) -> State:
-    """The tower by the names of checkpoints; a patch bias of zeros where it has none."""
+    """The tower by the names of checkpoints."""
+    return to_vit_mae(plain_state(trained), trained.tower, published=True)
+
+
+def plain_state(trained: TrainedTower) -> State:
+    """The tower by our names, without layer scales and with a patch bias, if only of zeros."""
     state = fold_layer_scales(trained.state)
     state.setdefault("patch_embed.bias", torch.zeros(trained.tower.width))
-    return to_vit_mae(state, trained.tower, published=True)
+    return state
 
 
 def transformer_settings(tower: ImageTower) -> dict[str, Any]:
@@ -103,6 +104,14 @@ def transformer_settings(tower: ImageTower) -> dict[str, Any]:
         "patch_size": tower.patch_size,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def labels(count: int) -> dict[str, Any]:
+    """The fields of any configuration that name classes, which are numbers here."""
+    return {
+        "id2label": {number: str(number) for number in range(count)},
+        "label2id": {str(number): number for number in range(count)},
     }
 
 

@@ -6,7 +6,6 @@ called ``decoder.*``, and by an objective with ``normalise_patches``; common kno
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from frugal.common.checkpoint.warm_start import load_weights, warm_start
+from frugal.common.checkpoint.warm_start import load_weights
 from frugal.common.contracts import Batch
 from frugal.common.interop.trained import Misfit, TrainedTower, noise_pictures
 from frugal.common.interop.transformers_folder import image_processor
@@ -26,7 +25,6 @@ from frugal.common.interop.vit_folder import (
 )
 from frugal.common.models.positions import image_table
 from frugal.common.models.weight_names import VIT_MAE_DECODER, State, write_names
-from frugal.common.run import make_logger
 
 USAGE = """\
 ```python
@@ -97,10 +95,7 @@ def difference(trained: TrainedTower, folder: Path) -> float:
     """How far the loss of noise is from ours, the same patches hidden; infinite if not finite."""
     from transformers import ViTMAEForPreTraining
 
-    recipe: Any = trained.recipe
-    recipe = replace(recipe, engine=replace(recipe.engine, compile=False))
-    objective = recipe.objective.build(recipe)
-    warm_start(objective, trained.checkpoint.folder, resample=None, log=make_logger(0))
+    objective = trained.objective()
     pictures = noise_pictures(trained.tower)
     numbers = torch.arange(len(pictures))
     batch = Batch(images=pictures, sample_numbers=numbers, valid=torch.ones_like(numbers).bool())
@@ -110,7 +105,7 @@ def difference(trained: TrainedTower, folder: Path) -> float:
     # half a patch more is kept than hidden says, because transformers rounds down
     model.config.mask_ratio = (int(hidden[0].sum()) - 0.5) / view.num_patches
     theirs = model(pixel_values=processed(folder, pictures), noise=_ascending(hidden)).loss
-    ours = objective.eval()(batch)[0]
+    ours = objective(batch)[0]
     gap = float((ours - theirs).abs())
     return gap if gap == gap else float("inf")
 

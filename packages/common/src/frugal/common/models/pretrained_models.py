@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from frugal.common.models.pretrained import (
     TransformersText,
     transformers_config,
 )
+from frugal.common.quiet_transformers import quietly
 
 
 class Probe(NamedTuple):
@@ -139,7 +138,7 @@ def _make_transformers(config: TransformersImage | TransformersText) -> nn.Modul
 
     settings = _settings(config)
     try:
-        with _quietly():
+        with quietly():
             made = AutoModel.from_config(settings)
     except (ValueError, TypeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -189,22 +188,6 @@ def _tower_of(made: Any, config: TransformersImage | TransformersText) -> nn.Mod
     return made
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' bars and reports; what is missing is said by us."""
-    from transformers.utils import logging as theirs
-
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(level)
-        if bars:
-            theirs.enable_progress_bar()
-
-
 # ------------------------------------------------------------------------------------------------
 # Their weights
 
@@ -220,7 +203,7 @@ def stored_state(config: Any) -> dict[str, Tensor]:
     from transformers import AutoModel
 
     try:
-        with _quietly(), torch.random.fork_rng(devices=[]):
+        with quietly(), torch.random.fork_rng(devices=[]):
             made, report = AutoModel.from_pretrained(
                 config.name,
                 config=_settings(config),
