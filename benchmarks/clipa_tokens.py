@@ -21,7 +21,11 @@ from small_runs import Outcome, lasting, scenes, speed, table, train_small, writ
 from frugal.common.evaluation.curves import Curve
 
 MODULE = "frugal.clipa.train"
-WHOLE = ("--model.image.image-size=64", "--model.text.length=24")
+STEPS = ("--batch-size=64",)
+"""Smaller than the demo's: so few samples need more steps. Rates fall with its square root."""
+FIRST = (*STEPS, "--optimiser.learning-rate=1e-3")
+SECOND = (*STEPS, "--optimiser.learning-rate=5e-4")
+WHOLE = (*FIRST, "--model.image.image-size=64", "--model.text.length=24")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Setting:
 
     name: str
     words: tuple[str, ...]
-    """Of its command line, after those of whole images and captions."""
+    """Of its command line, after :data:`WHOLE`."""
 
     @property
     def folder(self) -> str:
@@ -91,7 +95,7 @@ def main() -> None:
     for setting in [*image_strategies(), *text_strategies(options)]:
         folder = options.out / f"{setting.folder}-{options.samples}"
         first = train_small(MODULE, "demo", data, folder, (*WHOLE, *setting.words, *samples))
-        tuning = (*lasting(options.tuning), f"--run.start-from={folder}")
+        tuning = (*SECOND, *lasting(options.tuning), f"--run.start-from={folder}")
         whole = options.out / f"{setting.folder}-{options.samples}-tuning-{options.tuning}"
         second = train_small(MODULE, "demo-tuning", data, whole, tuning)
         stages[setting] = (first, second)
@@ -129,8 +133,8 @@ def at_speed(outcome: Outcome, samples_per_second: float) -> Outcome:
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--samples", type=int, default=150_000, help="of the first stage")
-    parser.add_argument("--tuning", type=int, default=50_000, help="samples of the second stage")
+    parser.add_argument("--samples", type=int, default=60_000, help="of the first stage")
+    parser.add_argument("--tuning", type=int, default=15_000, help="samples of the second stage")
     parser.add_argument("--syntax", action="store_true", help="NLTK's tagger is there")
     parser.add_argument("--counts", type=Path, help="word counts of the scenes' captions")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/clipa_tokens"))
