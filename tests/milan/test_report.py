@@ -10,29 +10,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from support import ALONE, command, losses, train
-
-WORDS = (
-    "--model.image.width=32", "--model.image.depth=2", "--model.image.heads=2",
-    "--model.image.mlp-width=64", "--model.decoder.width=16", "--model.decoder.heads=2",
-    "--data.workers=0", "--engine.precision=float32", "--run.log-every=1",
-    "--batch-size=24", "--schedule.samples=120", "--schedule.warmup-samples=24",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pretrained(alone: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps of MILAN's demo, towards the features of the tiny FLIP."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    teacher = folder / "teacher"
-    shutil.copytree(alone, teacher)
-    words = (f"--objective.teacher.source={teacher}", f"--data.train={scenes / 'train'}")
-    train(ALONE, folder / "run", *words, module="frugal.milan.pretrain", small=WORDS)
-    return folder / "run"
 
 
 def pictures(page: str) -> list[np.ndarray]:
@@ -83,8 +64,8 @@ def test_evaluate_says_what_measures_an_encoder_instead(pretrained: Path) -> Non
     result = command("frugal.common.evaluate", *words, expect=2)
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
     assert "MaskedModel without a text tower" in result.stderr
-    ways = "frugal.milan.linear_probe, frugal.milan.finetune or frugal.milan.segment"
-    assert f"{ways} with --run.start-from {pretrained}" in result.stderr
+    ways = "linear-probe --data DATA (or milan-finetune, milan-linear-probe, milan-segment"
+    assert f"it is measured by --tasks {ways}, which train)" in result.stderr
 
 
 def test_a_fine_tuned_run_shows_its_accuracy(

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -335,17 +334,16 @@ def test_a_model_without_captions_is_measured_by_its_own_evaluations(recipe: Rec
     @dataclass(frozen=True)
     class TowerAlone:
         image: object
-        measured_by: ClassVar[str] = "python -m somewhere.probe"
 
     bare = replace(
         recipe, model=TowerAlone(recipe.model.image), evaluation=(), objective=ObjectiveOfNothing()
     )
     said = refused(bare, data=Path("d"))
     assert "runs/x trained a TowerAlone without a text tower, which zero-shot" in said
-    assert "by python -m somewhere.probe with --run.start-from runs/x" in said
+    assert "measured by --tasks linear-probe --data DATA (or milan-finetune, " in said
     own = replace(bare, evaluation=(Counting(),))
     said = refused(own, tasks=("zero-shot",), data=Path("d"))
-    assert "measured by its own counting: give --data, or by python -m somewhere" in said
+    assert "measured by its own counting: give --data, or by --tasks linear-probe" in said
 
 
 class ObjectiveOfNothing:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from frugal.common.commands import run_politely, without_local_rank
+from frugal.common.commands import read_command_line, run_politely, without_local_rank
 from frugal.common.data.tokenizers import SavedTokenizer
 from frugal.common.errors import InputError
-from frugal.common.evaluation.asked import Options, chosen_tasks
+from frugal.common.evaluation.asked import Options, asked_programs, chosen_tasks, has_text
 from frugal.common.evaluation.config import ImageEvaluation, LinearProbe
+from frugal.common.evaluation.programs import Program, installed
 from frugal.common.evaluation.suites import SUITES
 from frugal.common.recipe import Recipe, load_recipe
 from frugal.common.run import Run
@@ -85,6 +86,19 @@ def _load(checkpoint: Checkpoint, recipe: Recipe) -> Trained:
     return Trained(recipe, run, objective.model, checkpoint.step, objective)
 
 
+def _load_encoder(checkpoint: Checkpoint, recipe: Recipe) -> Trained:
+    """The image tower alone: its teacher, if it has one, need not be there."""
+    from frugal.common.evaluation.embed import EncoderAlone
+    from frugal.common.export import load
+    from frugal.common.interop.trained import TrainedTower
+    from frugal.common.train import open_run
+
+    run, trained = open_run(recipe), load(checkpoint.folder)
+    assert isinstance(trained, TrainedTower)
+    model = EncoderAlone(trained.build()).to(run.device)
+    return Trained(recipe, run, model, checkpoint.step)
+
+
 @dataclass(frozen=True)
 class _Found:
     """What a path holds, before the tasks are known to fit it."""
@@ -93,6 +107,18 @@ class _Found:
     load: Callable[[Recipe], Trained]
     pretrained: str
     """Which checkpoint of the path, or which name its weights go by."""
+    load_encoder: Callable[[Recipe], Trained] | None = None
+    """Of a run without a text tower: its image tower alone."""
+
+    def loads(
+        self, tasks: list[EvaluationTask]
+    ) -> dict[Callable[[Recipe], Trained], list[EvaluationTask]]:
+        """What is measured on what."""
+        found: dict[Callable[[Recipe], Trained], list[EvaluationTask]] = {}
+        for task in tasks:
+            alone = self.load_encoder if isinstance(task, LinearProbe) else None
+            found.setdefault(alone or self.load, []).append(task)
+        return found
 
 
 def _look(options: Options) -> _Found:
@@ -123,7 +149,12 @@ def _look(options: Options) -> _Found:
             "none; leave it out"
         )
     checkpoint, recipe = _find(path)
-    return _Found(recipe, lambda asked: _load(checkpoint, asked), checkpoint.folder.name)
+    return _Found(
+        recipe,
+        lambda asked: _load(checkpoint, asked),
+        checkpoint.folder.name,
+        None if has_text(recipe) else lambda asked: _load_encoder(checkpoint, asked),
+    )
 
 
 def evaluate(options: Options) -> None:
@@ -138,12 +169,77 @@ def evaluate(options: Options) -> None:
     engine = replace(found.recipe.engine, device=options.device)
     if options.precision is not None:
         engine = replace(engine, precision=options.precision)
-    trained = found.load(replace(found.recipe, engine=engine))
-    run = trained.run
-    if run.world_size > 1:
+    recipe = replace(found.recipe, engine=engine)
+    scores: dict[str, float] = {}
+    for load, part in found.loads(tasks).items():
+        trained = load(recipe)
+        _join(trained.run)
+        scores |= _measure_all(part, trained, found.pretrained, options, url)
+        if trained.run.is_main:
+            _report_suites(options, scores, _out(options, trained.run))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for word in asked_programs(options):
+        _train_and_measure(word, options, found.recipe)
+
+
+def _train_and_measure(word: str, options: Options, recipe: Recipe) -> None:
+    """Train on top of the tower, or go on where that was interrupted, then measure the best."""
+    from frugal.common.train import train_recipe
+
+    assert recipe.run.dir is not None and options.recipe is not None and options.data is not None
+    program: Program = installed()[word].load()
+    out, name = options.out or recipe.run.dir / "evaluation", word.replace("-", "_")
+    train_on, measured_on = program.parts(options.data)
+    words = [
+        options.recipe,
+        f"--run.start-from={options.checkpoint}",
+        f"--run.dir={out / name}",
+        f"--data.train={train_on}",
+        f"--evaluation.0.data={measured_on}",
+        f"--engine.device={options.device}",
+        *(f"--{given.removeprefix('--')}" for given in options.training),
+    ]
+    called = f"python -m frugal.common.evaluate --tasks {word} --recipe"
+    train_recipe(read_command_line(program.recipes, program=called, arguments=words)[1])
+    best = out / name / "checkpoints" / "best.json"
+    plain = Options(
+        checkpoint=best if best.is_file() else out / name,
+        data=measured_on,
+        tasks=(program.task,),
+        name=options.name or name,
+        out=out,
+    )
+    asked = {key: getattr(options, key) for key in ("csv", "workers", "device", "precision")}
+    evaluate(replace(plain, **asked))
+
+
+def _join(run: Run) -> None:
+    import torch
+
+    if run.world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
-    out = options.out or run.dir / "evaluation"
-    subject = _subject(options, trained, found.pretrained, url) if run.is_main else None
+
+
+def _out(options: Options, run: Run) -> Path:
+    return options.out or run.dir / "evaluation"
+
+
+def _measure_all(
+    tasks: list[EvaluationTask],
+    trained: Trained,
+    pretrained: str,
+    options: Options,
+    url: str | None,
+) -> dict[str, float]:
+    """Measure a model on every task, write and print what is found.
+
+    Returns:
+        The number that stands for each task that has one.
+    """
+    run = trained.run
+    out = _out(options, run)
+    subject = _subject(options, trained, pretrained, url) if run.is_main else None
     scores: dict[str, float] = {}
     for task in tasks:
         if isinstance(task, LinearProbe) and task.features is None:
@@ -153,10 +249,7 @@ def evaluate(options: Options) -> None:
             _report(task, numbers, outcomes, subject, trained, out, options.csv)
         if (score := _headline(task, numbers)) is not None:
             scores[task.name] = score
-    if run.is_main:
-        _report_suites(options, scores, out)
-    if run.world_size > 1:
-        torch.distributed.destroy_process_group()
+    return scores
 
 
 def _measure(task: EvaluationTask, trained: Trained) -> tuple[dict[str, Any], Outcomes | None]:

@@ -8,7 +8,7 @@ imports torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from frugal.common.errors import InputError
 from frugal.common.models.config import Activation, ImageTower
@@ -60,11 +60,6 @@ class MaskedModel:
 
     image: ImageTower
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-
-    measured_by: ClassVar[str] = (
-        "python -m frugal.milan.linear_probe, frugal.milan.finetune or frugal.milan.segment"
-    )
-    """What is trained on top of the encoder to measure it; the evaluate command says so."""
 
     def __post_init__(self) -> None:
         if self.image.class_token == "none":

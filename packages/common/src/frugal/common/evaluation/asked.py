@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from frugal.common.contracts import EvaluationTask
+from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import (
     SUBSETS,
@@ -20,8 +21,10 @@ from frugal.common.evaluation.config import (
     ZeroShot,
 )
 from frugal.common.evaluation.contrasts import has_contrasts
+from frugal.common.evaluation.programs import check, installed
 from frugal.common.evaluation.suites import SUITES, find_parts, metric_of
 from frugal.common.evaluation.task_labels import TASKS
+from frugal.common.models.config import ImageTower
 from frugal.common.recipe import Recipe
 
 KINDS: dict[str, type[ImageEvaluation]] = {
@@ -56,7 +59,10 @@ class Options:
     """Any of zero-shot, retrieval, compositional, linear-probe; the suites clip-26 and
     imagenet-robustness; the name of an evaluation of the recipe. By default, with data: zero-shot,
     retrieval, and compositional where the data has its files; of a model without captions, what
-    its recipe evaluates. Without data: all of the recipe's that name data."""
+    its recipe evaluates. Without data: all of the recipe's that name data. linear-probe also takes
+    image towers alone, of any run that has one: it looks at what they pool. milan-finetune,
+    milan-linear-probe and milan-segment train on top of the image tower, in a run directory of
+    their name in --out, and measure that."""
     name: str | None = None
     """Of the JSON file and first part of the name of every number, where one task is measured."""
     templates: str | None = None
@@ -76,6 +82,10 @@ class Options:
     """Of linear probes; by default searched on validation images."""
     features: Path | None = None
     """Folder where the embeddings of linear probes are kept; by default features/ in --out."""
+    recipe: str | None = None
+    """Of tasks that train: the recipe of their program, such as vit-b16 or demo."""
+    training: tuple[str, ...] = ()
+    """Of tasks that train: what the recipe is to do differently, such as schedule.samples=64000."""
     published: bool = False
     """Crop and resize the images as the method's published numbers were measured."""
     mask_ratio: float | None = None
@@ -121,21 +131,39 @@ def chosen_tasks(options: Options, recipe: Recipe) -> list[EvaluationTask]:
         InputError: if there is nothing to measure, or a flag would have no effect.
     """
     words = _words(options, recipe)
-    tasks = [task for word in words for task in _tasks(word, options, recipe)]
-    if not tasks:
-        _refuse_nothing(words, options, recipe)
-    if options.name is not None and len(tasks) > 1:
+    programs = asked_programs(options)
+    if (options.recipe or options.training) and not programs:
         raise InputError(
-            f"--name {options.name} is for one evaluation, but there are {len(tasks)}; choose "
-            "one with --tasks"
+            f"--recipe and --training are for tasks that train ({', '.join(installed())}); add one "
+            "to --tasks, or leave them out"
+        )
+    for program in programs:
+        check(program, options)
+    tasks = [task for word in words for task in _tasks(word, options, recipe)]
+    if not tasks and not programs:
+        _refuse_nothing(words, options, recipe)
+    if options.name is not None and len(tasks) + len(programs) > 1:
+        raise InputError(
+            f"--name {options.name} is for one evaluation, but there are "
+            f"{len(tasks) + len(programs)}; choose one with --tasks"
         )
     _check_flags(options, tasks)
     return [_as_asked(task, options) for task in tasks]
 
 
+def asked_programs(options: Options) -> list[str]:
+    """The tasks that train."""
+    return [word for word in dict.fromkeys(options.tasks or ()) if word in installed()]
+
+
 def has_text(recipe: Recipe) -> bool:
     """Whether the model of a recipe reads captions."""
     return hasattr(recipe.model, "text")
+
+
+def _of_encoders(recipe: Recipe) -> list[str]:
+    """What measures an image tower alone, whatever trained it."""
+    return ["linear-probe"] if isinstance(getattr(recipe.model, "image", None), ImageTower) else []
 
 
 def _others(recipe: Recipe) -> dict[str, EvaluationTask]:
@@ -147,14 +175,16 @@ def _others(recipe: Recipe) -> dict[str, EvaluationTask]:
 def _words(options: Options, recipe: Recipe) -> list[str]:
     """What to look at."""
     others = _others(recipe)
-    known = [*KINDS, *SUITES, *others]
+    known = [*KINDS, *SUITES, *others, *installed()]
     if options.tasks is not None:
         if not options.tasks:
             raise InputError(f"--tasks is empty; choose from {', '.join(known)}")
         if unknown := [word for word in options.tasks if word not in known]:
             raise InputError(f"there is no task {unknown[0]!r}; choose from {', '.join(known)}")
         words = list(dict.fromkeys(options.tasks))
-        if not has_text(recipe) and (odd := [word for word in words if word not in others]):
+        words = [word for word in words if word not in installed()]
+        fitting = words if has_text(recipe) else [*others, *_of_encoders(recipe)]
+        if odd := [word for word in words if word not in fitting]:
             _refuse_without_text(options, recipe, odd[0])
         return words
     data = options.data
@@ -179,12 +209,12 @@ def _refuse_nothing(words: list[str], options: Options, recipe: Recipe) -> None:
 def _refuse_without_text(options: Options, recipe: Recipe, word: str) -> None:
     """An image tower alone is measured by what its recipe says, or by what is trained on top."""
     said = f"{options.checkpoint} trained a {type(recipe.model).__name__} without a text tower"
-    measured_by = getattr(recipe.model, "measured_by", None)
     ways = []
     if others := list(_others(recipe)):
         ways.append(f"its own {' and '.join(others)}: give --data")
-    if measured_by is not None:
-        ways.append(f"{measured_by} with --run.start-from {options.checkpoint}")
+    if words := _of_encoders(recipe):
+        trained = f" (or {', '.join(installed())}, which train)" if installed() else ""
+        ways.append(f"--tasks {words[0]} --data DATA{trained}")
     if not ways:
         ways.append("the programs of its own method")
     raise InputError(f"{said}, which {word} needs; it is measured by {', or by '.join(ways)}")
@@ -212,8 +242,8 @@ def _tasks(word: str, options: Options, recipe: Recipe) -> list[EvaluationTask]:
 
 def _default(kind: type[ImageEvaluation], recipe: Recipe) -> ImageEvaluation:
     """An evaluation that the recipe does not have; a probe sees images as its others do."""
-    crops = (task.crop for task in recipe.evaluation if isinstance(task, ImageEvaluation))
-    crop = next(crops, None)
+    crops = (getattr(task, "crop", None) for task in recipe.evaluation)
+    crop = next((crop for crop in crops if isinstance(crop, CenterCrop)), None)
     return LinearProbe(crop=crop) if kind is LinearProbe and crop is not None else kind()  # type: ignore[call-arg]
 
 

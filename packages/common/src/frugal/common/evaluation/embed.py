@@ -18,6 +18,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.models.config import ImageTower
+from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.randomness import SampleNoise, sample_generator
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Kept, PatchView
@@ -103,13 +104,26 @@ class MaskedViews:
             yield from map(Kept.dense, order[:, : views * num_kept].split(num_kept, dim=1))
 
 
+class EncoderAlone(nn.Module):
+    """An image tower without a text tower beside it, asked for embeddings like a dual encoder."""
+
+    def __init__(self, image: ImageTransformer) -> None:
+        """Take the tower."""
+        super().__init__()
+        self.image = image
+
+    def encode_image(self, images: Tensor, kept: Kept | None = None) -> Tensor:
+        """(B, 3, H, W) to (B, D): what it pools."""
+        return self.image.forward_pooled(images, kept)
+
+
 class Embedder:
     """A dual encoder with its tokenizer: what goes in is images and strings.
 
     Args:
         model: has ``encode_image(images)`` and ``encode_text(token_ids, text_lengths)``; with
             views ``encode_image(images, kept)``.
-        tokenizer: has ``encode``, ``assemble`` and ``pad_id``.
+        tokenizer: has ``encode``, ``assemble`` and ``pad_id``; None if the model reads no captions.
         context_length: tokens of every text, padding included.
         precision: of the matrix products on CUDA; elsewhere float32.
         image: the image tower, for images that are not uint8 and for views.
@@ -146,7 +160,7 @@ class Embedder:
         """The model as its recipe trains it, on the device of the run.
 
         Args:
-            model: a dual encoder.
+            model: a dual encoder, or an encoder of images alone.
             recipe: its own.
             run: where it runs.
             task: says what of every image and prompt the model sees; all of it by default.
@@ -166,12 +180,13 @@ class Embedder:
             masking = RandomMasking(mask_ratio=task.mask_ratio)
             masking.num_kept(recipe.model.image.num_patches)
             views = MaskedViews(masking, task.views, recipe.run.seed)
-        tokenizer = data.tokenizer.load()
+        text = getattr(recipe.model, "text", None)
+        tokenizer = None if text is None else data.tokenizer.load()
         reduces = isinstance(task, ZeroShot) and task.reduce_prompts
         return cls(
             model,
             tokenizer,
-            context_length=recipe.model.text.length,
+            context_length=0 if text is None else text.length,
             device=torch.device(run.device),
             precision=recipe.engine.precision,
             image=recipe.model.image,
@@ -182,7 +197,11 @@ class Embedder:
     @cached_property
     def width(self) -> int:
         """Length of an embedding; also known to a process that has nothing to embed."""
-        return self.texts([""]).shape[1]
+        if self.tokenizer is not None:
+            return self.texts([""]).shape[1]
+        assert self.image is not None
+        blank = torch.zeros(1, 3, *self.image.height_width, dtype=torch.uint8, device=self.device)
+        return self._see(blank).shape[1]
 
     def images(self, images: Tensor, places: Tensor | None = None) -> Tensor:
         """(B, E) float32 unit vectors on the device.

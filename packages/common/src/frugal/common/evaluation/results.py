@@ -89,7 +89,7 @@ def rows(
 ) -> list[dict[str, Any]]:
     """What a task adds to the table, under clip_benchmark's names; [] for tasks it has not."""
     data = getattr(task, "data", None)
-    standard = type(task)().name if isinstance(task, tuple(_TASKS)) else ""  # type: ignore[call-arg]
+    standard = type(task)().name if isinstance(task, tuple(_TASKS)) else task.name  # type: ignore[call-arg]
     head = {
         "model": subject.model,
         "pretrained": subject.pretrained,
@@ -124,6 +124,9 @@ def rows(
         names["mean_average_precision"] = "mean_average_precision"
         found = {theirs: own[ours] for ours, theirs in names.items() if ours in own}
         return [{**head, "task": "zeroshot_classification", **found}]
+    if "top1" in own:  # a classifier's
+        found = {theirs: own[ours] for ours, theirs in names.items() if ours in own}
+        return [{**head, "task": "classification", **found}]
     return []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from frugal.common.models.config import ImageTower
 from frugal.common.recipe import Recipe
@@ -20,8 +20,6 @@ class ImportedEncoder:
     image: ImageTower
     num_classes: int | None = None
     """Numbers that the linear layer puts out; None without one."""
-
-    measured_by: ClassVar[str] = "a program that trains a classifier or a probe on an image tower,"
 
     def build(self, generator: torch.Generator | None = None) -> nn.Sequential:
         """``image`` and ``head``, which weights are to be loaded into."""

@@ -1,0 +1,118 @@
+"""Fine-tuning, linear probing and segmentation through ``frugal.common.evaluate --tasks``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import segment_cases
+
+from support import ALONE, DDP, ROOT, command, fork, train
+
+SMALL = ("model.image.width=32", "model.image.depth=2", "model.image.heads=2",
+         "model.image.mlp-width=64", "model.image.drop-path=0", "data.workers=0", "batch-size=16",
+         "schedule.samples=48", "schedule.warmup-samples=16", "run.log-every=1")  # fmt: skip
+EVALUATE = "frugal.common.evaluate"
+
+
+def words(checkpoint: Path, data: Path, out: Path, *tasks: str) -> list[str]:
+    """A command that trains for three steps."""
+    return [
+        "--checkpoint", str(checkpoint), "--data", str(data), "--out", str(out), "--device", "cpu",
+        "--workers", "0", "--recipe", "demo", "--tasks", *tasks, "--training", *SMALL,
+    ]  # fmt: skip
+
+
+def numbers(file: Path) -> dict:
+    return {
+        name.partition("top")[1] + name.rpartition("_")[2]: value
+        for name, value in json.loads(file.read_text()).items()
+        if name.endswith(("_top1", "_top5", "_loss", "_images"))
+    }
+
+
+def test_an_encoder_is_fine_tuned_and_probed_by_one_command(
+    pretrained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = words(pretrained, scenes, out, "milan-finetune", "milan-linear-probe")
+    done = command(EVALUATE, *given)
+    for name in ("milan_finetune", "milan_linear_probe"):
+        assert f"{name}_top1" in done.stdout
+        found = numbers(out / f"{name}.json")
+        assert len(found) == 4
+        # the program measures the last step itself, and names the best one
+        best = json.loads((out / name / "checkpoints" / "best.json").read_text())
+        measured = json.loads((out / f"{name}.json").read_text())
+        assert f"step_{measured['step']:09}" == best["checkpoint"]
+        lines = (out / name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+        recipe = json.loads((out / name / "recipe.json").read_text())
+        assert recipe["run"]["start_from"] == str(pretrained)
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["task"] for row in rows] == ["classification"] * 2
+    finetuned = json.loads((out / "milan_finetune.json").read_text())
+    assert float(rows[0]["acc1"]) == finetuned["milan_finetune_top1"]
+    assert rows[0]["dataset"] == str(scenes)
+    before = (out / "milan_finetune" / "metrics.jsonl").read_bytes()
+    again = command(EVALUATE, *given)
+    assert (out / "milan_finetune" / "metrics.jsonl").read_bytes() == before
+    assert again.stdout == done.stdout
+
+
+def test_on_two_processes_it_trains_and_measures_the_same(
+    alone: Path, scenes: Path, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    small = words(alone, scenes, one, "milan-linear-probe")
+    small[small.index("demo")] = "demo-clip"
+    small += ["model.image.depth=1", "model.image.heads=2", "model.image.mlp-width=64"]
+    command(EVALUATE, *small)
+    small[small.index(str(one))] = str(two)
+    log = tmp_path / "log"
+    process = fork(EVALUATE, small, log=log, cwd=ROOT, environments=DDP.environments())
+    assert process.wait(timeout=300) == 0, log.read_text()
+    expected = numbers(one / "milan_linear_probe.json")
+    assert numbers(two / "milan_linear_probe.json") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_segmenter_is_trained_and_measured(
+    pretrained: Path, pretraining_words: tuple[str, ...], tmp_path: Path
+) -> None:
+    data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "out"
+    for split in ("training", "validation"):
+        segment_cases.write_folder(data, [(64, 64)] * 16, num_classes=5, split=split)
+    recipe = json.loads((pretrained / "recipe.json").read_text())
+    given = (
+        f"--objective.teacher.source={recipe['objective']['teacher']['source']}",
+        f"--data.train={recipe['data']['train'][0]}", "--model.image.depth=4",
+    )  # fmt: skip
+    train(ALONE, run, *given, module="frugal.milan.pretrain", small=pretraining_words)
+    more = ("model.num-classes=5", "run.interpolate", "model.image.depth=4")
+    done = command(EVALUATE, *words(run, data, out, "milan-segment"), *more)
+    assert "milan_segment_miou" in done.stdout
+    measured = json.loads((out / "milan_segment.json").read_text())
+    assert measured["milan_segment_images"] == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.remove("demo") or w.remove("--recipe"), "say how with --recipe, one of vit-s"),
+        (lambda w: w.__setitem__(w.index("demo"), "vit-b99"), "there is no recipe 'vit-b99'"),
+        (lambda w: w.__setitem__(3, "/nowhere"), "give a folder with images to train on in train/"),
+        (lambda w: w.__setitem__(w.index("milan-finetune"), "linear-probe"), "add one to --tasks"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(
+    change, message, pretrained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    given = words(pretrained, scenes, tmp_path / "out", "milan-finetune")
+    change(given)
+    refusal = command(EVALUATE, *given, expect=2).stderr
+    assert refusal.startswith("error: ") and len(refusal.splitlines()) == 1, refusal
+    assert message in refusal
+    assert not (tmp_path / "out").exists()
