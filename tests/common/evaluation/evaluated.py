@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from frugal.common.data.tokenizers import ClipBpe
@@ -79,3 +84,26 @@ def number(value) -> float:
     clip_benchmark 1.6.2 counts right answers with that.
     """
     return value.item() if hasattr(value, "item") else float(value)
+
+
+def multi_label_tars(folder: Path, targets: np.ndarray) -> Path:
+    """clip_benchmark's layout, three images to a shard."""
+    generator = np.random.default_rng(0)
+    (folder / "test").mkdir(parents=True)
+    for shard, start in enumerate(range(0, len(targets), 3)):
+        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
+            for place in range(start, min(start + 3, len(targets))):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                image, target = io.BytesIO(), io.BytesIO()
+                Image.fromarray(pixels).save(image, "PNG")
+                np.save(target, targets[place])
+                for ending, content in (("png", image), ("npy", target)):
+                    entry = tarfile.TarInfo(f"s{place:04d}.{ending}")
+                    entry.size = content.tell()
+                    content.seek(0)
+                    tar.addfile(entry, content)
+    (folder / "test" / "nshards.txt").write_text(str(-(-len(targets) // 3)))
+    (folder / "dataset_type.txt").write_text("multilabel\n")
+    (folder / "classnames.txt").write_text("dog\ncat\nkite\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\n")
+    return folder

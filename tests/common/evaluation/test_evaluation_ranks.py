@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from evaluated import multi_label_tars
 from PIL import Image
 
 from frugal.common.data.labelled import LabelledImages
@@ -52,6 +53,8 @@ def write_images(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
+    targets = (generator.random((70, 3)) < 0.4).astype(np.int64)
+    multi_label_tars(folder / "several", targets)
     templates = folder / "zeroshot_classification_templates.txt"
     templates.write_text("a photo of {c}\nthe {c}\n{c}, {c} and {c}\n")
     contrasts = folder / "contrasts"
@@ -166,6 +169,7 @@ def kept(folder: Path, scenes: Path, model, plan, run: Run) -> dict[str, list]:
                 features=folder / f"features of {run.world_size}" / str(size),
             ),
             ZeroShot(name="two", data=folder / "two", batch_size=size, metric="roc_auc"),
+            ZeroShot(name="several", data=folder / "several", batch_size=size),
         ):  # fmt: skip
             found = []
             numbers = task.evaluate(model, plan, run, keep=found.append)
@@ -264,6 +268,13 @@ def test_every_image_is_counted_once(alone: dict[str, dict]) -> None:
     assert (probe["linear_probe_images"], facts["train_images"]) == (128 - 16, 112)
     _, tables, facts = alone["two kept by 3"]
     assert facts["images"] == len(tables["margin"]) == 70 and len(set(tables["margin"])) > 50
+    several, tables, facts = alone["several kept by 64"]
+    assert facts["images"] == len(tables["scores"]) == 70
+    assert len({tuple(row) for row in tables["scores"]}) > 50
+    assert 0.3 < several["several_mean_average_precision"] < 0.9
+    assert [alone[f"several kept by {size}"] for size in BATCH_SIZES] == [
+        [several, tables, facts]
+    ] * 3
     contrasts = alone["contrasts by 3"]
     assert contrasts["compositional_items"] == 7 * 70
     assert all(contrasts[f"compositional_{name}_items"] == 70 for name in CATEGORIES)

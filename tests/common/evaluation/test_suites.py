@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
-from evaluated import recipe, telling
+from evaluated import multi_label_tars, recipe, telling
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -244,29 +242,6 @@ def test_variants_of_imagenet_have_the_classes_that_clip_benchmark_gives_them(
 
 
 # Several classes to an image.
-
-
-def multi_label_tars(folder: Path, targets: np.ndarray) -> Path:
-    """clip_benchmark's layout, three images to a shard."""
-    generator = np.random.default_rng(0)
-    (folder / "test").mkdir(parents=True)
-    for shard, start in enumerate(range(0, len(targets), 3)):
-        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
-            for place in range(start, min(start + 3, len(targets))):
-                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                image, target = io.BytesIO(), io.BytesIO()
-                Image.fromarray(pixels).save(image, "PNG")
-                np.save(target, targets[place])
-                for ending, content in (("png", image), ("npy", target)):
-                    entry = tarfile.TarInfo(f"s{place:04d}.{ending}")
-                    entry.size = content.tell()
-                    content.seek(0)
-                    tar.addfile(entry, content)
-    (folder / "test" / "nshards.txt").write_text(str(-(-len(targets) // 3)))
-    (folder / "dataset_type.txt").write_text("multilabel\n")
-    (folder / "classnames.txt").write_text("dog\ncat\nkite\n")
-    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\n")
-    return folder
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])
