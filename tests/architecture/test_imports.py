@@ -29,6 +29,7 @@ LAYERS = [
         "evaluate",
         "export",
         "import_weights",
+        "loading",
     ),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

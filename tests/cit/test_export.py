@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from frugal.common.errors import InputError
-from frugal.common.evaluate import load_trained
 from frugal.common.export import Options, export
+from frugal.common.loading import load_trained
 from frugal.common.models.config import TextTower
 from frugal.common.models.pretrained import TimmImage, TransformersImage
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from frugal.cit.convert import Options, convert
 from frugal.common.errors import InputError
-from frugal.common.evaluate import load_trained
+from frugal.common.loading import load_trained
 from frugal.common.models.pretrained import TransformersImage
 from frugal.common.recipe import load_recipe
 from support import command

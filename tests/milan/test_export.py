@@ -27,9 +27,9 @@ from transformers import (
 
 from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint
 from frugal.common.errors import InputError
-from frugal.common.evaluate import load_trained
 from frugal.common.export import Options, export
 from frugal.common.interop.encoder_weights import read_encoder
+from frugal.common.loading import load_trained
 from frugal.common.models.weight_names import from_timm, from_vit_mae
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run

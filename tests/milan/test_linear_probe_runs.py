@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from frugal.common.commands import read_command_line
 from frugal.common.errors import InputError
-from frugal.common.evaluate import load_trained
+from frugal.common.loading import load_trained
 from frugal.common.models.config import ImageTower
 from frugal.common.models.weight_names import to_timm
 from frugal.common.train import train_recipe

@@ -24,8 +24,8 @@ from transformers import (
 from frugal.cit.recipes import RECIPES as CIT
 from frugal.clipa.recipes import RECIPES as CLIPA
 from frugal.cluster_masking.recipes import RECIPES as CLUSTER_MASKING
-from frugal.common.evaluate import load_trained
 from frugal.common.export import Options, export
+from frugal.common.loading import load_trained
 from frugal.common.recipe import Recipe
 from frugal.flip.recipes import RECIPES as FLIP
 

@@ -19,9 +19,9 @@ from transformers import BertTokenizer
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.data.tokenizers import HuggingFace, WordPiece
 from frugal.common.errors import InputError
-from frugal.common.evaluate import load_trained
 from frugal.common.export import LIBRARIES, Options, export, load
 from frugal.common.interop import targets as ways_out
+from frugal.common.loading import load_trained
 from frugal.common.models.config import clip_encoder, flip_encoder
 from frugal.flip.recipes import demo
 from support import command

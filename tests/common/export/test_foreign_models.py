@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.errors import InputError
-from frugal.common.evaluate import load_trained
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.identity import weights_digest
 from frugal.common.export import Options, export
@@ -37,6 +36,7 @@ from frugal.common.interop.foreign_models import Foreign, is_foreign, load_forei
 from frugal.common.interop.foreign_wrapped import Wrapped
 from frugal.common.interop.stored_files import read_weights
 from frugal.common.interop.torchscript import read_torchscript
+from frugal.common.loading import load_trained
 from frugal.common.models.config import clip_encoder, clipa_encoder
 from frugal.common.models.dual_encoder import DualEncoder
 

@@ -24,11 +24,11 @@ from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.checkpoint.warm_start import load_weights
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.errors import InputError
-from frugal.common.evaluate import load_trained
 from frugal.common.export import Options as Export
 from frugal.common.export import export
 from frugal.common.import_weights import Options, import_weights
 from frugal.common.interop.encoder_weights import read_encoder
+from frugal.common.loading import load_trained
 from frugal.common.models.config import clip_encoder, clipa_encoder
 from support import ALONE, command, train
 
@@ -320,6 +320,15 @@ def test_evaluate_says_that_an_image_tower_reads_no_captions(tmp_path: Path, sce
     words = ("--data", scenes, "--tasks", "linear-probe", "--weight-decay", "1", "--device", "cpu")
     done = command("frugal.common.evaluate", "--checkpoint", run, *words, "--workers", "0")
     assert "linear_probe_top1" in done.stdout
+    command("frugal.common.evaluate", "--checkpoint", source, *words, "--workers", "0")
+    first, second = (
+        json.loads((folder / "evaluation" / "linear_probe.json").read_text())
+        for folder in (run, source)
+    )
+    assert second["linear_probe_measured"]["library"] == "timm"
+    for name, value in second.items():
+        if isinstance(value, (int, float)):
+            assert first[name] == value
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from run_directories import small
 
 from frugal.common.data.tokenizers import HuggingFace, WordPiece, load_tokenizer
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.evaluate import load_trained
 from frugal.common.export import Options, export
 from frugal.common.interop.open_clip_folder import model_config
+from frugal.common.loading import load_trained
 from frugal.common.models.config import DualEncoderConfig, clip_encoder, clipa_encoder
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40]

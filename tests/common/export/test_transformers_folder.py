@@ -24,8 +24,8 @@ from transformers import (
 
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.evaluate import load_trained
 from frugal.common.export import Options, export, load
+from frugal.common.loading import load_trained
 from frugal.common.models.config import DualEncoderConfig, clip_encoder
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40]

@@ -4,164 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from frugal.common.commands import read_command_line, run_politely, without_local_rank
-from frugal.common.data.tokenizers import SavedTokenizer
-from frugal.common.errors import InputError
-from frugal.common.evaluation.asked import Options, asked_programs, chosen_tasks, has_text
+from frugal.common.evaluation.asked import Options, asked_programs, chosen_tasks
 from frugal.common.evaluation.config import ImageEvaluation, LinearProbe
 from frugal.common.evaluation.programs import Program, installed
 from frugal.common.evaluation.suites import SUITES
-from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.loading import Trained, look
+from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from frugal.common.checkpoint.store import Checkpoint
     from frugal.common.contracts import EvaluationTask
     from frugal.common.evaluation.outcomes import Outcomes
     from frugal.common.evaluation.results import Subject
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model and what is known of it."""
-
-    recipe: Recipe
-    run: Run
-    model: nn.Module
-    step: int | None
-    """None for a model of another library."""
-    objective: Any = None
-    """What trained the model, and holds it; None for a model of another library."""
-    library: str = "frugal"
-    """Which wrote it."""
-
-
-def load_trained(path: Path, *, device: Literal["auto", "cpu", "cuda"] = "auto") -> Trained:
-    """The model of a run, with the moving average of its weights where the run kept one.
-
-    Args:
-        path: a run directory, or one of its checkpoints.
-        device: where the model goes.
-
-    Raises:
-        InputError: if there is no whole checkpoint.
-    """
-    checkpoint, recipe = _find(path)
-    return _load(checkpoint, replace(recipe, engine=replace(recipe.engine, device=device)))
-
-
-def _find(path: Path) -> tuple[Checkpoint, Recipe]:
-    """A checkpoint and the recipe of its run, with the folder where that lies now."""
-    from frugal.common.checkpoint.store import find_checkpoint
-
-    checkpoint = find_checkpoint(path)
-    folder = checkpoint.folder.parent.parent
-    recipe = load_recipe(folder / "recipe.json")
-    return checkpoint, replace(recipe, run=replace(recipe.run, dir=folder))
-
-
-def _load(checkpoint: Checkpoint, recipe: Recipe) -> Trained:
-    from frugal.common.checkpoint.warm_start import warm_start
-    from frugal.common.train import open_run
-
-    recipe = replace(recipe, engine=replace(recipe.engine, compile=False))
-    run = open_run(recipe)
-    objective = recipe.objective.build(recipe)
-    warm_start(objective, checkpoint.folder, resample=None, log=run.log)
-    data: Any = recipe.data
-    if getattr(data, "tokenizer", None) is not None and (run.dir / "tokenizer").is_dir():
-        # what the recipe names may lie on another machine, or on the hub
-        saved = SavedTokenizer(folder=run.dir / "tokenizer")
-        recipe = replace(recipe, data=replace(data, tokenizer=saved))
-    objective = objective.to(run.device).eval()
-    return Trained(recipe, run, objective.model, checkpoint.step, objective)
-
-
-def _load_encoder(checkpoint: Checkpoint, recipe: Recipe) -> Trained:
-    """The image tower alone: its teacher, if it has one, need not be there."""
-    from frugal.common.evaluation.embed import EncoderAlone
-    from frugal.common.export import load
-    from frugal.common.interop.trained import TrainedTower
-    from frugal.common.train import open_run
-
-    run, trained = open_run(recipe), load(checkpoint.folder)
-    assert isinstance(trained, TrainedTower)
-    model = EncoderAlone(trained.build()).to(run.device)
-    return Trained(recipe, run, model, checkpoint.step)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What a path holds, before the tasks are known to fit it."""
-
-    recipe: Recipe
-    load: Callable[[Recipe], Trained]
-    pretrained: str
-    """Which checkpoint of the path, or which name its weights go by."""
-    load_encoder: Callable[[Recipe], Trained] | None = None
-    """Of a run without a text tower: its image tower alone."""
-
-    def loads(
-        self, tasks: list[EvaluationTask]
-    ) -> dict[Callable[[Recipe], Trained], list[EvaluationTask]]:
-        """What is measured on what."""
-        found: dict[Callable[[Recipe], Trained], list[EvaluationTask]] = {}
-        for task in tasks:
-            alone = self.load_encoder if isinstance(task, LinearProbe) else None
-            found.setdefault(alone or self.load, []).append(task)
-        return found
-
-
-def _look(options: Options) -> _Found:
-    """The model that the command line means.
-
-    Raises:
-        InputError: if there is none, or --model does not belong to it.
-    """
-    from frugal.common.interop.foreign_models import is_foreign, load_foreign
-
-    path = options.checkpoint
-    if is_foreign(path):
-        foreign = load_foreign(path, name=options.model)
-
-        def load(recipe: Recipe) -> Trained:
-            from frugal.common.train import open_run
-
-            run = open_run(recipe)
-            model = foreign.model.to(run.device)
-            return Trained(recipe, run, model, None, library=foreign.library)
-
-        # a file has no folder of its own: one of its name, beside it
-        folder = path if path.is_dir() else path.with_suffix("")
-        return _Found(foreign.recipe(folder), load, options.model or foreign.library)
-    if options.model is not None:
-        raise InputError(
-            f"--model {options.model} is for a file of weights of another library, but {path} is "
-            "none; leave it out"
-        )
-    checkpoint, recipe = _find(path)
-    return _Found(
-        recipe,
-        lambda asked: _load(checkpoint, asked),
-        checkpoint.folder.name,
-        None if has_text(recipe) else lambda asked: _load_encoder(checkpoint, asked),
-    )
 
 
 def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
     import torch
 
-    found = _look(options)
+    found = look(options.checkpoint, options.model)
     options, url = _with_data(options)
     tasks = chosen_tasks(options, found.recipe)
     for task in tasks:

@@ -117,9 +117,9 @@ def load(path: Path) -> TrainedRun:
 
 
 def _load_two_towers(path: Path, checkpoint: Checkpoint) -> TrainedModel:
-    from frugal.common.evaluate import load_trained
     from frugal.common.interop.model_card import measured
     from frugal.common.interop.trained import TrainedModel
+    from frugal.common.loading import load_trained
     from frugal.common.models.dual_encoder import DualEncoder
 
     trained = load_trained(path, device="cpu")
@@ -137,9 +137,9 @@ def _load_two_towers(path: Path, checkpoint: Checkpoint) -> TrainedModel:
 def _load_tower(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> TrainedTower:
     """An image tower; its teacher or decoder, if it has any, need not be there."""
     from frugal.common.checkpoint.warm_start import load_weights
-    from frugal.common.evaluate import load_trained
     from frugal.common.interop.model_card import measured
     from frugal.common.interop.trained import TrainedTower, affine
+    from frugal.common.loading import load_trained
 
     folder = checkpoint.folder.parent.parent
     weights = {n.removeprefix("model."): t for n, t in load_weights(checkpoint).items()}

@@ -207,8 +207,8 @@ def gather_examples(stages: Mapping[str, Path], *, count: int) -> Gathered:
     Raises:
         InputError: if the checkpoint or the data of an evaluation cannot be used.
     """
-    from frugal.common.evaluate import load_trained
     from frugal.common.evaluation.gathering import Gathered, draw_batch, gather
+    from frugal.common.loading import load_trained
 
     first, last = next(iter(stages.values())), list(stages.values())[-1]
     if not hasattr(load_recipe(last / "recipe.json").model, "text"):

@@ -45,9 +45,9 @@ class Options:
     """
 
     checkpoint: Path
-    """A run directory of any method, or one of its checkpoints; a folder of open_clip or of
-    transformers (CLIP, SigLIP, VisionTextDualEncoder); a file of OpenAI's; or with --model any
-    file of weights that open_clip loads."""
+    """A run directory of any method, or one of its checkpoints; a folder of open_clip, of
+    transformers (CLIP, SigLIP, VisionTextDualEncoder, ViT) or of timm; a file of OpenAI's; or with
+    --model any file of weights that open_clip or timm loads."""
     model: str | None = None
     """Of a file of weights: open_clip's name of the model, such as ViT-B-16; openai for a state
     dict of OpenAI's."""

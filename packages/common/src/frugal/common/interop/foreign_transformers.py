@@ -85,7 +85,7 @@ def _model(folder: Path) -> Any:
     if config.model_type not in _KINDS:
         raise InputError(
             f"{folder} holds a {config.model_type!r} of transformers; {', '.join(_KINDS)} can be "
-            "measured"
+            "measured, and clip_vision_model, vit and vit_mae by linear-probe"
         )
     try:
         with quietly():

@@ -1,0 +1,179 @@
+"""What a path holds: a run of ours or a model of another library, ready to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from frugal.common.data.tokenizers import SavedTokenizer
+from frugal.common.errors import InputError
+from frugal.common.evaluation.asked import has_text
+from frugal.common.evaluation.config import LinearProbe
+from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.run import Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from frugal.common.checkpoint.store import Checkpoint
+    from frugal.common.contracts import EvaluationTask
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and what is known of it."""
+
+    recipe: Recipe
+    run: Run
+    model: nn.Module
+    step: int | None
+    """None for a model of another library."""
+    objective: Any = None
+    """What trained the model, and holds it; None for a model of another library."""
+    library: str = "frugal"
+    """Which wrote it."""
+
+
+def load_trained(path: Path, *, device: Literal["auto", "cpu", "cuda"] = "auto") -> Trained:
+    """The model of a run, with the moving average of its weights where the run kept one.
+
+    Args:
+        path: a run directory, or one of its checkpoints.
+        device: where the model goes.
+
+    Raises:
+        InputError: if there is no whole checkpoint.
+    """
+    checkpoint, recipe = _find(path)
+    return _load(checkpoint, replace(recipe, engine=replace(recipe.engine, device=device)))
+
+
+def _find(path: Path) -> tuple[Checkpoint, Recipe]:
+    """A checkpoint and the recipe of its run, with the folder where that lies now."""
+    from frugal.common.checkpoint.store import find_checkpoint
+
+    checkpoint = find_checkpoint(path)
+    folder = checkpoint.folder.parent.parent
+    recipe = load_recipe(folder / "recipe.json")
+    return checkpoint, replace(recipe, run=replace(recipe.run, dir=folder))
+
+
+def _load(checkpoint: Checkpoint, recipe: Recipe) -> Trained:
+    from frugal.common.checkpoint.warm_start import warm_start
+    from frugal.common.train import open_run
+
+    recipe = replace(recipe, engine=replace(recipe.engine, compile=False))
+    run = open_run(recipe)
+    objective = recipe.objective.build(recipe)
+    warm_start(objective, checkpoint.folder, resample=None, log=run.log)
+    data: Any = recipe.data
+    if getattr(data, "tokenizer", None) is not None and (run.dir / "tokenizer").is_dir():
+        # what the recipe names may lie on another machine, or on the hub
+        saved = SavedTokenizer(folder=run.dir / "tokenizer")
+        recipe = replace(recipe, data=replace(data, tokenizer=saved))
+    objective = objective.to(run.device).eval()
+    return Trained(recipe, run, objective.model, checkpoint.step, objective)
+
+
+def _load_encoder(checkpoint: Checkpoint, recipe: Recipe) -> Trained:
+    """The image tower alone: its teacher, if it has one, need not be there."""
+    from frugal.common.evaluation.embed import EncoderAlone
+    from frugal.common.export import load
+    from frugal.common.interop.trained import TrainedTower
+    from frugal.common.train import open_run
+
+    run, trained = open_run(recipe), load(checkpoint.folder)
+    assert isinstance(trained, TrainedTower)
+    model = EncoderAlone(trained.build()).to(run.device)
+    return Trained(recipe, run, model, checkpoint.step)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a path holds, before the tasks are known to fit it."""
+
+    recipe: Recipe
+    load: Callable[[Recipe], Trained]
+    pretrained: str
+    """Which checkpoint of the path, or which name its weights go by."""
+    load_encoder: Callable[[Recipe], Trained] | None = None
+    """Of a run without a text tower: its image tower alone."""
+
+    def loads(
+        self, tasks: list[EvaluationTask]
+    ) -> dict[Callable[[Recipe], Trained], list[EvaluationTask]]:
+        """What is measured on what."""
+        found: dict[Callable[[Recipe], Trained], list[EvaluationTask]] = {}
+        for task in tasks:
+            alone = self.load_encoder if isinstance(task, LinearProbe) else None
+            found.setdefault(alone or self.load, []).append(task)
+        return found
+
+
+def look(path: Path, name: str | None) -> Found:
+    """The model of a path, of which no weight of ours is read yet.
+
+    Args:
+        path: a run, a checkpoint, or a file or folder of another library.
+        name: of a file of weights: its model, as ``--model`` gives it.
+
+    Raises:
+        InputError: if there is none, or the name does not belong to it.
+    """
+    from frugal.common.interop.foreign_models import is_foreign, load_foreign
+    from frugal.common.interop.imported import tower_library
+
+    if is_foreign(path) and (library := tower_library(path, name)):
+        return _look_at_tower(path, name, library)
+    if is_foreign(path):
+        foreign = load_foreign(path, name=name)
+
+        def load(recipe: Recipe) -> Trained:
+            from frugal.common.train import open_run
+
+            run = open_run(recipe)
+            model = foreign.model.to(run.device)
+            return Trained(recipe, run, model, None, library=foreign.library)
+
+        return Found(foreign.recipe(_beside(path)), load, name or foreign.library)
+    if name is not None:
+        raise InputError(
+            f"--model {name} is for a file of weights of another library, but {path} is "
+            "none; leave it out"
+        )
+    checkpoint, recipe = _find(path)
+    return Found(
+        recipe,
+        lambda asked: _load(checkpoint, asked),
+        checkpoint.folder.name,
+        None if has_text(recipe) else lambda asked: _load_encoder(checkpoint, asked),
+    )
+
+
+def _look_at_tower(path: Path, name: str | None, library: str) -> Found:
+    """An image tower of timm or transformers."""
+    from frugal.common.interop.imported import read
+
+    imported = read(path, name=name)
+    recipe = replace(imported.recipe, run=replace(imported.recipe.run, dir=_beside(path)))
+
+    def load(recipe: Recipe) -> Trained:
+        from frugal.common.evaluation.embed import EncoderAlone
+        from frugal.common.interop.stored_files import without_prefix
+        from frugal.common.models.image_tower import ImageTransformer
+        from frugal.common.train import open_run
+
+        run = open_run(recipe)
+        tower = ImageTransformer(recipe.model.image)
+        tower.load_state_dict(without_prefix(imported.state, "image."))
+        model = EncoderAlone(tower).to(run.device).eval()
+        return Trained(recipe, run, model, None, library=library)
+
+    return Found(recipe, load, name or library)
+
+
+def _beside(path: Path) -> Path:
+    """Where evaluations of a path go; a file has no folder of its own: one of its name."""
+    return path if path.is_dir() else path.with_suffix("")
