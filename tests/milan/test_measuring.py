@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,13 @@ def test_an_encoder_is_fine_tuned_and_probed_by_one_command(
     done = command(EVALUATE, *given)
     for name in ("milan_finetune", "milan_linear_probe"):
         assert f"{name}_top1" in done.stdout
+        (loss,) = re.findall(rf"{name}_loss +([0-9.]+)\n", done.stdout)  # no share of anything
         found = numbers(out / f"{name}.json")
         assert len(found) == 4
         # the program measures the last step itself, and names the best one
         best = json.loads((out / name / "checkpoints" / "best.json").read_text())
         measured = json.loads((out / f"{name}.json").read_text())
+        assert float(loss) == pytest.approx(measured[f"{name}_loss"], rel=1e-2)
         assert f"step_{measured['step']:09}" == best["checkpoint"]
         lines = (out / name / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]

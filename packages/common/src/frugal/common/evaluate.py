@@ -143,7 +143,8 @@ def _with_data(options: Options) -> tuple[Options, str | None]:
     url = None if options.data is None else as_url(options.data)
     if url is None:
         return options, None
-    splits = ["test", *(["train"] if "linear-probe" in (options.tasks or ()) else [])]
+    trains = "linear-probe" in (options.tasks or ()) or asked_programs(options)
+    splits = ["test", "train"] if trains else ["test"]
     return replace(options, data=fetch(url, splits)), url
 
 
@@ -207,7 +208,7 @@ def _print(numbers: Mapping[str, Any]) -> None:
     for key, value in numbers.items():
         if isinstance(value, (int, float)):
             shown = f"{value:8.2%}" if isinstance(value, float) else f"{value:8,}"
-            if key.endswith("weight_decay"):
+            if key.endswith(("weight_decay", "_loss")):
                 shown = f"{value:8.3g}"
             sys.stdout.write(f"{key:>40}  {shown}\n")
 
