@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
@@ -341,6 +343,18 @@ def test_a_segmenter_leaves_for_transformers_with_both_heads(make_run, tmp_path)
         auxiliary = theirs.auxiliary_head(theirs.backbone(images).feature_maps)
         torch.testing.assert_close(auxiliary, ours.both(images)[1], rtol=1e-5, atol=1e-5)
     assert "AutoModelForSemanticSegmentation" in (out / "README.md").read_text()
+    processor = AutoImageProcessor.from_pretrained(out)
+    pictures = [Image.new("RGB", size, "red") for size in ((100, 70), (40, 90))]
+    pixels = processor(pictures, return_tensors="pt").pixel_values  # whole pictures, stretched
+    red = (torch.tensor([1.0, 0, 0]) - torch.tensor(recipe.model.image.mean)) / torch.tensor(
+        recipe.model.image.std
+    )
+    torch.testing.assert_close(pixels, red[None, :, None, None].expand(2, 3, 64, 64))
+    sizes = [(70, 100), (90, 40)]
+    with torch.inference_mode():
+        made = theirs(pixel_values=pixels)
+    classes = processor.post_process_semantic_segmentation(made, target_sizes=sizes)
+    assert [tuple(part.shape) for part in classes] == sizes
 
 
 def test_the_encoder_of_a_segmenter_leaves_without_a_last_norm(make_run, tmp_path) -> None:

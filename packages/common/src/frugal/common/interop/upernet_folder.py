@@ -16,7 +16,6 @@ import torch
 from frugal.common.checkpoint.warm_start import load_weights
 from frugal.common.interop.beit_folder import beit_settings, block_state, misfit_of_blocks
 from frugal.common.interop.trained import Misfit, TrainedTower, largest_difference, noise_pictures
-from frugal.common.interop.transformers_folder import image_processor
 from frugal.common.interop.vit_folder import labels, processed
 from frugal.common.models.weight_names import State
 
@@ -26,7 +25,9 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 model = AutoModelForSemanticSegmentation.from_pretrained("FOLDER")
 processor = AutoImageProcessor.from_pretrained("FOLDER")
-scores = model(**processor(images, return_tensors="pt")).logits
+made = model(**processor(images, return_tensors="pt"))
+sizes = [(image.height, image.width) for image in images]
+classes = processor.post_process_semantic_segmentation(made, target_sizes=sizes)
 ```
 """
 
@@ -42,8 +43,17 @@ def misfit(trained: TrainedTower) -> Misfit | None:
 
 
 def write(trained: TrainedTower, folder: Path) -> None:
-    """Weights of the tower and of both heads, configuration and image processor."""
-    from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
+    """Weights of the tower and of both heads, configuration and image processor.
+
+    The processor stretches a whole picture to the size of the crops of training, as BEiT's
+    segmenters do, and brings scores back to the sizes of the pictures.
+    """
+    from transformers import (
+        BeitConfig,
+        SegformerImageProcessor,
+        UperNetConfig,
+        UperNetForSemanticSegmentation,
+    )
 
     recipe: Any = trained.recipe
     model = recipe.model
@@ -61,7 +71,12 @@ def write(trained: TrainedTower, folder: Path) -> None:
     )
     theirs.load_state_dict(_state(trained))
     theirs.save_pretrained(folder)
-    image_processor(trained, trained.tower).save_pretrained(folder)
+    height, width = trained.tower.height_width
+    SegformerImageProcessor(
+        size={"height": height, "width": width},
+        image_mean=trained.tower.mean,
+        image_std=trained.tower.std,
+    ).save_pretrained(folder)
 
 
 def _state(trained: TrainedTower) -> State:
