@@ -10,15 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from frugal.common.interop.trained import Misfit, Seen, TrainedTower
+from frugal.common.interop.trained import Misfit, TrainedTower
 from frugal.common.interop.transformers_folder import image_processor
 from frugal.common.interop.vit_folder import (
     labels,
     misfit_of_tower,
     plain_state,
-    processed,
     transformer_settings,
 )
 from frugal.common.models.config import ImageTower
@@ -107,16 +104,3 @@ def beit_settings(tower: ImageTower, **more: Any) -> dict[str, Any]:
         "drop_path_rate": 0.0,
         **more,
     }
-
-
-def see(folder: Path, pictures: Tensor) -> Seen:
-    """What transformers makes of (B, 3, H, W) uint8 pictures with this folder."""
-    from transformers import AutoModel, AutoModelForImageClassification, BeitForImageClassification
-
-    pixels = processed(folder, pictures)
-    model = AutoModel.from_pretrained(folder).eval()
-    made = model(pixel_values=pixels)
-    if model.config.architectures != [BeitForImageClassification.__name__]:
-        return Seen(None, made.last_hidden_state)
-    classifier = AutoModelForImageClassification.from_pretrained(folder).eval()
-    return Seen(classifier(pixel_values=pixels).logits, made.last_hidden_state)

@@ -93,7 +93,7 @@ def _targets_of_a_tower(trained: TrainedTower) -> dict[str, Target]:
         usage=vit_folder.CLASSIFIER_USAGE if has_head else beit_folder.usage(trained.tower),
         misfit=lambda: beit_folder.misfit(trained),
         write=lambda folder: beit_folder.write(trained, folder),
-        difference=lambda folder: trained.difference(beit_folder.see, folder),
+        difference=lambda folder: trained.difference(vit_folder.see, folder),
     )
     segmenter = Target(
         usage=upernet_folder.USAGE,

@@ -122,7 +122,8 @@ def see(folder: Path, pictures: Tensor) -> Seen:
     pixels = processed(folder, pictures)
     model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
     tokens = model(pixel_values=pixels).last_hidden_state
-    if AutoConfig.from_pretrained(folder).architectures == ["ViTModel"]:
+    (architecture,) = AutoConfig.from_pretrained(folder).architectures
+    if not architecture.endswith("ForImageClassification"):
         return Seen(None, tokens)
     classifier = AutoModelForImageClassification.from_pretrained(folder).eval()
     return Seen(classifier(pixel_values=pixels).logits, tokens)
