@@ -17,7 +17,7 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe
 from frugal.common.interop import timm_weights
-from frugal.common.interop.encoder_weights import EncoderWeights, read_encoder
+from frugal.common.interop.encoder_weights import EncoderWeights, encoder_of_state, read_encoder
 from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, OPENAI, Foreign, load_foreign
 from frugal.common.interop.imported_encoder import ImportedEncoder, TrainedElsewhere
 from frugal.common.interop.stored_files import State, read_weights
@@ -216,8 +216,9 @@ def _count(state: Mapping[str, Tensor]) -> str:
 
 def _plain(path: Path, state: State) -> EncoderWeights:
     """A file in timm's layout; its shapes and what it holds besides say what it is."""
-    found = read_encoder(path)
-    table = state["pos_embed"].float()
+    numbers = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    found = encoder_of_state(numbers, source=str(path))
+    table = numbers["pos_embed"]
     if found.tower.positions != "learned":  # nearly so, perhaps; here every bit stays
         found = replace(
             found,
