@@ -19,9 +19,9 @@ from transformers import BertTokenizer
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.data.tokenizers import HuggingFace, WordPiece
 from frugal.common.errors import InputError
-from frugal.common.export import LIBRARIES, Options, export, load
+from frugal.common.export import LIBRARIES, Options, export
 from frugal.common.interop import targets as ways_out
-from frugal.common.loading import load_trained
+from frugal.common.loading import load_exportable, load_trained
 from frugal.common.models.config import clip_encoder, flip_encoder
 from frugal.flip.recipes import demo
 from support import command
@@ -260,7 +260,7 @@ def test_weights_that_are_not_finite_are_not_written(make_run, tmp_path) -> None
 def test_what_reads_back_differently_is_removed(
     to, tensor, clip_run, tmp_path, monkeypatch
 ) -> None:
-    ways = ways_out.targets(load(clip_run))
+    ways = ways_out.targets(load_exportable(clip_run))
     honest = ways[to]
 
     def write(folder: Path) -> None:

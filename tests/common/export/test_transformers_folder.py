@@ -24,8 +24,8 @@ from transformers import (
 
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.export import Options, export, load
-from frugal.common.loading import load_trained
+from frugal.common.export import Options, export
+from frugal.common.loading import load_exportable, load_trained
 from frugal.common.models.config import DualEncoderConfig, clip_encoder
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40]
@@ -63,7 +63,7 @@ def test_transformers_gives_the_same_embeddings_for_the_same_captions(
     assert not any(loading.values()), loading
     processor = CLIPProcessor.from_pretrained(out)
     inputs = processor(text=CAPTIONS, padding=True, truncation=True, return_tensors="pt")
-    trained = load(run)
+    trained = load_exportable(run)
     length = trained.config.text.length
     ours, lengths = torch.zeros(len(CAPTIONS), length, dtype=torch.int64), []
     for row, caption in enumerate(CAPTIONS):
@@ -128,7 +128,7 @@ def test_image_towers_that_clip_does_not_have_stand_beside_clip_s_text_tower(
     tokens = AutoTokenizer.from_pretrained(out)(
         CAPTIONS, padding=True, truncation=True, return_tensors="pt"
     )
-    trained = load(run)
+    trained = load_exportable(run)
     images = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
         made = theirs.eval()(**tokens, pixel_values=images)

@@ -9,19 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from frugal.common.commands import run_politely
 from frugal.common.errors import InputError
+from frugal.common.loading import load_exportable
 from frugal.common.quiet_transformers import quietly
 
 if TYPE_CHECKING:
-    from frugal.common.checkpoint.store import Checkpoint
     from frugal.common.interop.targets import Target
-    from frugal.common.interop.trained import Misfit, TrainedModel, TrainedRun, TrainedTower
-    from frugal.common.recipe import Recipe
+    from frugal.common.interop.trained import Misfit, TrainedRun
 
 LARGEST_DIFFERENCE = 1e-4
 """In float32, between this library and the one that reads what was written: of unit vectors, or of
@@ -94,75 +93,6 @@ def open_run(path: Path, *, average: bool = True) -> TrainedRun:
     )
 
 
-def load(path: Path) -> TrainedRun:
-    """The model of a run directory or checkpoint with everything that is needed to use it.
-
-    Raises:
-        InputError: if there is no whole checkpoint, or its model has no image tower.
-    """
-    from frugal.common.checkpoint.store import find_checkpoint
-    from frugal.common.models.config import DualEncoderConfig, ImageTower
-    from frugal.common.recipe import load_recipe
-
-    checkpoint = find_checkpoint(path)
-    recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
-    if isinstance(recipe.model, DualEncoderConfig):
-        return _load_two_towers(path, checkpoint)
-    if not isinstance(getattr(recipe.model, "image", None), ImageTower):
-        raise InputError(
-            f"{path} holds a {type(recipe.model).__name__}; only models with an image tower of "
-            "this library can be exported"
-        )
-    return _load_tower(path, checkpoint, recipe)
-
-
-def _load_two_towers(path: Path, checkpoint: Checkpoint) -> TrainedModel:
-    from frugal.common.interop.model_card import measured
-    from frugal.common.interop.trained import TrainedModel
-    from frugal.common.loading import load_trained
-    from frugal.common.models.dual_encoder import DualEncoder
-
-    trained = load_trained(path, device="cpu")
-    folder = trained.run.dir
-    assert isinstance(trained.model, DualEncoder)
-    return TrainedModel(
-        model=trained.model,
-        recipe=trained.recipe,
-        checkpoint=checkpoint,
-        folder=folder,
-        numbers=measured(folder, step=checkpoint.step),
-    )
-
-
-def _load_tower(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> TrainedTower:
-    """An image tower; its teacher or decoder, if it has any, need not be there."""
-    from frugal.common.checkpoint.warm_start import load_weights
-    from frugal.common.interop.model_card import measured
-    from frugal.common.interop.trained import TrainedTower, affine
-    from frugal.common.loading import load_trained
-
-    folder = checkpoint.folder.parent.parent
-    weights = {n.removeprefix("model."): t for n, t in load_weights(checkpoint).items()}
-    state = {n.removeprefix("image."): t for n, t in weights.items() if n.startswith("image.")}
-    for leaf in ("weight", "bias"):  # a classifier has the norm of what it pools beside the tower
-        if (name := f"fc_norm.{leaf}") in weights:
-            state[f"norm.{leaf}"] = weights[name]
-    head = scores = None
-    if any(name.startswith("head.") for name in weights):
-        model: Any = load_trained(path, device="cpu").model
-        head, scores = affine(model.head, recipe.model.image.width), model
-    return TrainedTower(
-        recipe=recipe,
-        checkpoint=checkpoint,
-        folder=folder,
-        numbers=measured(folder, step=checkpoint.step),
-        tower=replace(recipe.model.image, drop_path=0.0),
-        state=state,
-        head=head,
-        scores=scores,
-    )
-
-
 def export(options: Options) -> float:
     """Write the folder, read it back with the library it is for, and compare.
 
@@ -181,7 +111,7 @@ def export(options: Options) -> float:
     if options.to == "frugal":  # which needs no model, however large that is
         trained = open_run(options.checkpoint, average=options.moving_average)
     else:
-        trained = load(options.checkpoint)
+        trained = load_exportable(options.checkpoint)
     _refuse_misfit(trained, options)
     aside = out.with_name(f".{out.name}.writing")
     target = targets(trained)[options.to]

@@ -11,6 +11,7 @@ from frugal.common.data.tokenizers import SavedTokenizer
 from frugal.common.errors import InputError
 from frugal.common.evaluation.asked import has_text
 from frugal.common.evaluation.config import LinearProbe
+from frugal.common.models.config import DualEncoderConfig, ImageTower
 from frugal.common.recipe import Recipe, load_recipe
 from frugal.common.run import Run
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from frugal.common.checkpoint.store import Checkpoint
     from frugal.common.contracts import EvaluationTask
+    from frugal.common.interop.trained import TrainedModel, TrainedRun, TrainedTower
 
 
 @dataclass(frozen=True)
@@ -61,31 +63,88 @@ def _find(path: Path) -> tuple[Checkpoint, Recipe]:
 
 
 def _load(checkpoint: Checkpoint, recipe: Recipe) -> Trained:
-    from frugal.common.checkpoint.warm_start import warm_start
+    from frugal.common.checkpoint.warm_start import trained_objective
     from frugal.common.train import open_run
 
-    recipe = replace(recipe, engine=replace(recipe.engine, compile=False))
     run = open_run(recipe)
-    objective = recipe.objective.build(recipe)
-    warm_start(objective, checkpoint.folder, resample=None, log=run.log)
+    objective = trained_objective(recipe, checkpoint.folder, log=run.log)
     data: Any = recipe.data
     if getattr(data, "tokenizer", None) is not None and (run.dir / "tokenizer").is_dir():
         # what the recipe names may lie on another machine, or on the hub
         saved = SavedTokenizer(folder=run.dir / "tokenizer")
         recipe = replace(recipe, data=replace(data, tokenizer=saved))
-    objective = objective.to(run.device).eval()
+    objective = objective.to(run.device)
     return Trained(recipe, run, objective.model, checkpoint.step, objective)
+
+
+def load_exportable(path: Path) -> TrainedRun:
+    """The model of a run directory or checkpoint with everything that is needed to use it.
+
+    Raises:
+        InputError: if there is no whole checkpoint, or its model has no image tower.
+    """
+    checkpoint, recipe = _find(path)
+    if isinstance(recipe.model, DualEncoderConfig):
+        return _load_two_towers(path, checkpoint)
+    if not isinstance(getattr(recipe.model, "image", None), ImageTower):
+        raise InputError(
+            f"{path} holds a {type(recipe.model).__name__}; only models with an image tower of "
+            "this library can be exported"
+        )
+    return _load_tower(path, checkpoint, recipe)
+
+
+def _load_two_towers(path: Path, checkpoint: Checkpoint) -> TrainedModel:
+    from frugal.common.interop.model_card import measured
+    from frugal.common.interop.trained import TrainedModel
+    from frugal.common.models.dual_encoder import DualEncoder
+
+    trained = load_trained(path, device="cpu")
+    folder = trained.run.dir
+    assert isinstance(trained.model, DualEncoder)
+    return TrainedModel(
+        model=trained.model,
+        recipe=trained.recipe,
+        checkpoint=checkpoint,
+        folder=folder,
+        numbers=measured(folder, step=checkpoint.step),
+    )
+
+
+def _load_tower(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> TrainedTower:
+    """An image tower; its teacher or decoder, if it has any, need not be there."""
+    from frugal.common.checkpoint.warm_start import load_weights
+    from frugal.common.interop.model_card import measured
+    from frugal.common.interop.trained import TrainedTower, affine
+
+    folder = checkpoint.folder.parent.parent
+    weights = {n.removeprefix("model."): t for n, t in load_weights(checkpoint).items()}
+    state = {n.removeprefix("image."): t for n, t in weights.items() if n.startswith("image.")}
+    for leaf in ("weight", "bias"):  # a classifier has the norm of what it pools beside the tower
+        if (name := f"fc_norm.{leaf}") in weights:
+            state[f"norm.{leaf}"] = weights[name]
+    head = scores = None
+    if any(name.startswith("head.") for name in weights):
+        model: Any = load_trained(path, device="cpu").model
+        head, scores = affine(model.head, recipe.model.image.width), model
+    return TrainedTower(
+        recipe=recipe,
+        checkpoint=checkpoint,
+        folder=folder,
+        numbers=measured(folder, step=checkpoint.step),
+        tower=replace(recipe.model.image, drop_path=0.0),
+        state=state,
+        head=head,
+        scores=scores,
+    )
 
 
 def _load_encoder(checkpoint: Checkpoint, recipe: Recipe) -> Trained:
     """The image tower alone: its teacher, if it has one, need not be there."""
     from frugal.common.evaluation.embed import EncoderAlone
-    from frugal.common.export import load
-    from frugal.common.interop.trained import TrainedTower
     from frugal.common.train import open_run
 
-    run, trained = open_run(recipe), load(checkpoint.folder)
-    assert isinstance(trained, TrainedTower)
+    run, trained = open_run(recipe), _load_tower(checkpoint.folder, checkpoint, recipe)
     model = EncoderAlone(trained.build()).to(run.device)
     return Trained(recipe, run, model, checkpoint.step)
 

@@ -8,9 +8,10 @@ the new grid then. The grids are those of the two recipes, so that they need not
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -37,6 +38,18 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights by name; their moving average where the run kept one."""
     read = checkpoint.reader()
     return {name: read(stored) for name, stored in checkpoint.weights().items()}
+
+
+def trained_objective(recipe: Any, source: Path, *, log: logging.Logger) -> Any:
+    """What a recipe trains, with the weights of a run or checkpoint, on the CPU, to be measured.
+
+    Raises:
+        InputError: if the weights are not of that recipe's model, or what it starts from is gone.
+    """
+    recipe = replace(recipe, engine=replace(recipe.engine, compile=False))
+    objective = recipe.objective.build(recipe)
+    warm_start(objective, source, resample=None, log=log)
+    return objective.eval()
 
 
 def warm_start(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from frugal.common.checkpoint.store import Checkpoint
-from frugal.common.checkpoint.warm_start import warm_start
+from frugal.common.checkpoint.warm_start import trained_objective
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
@@ -85,10 +85,7 @@ class TrainedRun:
 
     def objective(self) -> Any:
         """What was trained, with these weights, on the CPU, in evaluation mode."""
-        recipe: Any = replace(self.recipe, engine=replace(self.recipe.engine, compile=False))
-        objective = recipe.objective.build(recipe)
-        warm_start(objective, self.checkpoint.folder, resample=None, log=make_logger(0))
-        return objective.eval()
+        return trained_objective(self.recipe, self.checkpoint.folder, log=make_logger(0))
 
     @property
     def crop(self) -> CenterCrop:
