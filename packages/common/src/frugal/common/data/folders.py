@@ -12,7 +12,7 @@ import numpy as np
 from frugal.common.data.damage import Damaged
 from frugal.common.data.samples import Fields, RawSample, StringTable
 from frugal.common.errors import InputError
-from frugal.common.json_files import read_json
+from frugal.common.files import read_json
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from frugal.common.interop.stored_files import (
     weights_in,
     without_prefix,
 )
-from frugal.common.json_files import read_json_object
+from frugal.common.files import read_json_object
 from frugal.common.models.config import (
     CLIP_MEAN,
     CLIP_STD,

@@ -22,7 +22,7 @@ from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, OPENAI, Forei
 from frugal.common.interop.imported_encoder import ImportedEncoder, TrainedElsewhere
 from frugal.common.interop.stored_files import State, read_weights
 from frugal.common.interop.torchscript import is_torchscript
-from frugal.common.json_files import read_json_object
+from frugal.common.files import read_json_object
 from frugal.common.models.config import DualEncoderConfig, ImagePositions, ImageTower
 from frugal.common.models.positions import image_table
 from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine

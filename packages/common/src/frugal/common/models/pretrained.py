@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from frugal.common.errors import InputError
-from frugal.common.json_files import read_json_object
+from frugal.common.files import read_json_object
 from frugal.common.models.config import IMAGENET_MEAN, IMAGENET_STD, DualEncoderConfig, ImageTower
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Channels, KeepAll

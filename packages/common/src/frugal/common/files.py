@@ -1,0 +1,184 @@
+"""Small files: what others wrote, read by one rule; what a run writes, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from frugal.common.errors import InputError
+
+_SYSTEM_NAMES = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "#recycle",
+        "$recycle.bin",
+        "system volume information",
+        "lost+found",
+        "thumbs.db",
+        "desktop.ini",
+        "__pycache__",
+    }
+)
+
+
+def is_system_name(name: str) -> bool:
+    """Whether a file or folder was put there by an operating system, an archiver or an editor.
+
+    Names with a leading dot (``.DS_Store``, ``._name`` of macOS, ``.ipynb_checkpoints``) and the
+    folders of macOS's archives, Synology, Windows and ext4. Whoever leaves one out says so.
+    """
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def read_text(path: Path) -> str:
+    r"""A small text file: UTF-8, without a byte-order mark, its lines ended by ``\n`` alone.
+
+    ``\r\n`` and a lone ``\r`` become ``\n``; nothing else (U+2028, vertical tab, form feed) ends a
+    line here, although :meth:`str.splitlines` would have it so.
+
+    Raises:
+        InputError: if the file cannot be read or is not UTF-8.
+    """
+    try:
+        encoded = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason_of(error)}); check the path") from None
+    try:
+        text = encoded.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = encoded.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {encoded[error.start]:#04x} in line {line}); save it "
+            "as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The stripped lines of a small text file, without the blank ones at its beginning and end.
+
+    A blank line between others stays, as an empty string: whoever counts lines must see it.
+
+    Raises:
+        InputError: as :func:`read_text`.
+    """
+    lines = [line.strip() for line in read_text(path).split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    while lines and not lines[0]:
+        lines.pop(0)
+    return lines
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds; bytes may begin with a byte-order mark.
+
+    Raises:
+        ValueError: if it is no JSON, is nested too deeply, or holds a number that Python will not
+            convert. :class:`json.JSONDecodeError` and ``UnicodeDecodeError`` are among them.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        InputError: if it cannot be read, or is no JSON.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as JSON ({reason_of(error)}); copy it again"
+        ) from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a file holds.
+
+    Raises:
+        InputError: if it cannot be read, or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object")
+    return content
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file aside and rename it: its name holds all of the content or what it held before.
+
+    Raises:
+        InputError: if it cannot be written, with the room that is left where the disk is full.
+    """
+    encoded = content.encode("utf-8") if isinstance(content, str) else content
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            file.write(encoded)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON as :func:`write_file` does; numbers that are not finite become ``null``.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    write_file(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def finite(content: Any) -> Any:
+    """JSON content with ``None`` in the place of every number that JSON cannot hold."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return content
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in the system's words and without a path, an address or a type's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """The sentence for a file that cannot be written, to be raised."""
+    room = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(_existing(path)).free
+            room = f", {free / 2**20:.0f} MiB are free there"
+    return InputError(
+        f"{path} cannot be written ({reason_of(error)}{room}); make room or the folder writable, "
+        "or choose another place"
+    )
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
