@@ -25,6 +25,7 @@ from frugal.cit.published_vision import (
     vision_of_state,
 )
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_object
 from frugal.common.interop.stored_files import (
     State,
     read_content,
@@ -32,7 +33,6 @@ from frugal.common.interop.stored_files import (
     weights_in,
     without_prefix,
 )
-from frugal.common.files import read_json_object
 from frugal.common.models.config import ImageTower
 from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.pretrained import (

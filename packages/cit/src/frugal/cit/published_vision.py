@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_object
 from frugal.common.interop.encoder_weights import encoder_of_state, read_encoder
 from frugal.common.interop.stored_files import State, read_weights, weights_in, without_prefix
-from frugal.common.files import read_json_object
 from frugal.common.models.config import ImageTower
 from frugal.common.models.weight_names import Rule, pairs, read_names, write_names
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_object
 from frugal.common.interop.stored_files import (
     State,
     read_content,
@@ -26,7 +27,6 @@ from frugal.common.interop.stored_files import (
     weights_in,
     without_prefix,
 )
-from frugal.common.files import read_json_object
 from frugal.common.models.config import (
     CLIP_MEAN,
     CLIP_STD,

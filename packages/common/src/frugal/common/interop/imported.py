@@ -16,13 +16,13 @@ from frugal.common.data.config import ImageData
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe
+from frugal.common.files import read_json_object
 from frugal.common.interop import timm_weights
 from frugal.common.interop.encoder_weights import EncoderWeights, encoder_of_state, read_encoder
 from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, OPENAI, Foreign, load_foreign
 from frugal.common.interop.imported_encoder import ImportedEncoder, TrainedElsewhere
 from frugal.common.interop.stored_files import State, read_weights
 from frugal.common.interop.torchscript import is_torchscript
-from frugal.common.files import read_json_object
 from frugal.common.models.config import DualEncoderConfig, ImagePositions, ImageTower
 from frugal.common.models.positions import image_table
 from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine
