@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
@@ -173,3 +174,33 @@ def open_stream(vocabulary: WordPiece) -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture
+def old_index() -> Callable[..., Path]:
+    """Writes the index of a tar in the form of version 1, one member to a sample."""
+
+    def write(path: Path, *, names: Sequence[str], checksums: Sequence[int]) -> Path:
+        with tarfile.open(path) as archive:
+            members = [archive.getmember(name) for name in names]
+        encoded = [name.encode() for name in names]
+        place = path.with_name(f"{path.name}.index.safetensors")
+        tensors = {
+            "names": np.frombuffer(b"".join(encoded), np.uint8),
+            "name_ends": np.cumsum([len(name) for name in encoded], dtype=np.int64),
+            "offsets": np.array([member.offset_data for member in members], np.int64),
+            "lengths": np.array([member.size for member in members], np.int64),
+            "checksums": np.array(checksums, np.uint32),
+            "first_member": np.arange(len(names) + 1, dtype=np.int64),
+            "damage": np.zeros(len(names), np.uint8),
+        }
+        described = {
+            "version": "1",
+            "samples": str(len(names)),
+            "shard_bytes": str(path.stat().st_size),
+            "note": "",
+        }
+        save_file(tensors, place, metadata=described)
+        return place
+
+    return write

@@ -1,4 +1,5 @@
 import random
+import struct
 import zlib
 
 import pytest
@@ -8,7 +9,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.index import find_index, read_summary
-from frugal.common.data.records import RecordReader, crc32c, parse_example
+from frugal.common.data.records import RecordReader, crc32c, mask_checksum, parse_example
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import build_index, find_files, is_stream, open_source
 from frugal.common.errors import InputError
@@ -312,7 +313,6 @@ def test_a_cut_record_file_is_noticed(tmp_path, write_records, seed):
 
 
 def test_a_record_altered_before_or_after_indexing_is_noticed(tmp_path, write_records):
-    pytest.importorskip("crc32c")
     path = write_records(tmp_path / "0.tfrecord", 5)
     build_index(path)
     offsets = RecordReader(path, Fields()).index.offsets
@@ -374,3 +374,51 @@ def test_every_kind_of_source_trains(
     assert {name: folders.count(name) for name in folders} == {
         "tars": 5, "0.tfrecord": 4, "classes": 18
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["0.TFRecord", "a.tfrec", "a.tfrecord-00000-of-00001", "a.TFRECORDS", "b.TFREC-00003-OF-00010"],
+)
+def test_records_are_known_by_every_name_that_is_in_use(tmp_path, write_records, name):
+    path = write_records(tmp_path / name, 3)
+    assert find_files(str(tmp_path)) == [path]
+    build_index(path)
+    shard = open_source(str(path), Fields()).shards[0]
+    assert [shard.open(Fields()).read(n).captions for n in range(3)] == [["w0"], ["w1"], ["w2"]]
+
+
+def test_tars_are_known_in_capitals(tmp_path, write_tar):
+    path = write_tar(tmp_path / "0.TAR", [("0.jpg", b"a")])
+    assert find_files(str(tmp_path)) == find_files(str(path)) == [path]
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff" * 100_000, b"\x0a" + b"\x80" * 5000 + b"\x01", b"\x0b\x00"]
+)
+def test_a_record_that_is_no_example_is_damage(tmp_path, data):
+    length = struct.pack("<Q", len(data))
+    path = tmp_path / "0.tfrecord"
+    path.write_bytes(
+        length
+        + struct.pack("<I", mask_checksum(crc32c(length)))
+        + data
+        + struct.pack("<I", mask_checksum(crc32c(data)))
+    )
+    build_index(path)
+    assert read_all(path) == ["unreadable"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x1f\x8b" + b"x" * 100, "compressed .gzip."),
+        (b"<html>503</html>" * 9, "a page that a server sent"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-lfs"),
+    ],
+)
+def test_what_lies_in_the_place_of_records_is_named(tmp_path, content, what):
+    path = tmp_path / "0.tfrecord"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"does not begin like a TFRecord file: it is {what}"):
+        build_index(path)

@@ -162,3 +162,62 @@ def test_conversion_keeps_captions_and_bytes(tmp_path, write_tar, pair, capsys, 
     assert json.loads(second["json"])["caption"] == second["txt"].decode() == "w1 w1 w2"
     batch = next(iter(open_stream(tmp_path / "out", batch_size=64)))
     assert set(batch.token_ids[:, 0].tolist()) == {8, 9, 4}
+
+
+@pytest.mark.parametrize("joined", ["end", "cut"])
+def test_check_never_says_that_joined_tars_are_sound(tmp_path, write_pairs, capsys, joined):
+    (path,) = write_pairs(tmp_path / "d", [4])
+    content = path.read_bytes()
+    path.write_bytes((content if joined == "end" else content.rstrip(b"\0")) + content)
+    if joined == "cut":  # the last member is filled up to its block, as tar does
+        body = content.rstrip(b"\0")
+        path.write_bytes(body + bytes(-len(body) % 512) + content)
+    code, out, _ = run(capsys, "check", path)
+    assert code == 1 and "8 samples" in out and "repeated key 4" in out
+    assert ("behind the end-of-archive marker" in out) == (joined == "end")
+
+
+def test_check_tells_what_is_left_out_of_every_shard(
+    tmp_path, write_pairs, write_tar, pair, capsys
+):
+    write_pairs(tmp_path / "d", [3])
+    hidden = [(f".{name}", content) for name, content in pair(7)]
+    lone = [("9.txt", b"w1")]
+    path = write_tar(tmp_path / "d" / "00001.tar", [*pair(5), *hidden, *lone])
+    code, out, _ = run(capsys, "check", tmp_path / "d")
+    assert code == 1 and "damage: no image 1" in out
+    assert f"3 passed over: hidden members, whose names begin with a dot ({path}/.000000007" in out
+    assert f"{path}: 1 of 2 samples sound, damage: no image 1, 3 members passed over" in out
+    code, out, _ = run(capsys, "convert", tmp_path / "d", "--out", tmp_path / "out")
+    assert code == 1 and "wrote 4 samples in 1 shards" in out
+    assert "left out: no image 1 (of 5 samples in 2 shards)" in out and "3 passed over" in out
+
+
+def test_check_reads_pipes(tmp_path, write_pairs, capsys):
+    paths = write_pairs(tmp_path / "d", [3, 5])
+    words = ["check", f"pipe:cat {tmp_path}/d/{{00000,00001}}.tar", "--decode", "all"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0 and "8 samples" in out and "decoded 8 images" in out
+    assert "members: jpg 8, json 8, txt 8" in out and "damage: none" in out
+    paths[1].write_bytes(paths[1].read_bytes()[:5000])
+    code, out, _ = run(capsys, *words)
+    assert code == 1 and "truncated 1" in out
+    code, _, err = run(capsys, "convert", words[1], "--out", tmp_path / "out")
+    assert code == 2 and "can only be read from its beginning on" in err
+
+
+def test_a_shard_of_another_content_and_equal_size_points_to_rebuild(tmp_path, write_tar, capsys):
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", b"a" * 40), ("0.txt", b"w1")])
+    run(capsys, "index", path)
+    write_tar(path, [("0.jpg", b"b" * 40), ("0.txt", b"w2")])
+    code, out, _ = run(capsys, "check", path)
+    assert code == 1 and "damage: checksum 1" in out and "index --rebuild" in out
+
+
+def test_index_renews_what_an_earlier_version_wrote(tmp_path, write_pairs, old_index, capsys):
+    (path,) = write_pairs(tmp_path / "d", [2])
+    with tarfile.open(path) as archive:
+        names = archive.getnames()
+    old_index(path, names=names, checksums=[0] * len(names))
+    code, out, _ = run(capsys, "index", tmp_path / "d")
+    assert code == 0 and "indexed 1 of 1 shards" in out and "2 samples" in out

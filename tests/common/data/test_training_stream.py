@@ -1,7 +1,9 @@
 import itertools
 import json
 import logging
+import os
 import pickle
+import resource
 import tarfile
 from collections import Counter
 
@@ -10,8 +12,12 @@ import pytest
 import torch
 
 from frugal.common.data.config import PairData
-from frugal.common.data.damage import DamageCounter
+from frugal.common.data.damage import DamageCounter, Damaged
 from frugal.common.data.index import find_index
+from frugal.common.data.pairs import Preparation, Shelf
+from frugal.common.data.samples import Fields
+from frugal.common.data.sources import build_index, open_source
+from frugal.common.data.tars import TarReader
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError
@@ -415,3 +421,40 @@ def test_processes_share_the_indexing(tmp_path, write_pairs):
     built = [name for _, names, _ in found for name in names]
     assert sorted(built) == [f"{number:05d}.tar" for number in range(5)]
     assert all(names for _, names, _ in found) and all(complete for *_, complete in found)
+
+
+def test_too_many_open_files_are_not_taken_for_damage(tmp_path, write_pairs):
+    paths = write_pairs(tmp_path / "d", [1] * 8)
+    source = open_source(f"{tmp_path}/d", Fields(), [p for p in paths if build_index(p)])
+    shelf = Shelf(source.shards, Fields())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft >= min(hard, 65_536)  # a shelf takes what it can get
+    next_free = os.dup(0)
+    os.close(next_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_free + 3, hard))
+    try:
+        with pytest.raises(InputError, match=r"too many files are open.*ulimit -n.*shuffle-shards"):
+            for shard in range(8):
+                shelf.reader(shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_is_odd_in_tars_is_told_when_training_opens_them(
+    tmp_path, write_tar, pair, open_stream, caplog
+):
+    members = [*pair(1), *pair(2), ("._x.jpg", b"mac")]
+    write_tar(tmp_path / "d" / "0.tar", members[::2] + members[1::2])
+    batch = next(iter(open_stream(tmp_path / "d", batch_size=2)))
+    assert bool(batch.valid.all())
+    assert "2 samples whose members lie apart were joined" in caplog.text
+    assert "1 passed over: hidden members" in caplog.text
+
+
+def test_a_missing_caption_is_told_with_the_members_that_there_are(tmp_path, write_tar, pair):
+    path = write_tar(tmp_path / "0.tar", [pair(1)[0], ("000000001.title", b"w1")])
+    build_index(path)
+    raw = TarReader(path, Fields()).read(0)
+    preparation = Preparation.__new__(Preparation)
+    with pytest.raises(Damaged, match=r"--data\.fields\.caption.*members are jpg, title"):
+        preparation.caption(raw, 0)

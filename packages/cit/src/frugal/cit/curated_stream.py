@@ -115,6 +115,7 @@ class CuratedStream:
             state: of :meth:`state` on any number of processes, or {} at the beginning.
         """
         self.epoch_samples = pool.samples
+        self.contents = pool.contents
         self._data, self._recipe, self._run, self._pool = data, recipe, run, pool
         self._first_sample = first_sample
         classes = data.metadata.classes()

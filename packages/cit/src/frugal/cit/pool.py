@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from frugal.cit.curated_data import CuratedData
 from frugal.cit.texts import TextChoice
+from frugal.common.data.contents import Contents, contents_of
 from frugal.common.data.damage import Damaged
 from frugal.common.data.order import Order
 from frugal.common.data.pairs import Preparation, Shelf
@@ -51,6 +52,8 @@ class Pool:
     preparation: Preparation
     scan: int
     """Samples of a unit."""
+    contents: Contents = ()
+    """What it is read from."""
     first_of_shard: np.ndarray = field(init=False)
     """(shards,) int64: samples in the shards before each."""
 
@@ -111,6 +114,7 @@ def open_pool(data: CuratedData, recipe: Recipe, run: Run) -> Pool:
         choice=TextChoice(seed=recipe.run.seed, tags=data.tag_places),
         preparation=preparation,
         scan=data.scan,
+        contents=contents_of(sources),
     )
 
 

@@ -139,8 +139,8 @@ def _files(patterns: Sequence[str]) -> list[Path]:
 def _count_shard(path: Path, *, fields: Fields) -> WordCounts:
     if needs_index(path) and find_index(path) is None:
         build_index(path)
-    shard, note = open_shard(path, fields)
-    found = WordCounts(notes=[f"{path} is {note}"] if note else [])
+    shard, summary = open_shard(path, fields)
+    found = WordCounts(notes=[f"{path} is {summary.note}"] if summary.note else [])
     reader = shard.open(fields)
     for number in range(shard.num_samples):
         try:

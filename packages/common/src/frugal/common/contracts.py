@@ -173,6 +173,9 @@ class Stream(Protocol):
 
     epoch_samples: int
     """Samples of one epoch."""
+    contents: Any
+    """What it is read from, as :mod:`frugal.common.data.contents` has it: compared where a run goes
+    on. () where that cannot change."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 

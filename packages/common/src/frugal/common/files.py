@@ -7,12 +7,16 @@ import errno
 import json
 import math
 import os
+import re
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 from frugal.common.errors import InputError
 
+_ENOUGH_FILES = 65_536
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _SYSTEM_NAMES = frozenset(
     {
         "__macosx",
@@ -165,6 +169,38 @@ def reason_of(error: Exception) -> str:
         return error.strerror
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def raise_open_files_limit() -> None:
+    """Let this process, and those that it starts, open many files, where the system allows it."""
+    with contextlib.suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def refuse_exhaustion(error: Exception) -> None:
+    """Stop where a file cannot be opened for a reason that is not the file's.
+
+    Raises:
+        InputError: if too many files are open, or the memory is used up.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _SYSTEM_ERROR.search(str(error))):
+        number = int(found[1])  # as safetensors reports them
+    if number in (errno.EMFILE, errno.ENFILE):
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise InputError(
+            f"too many files are open ({os.strerror(number)}; one process may open {soft}); allow "
+            "more with `ulimit -n 65536`, or have fewer loader processes (--data.workers) or "
+            "fewer shards at a time (--data.shuffle-shards)"
+        ) from None
+    if number == errno.ENOMEM:
+        raise InputError(
+            f"the memory of this machine is used up ({os.strerror(number)}); have fewer loader "
+            "processes (--data.workers), or smaller batches"
+        ) from None
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:

@@ -216,6 +216,8 @@ class RunOptions:
     """A run directory or checkpoint whose weights this run starts from, optimiser afresh."""
     interpolate: bool = False
     """Allow --run.start-from to resample position tables to another grid or length."""
+    allow_changed_data: bool = False
+    """Go on with a run although its data have changed since it began; other samples come then."""
     max_skipped: int = 10
     """Steps in a row whose loss is not finite before the run stops; seen when a line is logged."""
 

@@ -23,10 +23,19 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import decode_rgb, open_image
+from frugal.common.data.grouping import REPEATED
 from frugal.common.data.index import find_index, read_summary
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.records import RecordReader
-from frugal.common.data.samples import Fields, RawSample, Reader
-from frugal.common.data.sources import build_index, find_files, needs_index, open_shard
+from frugal.common.data.samples import Fields, RawSample, Reader, assemble
+from frugal.common.data.sources import (
+    build_index,
+    find_files,
+    find_streams,
+    is_stream,
+    needs_index,
+    open_shard,
+)
 from frugal.common.data.tars import TarReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
@@ -51,9 +60,11 @@ def index(patterns: Patterns, *, processes: int | None = None, rebuild: bool = F
     paths = [path for path in _files(patterns) if needs_index(path)]
     wanted = [path for path in paths if rebuild or find_index(path) is None]
     with _pool(processes, len(wanted)) as pool:
-        mistakes = [mistake for mistake in pool.map(_index_one, wanted) if mistake]
+        done = pool.map(partial(_index_one, rebuild=rebuild), wanted)
+        mistakes = [mistake for mistake in done if mistake]
     _say(f"indexed {len(wanted) - len(mistakes)} of {len(paths)} shards")
     samples = 0
+    passed_over, remarks = PassedOver(), PassedOver()
     for path in paths:
         if find_index(path) is None:
             continue  # its mistake is told below
@@ -63,18 +74,22 @@ def index(patterns: Patterns, *, processes: int | None = None, rebuild: bool = F
             mistakes.append(str(error))
             continue
         samples += summary.num_samples
-        if summary.note:
-            _say(f"{path} is {summary.note}")
+        passed_over.update(summary.passed_over)
+        remarks.update(summary.remarks)
+        for line in summary.lines(path):
+            _say(line)
     _say(f"{samples:,} samples")
+    for line in [*remarks.lines(""), *passed_over.lines()]:
+        _say(line)
     for mistake in mistakes:
         sys.stderr.write(f"error: {mistake}\n")
     return 2 if mistakes else 0
 
 
-def _index_one(path: Path) -> str:
+def _index_one(path: Path, *, rebuild: bool) -> str:
     """Index a shard; what went wrong, or nothing."""
     try:
-        build_index(path)
+        build_index(path, rebuild=rebuild)
     except InputError as error:
         return str(error)
     return ""
@@ -94,10 +109,14 @@ class Contents:
     decoded: int = 0
     damage: Counter[str] = field(default_factory=Counter)
     details: list[str] = field(default_factory=list)
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    remarks: PassedOver = field(default_factory=PassedOver)
 
     def add(self, other: Contents) -> None:
         """Add what was found elsewhere."""
         self.samples += other.samples
+        self.passed_over.update(other.passed_over)
+        self.remarks.update(other.remarks)
         self.bytes += other.bytes
         self.decoded += other.decoded
         self.details += other.details
@@ -117,11 +136,27 @@ class Contents:
                 found = np.percentile(values, _PERCENTILES, method="nearest").astype(int)
                 yield f"{name} at 0/5/50/95/100 %: " + "/".join(map(str, found))
         yield f"decoded {self.decoded:,} images"
-        damage = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.damage.items()))
-        yield f"damage: {damage or 'none'}"
+        yield from self.remarks.lines("")
+        yield from self.passed_over.lines()
+        yield f"damage: {_listed(self.damage)}"
         yield from self.details[:_SHOWN]
         if len(self.details) > _SHOWN:
             yield f"... and {len(self.details) - _SHOWN:,} more"
+
+    def describe_shard(self, name: str) -> str | None:
+        """One line on a shard of which something was left out; None on the others."""
+        if not self.damage and not self.passed_over:
+            return None
+        sound = self.captions.total()
+        left_out = sum(self.passed_over.counts.values())
+        members = f", {left_out:,} members passed over" if left_out else ""
+        return f"{name}: {sound:,} of {self.samples:,} samples sound, damage: " + (
+            _listed(self.damage) + members
+        )
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{kind} {count:,}" for kind, count in sorted(counts.items())) or "none"
 
 
 def check(
@@ -134,37 +169,63 @@ def check(
     """Read every byte of shards and say what they contain and what is damaged.
 
     Args:
-        patterns: shards, folders or lists, as data.train takes them.
+        patterns: shards, folders or lists, as data.train takes them; pipe: commands and URLs too.
         decode: images to decode, spread over the shards, or all.
         processes: shards checked at a time; one per core if not given.
         fields: where images and captions are in a sample.
     """
-    paths = _files(patterns)
-    share = None if decode == "all" else -(-decode // len(paths))
+    shards: list[Path | str] = []
+    for pattern in _given(patterns):
+        shards += find_streams(pattern) if is_stream(pattern) else find_files(pattern)
+    share = None if decode == "all" else -(-decode // len(shards))
     contents = Contents()
-    with _pool(processes, len(paths)) as pool:
-        for found in pool.map(partial(_check_one, fields=fields, decode=share), paths):
-            contents.add(found)
-    _say(f"{len(paths):,} shards")
+    odd = []
+    with _pool(processes, len(shards)) as pool:
+        found = pool.map(partial(_check_one, fields=fields, decode=share), shards)
+        for shard, one in zip(shards, found, strict=True):
+            contents.add(one)
+            if line := one.describe_shard(str(shard)):
+                odd.append(line)
+    _say(f"{len(shards):,} shards")
     for line in contents.describe():
         _say(line)
+    if len(shards) > 1:
+        for line in _first_of(odd):
+            _say(line)
     return 1 if contents.damage else 0
 
 
-def _check_one(path: Path, *, fields: Fields, decode: int | None) -> Contents:
+def _first_of(lines: list[str]) -> list[str]:
+    more = [f"... and {len(lines) - _SHOWN:,} more"] if len(lines) > _SHOWN else []
+    return lines[:_SHOWN] + more
+
+
+def _check_one(shard: Path | str, *, fields: Fields, decode: int | None) -> Contents:
     contents = Contents()
     try:
-        if needs_index(path) and find_index(path) is None:
-            build_index(path)
-        shard, note = open_shard(path, fields)
-        reader = shard.open(fields)
+        if isinstance(shard, str):
+            _check_stream(shard, contents, fields=fields, decode=decode)
+        else:
+            _check_file(shard, contents, fields=fields, decode=decode)
     except InputError as error:
         contents.damage["shard"] += 1
         contents.details.append(str(error))
-        return contents
-    if note:
+    return contents
+
+
+def _check_file(path: Path, contents: Contents, *, fields: Fields, decode: int | None) -> None:
+    if needs_index(path) and find_index(path) is None:
+        build_index(path)
+    shard, summary = open_shard(path, fields)
+    reader = shard.open(fields)
+    lines = summary.lines(path)
+    contents.details += lines
+    if lines:
         contents.damage["shard"] += 1
-        contents.details.append(f"{path} is {note}")
+    if repeated := summary.remarks.counts.get(REPEATED):
+        contents.damage["repeated key"] += repeated
+    contents.passed_over.update(summary.passed_over)
+    contents.remarks.update(summary.remarks)
     contents.samples = shard.num_samples
     contents.bytes = path.stat().st_size if path.is_file() else 0
     every = max(-(-shard.num_samples // decode), 1) if decode else 1
@@ -175,7 +236,23 @@ def _check_one(path: Path, *, fields: Fields, decode: int | None) -> Contents:
             contents.damage[damaged.kind] += 1
             contents.details.append(f"{reader.key(number)}: {damaged}")
     reader.close()
-    return contents
+
+
+def _check_stream(url: str, contents: Contents, *, fields: Fields, decode: int | None) -> None:
+    from frugal.common.data.resampled import stream_tar  # it takes torch along
+
+    for key, members in stream_tar(url, passed_over=contents.passed_over):
+        contents.samples += 1
+        try:
+            if isinstance(members, Damaged):
+                raise members
+            contents.members.update(members.keys())
+            contents.bytes += sum(map(len, members.values()))
+            raw = assemble(fields, members, members.__getitem__)
+            _check_raw(raw, contents, decode=decode is None or contents.decoded < decode)
+        except Damaged as damaged:
+            contents.damage[damaged.kind] += 1
+            contents.details.append(f"{key}: {damaged}")
 
 
 def _check_sample(reader: Reader, number: int, contents: Contents, *, decode: bool) -> None:
@@ -186,13 +263,16 @@ def _check_sample(reader: Reader, number: int, contents: Contents, *, decode: bo
             reader.content(member)
     elif isinstance(reader, RecordReader):
         contents.members.update(reader.features(number).keys())
-    raw = reader.read(number)
-    contents.captions[len(raw.captions)] += 1
+    _check_raw(reader.read(number), contents, decode=decode)
+
+
+def _check_raw(raw: RawSample, contents: Contents, *, decode: bool) -> None:
     image = open_image(raw.image)
-    contents.sizes[image.size] += 1
     if decode:
         decode_rgb(image)
         contents.decoded += 1
+    contents.captions[len(raw.captions)] += 1
+    contents.sizes[image.size] += 1
 
 
 def convert(
@@ -217,19 +297,28 @@ def convert(
     for path in paths:
         if needs_index(path) and find_index(path) is None:
             build_index(path)
-    damage: Counter[str] = Counter()
-    samples = _undamaged(paths, fields, damage)
+    found = Contents()
+    samples = _undamaged(paths, fields, found)
     written, number = write_tars(out, samples, samples_per_shard=samples_per_shard)
-    left_out = ", ".join(f"{kind} {count:,}" for kind, count in sorted(damage.items()))
-    _say(f"wrote {written:,} samples in {number:,} shards to {out}; left out: {left_out or 'none'}")
-    return 1 if damage else 0
+    for line in [*found.details, *found.remarks.lines(""), *found.passed_over.lines()]:
+        _say(line)
+    _say(
+        f"wrote {written:,} samples in {number:,} shards to {out}; left out: "
+        f"{_listed(found.damage)} (of {found.samples:,} samples in {len(paths):,} shards)"
+    )
+    return 1 if found.damage or found.details else 0
 
 
-def _undamaged(paths: Sequence[Path], fields: Fields, damage: Counter[str]) -> Iterator[NewSample]:
+def _undamaged(paths: Sequence[Path], fields: Fields, found: Contents) -> Iterator[NewSample]:
     """Every sample; counts those left out."""
     for path in paths:
-        shard, _ = open_shard(path, fields)
+        shard, summary = open_shard(path, fields)
+        found.samples += shard.num_samples
+        found.details += summary.lines(path)
+        found.passed_over.update(summary.passed_over)
+        found.remarks.update(summary.remarks)
         reader = shard.open(fields)
+        damage: Counter[str] = Counter()
         for number in range(shard.num_samples):
             try:
                 sample = as_new_sample(reader.read(number), source=reader.key(number))
@@ -238,6 +327,10 @@ def _undamaged(paths: Sequence[Path], fields: Fields, damage: Counter[str]) -> I
                 continue
             yield sample
         reader.close()
+        if damage:
+            found.damage.update(damage)
+            count = f"{damage.total():,} of its {shard.num_samples:,} samples"
+            _say(f"{path}: left out {count}: {_listed(damage)}")
 
 
 def as_new_sample(raw: RawSample, *, source: str, **about: Any) -> NewSample:
@@ -273,9 +366,19 @@ def _as_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _files(patterns: Sequence[str]) -> list[Path]:
+def _given(patterns: Sequence[str]) -> Sequence[str]:
     if not patterns:
         raise InputError("no shards are given; name at least one file, folder or pattern")
+    return patterns
+
+
+def _files(patterns: Sequence[str]) -> list[Path]:
+    stream = next((pattern for pattern in _given(patterns) if is_stream(pattern)), None)
+    if stream is not None:
+        raise InputError(
+            f"{stream} can only be read from its beginning on, which is enough for `check`; copy "
+            "the shards to a disk first"
+        )
     return [path for pattern in patterns for path in find_files(pattern)]
 
 

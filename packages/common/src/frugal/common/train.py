@@ -61,6 +61,7 @@ def train_recipe(recipe: Recipe) -> None:
     recipe = _check_run_dir(recipe)
     from frugal.common.checkpoint.store import CheckpointStore
     from frugal.common.checkpoint.warm_start import warm_start
+    from frugal.common.data.contents import keep_contents
     from frugal.common.data.damage import DamageCounter
     from frugal.common.engine.loop import Training, measure_what_was_missed, train
     from frugal.common.engine.saving import WeightAverage, gather_values, restore
@@ -97,6 +98,13 @@ def train_recipe(recipe: Recipe) -> None:
         state=_stream_state(recipe, run, state.get("stream", [])),
         engine=engine,
     )
+    if first_step < recipe.steps:
+        keep_contents(
+            run,
+            stream.contents,
+            goes_on=checkpoint is not None,
+            allowed=recipe.run.allow_changed_data,
+        )
     damage = DamageCounter(
         recipe.data.max_damaged,
         # a small data set is judged after one epoch

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from frugal.common.contracts import Stream
+from frugal.common.data.contents import Part, digest_of
 from frugal.common.data.damage import Damaged
 from frugal.common.data.order import GlobalOrder
 from frugal.common.data.stream import IndexedStream, Share
@@ -53,6 +54,7 @@ def build_stream(data: SegmentationData, recipe: Recipe, run: Run, *, first_samp
         epoch_samples=order.samples,
         workers=data.workers,
         pin_memory=run.device.type == "cuda",
+        contents=[[Part(".", len(folder), digest_of(folder.names))] for folder in folders],
     )
 
 

@@ -8,9 +8,10 @@ reading what lies before it, and a shard that was cut or altered since is notice
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from frugal.common.data.damage import Damaged, Kind
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import StringTable
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of, refuse_exhaustion
 
 SUFFIX = ".index.safetensors"
-_VERSION = "1"
+_VERSION = "2"
+"""2: members of a sample that lie apart are joined, and what is left out is counted."""
+_EARLIER = ("1",)
+_REPLACED = (
+    "its bytes are not those that were indexed; copy the shard again, or, if it was replaced, run "
+    "`python -m frugal.common.shards index --rebuild` on it"
+)
 _KINDS: tuple[Kind | None, ...] = (None, "truncated", "checksum", "duplicate")
 
 
@@ -33,6 +42,19 @@ class ShardSummary:
     num_samples: int
     note: str
     """What is wrong with the shard as a whole; empty if nothing is."""
+    behind: str = ""
+    """What lies behind the end-of-archive marker, where nothing should; empty if nothing does."""
+    digest: str = ""
+    """Of the names, checksums and order of all members: alike wherever the shard is copied."""
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    """Members that belong to no sample."""
+    remarks: PassedOver = field(default_factory=PassedOver)
+    """What was done to samples that are not laid out as usual, by kind."""
+
+    def lines(self, shard: Path) -> list[str]:
+        """What is wrong with the shard as a whole, and what lies behind its end."""
+        lines = [f"{shard} is {self.note}"] if self.note else []
+        return [*lines, f"{shard}: {self.behind}"] if self.behind else lines
 
 
 @dataclass(frozen=True)
@@ -52,7 +74,12 @@ class ShardIndex:
     damage: np.ndarray
     """(S,) uint8: what was wrong with a sample when it was indexed; 0 if nothing was."""
     shard_bytes: int
+    key_lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """(S,) int64: letters of the key in the names of a sample's members; none in TFRecords."""
     note: str = ""
+    behind: str = ""
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    remarks: PassedOver = field(default_factory=PassedOver)
 
     @property
     def num_samples(self) -> int:
@@ -73,12 +100,24 @@ class ShardIndex:
         try:
             content = os.pread(descriptor, length, int(self.offsets[member]))
         except OSError as error:
-            raise Damaged("unreadable", str(error)) from None
+            raise Damaged("unreadable", reason_of(error)) from None
         if len(content) < length:
             raise Damaged("truncated", f"{len(content)} of {length} bytes")
         if zlib.crc32(content) != self.checksums[member]:
-            raise Damaged("checksum")
+            raise Damaged("checksum", _REPLACED)
         return content
+
+    def checksums_by_place(self) -> dict[tuple[int, int], int]:
+        """The checksum of every member by its first byte and its length."""
+        places = zip(self.offsets.tolist(), self.lengths.tolist(), strict=True)
+        return dict(zip(places, self.checksums.tolist(), strict=True))
+
+    def digest(self) -> str:
+        """See :attr:`ShardSummary.digest`."""
+        found = hashlib.blake2b(digest_size=8)
+        for part in (self.names.blob, self.names.ends, self.checksums, self.first_member):
+            found.update(part.tobytes())
+        return found.hexdigest()
 
 
 def damage_code(kind: Kind) -> int:
@@ -99,8 +138,28 @@ def _places(shard: Path) -> tuple[Path, Path]:
 
 
 def find_index(shard: Path) -> Path | None:
-    """The index of a shard, if it has one."""
-    return next((place for place in _places(shard) if place.is_file()), None)
+    """The index of a shard, if it has one that is not of an earlier version."""
+    earlier = [place for place in _places(shard) if place.is_file()]
+    return next((place for place in earlier if _version(place) not in _EARLIER), None)
+
+
+def find_earlier_index(shard: Path) -> Path | None:
+    """The index of a shard that an earlier version of this software wrote, if there is one."""
+    places = [place for place in _places(shard) if place.is_file()]
+    return next((place for place in places if _version(place) in _EARLIER), None)
+
+
+def _version(place: Path) -> str | None:
+    """What wrote an index; None where it cannot be read, which is told by who needs it."""
+    try:
+        return _metadata(place).get("version")
+    except (SafetensorError, OSError):
+        return None
+
+
+def _metadata(place: Path) -> dict[str, str]:
+    with safe_open(place, framework="numpy") as file:
+        return file.metadata() or {}
 
 
 def _may_write(folder: Path) -> bool:
@@ -122,6 +181,7 @@ def write_index(shard: Path, index: ShardIndex) -> Path:
             "lengths": index.lengths,
             "checksums": index.checksums,
             "first_member": index.first_member,
+            "key_lengths": index.key_lengths,
             "damage": index.damage,
         },
         metadata={
@@ -129,6 +189,10 @@ def write_index(shard: Path, index: ShardIndex) -> Path:
             "samples": str(index.num_samples),
             "shard_bytes": str(index.shard_bytes),
             "note": index.note,
+            "behind": index.behind,
+            "digest": index.digest(),
+            "passed_over": json.dumps(vars(index.passed_over)),
+            "remarks": json.dumps(vars(index.remarks)),
         },
     )
     beside, cached = _places(shard)
@@ -140,7 +204,7 @@ def write_index(shard: Path, index: ShardIndex) -> Path:
             aside.write_bytes(encoded)
             aside.replace(place)
         except OSError as error:
-            problem = str(error)
+            problem = reason_of(error)
             continue
         return place
     raise InputError(
@@ -151,17 +215,20 @@ def write_index(shard: Path, index: ShardIndex) -> Path:
 
 def _open(shard: Path) -> tuple[Path, dict[str, str]]:
     """The index file of a shard and its metadata, checked against the shard's size."""
-    place = find_index(shard)
-    rebuild = f"rebuild it with `python -m frugal.common.shards index --rebuild {shard}`"
-    if place is None:
-        raise InputError(f"{shard} has no index; {rebuild}")
-    try:
-        with safe_open(place, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"the index {place} cannot be read ({error}); {rebuild}") from None
-    if metadata.get("version") != _VERSION:
-        raise InputError(f"the index {place} was written by another version; {rebuild}")
+    rebuild = _rebuild(shard)
+    problem = f"{shard} has no index"
+    for place in _places(shard):
+        if not place.is_file():
+            continue
+        try:
+            metadata = _metadata(place)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(place, error, rebuild) from None
+        if metadata.get("version") == _VERSION:
+            break
+        problem = f"the index {place} was written by another version"
+    else:
+        raise InputError(f"{problem}; {rebuild}")
     size = shard.stat().st_size
     if size != int(metadata["shard_bytes"]):
         raise InputError(
@@ -178,7 +245,21 @@ def read_summary(shard: Path) -> ShardSummary:
         InputError: if there is no index, or it does not belong to the shard as it is now.
     """
     _, metadata = _open(shard)
-    return ShardSummary(int(metadata["samples"]), metadata["note"])
+    return ShardSummary(
+        int(metadata["samples"]),
+        metadata["note"],
+        metadata["behind"],
+        metadata["digest"],
+        _of_shard(shard, metadata["passed_over"]),
+        _of_shard(shard, metadata["remarks"]),
+    )
+
+
+def _of_shard(shard: Path, encoded: str) -> PassedOver:
+    found = PassedOver(**json.loads(encoded))
+    for reason, names in found.examples.items():
+        found.examples[reason] = [f"{shard}/{name}" for name in names]
+    return found
 
 
 def load_index(shard: Path) -> ShardIndex:
@@ -188,11 +269,43 @@ def load_index(shard: Path) -> ShardIndex:
         InputError: if there is none, or it does not belong to the shard as it is now.
     """
     place, metadata = _open(shard)
+    try:
+        return _load(place, metadata)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(place, error, _rebuild(shard)) from None
+
+
+def _rebuild(shard: Path) -> str:
+    return f"rebuild it with `python -m frugal.common.shards index --rebuild {shard}`"
+
+
+def _unreadable(place: Path, error: Exception, rebuild: str) -> InputError:
+    """The sentence for an index that is there and cannot be read, to be raised."""
+    try:
+        place.open("rb").close()  # safetensors says "no such file" for whatever goes wrong
+    except OSError as found:
+        error = found
+    refuse_exhaustion(error)
+    return InputError(f"the index {place} cannot be read ({reason_of(error)}); {rebuild}")
+
+
+def load_earlier_index(shard: Path) -> ShardIndex | None:
+    """What an earlier version found in a shard; None if it is not of the shard as it is now."""
+    place = find_earlier_index(shard)
+    if place is None:
+        return None
+    try:
+        index = _load(place, _metadata(place))
+        return index if index.shard_bytes == shard.stat().st_size else None
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
+def _load(place: Path, metadata: dict[str, str]) -> ShardIndex:
     with safe_open(place, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    names = StringTable(tensors.pop("names"), tensors.pop("name_ends"))
     return ShardIndex(
-        names=names,
+        names=StringTable(tensors.pop("names"), tensors.pop("name_ends")),
         **tensors,
         shard_bytes=int(metadata["shard_bytes"]),
         note=metadata["note"],

@@ -46,6 +46,7 @@ class _Images(Dataset[dict[str, Any]]):
             raise InputError(
                 f"{self.source.notes[0]}, and an evaluation needs every image; copy the shard again"
             )
+        self.source.tell(_LOG)
         self._shelf = Shelf(self.source.shards, fields)
         self._ends = np.cumsum(self.source.counts)
         self._size = size

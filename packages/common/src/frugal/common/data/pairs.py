@@ -12,9 +12,11 @@ import torch
 
 from frugal.common.contracts import TextReduction
 from frugal.common.data.damage import Damaged
+from frugal.common.data.grouping import describe_members
 from frugal.common.data.order import Order
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard
 from frugal.common.data.transforms import Augmentation
+from frugal.common.files import raise_open_files_limit, reason_of, refuse_exhaustion
 from frugal.common.randomness import sample_generator
 from frugal.common.reduction.text import Placed
 
@@ -28,6 +30,7 @@ class Shelf:
         self._shards = shards
         self._fields = fields
         self._readers: OrderedDict[int, Reader] = OrderedDict()
+        raise_open_files_limit()
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_readers": OrderedDict()}
@@ -37,7 +40,7 @@ class Shelf:
 
         Raises:
             Damaged: if the shard cannot be opened any more.
-            InputError: if it is not the shard that was indexed.
+            InputError: if it is not the shard that was indexed, or too many files are open.
         """
         if shard in self._readers:
             self._readers.move_to_end(shard)
@@ -45,7 +48,8 @@ class Shelf:
         try:
             reader = self._shards[shard].open(self._fields)
         except OSError as error:
-            raise Damaged("unreadable", str(error)) from None
+            refuse_exhaustion(error)
+            raise Damaged("unreadable", reason_of(error)) from None
         self._readers[shard] = reader
         if len(self._readers) > _OPEN_SHARDS:
             self._readers.popitem(last=False)[1].close()
@@ -80,7 +84,8 @@ class Preparation:
     def caption(self, raw: RawSample, number: int) -> str:
         """One of the captions, drawn uniformly; raises ``Damaged`` if there is none."""
         if not raw.captions:
-            raise Damaged("no caption")
+            names = f"; its members are {describe_members(raw.names)}" if raw.names else ""
+            raise Damaged("no caption", f"nothing that --data.fields.caption names has text{names}")
         if len(raw.captions) == 1:
             return raw.captions[0]
         captions = [text for text in raw.captions if text] or raw.captions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 _NAMED = 3
@@ -39,16 +39,25 @@ class PassedOver:
     def __bool__(self) -> bool:
         return bool(self.counts)
 
-    def lines(self) -> list[str]:
-        """One line for each reason: ``12 passed over: <reason> (such as a, b, c)``."""
+    def lines(self, verb: str = "passed over: ") -> list[str]:
+        """One line for each reason: ``12 passed over: <reason> (such as a, b, c)``.
+
+        ``verb`` stands between the count and the reason.
+        """
         return [
-            f"{count} passed over: {reason} ({_first(self.examples[reason], count)})"
+            f"{count:,} {verb}{reason} ({_first(self.examples[reason], count)})"
             for reason, count in self.counts.items()
         ]
 
     def state(self) -> dict[str, int]:
         """Counts by reason, for results and reports (JSON)."""
         return dict(self.counts)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _first(names: Iterable[str], count: int) -> str:

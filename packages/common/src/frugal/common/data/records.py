@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import google_crc32c
 import numpy as np
 
 from frugal.common.data.damage import Damaged
+from frugal.common.data.foreign import foreign_content, refuse_empty, unreadable_shard
 from frugal.common.data.index import ShardIndex, damage_code, load_index
 from frugal.common.data.samples import (
     Fields,
@@ -24,38 +26,20 @@ from frugal.common.data.samples import (
     StringTable,
     decode_label,
     decode_text,
+    no_image,
     select_captions,
 )
 from frugal.common.errors import InputError
 
-try:
-    from crc32c import crc32c as _fast_crc32c
-except ImportError:  # without it the checksums of the data are not compared, only the lengths'
-    _fast_crc32c = None  # type: ignore[assignment]
-
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
+_VARINT_BITS, _MOST = 70, (1 << 64) - 1
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
-def _crc32c_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-_TABLE = _crc32c_table()
-
-
 def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) of a few bytes."""
-    checksum = 0xFFFFFFFF
-    for byte in data:
-        checksum = checksum >> 8 ^ _TABLE[(checksum ^ byte) & 0xFF]
-    return checksum ^ 0xFFFFFFFF
+    """CRC-32C (Castagnoli)."""
+    return int(google_crc32c.value(data))
 
 
 def mask_checksum(checksum: int) -> int:
@@ -73,15 +57,12 @@ def index_records(shard: Path) -> ShardIndex:
         with shard.open("rb") as file:
             return _index_open_records(file, shard)
     except OSError as error:
-        raise InputError(
-            f"{shard} cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
+        raise unreadable_shard(shard, error) from None
 
 
 def _index_open_records(file: BinaryIO, shard: Path) -> ShardIndex:
     size = os.fstat(file.fileno()).st_size
-    if not size:
-        raise InputError(f"{shard} is empty (0 bytes); copy it again, or leave it out")
+    refuse_empty(file, shard)
     offsets, lengths, checksums, damage = [], [], [], []
     note, position = "", 0
     while position < size:
@@ -89,10 +70,9 @@ def _index_open_records(file: BinaryIO, shard: Path) -> ShardIndex:
         length = _record_length(header)
         end = position + _HEADER.size + (length or 0) + _FOOTER.size
         if length is None and not position and len(header) == _HEADER.size:
-            raise InputError(
-                f"{shard} does not begin like a TFRecord file; copy it again (compressed ones "
-                "must be unpacked first)"
-            )
+            foreign = foreign_content(file)
+            wrong = f": it is {foreign}" if foreign else "; copy it again, or unpack it first"
+            raise InputError(f"{shard} does not begin like a TFRecord file{wrong}")
         broken = length is None or end > size
         data = b"" if broken else file.read(length or 0)
         offsets.append(position + _HEADER.size)
@@ -125,20 +105,19 @@ def _record_length(header: bytes) -> int | None:
 
 
 def _matches(data: bytes, footer: bytes) -> bool:
-    if _fast_crc32c is None:
-        return True
-    return mask_checksum(_fast_crc32c(data)) == _FOOTER.unpack(footer)[0]
+    return mask_checksum(crc32c(data)) == _FOOTER.unpack(footer)[0]
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    while shift < _VARINT_BITS:
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, position
+            return value & _MOST, position
         shift += 7
+    raise ValueError("a number has no end")
 
 
 def _wire_fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
@@ -251,12 +230,13 @@ class RecordReader:
         images = (features[name] for name in self.fields.image if features.get(name))
         image = next((values[0] for values in images if isinstance(values[0], bytes)), None)
         if image is None:
-            raise Damaged("no image")
+            raise no_image(self.fields, features)
         labels = features.get("cls") or [None]
         return RawSample(
             image=image,
             captions=self._captions(features),
             label=decode_label(labels[0]) if isinstance(labels[0], bytes) else labels[0],
+            names=features.keys(),
         )
 
     def _captions(self, features: dict[str, list[bytes] | list[int]]) -> list[str]:

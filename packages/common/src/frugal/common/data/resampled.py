@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,22 +22,30 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 
 from frugal.common.contracts import Batch
-from frugal.common.data.damage import Damaged, Kind
+from frugal.common.data.contents import Contents
+from frugal.common.data.damage import Damaged
 from frugal.common.data.pairs import BatchBuilder, Preparation
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields, RawSample, assemble
 from frugal.common.data.stream import PREFETCHED, Share, own_generator
-from frugal.common.data.tars import StrictHeader, split_name
+from frugal.common.data.streamed import StreamedTar
+from frugal.common.files import reason_of
 from frugal.common.randomness import sample_generator
 
+_LOG = logging.getLogger("frugal")
 Streamed = tuple[str, dict[str, bytes] | Damaged]
 """``shard/key`` and the members of a sample by extension, or what is wrong with it."""
 
 
-def stream_tar(url: str) -> Iterator[Streamed]:
+def stream_tar(url: str, *, passed_over: PassedOver | None = None) -> Iterator[Streamed]:
     """The samples of a tar in the order of the file; at least one, if only a damaged one.
 
     A shard that cannot be opened or goes on unreadably counts as one damaged sample, and so does
     the last sample of a shard that ends without an end-of-archive marker.
+
+    Args:
+        url: a path, ``pipe:`` with a command, or a URL.
+        passed_over: counts the members that belong to no sample.
     """
     try:
         stream = gopen(url)
@@ -44,45 +53,27 @@ def stream_tar(url: str) -> Iterator[Streamed]:
         yield url, Damaged("unreadable", str(error))
         return
     try:
-        yield from _samples(url, stream)
+        yield from _samples(url, stream, passed_over)
     finally:
         # a command behind pipe: complains if its output is not read to the end
         with contextlib.suppress(OSError):
             stream.close()
 
 
-def _samples(url: str, stream: Any) -> Iterator[Streamed]:
-    key = ""
-    members: dict[str, bytes] = {}
-    damage: Kind | None = None
-    end: Kind | None = None
+def _samples(url: str, stream: Any, passed_over: PassedOver | None) -> Iterator[Streamed]:
+    archive = StreamedTar(stream, passed_over)
+    read = 0
     try:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictHeader) as archive:
-            for (new_key, extension), content in _members(archive):
-                if key and new_key != key:
-                    yield f"{url}/{key}", Damaged(damage) if damage else members
-                    members, damage = {}, None
-                key = new_key
-                damage = "duplicate" if extension in members else damage
-                members[extension] = content
-    except (OSError, tarfile.TarError, EOFError, zlib.error):
-        end = "truncated" if key else "unreadable"
-    if not key:
-        yield url, Damaged(end or "unreadable", "no sample")
-    else:
-        kind = end or damage
-        yield f"{url}/{key}", Damaged(kind) if kind else members
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[tuple[str, str], bytes]]:
-    """Key, extension and bytes of every member that belongs to a sample."""
-    for member in archive:
-        name = split_name(member.name) if member.isreg() else None
-        if name is not None:
-            file = archive.extractfile(member)
-            assert file is not None
-            yield name, file.read()
-        archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+        for key, sample in archive:
+            read += 1
+            yield f"{url}/{key}" if key else url, sample
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        cut = read or archive.pending
+        where = f"{url}/{archive.pending}" if archive.pending else url
+        yield where, Damaged("truncated" if cut else "unreadable", reason_of(error))
+        return
+    if not read:
+        yield url, Damaged("unreadable", "it holds no sample")
 
 
 class ShardDraws:
@@ -119,24 +110,36 @@ class ShardDraws:
 class Lane:
     """An endless row of samples."""
 
-    def __init__(self, url_of: Callable[[int], str], draw: int = 0, taken: int = 0) -> None:
+    def __init__(
+        self,
+        url_of: Callable[[int], str],
+        draw: int = 0,
+        taken: int = 0,
+        *,
+        passed_over: PassedOver | None = None,
+    ) -> None:
         """Continue a row.
 
         Args:
             url_of: the shard of a draw.
             draw: number of the draw to begin with.
             taken: samples of that shard to pass over.
+            passed_over: counts the members that belong to no sample.
         """
         self._url_of = url_of
+        self._passed_over = passed_over
         self.draw = draw
         self.taken = taken
-        self._samples: Iterator[Streamed] = itertools.islice(stream_tar(url_of(draw)), taken, None)
+        self._samples = itertools.islice(self._open(), taken, None)
+
+    def _open(self) -> Iterator[Streamed]:
+        return stream_tar(self._url_of(self.draw), passed_over=self._passed_over)
 
     def take(self) -> Streamed:
         """The next sample."""
         while (sample := next(self._samples, None)) is None:
             self.draw, self.taken = self.draw + 1, 0
-            self._samples = stream_tar(self._url_of(self.draw))
+            self._samples = self._open()
         self.taken += 1
         return sample
 
@@ -161,14 +164,15 @@ class _Resampled(IterableDataset[dict[str, Any]]):
         self._state = state
         self._num_lanes = num_lanes
 
-    def _lanes(self, worker: int) -> list[Lane]:
+    def _lanes(self, worker: int, passed_over: PassedOver) -> list[Lane]:
         saved = self._state["workers"].get(str(worker), [])
         lanes = []
         for number in range(self._num_lanes):
             # a run that continues on other ranks draws afresh: its lanes have another origin
             name = f"{self._state['origin']}/{self._share.rank}/{worker}/{number}"
             place = saved[number] if number < len(saved) else (0, 0)
-            lanes.append(Lane(partial(self._draws.url, name), *place))
+            url_of = partial(self._draws.url, name)
+            lanes.append(Lane(url_of, *place, passed_over=passed_over))
         return lanes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -176,7 +180,8 @@ class _Resampled(IterableDataset[dict[str, Any]]):
         number, count = (info.id, info.num_workers) if info else (0, 1)
         # the same lanes make the same micro-batches wherever a run was interrupted
         worker = (self._share.first_sample // self._share.micro_batch + number) % count
-        lanes = self._lanes(worker)
+        passed_over, told = PassedOver(), 0
+        lanes = self._lanes(worker, passed_over)
         for micro_batch in itertools.count(number, count):
             builder = BatchBuilder(self._preparation, self._share.numbers(micro_batch))
             for slot in range(len(builder.numbers)):
@@ -185,6 +190,10 @@ class _Resampled(IterableDataset[dict[str, Any]]):
                     builder.add(key, self._raw(sample))
                 except Damaged as damaged:
                     builder.skip(key, damaged)
+            if number == 0 and len(passed_over.counts) > told:
+                for line in passed_over.lines()[told:]:
+                    _LOG.warning("%s, and others like them: `shards check` counts all", line)
+                told = len(passed_over.counts)
             progress = [(lane.draw, lane.taken) for lane in lanes]
             yield builder.fields() | {"worker": worker, "progress": progress}
 
@@ -209,6 +218,7 @@ class ResampledStream:
         open_shards: int,
         workers: int,
         pin_memory: bool,
+        contents: Contents = (),
     ) -> None:
         """Stream shards.
 
@@ -222,7 +232,9 @@ class ResampledStream:
             open_shards: shards whose samples this process mixes, where there are as many.
             workers: loader processes; 0 loads in this process.
             pin_memory: put the tensors where a GPU can fetch them.
+            contents: what it is read from.
         """
+        self.contents = contents
         self.epoch_samples = epoch_samples
         self._state = state or {"origin": share.first_sample, "workers": {}}
         dataset = _Resampled(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from frugal.common.data.damage import Damaged
+from frugal.common.data.grouping import describe_members, last_parts
 from frugal.common.errors import InputError
 
 
@@ -65,6 +66,8 @@ class RawSample:
     """An encoded picture."""
     captions: list[str]
     label: int | None = None
+    names: Collection[str] = ()
+    """What it was found under: the extensions of its members, or the names of its features."""
 
 
 class Reader(Protocol):
@@ -140,11 +143,23 @@ def decode_text(encoded: bytes) -> str:
 def assemble_captions(
     fields: Fields, extensions: Collection[str], member: Callable[[str], bytes]
 ) -> list[str]:
-    """The captions among the members of a tar, as :func:`assemble`; [] if there are none."""
+    """The captions among the members of a tar, as :func:`assemble`; [] if there are none.
+
+    Where no member that is named whole has one, compound extensions count by their last part.
+    """
+    captions = _captions_of_members(fields, extensions, member)
+    if not captions and (whole := last_parts(extensions)):
+        captions = _captions_of_members(fields, whole, lambda last: member(whole[last]))
+    return captions
+
+
+def _captions_of_members(
+    fields: Fields, extensions: Collection[str], member: Callable[[str], bytes]
+) -> list[str]:
     contents: dict[str, dict[str, Any]] = {}  # one member may hold many fields
 
     def captions_of(field: str) -> list[str]:
-        extension, _, name = field.partition(".")
+        extension, name = split_field(field, extensions)
         if extension not in extensions:
             return []
         if name:
@@ -159,6 +174,21 @@ def assemble_captions(
         return [text]
 
     return select_captions(fields, captions_of)
+
+
+def split_field(field: str, extensions: Collection[str]) -> tuple[str, str]:
+    """The member that a field is read from, and the name in its JSON; "" for all of it.
+
+    ``caption.txt`` is a member where there is one of that name, ``json.title`` is not.
+    """
+    if field in extensions:
+        return field, ""
+    extension, _, name = field.partition(".")
+    if extension not in extensions and "." in name:  # x.json.title of a member x.json
+        compound, _, last = field.rpartition(".")
+        if compound in extensions:
+            return compound, last
+    return extension, name
 
 
 def select_captions(fields: Fields, captions_of: Callable[[str], list[str]]) -> list[str]:
@@ -192,11 +222,23 @@ def assemble(
     """
     image = next((name for name in fields.image if name in extensions), None)
     if image is None:
-        raise Damaged("no image")
+        whole = last_parts(extensions)
+        image = next((whole[name] for name in fields.image if name in whole), None)
+    if image is None:
+        raise no_image(fields, extensions)
     return RawSample(
         image=member(image),
         captions=assemble_captions(fields, extensions, member),
         label=decode_label(member("cls")) if "cls" in extensions else None,
+        names=extensions,
+    )
+
+
+def no_image(fields: Fields, names: Iterable[str]) -> Damaged:
+    """What is to be raised where a sample has none of the images that are looked for."""
+    return Damaged(
+        "no image",
+        f"looked for {', '.join(fields.image)}, but its members are {describe_members(names)}",
     )
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from braceexpand import braceexpand
 
 from frugal.common.data.folders import class_folders, image_files, open_csv, open_image_folder
-from frugal.common.data.index import ShardIndex, find_index, read_summary, write_index
+from frugal.common.data.index import (
+    ShardSummary,
+    find_earlier_index,
+    find_index,
+    load_earlier_index,
+    read_summary,
+    write_index,
+)
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.records import RecordShard, index_records
 from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.tars import TarShard, index_tar
@@ -21,14 +29,22 @@ from frugal.common.errors import InputError
 from frugal.common.run import launcher_ranks
 
 _STREAM = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
-_RECORDS = (".tfrecord", ".tfrecords")
-_LISTS = (".csv", ".tsv")
-_SPLITS = ("train", "val", "validation", "test")
-_INDEXED: dict[str, Callable[[Path], ShardIndex]] = {
-    ".tar": index_tar,
-    **dict.fromkeys(_RECORDS, index_records),
+_KIND_OF_NAME = {
+    "tar": re.compile(r".*\.tar", re.IGNORECASE | re.DOTALL),
+    "tfrecord": re.compile(
+        r".*\.tfrec(ords?)?(-\d+-of-\d+)?|.*\.tfrec(ords?)?-\d+", re.IGNORECASE | re.DOTALL
+    ),
+    "list": re.compile(r".*\.[ct]sv", re.IGNORECASE | re.DOTALL),
 }
+"""What a file holds, by its name; TensorFlow's data sets end in ``.tfrecord-00000-of-00010``."""
+_SPLITS = ("train", "val", "validation", "test")
 _KINDS = "tars, TFRecords, CSV files, or folders of one of these or of class folders with images"
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file holds, by its name: "tar", "tfrecord" or "list"; None if it is none of them."""
+    name = path.name
+    return next((kind for kind, form in _KIND_OF_NAME.items() if form.fullmatch(name)), None)
 
 
 def is_stream(pattern: str) -> bool:
@@ -98,7 +114,7 @@ def find_streams(pattern: str) -> list[str]:
     if is_stream(pattern):
         return expand_braces(pattern)
     files = find_files(pattern)
-    other = next((path for path in files if path.suffix != ".tar"), None)
+    other = next((path for path in files if kind_of(path) != "tar"), None)
     if other is not None:
         raise InputError(
             f"{other} is no tar, and data.resampled_samples reads tars only; leave it out"
@@ -111,7 +127,7 @@ def _is_glob(place: str) -> bool:
 
 
 def _known(path: Path) -> Path:
-    if path.suffix not in (*_INDEXED, *_LISTS):
+    if kind_of(path) is None:
         raise InputError(
             f"{path} is of no known kind; data may be {_KINDS} (compressed shards must be unpacked)"
         )
@@ -125,14 +141,14 @@ def _by_numbers(path: Path) -> list[tuple[int, str]]:
 
 def _is_data_set(folder: Path) -> bool:
     """Whether a sub-folder is a split or a set of shards rather than a class."""
-    return folder.name in _SPLITS or any(path.suffix in _INDEXED for path in folder.iterdir())
+    return folder.name in _SPLITS or any(map(needs_index, folder.iterdir()))
 
 
 def _files_of_folder(
     folder: Path, extensions: tuple[str, ...], *, without_classes: bool
 ) -> list[Path]:
-    for suffixes in ((".tar",), _RECORDS):
-        shards = [path for path in folder.iterdir() if path.suffix in suffixes]
+    for kind in ("tar", "tfrecord"):
+        shards = [path for path in folder.iterdir() if kind_of(path) == kind]
         if shards:
             return sorted(shards, key=_by_numbers)
     below = class_folders(folder)
@@ -152,16 +168,24 @@ def _files_of_folder(
 
 def needs_index(path: Path) -> bool:
     """Whether samples of this file are found by a side-car index."""
-    return path.suffix in _INDEXED
+    return kind_of(path) in ("tar", "tfrecord")
 
 
-def build_index(path: Path) -> Path:
+def build_index(path: Path, *, rebuild: bool = False) -> Path:
     """Index a shard; where the index was written.
+
+    Args:
+        path: the shard.
+        rebuild: believe nothing of an index that an earlier version wrote. Otherwise of a tar only
+            the headers are read again where there is one; of TFRecords everything, since earlier
+            versions did not compare their checksums.
 
     Raises:
         InputError: if the shard cannot be read, or the index not be written.
     """
-    return write_index(path, _INDEXED[path.suffix](path))
+    if kind_of(path) == "tfrecord":
+        return write_index(path, index_records(path))
+    return write_index(path, index_tar(path, None if rebuild else load_earlier_index(path)))
 
 
 def index_missing(paths: Sequence[Path], log: logging.Logger) -> None:
@@ -172,11 +196,19 @@ def index_missing(paths: Sequence[Path], log: logging.Logger) -> None:
     Raises:
         InputError: if a shard cannot be read, or its index not be written.
     """
-    missing = [path for path in paths if needs_index(path) and find_index(path) is None]
+    wanted = [path for path in paths if needs_index(path)]
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(find_index, wanted))
+        missing = [path for path, place in zip(wanted, found, strict=True) if place is None]
+        earlier = list(threads.map(find_earlier_index, missing))
     if missing:
+        renewed = sum(place is not None for place in earlier)
         log.info(
-            "indexing %d shards; for large sets run `python -m frugal.common.shards index` first",
+            "indexing %d shards%s; for large sets run `python -m frugal.common.shards index` first",
             len(missing),
+            f" ({renewed} of them have an index of an earlier version, which is renewed)"
+            if renewed
+            else "",
         )
     rank, world_size, local_rank = _processes()
     _wait(world_size)  # until all have looked: every process divides the same list
@@ -213,11 +245,26 @@ class Source:
     shards: list[Shard]
     notes: list[str]
     """What is wrong with shards as a whole, one line each."""
+    digests: list[str] = field(default_factory=list)
+    """What tells the samples of a shard from others; empty for lists and folders."""
+    behind: list[str] = field(default_factory=list)
+    """What lies behind the end of shards, one line each."""
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    """What belongs to no sample."""
+    remarks: PassedOver = field(default_factory=PassedOver)
+    """What was done to samples that are not laid out as usual."""
 
     @property
     def counts(self) -> list[int]:
         """Samples of every shard."""
         return [shard.num_samples for shard in self.shards]
+
+    def tell(self, log: logging.Logger) -> None:
+        """Say once what is odd, and what is left out."""
+        for note in self.notes:
+            log.warning("%s; what is missing there is lost", note)
+        for line in [*self.behind, *self.remarks.lines(""), *self.passed_over.lines()]:
+            log.warning("%s", line)
 
 
 def open_source(pattern: str, fields: Fields, files: Sequence[Path] | None = None) -> Source:
@@ -230,25 +277,32 @@ def open_source(pattern: str, fields: Fields, files: Sequence[Path] | None = Non
     # opening tens of thousands of small files on a network file system is a matter of latency
     with ThreadPoolExecutor(16) as threads:
         opened = list(threads.map(lambda path: open_shard(path, fields), files))
-    source = Source(
-        shards=[shard for shard, _ in opened],
-        notes=[f"{shard.name} is {note}" for shard, note in opened if note],
-    )
+    source = Source(shards=[shard for shard, _ in opened], notes=[])
+    for shard, summary in opened:
+        if summary.note:
+            source.notes.append(f"{shard.name} is {summary.note}")
+        if summary.behind:
+            source.behind.append(f"{shard.name}: {summary.behind}")
+        source.digests.append(summary.digest)
+        source.passed_over.update(summary.passed_over)
+        source.remarks.update(summary.remarks)
     if not sum(source.counts):
-        raise InputError(f"the data pattern {pattern!r} holds no sample; check the path")
+        lines = source.passed_over.lines()
+        found = f" ({'; '.join(lines)})" if lines else ""
+        raise InputError(f"the data pattern {pattern!r} holds no sample{found}; check the path")
     return source
 
 
-def open_shard(path: Path, fields: Fields) -> tuple[Shard, str]:
-    """What lies at a path that :func:`find_files` found, and what is wrong with it as a whole.
+def open_shard(path: Path, fields: Fields) -> tuple[Shard, ShardSummary]:
+    """What lies at a path that :func:`find_files` found, and what was found when it was indexed.
 
     Raises:
         InputError: if it is not indexed, was altered since, or cannot be read.
     """
-    if path.is_dir():
-        return open_image_folder(path, fields), ""
-    if path.suffix in _LISTS:
-        return open_csv(path, fields), ""
+    if path.is_dir() or kind_of(path) == "list":
+        files = open_image_folder(path, fields) if path.is_dir() else open_csv(path, fields)
+        return files, ShardSummary(files.num_samples, "")
     summary = read_summary(path)
-    kind = TarShard if path.suffix == ".tar" else RecordShard
-    return kind(path, summary.num_samples), summary.note
+    if kind_of(path) == "tar":
+        return TarShard(path, summary.num_samples), summary
+    return RecordShard(path, summary.num_samples), summary

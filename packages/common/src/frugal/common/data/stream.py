@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from frugal.common.contracts import Batch
+from frugal.common.data.contents import Contents
 from frugal.common.errors import InputError
 
 PREFETCHED = 2
@@ -88,6 +89,7 @@ class IndexedStream:
         workers: int,
         pin_memory: bool,
         micro_batches: int | None = None,
+        contents: Contents = (),
     ) -> None:
         """Stream a data set.
 
@@ -98,7 +100,9 @@ class IndexedStream:
             workers: loader processes; 0 loads in this process.
             pin_memory: put the tensors where a GPU can fetch them.
             micro_batches: after which the stream ends; endless without it.
+            contents: what it is read from.
         """
+        self.contents = contents
         self.epoch_samples = epoch_samples
         self._loader = DataLoader(
             Guarded(samples),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import tarfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -13,7 +13,16 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from frugal.common.data.damage import Damaged
+from frugal.common.data.foreign import foreign_content, refuse_empty, unreadable_shard
+from frugal.common.data.grouping import (
+    describe_members,
+    group_members,
+    printable,
+    reason_without_sample,
+    split_name,
+)
 from frugal.common.data.index import ShardIndex, damage_code, load_index
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import (
     Fields,
     RawSample,
@@ -23,27 +32,8 @@ from frugal.common.data.samples import (
 )
 from frugal.common.errors import InputError
 
-_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-_METADATA = re.compile(r"__[^/]*__($|/)")
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
 _CHUNK = 1 << 24
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension of a member by webdataset's rule: at the first dot of the file's name.
-
-    None for members that belong to no sample: webdataset's ``__meta__`` files, names without
-    an extension, and hidden files (macOS leaves ``._name`` files behind in tars).
-    """
-    if _METADATA.match(name) or name.rpartition("/")[2].startswith("."):
-        return None
-    match = _KEY_AND_EXTENSION.fullmatch(name)
-    return (match[1], match[2].lower()) if match else None
+_MAGIC, _MAGIC_PLACE = b"ustar", 257
 
 
 class StrictHeader(tarfile.TarInfo):
@@ -65,21 +55,107 @@ class StrictHeader(tarfile.TarInfo):
             raise tarfile.ReadError(reason) from error
 
 
-def _open_archive(file: BinaryIO, shard: Path) -> tarfile.TarFile:
-    start = file.read(8)
-    file.seek(0)
-    if not start:
-        raise InputError(f"{shard} is empty (0 bytes); copy it again, or leave it out")
-    for magic, name in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise InputError(
-                f"{shard} is compressed ({name}), and a sample in the middle of it cannot be "
-                "reached; unpack it to a plain tar"
-            )
+@dataclass(frozen=True)
+class Break:
+    """A place of a tar where no member is although bytes follow, or where the tar ends too soon."""
+
+    reason: str
+    """Of the first member missing, or of what lies behind the end."""
+    stop: int
+    """Where members go on; the size of the file where none do."""
+    is_loss: bool
+    """Whether members may have been lost."""
+    cuts_sample: bool
+    """Whether the sample in front of it may lack a member."""
+
+
+def walk_tar(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Break]:
+    """Every member of a tar, and every place from which on members are missing.
+
+    Members are searched for behind an end-of-archive marker too (as by GNU tar's
+    ``--ignore-zeros``), and behind what is no header.
+
+    Raises:
+        tarfile.ReadError: if the file does not begin like a tar.
+    """
+    start = 0
+    while start < size:
+        file.seek(start)
+        fault, end = "", start
+        try:
+            archive = tarfile.TarFile(fileobj=file, mode="r", tarinfo=StrictHeader)
+            for member in archive:
+                yield member
+                if member.isreg() and member.offset_data + member.size > size:
+                    fault = f"the file ends in the middle of {printable(member.name)}"
+                    break
+            # a size that is wrong must not hide what lies behind its header
+            end = member.offset_data if fault else archive.offset
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            fault = str(error)
+            if start == 0 and file.tell() <= tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(fault) from None
+            end = archive.offset if file.tell() > start + tarfile.BLOCKSIZE else start
+        found = _search_on(file, start, end, size, fault)
+        if found is None:
+            return
+        yield found
+        start = found.stop
+
+
+def _search_on(file: BinaryIO, start: int, end: int, size: int, fault: str) -> Break | None:
+    """What follows the place where a tar that began at a byte ended; None if nothing does."""
+    content = _first_other(file, end, size)
+    if not fault and content >= size:
+        return None
+    block = end + (content - end) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    if fault or block == end:
+        stop = _find_header(file, end + 1, size)
+        return Break(f"{fault or 'a header is unreadable'} at byte {end}", stop, True, True)
+    is_marked = block - end >= 2 * tarfile.BLOCKSIZE
+    marker = f"the end-of-archive marker at byte {end}"
+    # zeros of any other length were not written by what writes tars, but in place of members
+    is_padded = block - end == 2 * tarfile.BLOCKSIZE or (block - start) % tarfile.RECORDSIZE == 0
+    if is_marked and is_padded and _is_header(file, block):
+        return Break(f"another tar begins behind {marker}", block, False, False)
+    stop = _find_header(file, block, size)
+    if is_marked and stop == size:
+        return Break(f"{size - content:,} bytes behind {marker} are no members", stop, False, False)
+    return Break(f"zeros are in place of a member at byte {end}", stop, True, not is_marked)
+
+
+def _first_other(file: BinaryIO, start: int, size: int) -> int:
+    """The first byte from a place on that is not zero; the size if there is none."""
+    for place in range(start, size, _CHUNK):
+        chunk = os.pread(file.fileno(), _CHUNK, place)
+        if rest := chunk.lstrip(b"\0"):
+            return place + len(chunk) - len(rest)
+    return size
+
+
+def _is_header(file: BinaryIO, place: int) -> bool:
+    block = os.pread(file.fileno(), tarfile.BLOCKSIZE, place)
     try:
-        return tarfile.open(fileobj=file, mode="r:", tarinfo=StrictHeader)
-    except tarfile.TarError:
-        raise InputError(f"{shard} is not a tar archive; copy it again") from None
+        tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _find_header(file: BinaryIO, start: int, size: int) -> int:
+    """The first header from a place on, at any byte, as all but the oldest tars have it."""
+    place, overlap = start, len(_MAGIC) - 1
+    while place < size:
+        chunk = os.pread(file.fileno(), _CHUNK, place + _MAGIC_PLACE)
+        at = chunk.find(_MAGIC)
+        while at >= 0:
+            if _is_header(file, place + at):
+                return place + at
+            at = chunk.find(_MAGIC, at + 1)
+        if len(chunk) <= overlap:
+            break
+        place += len(chunk) - overlap
+    return size
 
 
 def _checksum(descriptor: int, offset: int, length: int) -> int:
@@ -90,66 +166,116 @@ def _checksum(descriptor: int, offset: int, length: int) -> int:
     return checksum
 
 
-def index_tar(shard: Path) -> ShardIndex:
+def index_tar(shard: Path, known: ShardIndex | None = None) -> ShardIndex:
     """Read a tar from end to end and say where its samples are.
 
-    Nobody can tell whether the last sample of a tar that lacks its end is whole (it may lack a
-    member): it is marked as truncated.
+    Nobody can tell whether the sample in front of a place where a tar is cut or garbled is whole
+    (it may lack a member): it is marked as truncated.
+
+    Args:
+        shard: the tar.
+        known: what an earlier version found; checksums of members that it knows are believed.
 
     Raises:
         InputError: if the file cannot be read, is empty, compressed or no tar.
     """
     try:
         with shard.open("rb") as file:
-            return _index_open_tar(file, shard)
+            refuse_empty(file, shard)
+            found = _Found(file, known)
+            try:
+                for part in walk_tar(file, found.size):
+                    found.add(part)
+            except tarfile.ReadError:
+                raise _no_tar(file, shard) from None
     except OSError as error:
-        raise InputError(
-            f"{shard} cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
+        raise unreadable_shard(shard, error) from None
+    if not found.num_parts and found.size > tarfile.RECORDSIZE:
+        raise InputError(f"{shard} holds {found.size:,} zeros and nothing else; copy it again")
+    return found.index()
 
 
-def _index_open_tar(file: BinaryIO, shard: Path) -> ShardIndex:
-    size = os.fstat(file.fileno()).st_size
-    names: list[str] = []
-    places: list[tuple[int, int, int]] = []
-    first_member: list[int] = []
-    duplicates: set[int] = set()
-    current_key, extensions = None, set[str]()
-    note = ""
-    with _open_archive(file, shard) as archive:
-        try:
-            for member in archive:
-                parts = split_name(member.name) if member.isreg() else None
-                if parts is None:
-                    continue
-                key, extension = parts
-                if key != current_key:
-                    current_key, extensions = key, set()
-                    first_member.append(len(names))
-                if extension in extensions:
-                    duplicates.add(len(first_member) - 1)
-                extensions.add(extension)
-                offset, length = member.offset_data, member.size
-                names.append(member.name)
-                places.append((offset, length, _checksum(file.fileno(), offset, length)))
-        except tarfile.TarError as error:
-            behind = f"behind {names[-1]}" if names else "from its beginning on"
-            note = f"damaged or cut off {behind} ({error})"
-    damage = np.zeros(len(first_member), np.uint8)
-    damage[list(duplicates)] = damage_code("duplicate")
-    if note:
-        damage[-1:] = damage_code("truncated")
-    table = np.array(places, np.int64).reshape(-1, 3)
-    return ShardIndex(
-        names=StringTable.of(names),
-        offsets=table[:, 0].copy(),
-        lengths=table[:, 1].copy(),
-        checksums=table[:, 2].astype(np.uint32),
-        first_member=np.array([*first_member, len(names)], np.int64),
-        damage=damage,
-        shard_bytes=size,
-        note=note,
-    )
+def _no_tar(file: BinaryIO, shard: Path) -> InputError:
+    foreign = foreign_content(file)
+    if foreign is None:
+        return InputError(f"{shard} is not a tar archive; copy it again")
+    is_compressed = foreign.startswith("compressed")
+    return InputError(f"{shard} is {'' if is_compressed else 'not a tar archive but '}{foreign}")
+
+
+class _Found:
+    """What was met while a tar was read."""
+
+    def __init__(self, file: BinaryIO, known: ShardIndex | None) -> None:
+        self.size = os.fstat(file.fileno()).st_size
+        self.num_parts = 0
+        self._file = file
+        self._known = {} if known is None else known.checksums_by_place()
+        self._names: list[str] = []
+        self._places: list[tuple[int, int, int]] = []
+        self._passed_over = PassedOver()
+        self._lost: list[str] = []
+        self._behind: list[str] = []
+        self._starts: set[int] = set()
+        self._cut: list[int] = []
+        """Members behind which the tar may lack one of the same sample."""
+
+    def add(self, part: tarfile.TarInfo | Break) -> None:
+        """Take note of a member, or of a place without one."""
+        self.num_parts += 1
+        if isinstance(part, Break):
+            self._break_off(part)
+        elif not part.isreg() or split_name(part.name) is None:
+            if reason := reason_without_sample(part):
+                self._passed_over.add(reason, printable(part.name))
+        else:
+            offset, length = part.offset_data, min(part.size, self.size - part.offset_data)
+            checksum = self._known.get((offset, length))
+            if checksum is None:
+                checksum = _checksum(self._file.fileno(), offset, length)
+            self._names.append(part.name)
+            self._places.append((offset, length, checksum))
+
+    def _break_off(self, part: Break) -> None:
+        last = printable(self._names[-1]) if self._names else "its beginning"
+        on = f"; members go on at byte {part.stop}" if part.stop < self.size else ""
+        if not part.is_loss:
+            self._behind.append(part.reason + on)
+            self._starts.add(len(self._names))
+            return
+        self._lost.append(f"damaged or cut off behind {last} ({part.reason}{on})")
+        if part.cuts_sample and self._names:
+            self._cut.append(len(self._names) - 1)
+
+    def index(self) -> ShardIndex:
+        """Where the samples are."""
+        grouping = group_members(self._names, self._starts)
+        groups, sample_of = grouping.groups, np.zeros(len(self._names), np.int64)
+        members: list[int] = []
+        first_member = [0]
+        damage = np.zeros(len(groups), np.uint8)
+        for sample, group in enumerate(groups):
+            sample_of[group.numbers] = sample
+            members += group.numbers
+            first_member.append(len(members))
+            if group.is_doubled:
+                damage[sample] = damage_code("duplicate")
+        damage[sample_of[self._cut]] = damage_code("truncated")
+        table = np.array(self._places, np.int64).reshape(-1, 3)[members]
+        return ShardIndex(
+            names=StringTable.of(self._names[member] for member in members),
+            offsets=table[:, 0].copy(),
+            lengths=table[:, 1].copy(),
+            checksums=table[:, 2].astype(np.uint32),
+            first_member=np.array(first_member, np.int64),
+            key_lengths=np.array([len(group.key) for group in groups], np.int64),
+            damage=damage,
+            shard_bytes=self.size,
+            note="; ".join(self._lost),
+            behind="; ".join(self._behind),
+            passed_over=self._passed_over,
+            remarks=grouping.remarks,
+        )
 
 
 class TarReader:
@@ -167,9 +293,8 @@ class TarReader:
 
     def key(self, index: int) -> str:
         """``shard/key`` of a sample."""
-        parts = split_name(self.index.names[int(self.index.first_member[index])])
-        assert parts is not None
-        return f"{self.path}/{parts[0]}"
+        name = self.index.names[int(self.index.first_member[index])]
+        return f"{self.path}/{name[: self.index.key_lengths[index]]}"
 
     def members(self, index: int) -> dict[str, int]:
         """The members of a sample: their numbers by extension.
@@ -177,15 +302,14 @@ class TarReader:
         Raises:
             Damaged: if the sample was damaged when it was indexed.
         """
+        first, end = map(int, self.index.first_member[index : index + 2])
         if kind := self.index.damage_of(index):
-            raise Damaged(kind)
-        first, end = self.index.first_member[index : index + 2]
-        extensions = {}
-        for member in range(int(first), int(end)):
-            parts = split_name(self.index.names[member])
-            assert parts is not None
-            extensions[parts[1]] = member
-        return extensions
+            names = describe_members(self.index.names[member] for member in range(first, end))
+            raise Damaged(kind, f"its members are {names}")
+        behind_key = int(self.index.key_lengths[index]) + 1
+        return {
+            self.index.names[member][behind_key:].lower(): member for member in range(first, end)
+        }
 
     def content(self, member: int) -> bytes:
         """The bytes of a member by its number; raises ``Damaged`` if they have changed."""

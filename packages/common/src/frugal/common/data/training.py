@@ -7,6 +7,7 @@ from typing import Any
 
 from frugal.common.contracts import Stream
 from frugal.common.data.config import StoredData
+from frugal.common.data.contents import contents_of, streamed_contents
 from frugal.common.data.damage import Damaged
 from frugal.common.data.folders import FileList
 from frugal.common.data.order import GlobalOrder, Order, WeightedOrder
@@ -54,6 +55,7 @@ def build_stream(
         epoch_samples=order.samples,
         workers=data.workers,
         pin_memory=pin_memory,
+        contents=contents_of(sources),
     )
 
 
@@ -94,6 +96,7 @@ def _resampled(
         open_shards=data.shuffle_shards,
         workers=data.workers,
         pin_memory=pin_memory,
+        contents=streamed_contents(urls),
     )
 
 
@@ -168,8 +171,8 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
         open_source(pattern, data.fields, found)
         for pattern, found in zip(data.train, files, strict=True)
     ]
-    for note in (note for source in sources for note in source.notes):
-        run.log.warning("%s; what lies behind that is lost", note)
+    for source in sources:
+        source.tell(run.log)
     if num_classes is not None:
         _check_classes(sources, data.fields, num_classes)
     return sources

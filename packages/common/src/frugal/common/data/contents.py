@@ -1,0 +1,179 @@
+"""What a run is trained on, shard by shard: kept in its directory, compared where it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from frugal.common.data.folders import FileList
+from frugal.common.data.passed_over import first_few
+from frugal.common.data.samples import StringTable
+from frugal.common.data.sources import Source
+from frugal.common.errors import InputError
+from frugal.common.files import read_json_object, write_json
+from frugal.common.run import Run
+
+FILE = "data.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A shard, or the images of a class folder."""
+
+    name: str
+    """Below the folder that holds all parts of an entry of ``data.train``: it stays where the data
+    are moved."""
+    samples: int | None
+    """None where it is known only by reading everything."""
+    digest: str
+    """Of what tells its samples from others; empty where only the name is known."""
+
+
+Contents = Sequence[Sequence[Part]]
+"""The parts of every entry of ``data.train``, in order."""
+
+
+def contents_of(sources: Iterable[Source]) -> Contents:
+    """The shards of sources with their samples; of folders of images, the class folders."""
+    return [_parts_of(source) for source in sources]
+
+
+def _parts_of(source: Source) -> list[Part]:
+    names = below_common_folder([shard.name for shard in source.shards])
+    parts: list[Part] = []
+    for name, shard, digest in zip(names, source.shards, source.digests, strict=True):
+        if isinstance(shard, FileList):
+            parts += _parts_of_list(name, shard)
+        else:
+            parts.append(Part(name, shard.num_samples, digest))
+    return parts
+
+
+def _parts_of_list(name: str, files: FileList) -> list[Part]:
+    """A list as it is, or the class folders of a folder."""
+    if files.labels is None or not files.class_folders:
+        is_folder = Path(files.name).is_dir()
+        digest = digest_of(files.files, files.texts)
+        return [Part("." if is_folder else name, files.num_samples, digest)]
+    ends = np.searchsorted(files.labels, np.arange(len(files.class_folders)), side="right").tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        Part(f"{folder}/", end - start, digest_of(_rows(files.files, start, end)))
+        for folder, start, end in zip(files.class_folders, starts, ends, strict=True)
+    ]
+
+
+def _rows(table: StringTable, start: int, end: int) -> StringTable:
+    first = int(table.ends[start - 1]) if start else 0
+    last = int(table.ends[end - 1]) if end else 0
+    return StringTable(table.blob[first:last], table.ends[start:end] - first)
+
+
+def digest_of(*tables: StringTable) -> str:
+    """What tells some strings from others."""
+    found = hashlib.blake2b(digest_size=8)
+    for table in tables:
+        found.update(table.blob.tobytes())
+        found.update(table.ends.tobytes())
+    return found.hexdigest()
+
+
+def streamed_contents(urls: Iterable[Sequence[str]]) -> Contents:
+    """The shards of every entry of ``data.train`` that are known by their names alone."""
+    return [[Part(name, None, "") for name in below_common_folder(of_entry)] for of_entry in urls]
+
+
+def below_common_folder(names: Sequence[str]) -> list[str]:
+    """Paths or URLs without the folder that all of them lie in."""
+    folders = [name[: name.rfind("/") + 1] for name in names]
+    first, last = min(folders, default=""), max(folders, default="")
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    shared = first[: len(list(alike))]
+    return [name[shared.rfind("/") + 1 :] for name in names]
+
+
+def keep_contents(run: Run, contents: Contents, *, goes_on: bool, allowed: bool) -> None:
+    """Note what a run is trained on; refuse to go on with something else.
+
+    Every process of a run must call this.
+
+    Args:
+        run: whose directory it is noted in.
+        contents: what there is now.
+        goes_on: whether the run continues from a checkpoint.
+        allowed: go on nevertheless, and say what has changed.
+
+    Raises:
+        InputError: if something was added, removed, renamed, replaced or put in another order
+            since the run began, and that is not allowed.
+    """
+    path = run.dir / FILE
+    if goes_on and not path.exists():
+        run.log.info("%s does not say what it was trained on; it is noted from now on", run.dir)
+    elif goes_on:
+        found = _differences(_read(path), contents)
+        if not found:
+            return
+        if not allowed:
+            raise InputError(
+                f"the data of the run in {run.dir} have changed since it began ("
+                f"{'; '.join(found)}); restore them, choose another --run.dir, or go on with what "
+                "there is now with --run.allow-changed-data: samples then come in another order, "
+                "some of them again"
+            )
+        run.log.warning("the data have changed since the run began: %s", "; ".join(found))
+    if run.is_main:
+        rows = [[[p.name, p.samples, p.digest] for p in parts] for parts in contents]
+        write_json(path, {"train": rows})
+
+
+def _read(path: Path) -> Contents:
+    rows: Any = read_json_object(path).get("train")
+    try:
+        return [[Part(*part) for part in parts] for parts in rows]
+    except TypeError:
+        raise InputError(
+            f"{path} does not say what the run was trained on; remove it to go on without comparing"
+        ) from None
+
+
+def _differences(before: Contents, now: Contents) -> list[str]:
+    """What has changed, one phrase each."""
+    if len(before) != len(now):
+        return [f"data.train had {len(before)} entries and has {len(now)}"]
+    return [
+        phrase
+        for entry, (old, new) in enumerate(zip(before, now, strict=True))
+        for phrase in _differences_of_entry(f"data.train[{entry}]: ", old, new)
+    ]
+
+
+def _differences_of_entry(entry: str, before: Sequence[Part], now: Sequence[Part]) -> list[str]:
+    if list(before) == list(now):
+        return []
+    old, new = {part.name: part for part in before}, {part.name: part for part in now}
+    gone = [part for part in before if part.name not in new]
+    added = [part for part in now if part.name not in old]
+    by_digest = {part.digest: part for part in added if part.digest}
+    renamed = [(part, by_digest[part.digest]) for part in gone if part.digest in by_digest]
+    moved = {part for pair in renamed for part in pair}
+    phrases = [
+        ("renamed", [f"{a.name} is now {b.name}" for a, b in renamed]),
+        ("gone", [part.name for part in gone if part not in moved]),
+        ("new", [part.name for part in added if part not in moved]),
+        ("changed", [_change(old[n], new[n]) for n in old if n in new and old[n] != new[n]]),
+    ]
+    found = [f"{entry}{len(names)} {how} ({first_few(names)})" for how, names in phrases if names]
+    return found or [f"{entry}in another order"]
+
+
+def _change(old: Part, new: Part) -> str:
+    if old.samples != new.samples:
+        return f"{new.name} had {old.samples} samples and has {new.samples}"
+    return f"{new.name} holds other samples"

@@ -1,0 +1,155 @@
+"""The samples of a tar that comes as a stream: whole ones, and what is known of the others."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import Any, Self
+
+from frugal.common.data.damage import Damaged
+from frugal.common.data.grouping import (
+    Group,
+    count_doubled,
+    describe_members,
+    printable,
+    reason_without_sample,
+    split_group,
+    split_name,
+)
+from frugal.common.data.passed_over import PassedOver
+
+_APART = (
+    "members of one key lie apart in the tar, which a stream cannot join; write them one after "
+    "the other (`tar --sort=name`), or copy the tar to a disk and read it from there"
+)
+
+
+class _Header(tarfile.TarInfo):
+    """A tar header that tells its archive of what is none."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """See :meth:`tarfile.TarInfo.fromtarfile`."""
+        assert isinstance(archive, _Archive)
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            archive.num_zeros += 1
+            raise
+        except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]
+            archive.num_garbled += 1
+            raise
+        except tarfile.TruncatedHeaderError:  # type: ignore[attr-defined]
+            archive.is_cut = True
+            raise
+
+
+class _Archive(tarfile.TarFile):
+    """A streamed tar that goes on behind its end and behind what is no header, and counts both."""
+
+    tarinfo = _Header
+    num_zeros = 0
+    """Blocks of zeros since the last member."""
+    num_garbled = 0
+    """Blocks since the last member that are neither zeros nor a header."""
+    is_cut = False
+    """Whether the stream ended in the middle of a block."""
+
+
+class StreamedTar:
+    """The samples of a tar in the order of the stream.
+
+    Neighbors of one key are a sample, as in webdataset. What lies behind an end-of-archive marker
+    is read too.
+    """
+
+    def __init__(self, stream: Any, passed_over: PassedOver | None = None) -> None:
+        """Read a stream.
+
+        Args:
+            stream: opened, perhaps compressed.
+            passed_over: counts the members that belong to no sample.
+        """
+        self._stream = stream
+        self._passed_over = PassedOver() if passed_over is None else passed_over
+        self._seen: dict[str, frozenset[str]] = {}
+        """The extensions that were met by key."""
+        self._names: list[str] = []
+        self._contents: list[bytes] = []
+        self.pending = ""
+        """The key of the sample whose members came last, which may go on."""
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, bytes] | Damaged]]:
+        """Keys and members by extension, or what is wrong.
+
+        Raises:
+            OSError, tarfile.TarError, EOFError, zlib.error: if the stream goes on unreadably or
+                ends too soon; ``pending`` is then the sample that may lack a member.
+        """
+        opened = _Archive.open(fileobj=self._stream, mode="r|*", ignore_zeros=True)
+        with opened as archive:
+            assert isinstance(archive, _Archive)
+            for member in archive:
+                yield from self._before(archive)
+                parts = split_name(member.name) if member.isreg() else None
+                if parts is None:
+                    if reason := reason_without_sample(member):
+                        self._passed_over.add(reason, printable(member.name))
+                else:
+                    if parts[0] != self.pending:
+                        yield from self._finish()
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    self.pending = parts[0]
+                    self._names.append(member.name)
+                    self._contents.append(file.read())
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+            yield from self._end(archive)
+
+    def _before(self, archive: _Archive) -> Iterator[tuple[str, dict[str, bytes] | Damaged]]:
+        """What ends where something else than a member was met in front of the next one."""
+        zeros, garbled = archive.num_zeros, archive.num_garbled
+        archive.num_zeros = archive.num_garbled = 0
+        if garbled:
+            reason = f"{garbled} blocks of the tar in front of the next member are no member"
+            if zeros > 1:
+                yield from self._finish()
+            yield self.pending, Damaged("truncated", reason)
+            self._forget()
+        elif zeros:
+            yield from self._finish()
+
+    def _end(self, archive: _Archive) -> Iterator[tuple[str, dict[str, bytes] | Damaged]]:
+        others = archive.num_garbled + archive.is_cut
+        if archive.num_zeros < (2 if others else 1):
+            raise tarfile.ReadError(
+                "a header is unreadable" if others else "the end-of-archive marker is missing"
+            )
+        yield from self._finish()
+        if others:
+            reason = f"{others} blocks behind the end-of-archive marker are no members"
+            yield "", Damaged("truncated", reason)
+
+    def _forget(self) -> None:
+        self.pending = ""
+        self._names, self._contents = [], []
+
+    def _finish(self) -> Iterator[tuple[str, dict[str, bytes] | Damaged]]:
+        """The samples among the members that lie together."""
+        key, names, contents = self.pending, self._names, self._contents
+        self._forget()
+        if not names:
+            return
+        extensions = [name[len(key) + 1 :].lower() for name in names]
+        group = Group(key, {extension: number for number, extension in enumerate(extensions)})
+        if len(group.members) < len(names):
+            for _ in range(count_doubled(names)):
+                yield key, Damaged("duplicate", f"its members are {describe_members(names)}")
+            return
+        before = self._seen.get(key, frozenset())
+        self._seen[key] = before | group.members.keys()
+        if before and not before & group.members.keys():
+            yield key, Damaged("apart", f"{_APART}; here are {describe_members(names)}")
+            return
+        for part in split_group(group, names, lambda middle: None) or [group]:
+            yield part.key, {name: contents[number] for name, number in part.members.items()}

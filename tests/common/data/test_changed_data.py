@@ -1,0 +1,140 @@
+"""A run goes on only with the data that it began with, whatever these are stored in."""
+
+import json
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from frugal.common.data.contents import FILE, below_common_folder, keep_contents, streamed_contents
+from frugal.common.data.sources import build_index
+from frugal.common.errors import InputError
+
+
+@pytest.fixture
+def run(tmp_path):
+    return SimpleNamespace(dir=tmp_path / "run", is_main=True, log=logging.getLogger("frugal.test"))
+
+
+def begin(run, stream):
+    keep_contents(run, stream.contents, goes_on=False, allowed=False)
+
+
+def go_on(run, stream, *, allowed=False):
+    keep_contents(run, stream.contents, goes_on=True, allowed=allowed)
+
+
+def add(folder, write_pairs):
+    write_pairs(folder / "more", [2], first=90)
+    shutil.move(folder / "more" / "00000.tar", folder / "00009.tar")
+    (folder / "more").rmdir()
+
+
+def remove(folder, write_pairs):
+    (folder / "00001.tar").unlink()
+
+
+def rename(folder, write_pairs):
+    (folder / "00001.tar").rename(folder / "00001b.tar")
+
+
+def replace(folder, write_pairs):
+    write_pairs(folder / "more", [3, 4], first=50)
+    shutil.move(folder / "more" / "00001.tar", folder / "00001.tar")
+    shutil.rmtree(folder / "more")
+    build_index(folder / "00001.tar", rebuild=True)
+
+
+def shorten(folder, write_pairs):
+    write_pairs(folder / "more", [3, 2])
+    shutil.move(folder / "more" / "00001.tar", folder / "00001.tar")
+    shutil.rmtree(folder / "more")
+    build_index(folder / "00001.tar", rebuild=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (add, r"1 new \(00009.tar\)"),
+        (remove, r"1 gone \(00001.tar\)"),
+        (rename, r"1 renamed \(00001.tar is now 00001b.tar\)"),
+        (replace, r"1 changed \(00001.tar holds other samples\)"),
+        (shorten, r"1 changed \(00001.tar had 4 samples and has 2\)"),
+    ],
+)
+def test_tars_that_changed_behind_a_run_are_refused(
+    tmp_path, run, write_pairs, open_stream, caplog, change, sentence
+):
+    folder = tmp_path / "d"
+    write_pairs(folder, [3, 4, 5])
+    begin(run, open_stream(folder))
+    go_on(run, open_stream(folder))
+    change(folder, write_pairs)
+    with pytest.raises(InputError, match=rf"{sentence}.*--run\.allow-changed-data"):
+        go_on(run, open_stream(folder))
+    go_on(run, open_stream(folder), allowed=True)
+    assert "have changed since the run began" in caplog.text
+    go_on(run, open_stream(folder))  # what was allowed is what it goes on with
+
+
+def test_data_may_move_as_a_whole(tmp_path, run, write_pairs, open_stream):
+    write_pairs(tmp_path / "a" / "x", [3, 4])
+    begin(run, open_stream(tmp_path / "a" / "x"))
+    (tmp_path / "b").mkdir()
+    shutil.move(tmp_path / "a" / "x", tmp_path / "b" / "y")
+    go_on(run, open_stream(tmp_path / "b" / "y"))
+    with pytest.raises(InputError, match="in another order"):
+        go_on(run, open_stream(tmp_path / "b/y/{00001,00000}.tar"))
+
+
+def test_rows_of_lists_and_class_folders_are_compared(tmp_path, run, make_picture, open_stream):
+    for name in ("cat", "dog"):
+        (tmp_path / "f" / name).mkdir(parents=True)
+        make_picture(1).save(tmp_path / "f" / name / "0.png")
+    listed = tmp_path / "l.csv"
+    listed.write_text("filepath,title\nf/cat/0.png,w1\n")
+    options = {"batch_size": 1}
+    begin(run, open_stream(tmp_path / "f", listed, **options))
+    go_on(run, open_stream(tmp_path / "f", listed, **options))
+    listed.write_text("filepath,title\nf/cat/0.png,w2\n")
+    with pytest.raises(InputError, match=r"data.train\[1\]: 1 changed \(l.csv holds other samples"):
+        go_on(run, open_stream(tmp_path / "f", listed, **options))
+    listed.write_text("filepath,title\nf/cat/0.png,w1\nf/dog/0.png,w2\n")
+    (tmp_path / "f" / "ape").mkdir()
+    make_picture(1).save(tmp_path / "f" / "ape" / "0.png")
+    make_picture(1).save(tmp_path / "f" / "dog" / "1.png")
+    with pytest.raises(InputError) as caught:
+        go_on(run, open_stream(tmp_path / "f", listed, **options))
+    said = str(caught.value)
+    assert "data.train[0]: 1 new (ape/)" in said and "dog/ had 1 samples and has 2" in said
+    assert "l.csv had 1 samples and has 2" in said
+
+
+def test_streams_are_compared_by_their_names(tmp_path, run, write_pairs, open_stream):
+    write_pairs(tmp_path / "d", [3, 3, 3])
+    pipe = f"pipe:cat {tmp_path}/d/{{00000..0000%d}}.tar"
+    options = {"resampled_samples": 6}
+    begin(run, open_stream(pipe % 1, **options))
+    go_on(run, open_stream(pipe % 1, **options))
+    with pytest.raises(InputError, match=r"1 new \(00002.tar\)"):
+        go_on(run, open_stream(pipe % 2, **options))
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_noted(
+    tmp_path, run, write_pairs, open_stream, caplog
+):
+    caplog.set_level(logging.INFO)
+    write_pairs(tmp_path / "d", [3])
+    go_on(run, open_stream(tmp_path / "d"))
+    assert "does not say what it was trained on" in caplog.text
+    ((entry,),) = json.loads((run.dir / FILE).read_text())["train"]
+    assert entry[:2] == ["00000.tar", 3] and entry[2]
+
+
+def test_names_are_those_below_the_folder_that_all_lie_in():
+    assert below_common_folder(["/m/a/0.tar", "/m/a/1.tar"]) == ["0.tar", "1.tar"]
+    assert below_common_folder(["/m/a/0.tar", "/m/ab/0.tar"]) == ["a/0.tar", "ab/0.tar"]
+    assert below_common_folder(["s3://b/x/0.tar"]) == ["0.tar"]
+    assert below_common_folder(["0.tar", "1.tar"]) == ["0.tar", "1.tar"]
+    assert streamed_contents([[]]) == [[]]
