@@ -23,9 +23,10 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import decode_rgb, open_image
+from frugal.common.data.folders import FileList
 from frugal.common.data.index import find_index, read_summary
 from frugal.common.data.records import RecordReader
-from frugal.common.data.samples import Fields, RawSample, Reader
+from frugal.common.data.samples import Fields, RawSample, Reader, Shard
 from frugal.common.data.sources import build_index, find_files, needs_index, open_shard
 from frugal.common.data.tars import TarReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
@@ -94,6 +95,10 @@ class Contents:
     decoded: int = 0
     damage: Counter[str] = field(default_factory=Counter)
     details: list[str] = field(default_factory=list)
+    repaired: Counter[str] = field(default_factory=Counter)
+    """Samples by what is wrong with a part of them that another part makes up for."""
+    told: list[str] = field(default_factory=list)
+    """What lists hold, and what was passed over or guessed."""
 
     def add(self, other: Contents) -> None:
         """Add what was found elsewhere."""
@@ -101,7 +106,8 @@ class Contents:
         self.bytes += other.bytes
         self.decoded += other.decoded
         self.details += other.details
-        for name in ("members", "captions", "sizes", "damage"):
+        self.told += other.told
+        for name in ("members", "captions", "sizes", "damage", "repaired"):
             getattr(self, name).update(getattr(other, name))
 
     def describe(self) -> Iterator[str]:
@@ -119,6 +125,8 @@ class Contents:
         yield f"decoded {self.decoded:,} images"
         damage = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.damage.items()))
         yield f"damage: {damage or 'none'}"
+        yield from _repaired(self.repaired)
+        yield from self.told
         yield from self.details[:_SHOWN]
         if len(self.details) > _SHOWN:
             yield f"... and {len(self.details) - _SHOWN:,} more"
@@ -165,6 +173,7 @@ def _check_one(path: Path, *, fields: Fields, decode: int | None) -> Contents:
     if note:
         contents.damage["shard"] += 1
         contents.details.append(f"{path} is {note}")
+    contents.told += _told(shard)
     contents.samples = shard.num_samples
     contents.bytes = path.stat().st_size if path.is_file() else 0
     every = max(-(-shard.num_samples // decode), 1) if decode else 1
@@ -178,6 +187,18 @@ def _check_one(path: Path, *, fields: Fields, decode: int | None) -> Contents:
     return contents
 
 
+def _told(shard: Shard) -> list[str]:
+    """What a list holds, and what of it was passed over or guessed."""
+    if not isinstance(shard, FileList):
+        return []
+    return [*([f"{shard.name}: {shard.counted}"] if shard.counted else []), *shard.told()]
+
+
+def _repaired(repaired: Counter[str]) -> Iterator[str]:
+    for reason, count in repaired.most_common(_SHOWN):
+        yield f"repaired: {count:,} samples, of another field than the first ({reason})"
+
+
 def _check_sample(reader: Reader, number: int, contents: Contents, *, decode: bool) -> None:
     if isinstance(reader, TarReader):
         members = reader.members(number)
@@ -188,6 +209,8 @@ def _check_sample(reader: Reader, number: int, contents: Contents, *, decode: bo
         contents.members.update(reader.features(number).keys())
     raw = reader.read(number)
     contents.captions[len(raw.captions)] += 1
+    if raw.repaired:
+        contents.repaired[raw.repaired] += 1
     image = open_image(raw.image)
     contents.sizes[image.size] += 1
     if decode:
@@ -218,24 +241,34 @@ def convert(
         if needs_index(path) and find_index(path) is None:
             build_index(path)
     damage: Counter[str] = Counter()
-    samples = _undamaged(paths, fields, damage)
+    repaired: Counter[str] = Counter()
+    samples = _undamaged(paths, fields, damage, repaired)
     written, number = write_tars(out, samples, samples_per_shard=samples_per_shard)
     left_out = ", ".join(f"{kind} {count:,}" for kind, count in sorted(damage.items()))
     _say(f"wrote {written:,} samples in {number:,} shards to {out}; left out: {left_out or 'none'}")
+    for line in _repaired(repaired):
+        _say(line)
     return 1 if damage else 0
 
 
-def _undamaged(paths: Sequence[Path], fields: Fields, damage: Counter[str]) -> Iterator[NewSample]:
+def _undamaged(
+    paths: Sequence[Path], fields: Fields, damage: Counter[str], repaired: Counter[str]
+) -> Iterator[NewSample]:
     """Every sample; counts those left out."""
     for path in paths:
         shard, _ = open_shard(path, fields)
+        for line in _told(shard):
+            _say(line)
         reader = shard.open(fields)
         for number in range(shard.num_samples):
             try:
-                sample = as_new_sample(reader.read(number), source=reader.key(number))
+                raw = reader.read(number)
+                sample = as_new_sample(raw, source=reader.key(number))
             except Damaged as damaged:
                 damage[damaged.kind] += 1
                 continue
+            if raw.repaired:
+                repaired[raw.repaired] += 1
             yield sample
         reader.close()
 

@@ -10,7 +10,7 @@ from frugal.common.errors import InputError
 
 Kind = Literal[
     "image", "checksum", "truncated", "unreadable", "no image", "no caption", "text", "label",
-    "no label", "duplicate",
+    "no label", "duplicate", "row",
 ]  # fmt: skip
 """What is wrong with a sample.
 
@@ -18,7 +18,8 @@ image: the picture cannot be decoded. checksum: the bytes are not those that wer
 truncated: the shard ends, or may end, in the middle of it. unreadable: the file cannot be read.
 no image, no caption: the sample has none. text: a caption that is not UTF-8 or not JSON.
 label: a class that is not a number, or none of the model's. no label: the sample has no class.
-duplicate: two members of one name.
+duplicate: two members of one name. row: a row of a list that does not fit its header, has quotes
+that do not pair up, or a caption that is not UTF-8.
 """
 
 

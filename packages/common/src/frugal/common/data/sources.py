@@ -12,8 +12,9 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from frugal.common.data.folders import class_folders, image_files, open_csv, open_image_folder
+from frugal.common.data.folders import FileList, class_folders, image_files, open_image_folder
 from frugal.common.data.index import ShardIndex, find_index, read_summary, write_index
+from frugal.common.data.lists import open_list
 from frugal.common.data.records import RecordShard, index_records
 from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.tars import TarShard, index_tar
@@ -219,6 +220,11 @@ class Source:
         """Samples of every shard."""
         return [shard.num_samples for shard in self.shards]
 
+    @property
+    def lists(self) -> list[FileList]:
+        """The lists and class folders among the shards."""
+        return [shard for shard in self.shards if isinstance(shard, FileList)]
+
 
 def open_source(pattern: str, fields: Fields, files: Sequence[Path] | None = None) -> Source:
     """The shards of a pattern, all of them indexed already where they need an index.
@@ -248,7 +254,7 @@ def open_shard(path: Path, fields: Fields) -> tuple[Shard, str]:
     if path.is_dir():
         return open_image_folder(path, fields), ""
     if path.suffix in _LISTS:
-        return open_csv(path, fields), ""
+        return open_list(path, fields), ""
     summary = read_summary(path)
     kind = TarShard if path.suffix == ".tar" else RecordShard
     return kind(path, summary.num_samples), summary.note

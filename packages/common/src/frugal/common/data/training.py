@@ -170,6 +170,11 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
     ]
     for note in (note for source in sources for note in source.notes):
         run.log.warning("%s; what lies behind that is lost", note)
+    for listed in (listed for source in sources for listed in source.lists):
+        if listed.counted:
+            run.log.info("%s: %s", listed.name, listed.counted)
+        for line in listed.told():
+            run.log.warning("%s", line)
     if num_classes is not None:
         _check_classes(sources, data.fields, num_classes)
     return sources
