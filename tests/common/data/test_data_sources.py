@@ -144,7 +144,7 @@ def test_csv_rows_without_a_readable_image_are_damage(tmp_path, class_folders):
             kinds.append(ours.read(number).captions)
         except Damaged as damaged:
             kinds.append(damaged.kind)
-    assert kinds == [["fine"], "no image", "unreadable", []]
+    assert kinds == [["fine"], "no image", "unreadable", "row"]
 
 
 def test_a_csv_file_without_the_columns_is_refused(tmp_path):

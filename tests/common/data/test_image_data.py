@@ -124,7 +124,7 @@ def test_a_model_with_classes_counts_samples_without_one_as_damaged(tar_with_cla
     batch = take(open_images(path, batch_size=6, num_classes=3), 1)[0]
     damaged = {key[-5:] for key, ok in zip(batch.keys, batch.valid.tolist(), strict=True) if not ok}
     assert damaged == {"00001", "00002", "00004"}
-    assert batch.damage == {"no label": 1, "label": 2}
+    assert batch.damage == {"no label": 2, "label": 1}  # -1 stands for none
     assert not batch.labels[~batch.valid].any() and not batch.images[~batch.valid].any()
     assert sorted(batch.labels[batch.valid].tolist()) == [0, 1, 2]
 

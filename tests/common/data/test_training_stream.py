@@ -148,7 +148,7 @@ def damaged_members(pair):
         "label": [("7.jpg", jpeg), ("7.txt", b"w7"), ("7.cls", b"seven")],
         "duplicate": [("8.jpg", jpeg), ("8.txt", b"w8"), ("8.txt", b"w9")],
         "checksum": pair(9),
-        "sound b": [("10.png", jpeg), ("10.txt", b"")],
+        "sound b": [("10.png", jpeg), ("10.txt", b"w10")],
         "truncated": pair(11),
     }
 
@@ -255,9 +255,9 @@ def test_long_captions_are_cut_and_short_ones_padded(tmp_path, write_tar, pair, 
     path = write_tar(tmp_path / "0.tar", pair(1, ["w1 w2 w3 w4 w5 w6 w7 w8"]))
     batch = take(open_stream(path, batch_size=1, length=5), 1)[0]
     assert batch.token_ids.tolist() == [[4, 5, 6, 7, 8]]
-    path = write_tar(tmp_path / "1.tar", pair(1, [""]))
+    path = write_tar(tmp_path / "1.tar", pair(1, ["w3"]))
     batch = take(open_stream(path, batch_size=1, length=5), 1)[0]
-    assert batch.token_ids.tolist() == [[0, 0, 0, 0, 0]] and batch.valid.all()
+    assert batch.token_ids.tolist() == [[6, 0, 0, 0, 0]] and batch.valid.all()
 
 
 def test_images_alone_are_read_without_a_tokenizer(

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from frugal.common.data.captions import caption_texts
 from frugal.common.errors import InputError
 from frugal.common.evaluation.task_labels import TASKS, task_labels
+from frugal.common.files import read_text
 
 ALL, WORDNET, OWN = "all", "wordnet", "task"
 _PLAIN = ("{c}",)
@@ -103,13 +105,12 @@ def _read(source: str) -> tuple[list[tuple[str, ...]], Sequence[str]]:
 
 def _read_file(path: Path) -> list[tuple[str, ...]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).split("\n")
+    except InputError as error:
         raise InputError(
-            f"data.metadata.sources: {path} cannot be read as text ({error}); give a UTF-8 file "
-            "with one class per line"
+            f"data.metadata.sources: {error}; it must hold one class per line"
         ) from None
-    split = (tuple(name for part in line.split("\t") if (name := part.strip())) for line in lines)
+    split = (tuple(caption_texts(line.split("\t"))) for line in lines)
     return [names for names in split if names]
 
 

@@ -61,6 +61,8 @@ class _Rows:
     kept: int = 0
     damaged: int = 0
     """Without a number, or with too few columns."""
+    repaired: int = 0
+    """With bytes that are no UTF-8, in whose place a replacement character stands."""
     columns: dict[str, list[Any]] = field(
         default_factory=lambda: {name: [] for name in SCHEMA.names}
     )
@@ -119,6 +121,10 @@ def texts(
     sys.stdout.write(
         f"kept {rows.kept:,} of {rows.read:,} rows in {out} ({rows.damaged:,} damaged)\n"
     )
+    if rows.repaired:
+        sys.stdout.write(
+            f"{rows.repaired:,} rows are not UTF-8: U+FFFD stands for what cannot be read\n"
+        )
     return 0
 
 
@@ -150,6 +156,7 @@ def _table(path: Path, rows: _Rows) -> Iterator[list[str]]:
         rows.read += 1
         columns = line.split("\t")
         if len(columns) > _MACHINE_TAGS and columns[_ID].isascii() and columns[_ID].isdecimal():
+            rows.repaired += "\ufffd" in line
             yield columns
         else:
             rows.damaged += 1

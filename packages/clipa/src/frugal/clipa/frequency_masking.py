@@ -10,7 +10,6 @@ and works in every language that puts spaces between words. The shares come from
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from frugal.clipa.text_masking import check_length
 from frugal.common.data.vocabularies import clean_caption
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,7 +179,7 @@ def _checksum(encoded: bytes) -> str:
 def _parse(encoded: bytes, path: Path) -> tuple[dict[str, int], int, float]:
     """Counts by word, the number of words of the corpus, and the lowest share that is listed."""
     try:
-        content = json.loads(encoded)
+        content = parse_json(encoded)
         counts, total, least_share = content["counts"], content["words"], content["least_share"]
         whole = all(type(count) is int and count > 0 for count in (total, *counts.values()))
         if whole and 0 < sum(counts.values()) <= total and 0 <= least_share <= 1:

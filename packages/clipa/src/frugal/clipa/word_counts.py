@@ -21,6 +21,7 @@ import tyro
 
 from frugal.clipa.frequency_masking import find_words, keep_probability
 from frugal.common.data.damage import Damaged
+from frugal.common.data.folders import FileList
 from frugal.common.data.index import find_index
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import (
@@ -141,6 +142,8 @@ def _count_shard(path: Path, *, fields: Fields) -> WordCounts:
         build_index(path)
     shard, summary = open_shard(path, fields)
     found = WordCounts(notes=[f"{path} is {summary.note}"] if summary.note else [])
+    if isinstance(shard, FileList):
+        found.notes += shard.told()
     reader = shard.open(fields)
     for number in range(shard.num_samples):
         try:
@@ -148,7 +151,7 @@ def _count_shard(path: Path, *, fields: Fields) -> WordCounts:
         except Damaged:
             found.damaged += 1
             continue
-        for caption in captions:
+        for caption in filter(None, captions):
             found.add_caption(caption)
     reader.close()
     return found

@@ -23,11 +23,12 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import decode_rgb, open_image
+from frugal.common.data.folders import FileList
 from frugal.common.data.grouping import REPEATED
 from frugal.common.data.index import find_index, read_summary
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.records import RecordReader
-from frugal.common.data.samples import Fields, RawSample, Reader, assemble
+from frugal.common.data.samples import Fields, RawSample, Reader, Shard, assemble
 from frugal.common.data.sources import (
     build_index,
     find_files,
@@ -111,6 +112,10 @@ class Contents:
     details: list[str] = field(default_factory=list)
     passed_over: PassedOver = field(default_factory=PassedOver)
     remarks: PassedOver = field(default_factory=PassedOver)
+    repaired: Counter[str] = field(default_factory=Counter)
+    """Samples by what is wrong with a part of them that another part makes up for."""
+    told: list[str] = field(default_factory=list)
+    """What lists hold, and what was passed over or guessed."""
 
     def add(self, other: Contents) -> None:
         """Add what was found elsewhere."""
@@ -120,7 +125,8 @@ class Contents:
         self.bytes += other.bytes
         self.decoded += other.decoded
         self.details += other.details
-        for name in ("members", "captions", "sizes", "damage"):
+        self.told += other.told
+        for name in ("members", "captions", "sizes", "damage", "repaired"):
             getattr(self, name).update(getattr(other, name))
 
     def describe(self) -> Iterator[str]:
@@ -139,6 +145,8 @@ class Contents:
         yield from self.remarks.lines("")
         yield from self.passed_over.lines()
         yield f"damage: {_listed(self.damage)}"
+        yield from _repaired(self.repaired)
+        yield from self.told
         yield from self.details[:_SHOWN]
         if len(self.details) > _SHOWN:
             yield f"... and {len(self.details) - _SHOWN:,} more"
@@ -226,6 +234,7 @@ def _check_file(path: Path, contents: Contents, *, fields: Fields, decode: int |
         contents.damage["repeated key"] += repeated
     contents.passed_over.update(summary.passed_over)
     contents.remarks.update(summary.remarks)
+    contents.told += _told(shard)
     contents.samples = shard.num_samples
     contents.bytes = path.stat().st_size if path.is_file() else 0
     every = max(-(-shard.num_samples // decode), 1) if decode else 1
@@ -255,6 +264,18 @@ def _check_stream(url: str, contents: Contents, *, fields: Fields, decode: int |
             contents.details.append(f"{key}: {damaged}")
 
 
+def _told(shard: Shard) -> list[str]:
+    """What a list holds, and what of it was passed over or guessed."""
+    if not isinstance(shard, FileList):
+        return []
+    return [*([f"{shard.name}: {shard.counted}"] if shard.counted else []), *shard.told()]
+
+
+def _repaired(repaired: Counter[str]) -> Iterator[str]:
+    for reason, count in repaired.most_common(_SHOWN):
+        yield f"repaired: {count:,} samples, of another field than the first ({reason})"
+
+
 def _check_sample(reader: Reader, number: int, contents: Contents, *, decode: bool) -> None:
     if isinstance(reader, TarReader):
         members = reader.members(number)
@@ -271,6 +292,8 @@ def _check_raw(raw: RawSample, contents: Contents, *, decode: bool) -> None:
     if decode:
         decode_rgb(image)
         contents.decoded += 1
+    if raw.repaired:
+        contents.repaired[raw.repaired] += 1
     contents.captions[len(raw.captions)] += 1
     contents.sizes[image.size] += 1
 
@@ -302,6 +325,8 @@ def convert(
     written, number = write_tars(out, samples, samples_per_shard=samples_per_shard)
     for line in [*found.details, *found.remarks.lines(""), *found.passed_over.lines()]:
         _say(line)
+    for line in [*_repaired(found.repaired), *found.told]:
+        _say(line)
     _say(
         f"wrote {written:,} samples in {number:,} shards to {out}; left out: "
         f"{_listed(found.damage)} (of {found.samples:,} samples in {len(paths):,} shards)"
@@ -317,14 +342,18 @@ def _undamaged(paths: Sequence[Path], fields: Fields, found: Contents) -> Iterat
         found.details += summary.lines(path)
         found.passed_over.update(summary.passed_over)
         found.remarks.update(summary.remarks)
+        found.told += _told(shard)
         reader = shard.open(fields)
         damage: Counter[str] = Counter()
         for number in range(shard.num_samples):
             try:
-                sample = as_new_sample(reader.read(number), source=reader.key(number))
+                raw = reader.read(number)
+                sample = as_new_sample(raw, source=reader.key(number))
             except Damaged as damaged:
                 damage[damaged.kind] += 1
                 continue
+            if raw.repaired:
+                found.repaired[raw.repaired] += 1
             yield sample
         reader.close()
         if damage:

@@ -10,7 +10,7 @@ from frugal.common.errors import InputError
 
 Kind = Literal[
     "image", "checksum", "truncated", "unreadable", "no image", "no caption", "text", "label",
-    "no label", "duplicate", "apart",
+    "no label", "duplicate", "apart", "row",
 ]  # fmt: skip
 """What is wrong with a sample.
 
@@ -19,7 +19,8 @@ truncated: the shard ends, or may end, in the middle of it. unreadable: the file
 no image, no caption: the sample has none. text: a caption that is not UTF-8 or not JSON.
 label: a class that is not a number, or none of the model's. no label: the sample has no class.
 duplicate: two members of one name. apart: members of a streamed tar that belong to an earlier
-sample.
+sample. row: a row of a list that does not fit its header, has quotes that do not pair up, or a
+caption that is not UTF-8.
 """
 
 

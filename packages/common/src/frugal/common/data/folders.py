@@ -1,18 +1,20 @@
-"""Images that lie in files of their own: class folders, and lists in CSV files."""
+"""Images that lie in files of their own, and those of class folders."""
 
 from __future__ import annotations
 
-import csv
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from frugal.common.data.captions import caption_text
 from frugal.common.data.damage import Damaged
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields, RawSample, StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import read_json
+from frugal.common.files import read_json, reason_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class FileList:
     """(n,) int64."""
     class_folders: tuple[str, ...] = ()
     """In the order of the class numbers."""
+    lines: np.ndarray | None = None
+    """(n,) int64: where the row of each file begins in a list, counted from 1."""
+    damaged: Mapping[int, str] = field(default_factory=dict)
+    """What is wrong with rows of a list, by their place."""
+    counted: str = ""
+    """How many rows and lines a list has."""
+    remarks: tuple[str, ...] = ()
+    """What the owner should know, one line each."""
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
     @property
     def num_samples(self) -> int:
@@ -44,12 +55,20 @@ class FileList:
         """Nothing to give back."""
 
     def key(self, index: int) -> str:
-        """The path of an image, or the CSV file and row where the row has none."""
+        """The path of an image, or the list and the line where a row has none."""
         file = self.files[index]
-        return str(Path(self.base, file)) if file else f"{self.name}/{index}"
+        if file and index not in self.damaged:
+            return str(Path(self.base, file))
+        return f"{self.name}:{index if self.lines is None else self.lines[index]}"
+
+    def told(self) -> list[str]:
+        """What was damaged, guessed or passed over, one line each."""
+        return [f"{self.name}: {line}" for line in (*self.remarks, *self.passed_over.lines())]
 
     def captions(self, index: int) -> list[str]:
-        """The caption of an image, or none where a list has left it empty."""
+        """The caption of an image, or none where a list has left it empty; raises `Damaged`."""
+        if index in self.damaged:
+            raise Damaged("row", self.damaged[index])
         text = self.texts[index]
         return [text] if text else []
 
@@ -57,18 +76,19 @@ class FileList:
         """A sample.
 
         Raises:
-            Damaged: if its image cannot be read.
+            Damaged: if its row or its image cannot be read.
         """
+        captions = self.captions(index)
         file = self.files[index]
         if not file:
             raise Damaged("no image")
         try:
             image = Path(self.base, file).read_bytes()
-        except OSError as error:
-            raise Damaged("unreadable", str(error)) from None
+        except (OSError, ValueError) as error:  # the latter for a NUL in its name
+            raise Damaged("unreadable", reason_of(error)) from None
         return RawSample(
             image=image,
-            captions=self.captions(index),
+            captions=captions,
             label=None if self.labels is None else int(self.labels[index]),
         )
 
@@ -180,7 +200,7 @@ def open_image_folder(folder: Path, fields: Fields) -> FileList:
             texts=StringTable.of([""] * len(files)),
             labels=None,
         )
-    captions = [fields.template.format(name) for name in names.values()]
+    captions = [caption_text(fields.template.replace("{}", name)) for name in names.values()]
     return FileList(
         name=str(folder),
         base=str(folder),
@@ -188,39 +208,4 @@ def open_image_folder(folder: Path, fields: Fields) -> FileList:
         texts=StringTable.of(captions[label] for label in labels),
         labels=np.array(labels, np.int64),
         class_folders=tuple(names),
-    )
-
-
-def open_csv(path: Path, fields: Fields) -> FileList:
-    """The images that a CSV file with a header lists.
-
-    Raises:
-        InputError: if the file is no such list.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header = file.readline()
-            separator = fields.csv_separator or ("\t" if "\t" in header else ",")
-            file.seek(0)
-            rows = csv.DictReader(file, delimiter=separator)
-            columns = rows.fieldnames or []
-            for wanted in (fields.csv_image, fields.csv_caption):
-                if wanted not in columns:
-                    raise InputError(
-                        f"{path} has no column {wanted!r} among {list(columns)}; set "
-                        "data.fields.csv_image, csv_caption and csv_separator"
-                    )
-            pairs = [(row[fields.csv_image], row[fields.csv_caption]) for row in rows]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a CSV file: {error}") from None
-    files = [file or "" for file, _ in pairs]
-    base = path.parent
-    if files and not (base / files[0]).exists() and Path(files[0]).exists():
-        base = Path()
-    return FileList(
-        name=str(path),
-        base=str(base),
-        files=StringTable.of(files),
-        texts=StringTable.of(caption or "" for _, caption in pairs),
-        labels=None,
     )

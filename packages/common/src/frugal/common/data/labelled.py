@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from frugal.common.data.decoding import as_bytes
 from frugal.common.data.folders import FileList, find_objectnet, named_folders
 from frugal.common.data.index import load_index
 from frugal.common.data.pairs import Shelf
-from frugal.common.data.samples import Fields, Reader
+from frugal.common.data.samples import Fields, Reader, decode_classes
 from frugal.common.data.sources import find_files, index_missing, open_source
 from frugal.common.data.tars import TarReader
 from frugal.common.data.transforms import CenterCrop
@@ -344,13 +343,9 @@ class MultiLabelledImages(_InOrder):
         """(C,) bool."""
         reader, index = self._images.locate(place)
         try:
-            content = self._images.member(place, "npy") or b""
-            target = np.load(io.BytesIO(content), allow_pickle=False)
-        except (Damaged, ValueError, EOFError, OSError):
-            target = None
-        if target is None or target.ndim != 1 or not np.isin(target, (0, 1)).all():
+            return decode_classes(self._images.member(place, "npy") or b"")
+        except Damaged as damaged:
             raise InputError(
-                f"{reader.key(index)} does not say which classes it is of; it needs an npy member "
-                "with a row of zeros and ones"
-            )
-        return target.astype(bool)
+                f"{reader.key(index)} does not say which classes it is of ({damaged}); it needs an "
+                "npy member with a row of zeros and ones"
+            ) from None

@@ -12,11 +12,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
 
+from frugal.common.data.captions import caption_lines, caption_text
 from frugal.common.data.damage import Damaged
 from frugal.common.data.foreign import foreign_content, refuse_empty, unreadable_shard
 from frugal.common.data.index import ShardIndex, damage_code, load_index
@@ -24,6 +25,7 @@ from frugal.common.data.samples import (
     Fields,
     RawSample,
     StringTable,
+    class_number,
     decode_label,
     decode_text,
     no_image,
@@ -35,6 +37,8 @@ _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _VARINT_BITS, _MOST = 70, (1 << 64) - 1
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+Features = dict[str, list[bytes] | list[int] | np.ndarray]
+"""What a record holds, by name."""
 
 
 def crc32c(data: bytes) -> int:
@@ -161,26 +165,37 @@ def _integers(message: memoryview) -> Iterator[int]:
         yield from (item - (1 << 64) if item >> 63 else item for item in values)
 
 
-def parse_example(data: bytes) -> dict[str, list[bytes] | list[int]]:
-    """The byte strings and integers of a ``tf.train.Example`` by name; floats are left out.
+def _floats(message: memoryview) -> np.ndarray:
+    """The values of a FloatList, packed or not: (n,) float32."""
+    return np.frombuffer(b"".join(_only(message, 1)), "<f4")
+
+
+def parse_example(data: bytes, *, floats: bool = False) -> Features:
+    """The byte strings and integers of a ``tf.train.Example`` by name.
+
+    Args:
+        data: the message.
+        floats: floats too, as float32 arrays; they are left out otherwise.
 
     Raises:
         ValueError: if the bytes are no such message.
     """
     try:
-        return _parse_example(memoryview(data))
+        return _parse_example(memoryview(data), floats=floats)
     except IndexError:
         raise ValueError("the message ends in the middle of a number") from None
 
 
-def _parse_example(data: memoryview) -> dict[str, list[bytes] | list[int]]:
-    features: dict[str, list[bytes] | list[int]] = {}
+def _parse_example(data: memoryview, *, floats: bool) -> Features:
+    features: Features = {}
     for feature_map in _only(data, 1):
         for entry in _only(feature_map, 1):
             name = next(_only(entry, 1), memoryview(b"")).tobytes().decode("utf-8")
             for kind, values in _wire_fields(next(_only(entry, 2), memoryview(b""))):
                 if kind == 1 and isinstance(values, memoryview):
                     features[name] = [value.tobytes() for value in _only(values, 1)]
+                elif kind == 2 and floats and isinstance(values, memoryview):
+                    features[name] = _floats(values)
                 elif kind == 3 and isinstance(values, memoryview):
                     features[name] = list(_integers(values))
     return features
@@ -203,8 +218,8 @@ class RecordReader:
         """``shard/number`` of a record."""
         return f"{self.path}/{index}"
 
-    def features(self, index: int) -> dict[str, list[bytes] | list[int]]:
-        """The byte strings and integers of a record by name.
+    def features(self, index: int) -> Features:
+        """The byte strings and numbers of a record by name.
 
         Raises:
             Damaged: if the record was damaged when it was indexed, or has changed since.
@@ -212,7 +227,7 @@ class RecordReader:
         if kind := self.index.damage_of(index):
             raise Damaged(kind)
         try:
-            return parse_example(self.index.read(self._file.fileno(), index))
+            return parse_example(self.index.read(self._file.fileno(), index), floats=True)
         except ValueError as error:
             raise Damaged("unreadable", str(error)) from None
 
@@ -227,29 +242,39 @@ class RecordReader:
             Damaged: as :meth:`features`, and if it has no image.
         """
         features = self.features(index)
-        images = (features[name] for name in self.fields.image if features.get(name))
+        images = (features[name] for name in self.fields.image if len(features.get(name, [])))
         image = next((values[0] for values in images if isinstance(values[0], bytes)), None)
         if image is None:
             raise no_image(self.fields, features)
-        labels = features.get("cls") or [None]
+        unreadable: list[Damaged] = []
         return RawSample(
             image=image,
-            captions=self._captions(features),
-            label=decode_label(labels[0]) if isinstance(labels[0], bytes) else labels[0],
+            captions=self._captions(features, unreadable),
+            label=_label(features.get("cls", [])),
             names=features.keys(),
+            repaired=str(unreadable[0]) if unreadable else "",
         )
 
-    def _captions(self, features: dict[str, list[bytes] | list[int]]) -> list[str]:
+    def _captions(self, features: Features, unreadable: list[Damaged] | None = None) -> list[str]:
         # img2dataset writes the fields of a sample's JSON as features of their own
-        def captions_of(field: str) -> list[str]:
+        def values_of(field: str) -> list[Any]:
             values = features.get(field.removeprefix("json."), [])
-            captions = [decode_text(value) for value in values if isinstance(value, bytes)]
+            if isinstance(values, np.ndarray):  # with the digits that float32 holds
+                return values[np.isfinite(values)].astype(str).tolist()
+            texts = [decode_text(v) if isinstance(v, bytes) else v for v in values]
             if self.fields.caption_per_line and not field.startswith("json."):
-                lines = [line.strip() for text in captions for line in text.splitlines()]
-                captions = [line for line in lines if line]
-            return captions
+                return [line for text in texts for line in caption_lines(caption_text(text))]
+            return texts
 
-        return select_captions(self.fields, captions_of)
+        return select_captions(self.fields, values_of, unreadable)
+
+
+def _label(values: list[bytes] | list[int] | np.ndarray) -> int | None:
+    if not len(values):
+        return None
+    if isinstance(values, np.ndarray):
+        raise Damaged("label", f"{values[0]} is no class number")
+    return decode_label(values[0]) if isinstance(values[0], bytes) else class_number(values[0])
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from frugal.common.data.captions import caption_lines, caption_texts
 from frugal.common.data.damage import Damaged
 from frugal.common.data.grouping import describe_members, last_parts
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json, reason_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +27,8 @@ class Fields:
     """Extensions of images in tars, TFRecords and class folders; the first that a sample has."""
     caption: tuple[str, ...] = ("json.captions", "txt", "json.caption")
     """Extensions of captions; "json.name" is a field of the JSON member (a string, or a list of
-    captions of which one is drawn every time). The first that a sample has is used."""
+    captions of which one is drawn every time). The first that a sample has is used; blank ones
+    are none."""
     caption_per_line: bool = False
     """Every line of a text member is a caption of its own."""
     separate: bool = False
@@ -33,11 +39,12 @@ class Fields:
     """Caption of an image that has only a class."""
     csv_image: str = "filepath"
     """Column of the image's path in CSV files; relative to the file's folder, or to the working
-    directory if the first is not found there."""
+    directory if more of the images are found there."""
     csv_caption: str = "title"
     """Column of the caption in CSV files."""
     csv_separator: str | None = None
-    """Between the columns of CSV files; without it a tab if the header has one, else a comma."""
+    """Between the columns of CSV files; without it a tab, a comma, a semicolon or a bar, whichever
+    makes both columns of the header. With a tab every line is a row and quotes are text."""
 
     def __post_init__(self) -> None:
         if not self.image:
@@ -66,8 +73,11 @@ class RawSample:
     """An encoded picture."""
     captions: list[str]
     label: int | None = None
+    """A class, counted from 0."""
     names: Collection[str] = ()
     """What it was found under: the extensions of its members, or the names of its features."""
+    repaired: str = ""
+    """What is wrong with a part of it that was passed over, because another holds the same."""
 
 
 class Reader(Protocol):
@@ -137,43 +147,52 @@ def decode_text(encoded: bytes) -> str:
     try:
         return encoded.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Damaged("text", str(error)) from None
+        where = f"byte {encoded[error.start]:#04x} at {error.start}"
+        raise Damaged("text", f"it is not UTF-8 ({where})") from None
 
 
 def assemble_captions(
-    fields: Fields, extensions: Collection[str], member: Callable[[str], bytes]
+    fields: Fields,
+    extensions: Collection[str],
+    member: Callable[[str], bytes],
+    unreadable: list[Damaged] | None = None,
 ) -> list[str]:
-    """The captions among the members of a tar, as :func:`assemble`; [] if there are none.
+    """The captions among the members of a tar, as :func:`select_captions`.
 
     Where no member that is named whole has one, compound extensions count by their last part.
     """
-    captions = _captions_of_members(fields, extensions, member)
-    if not captions and (whole := last_parts(extensions)):
-        captions = _captions_of_members(fields, whole, lambda last: member(whole[last]))
-    return captions
+    whole = last_parts(extensions)
+    try:
+        captions = _captions_of_members(fields, extensions, member, unreadable)
+    except Damaged:
+        if not whole:
+            raise
+        captions = []
+    if captions or not whole:
+        return captions
+    return _captions_of_members(fields, whole, lambda last: member(whole[last]), unreadable)
 
 
 def _captions_of_members(
-    fields: Fields, extensions: Collection[str], member: Callable[[str], bytes]
+    fields: Fields,
+    extensions: Collection[str],
+    member: Callable[[str], bytes],
+    unreadable: list[Damaged] | None,
 ) -> list[str]:
     contents: dict[str, dict[str, Any]] = {}  # one member may hold many fields
 
-    def captions_of(field: str) -> list[str]:
+    def values_of(field: str) -> Any:
         extension, name = split_field(field, extensions)
         if extension not in extensions:
-            return []
+            return None
         if name:
             if extension not in contents:
                 contents[extension] = _json(member(extension))
-            value = contents[extension].get(name)
-            values = value if isinstance(value, list) else [value]
-            return [item for item in values if isinstance(item, str)]
+            return contents[extension].get(name)
         text = decode_text(member(extension))
-        if fields.caption_per_line:
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        return [text]
+        return caption_lines(text) if fields.caption_per_line else text
 
-    return select_captions(fields, captions_of)
+    return select_captions(fields, values_of, unreadable)
 
 
 def split_field(field: str, extensions: Collection[str]) -> tuple[str, str]:
@@ -191,19 +210,52 @@ def split_field(field: str, extensions: Collection[str]) -> tuple[str, str]:
     return extension, name
 
 
-def select_captions(fields: Fields, captions_of: Callable[[str], list[str]]) -> list[str]:
-    """The captions of a sample, from those of each of its fields; [] if there are none."""
-    if not fields.separate:
-        return next((found for field in fields.caption if (found := captions_of(field))), [])
-    texts = [next(iter(captions_of(field)), "").strip() for field in fields.caption]
-    return texts if any(texts) else []
+def select_captions(
+    fields: Fields, values_of: Callable[[str], Any], unreadable: list[Damaged] | None = None
+) -> list[str]:
+    """The captions of a sample; a field that is blank or cannot be read hides no good one.
+
+    Args:
+        fields: which are read, in which order, and whether each is a text of its own.
+        values_of: a field as it is stored: a text, a list of them, or something else; raises
+            :class:`Damaged` of the kind "text" where it cannot be read.
+        unreadable: takes up what is wrong with fields that others made up for.
+
+    Returns:
+        Those of the first field that has any, or one for every field, "" where the sample lacks
+        it; [] if there are none at all.
+
+    Raises:
+        Damaged: if there are none, and a field cannot be read.
+    """
+    damaged: list[Damaged] = [] if unreadable is None else unreadable
+    texts: list[str] = []
+    for field in fields.caption:
+        try:
+            found = caption_texts(values_of(field))
+        except Damaged as error:
+            if error.kind != "text":
+                raise
+            damaged.append(error)
+            found = []
+        if found and not fields.separate:
+            return found
+        texts += found[:1] or [""]
+    if any(texts):
+        return texts
+    if damaged:
+        raise damaged[0]
+    return []
 
 
 def _json(encoded: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(decode_text(encoded))
+        content = parse_json(encoded)
     except ValueError as error:
-        raise Damaged("text", str(error)) from None
+        try:  # with a number of thousands of digits, which Python does not convert
+            content = json.loads(encoded.decode("utf-8-sig"), parse_int=str)
+        except (ValueError, RecursionError):
+            raise Damaged("text", f"its JSON cannot be read: {reason_of(error)}") from None
     return content if isinstance(content, dict) else {}
 
 
@@ -226,11 +278,14 @@ def assemble(
         image = next((whole[name] for name in fields.image if name in whole), None)
     if image is None:
         raise no_image(fields, extensions)
+    unreadable: list[Damaged] = []
+    captions = assemble_captions(fields, extensions, member, unreadable)
     return RawSample(
         image=member(image),
-        captions=assemble_captions(fields, extensions, member),
+        captions=captions,
         label=decode_label(member("cls")) if "cls" in extensions else None,
         names=extensions,
+        repaired=str(unreadable[0]) if unreadable else "",
     )
 
 
@@ -242,9 +297,43 @@ def no_image(fields: Fields, names: Iterable[str]) -> Damaged:
     )
 
 
-def decode_label(encoded: bytes) -> int:
-    """A class number written in decimal; raises :class:`Damaged` if it is none."""
+_BLANK = b" \t\r\n\0"
+_DECIMAL = re.compile(rb"[+-]?[0-9]{1,19}")
+
+
+def decode_label(encoded: bytes) -> int | None:
+    """A class number written in decimal, None for none; raises :class:`Damaged` for others."""
+    written = encoded.removeprefix(codecs.BOM_UTF8).strip(_BLANK)
+    if not written:
+        return None
+    if _DECIMAL.fullmatch(written) is None:
+        raise Damaged("label", f"{written[:20]!r} is no class number".replace("b'", "'", 1))
+    return class_number(int(written))
+
+
+def class_number(number: int) -> int | None:
+    """A class, counted from 0; None for -1, by which many data sets mean that there is none.
+
+    Raises:
+        Damaged: if it is another negative number, or does not fit into 64 bits.
+    """
+    if number == -1:
+        return None
+    if not 0 <= number < 1 << 63:
+        raise Damaged("label", f"{number} is no class number")
+    return number
+
+
+def decode_classes(encoded: bytes) -> np.ndarray:
+    """(C,) bool: which classes a sample is of, from an ``npy`` member of zeros and ones.
+
+    Raises:
+        Damaged: if it is none: cut, an archive (``npz``), a pickle, or of another shape.
+    """
     try:
-        return int(encoded)
-    except ValueError:
-        raise Damaged("label", repr(encoded[:20])) from None
+        target = np.lib.format.read_array(io.BytesIO(encoded), allow_pickle=False)
+    except (ValueError, EOFError, OSError, SyntaxError, MemoryError, TypeError) as error:
+        raise Damaged("label", reason_of(error)) from None
+    if target.ndim != 1 or not np.isin(target, (0, 1)).all():
+        raise Damaged("label", "it is no row of zeros and ones")
+    return target.astype(bool)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from frugal.common.data.folders import class_folders, image_files, open_csv, open_image_folder
+from frugal.common.data.folders import FileList, class_folders, image_files, open_image_folder
 from frugal.common.data.index import (
     ShardSummary,
     find_earlier_index,
@@ -21,6 +21,7 @@ from frugal.common.data.index import (
     read_summary,
     write_index,
 )
+from frugal.common.data.lists import open_list
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.records import RecordShard, index_records
 from frugal.common.data.samples import Fields, Shard
@@ -265,6 +266,16 @@ class Source:
             log.warning("%s; what is missing there is lost", note)
         for line in [*self.behind, *self.remarks.lines(""), *self.passed_over.lines()]:
             log.warning("%s", line)
+        for listed in self.lists:
+            if listed.counted:
+                log.info("%s: %s", listed.name, listed.counted)
+            for line in listed.told():
+                log.warning("%s", line)
+
+    @property
+    def lists(self) -> list[FileList]:
+        """The lists and class folders among the shards."""
+        return [shard for shard in self.shards if isinstance(shard, FileList)]
 
 
 def open_source(pattern: str, fields: Fields, files: Sequence[Path] | None = None) -> Source:
@@ -300,7 +311,7 @@ def open_shard(path: Path, fields: Fields) -> tuple[Shard, ShardSummary]:
         InputError: if it is not indexed, was altered since, or cannot be read.
     """
     if path.is_dir() or kind_of(path) == "list":
-        files = open_image_folder(path, fields) if path.is_dir() else open_csv(path, fields)
+        files = open_image_folder(path, fields) if path.is_dir() else open_list(path, fields)
         return files, ShardSummary(files.num_samples, "")
     summary = read_summary(path)
     if kind_of(path) == "tar":

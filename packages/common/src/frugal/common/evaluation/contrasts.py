@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from frugal.common.data.captions import caption_text
 from frugal.common.errors import InputError
 
 PARTS = {"obj": "object", "att": "attribute", "rel": "relation"}
@@ -111,11 +112,11 @@ def _texts(path: Path, key: str, value: Any) -> list[str]:
     """File, true and false caption of an item."""
     texts: list[Any] = [value.get(name) if isinstance(value, dict) else None for name in _FIELDS]
     for name, text in zip(_FIELDS, texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not caption_text(text):
             raise InputError(
                 f"the item {key!r} of {path} has no {name}; every item needs {', '.join(_FIELDS)}"
             )
-    if texts[1] == texts[2]:
+    if caption_text(texts[1]) == caption_text(texts[2]):
         raise InputError(
             f"the item {key!r} of {path} has the same caption as true and as false; correct or "
             "remove it"
