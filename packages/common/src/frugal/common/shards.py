@@ -30,6 +30,7 @@ from frugal.common.data.sources import build_index, find_files, needs_index, ope
 from frugal.common.data.tars import TarReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
+from frugal.common.words import command_words
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _SHOWN = 10
@@ -294,7 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[..., int]] = {"index": index, "check": check, "convert": convert}
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m frugal.common.shards", args=arguments, sort_subcommands=False
+            commands,
+            prog="python -m frugal.common.shards",
+            args=command_words(arguments),
+            sort_subcommands=False,
         )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
