@@ -16,7 +16,7 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import open_image
-from frugal.common.data.folders import image_files
+from frugal.common.data.image_walk import image_files
 from frugal.common.data.samples import StringTable
 from frugal.common.errors import InputError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 _NAMED = 3
@@ -49,6 +49,12 @@ class PassedOver:
     def state(self) -> dict[str, int]:
         """Counts by reason, for results and reports (JSON)."""
         return dict(self.counts)
+
+
+def shortened(names: Sequence[str], most: int = 10) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _first(names: Iterable[str], count: int) -> str:

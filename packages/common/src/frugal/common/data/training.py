@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from frugal.common.contracts import Stream
 from frugal.common.data.config import StoredData
 from frugal.common.data.damage import Damaged
-from frugal.common.data.folders import FileList
+from frugal.common.data.folders import FileList, refuse_without_words, tell_classes
 from frugal.common.data.order import GlobalOrder, Order, WeightedOrder
 from frugal.common.data.pairs import Pairs, Preparation, Shelf
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.resampled import ResampledStream, ShardDraws
 from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.sources import (
@@ -155,8 +158,14 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
             "data.resampled_samples to the samples of an epoch and read it with replacement"
         )
     without_classes = data.tokenizer is None and num_classes is None
+    passed_over = PassedOver()
     files = [
-        find_files(pattern, fields=data.fields, without_classes=without_classes)
+        find_files(
+            pattern,
+            fields=data.fields,
+            without_classes=without_classes,
+            passed_over=passed_over,
+        )
         for pattern in data.train
     ]
     counts = Counter(path for found in files for path in found)
@@ -164,15 +173,30 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
     if twice is not None:
         raise InputError(f"data.train names {twice} more than once; name every shard once")
     index_missing([path for found in files for path in found], run.log)
+    # where nobody reads captions, text beside images is passed over like any other file
+    fields = data.fields if data.tokenizer is not None else replace(data.fields, caption=())
     sources = [
-        open_source(pattern, data.fields, found)
+        open_source(pattern, fields, found)
         for pattern, found in zip(data.train, files, strict=True)
     ]
+    for shard in image_folders(sources):
+        passed_over.update(shard.passed_over)
+        if data.tokenizer is not None:
+            refuse_without_words(shard)
+        tell_classes(shard, run.log)
+    for line in passed_over.lines():
+        run.log.warning("data: %s", line)
     for note in (note for source in sources for note in source.notes):
         run.log.warning("%s; what lies behind that is lost", note)
     if num_classes is not None:
         _check_classes(sources, data.fields, num_classes)
     return sources
+
+
+def image_folders(sources: Sequence[Source]) -> list[FileList]:
+    """The folders of images among some sources; a list, or a folder, is the one shard of its."""
+    shards = [shard for source in sources for shard in source.shards]
+    return [shard for shard in shards if isinstance(shard, FileList)]
 
 
 def _check_classes(sources: list[Source], fields: Fields, num_classes: int) -> None:
