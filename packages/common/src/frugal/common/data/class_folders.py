@@ -68,7 +68,7 @@ def read_class_folders(
                 "copy it, or correct the file"
             )
         for left in [name for name in folders if name not in by_folder]:
-            passed_over.add(f"folders that {source} does not name", f"{folder}/{left}")
+            passed_over.add(f"folders that {source.name} does not name", f"{folder}/{left}")
         folders = [name for name in folders if name in by_folder]
     texts: list[str] = []
     images = images_below(folder, folders, extensions, passed_over, texts)

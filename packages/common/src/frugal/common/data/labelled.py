@@ -418,6 +418,8 @@ class MultiLabelledImages(_InOrder):
         split = _test_split(folder)
         self._images = _Images(split, Fields(caption=()), size=size, crop=crop or CenterCrop())
         self.class_folders: list[str] | None = None
+        self.empty_folders: list[str] = []
+        self.has_given_names = True
         self.class_names = _class_names(split)
         """One name per class; None if the data does not say."""
         self.templates = _templates(split)
