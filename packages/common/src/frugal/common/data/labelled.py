@@ -170,7 +170,7 @@ def _check_number_of_shards(folder: Path, files: list[Path]) -> None:
         )
 
 
-def _test_split(folder: Path) -> Path:
+def test_split(folder: Path) -> Path:
     """clip_benchmark keeps its splits in sub-folders; other layouts are the folder itself."""
     split, images = folder / "test", folder / "images"
     if split.is_dir() and next(split.glob("*.tar"), None):
@@ -216,7 +216,7 @@ def dataset_type(folder: Path) -> str | None:
     Raises:
         InputError: if it is none of clip_benchmark's words.
     """
-    path = _find_text(_test_split(folder), "dataset_type.txt")
+    path = _find_text(test_split(folder), "dataset_type.txt")
     if path is None:
         return None
     word = " ".join(read_lines(path)).lower()
@@ -280,7 +280,7 @@ class LabelledImages(_InOrder):
         Raises:
             InputError: if there is no such data.
         """
-        split = _test_split(folder)
+        split = test_split(folder)
         self._images = _Images(split, Fields(caption=()), size=size, crop=crop or CenterCrop())
         self.class_folders: list[str] | None = None
         """The class folders in the order of the class numbers; None for tars."""
@@ -373,7 +373,7 @@ class CaptionedImages(_InOrder):
         Raises:
             InputError: if there is no such data, or an image has no caption.
         """
-        split = _test_split(folder)
+        split = test_split(folder)
         if fields is None:
             is_benchmark = dataset_type(folder) == "retrieval"
             fields = Fields(caption=("txt",), caption_per_line=True) if is_benchmark else Fields()
@@ -415,7 +415,7 @@ class MultiLabelledImages(_InOrder):
         Raises:
             InputError: if there is no such data, or an image does not say what it is of.
         """
-        split = _test_split(folder)
+        split = test_split(folder)
         self._images = _Images(split, Fields(caption=()), size=size, crop=crop or CenterCrop())
         self.class_folders: list[str] | None = None
         self.empty_folders: list[str] = []

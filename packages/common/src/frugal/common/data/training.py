@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from frugal.common.contracts import Stream
+from frugal.common.data.class_matching import keep_classes
 from frugal.common.data.config import StoredData
 from frugal.common.data.damage import Damaged
 from frugal.common.data.folders import FileList, refuse_without_words, tell_classes
 from frugal.common.data.order import GlobalOrder, Order, WeightedOrder
 from frugal.common.data.pairs import Pairs, Preparation, Shelf
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.passed_over import PassedOver, shortened
 from frugal.common.data.resampled import ResampledStream, ShardDraws
 from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.sources import (
@@ -47,6 +48,8 @@ def build_stream(
     if data.resampled_samples is not None:
         return _resampled(data, run, preparation, share, state, pin_memory=pin_memory)
     sources = open_sources(data, run, num_classes=preparation.num_classes)
+    if preparation.num_classes is not None:
+        _keep_classes(sources, recipe, run, is_resumed=first_sample > 0)
     order = make_order(data, sources, seed=recipe.run.seed)
     shards = [shard for source in sources for shard in source.shards]
     run.log.info("data: %s samples in %s shards", f"{order.samples:,}", f"{len(shards):,}")
@@ -193,6 +196,22 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
     return sources
 
 
+def _keep_classes(sources: list[Source], recipe: Recipe, run: Run, *, is_resumed: bool) -> None:
+    """Keep the classes with the run, and refuse now what would be measured on others.
+
+    Every source has the same ones.
+    """
+    folder = next((shard for shard in image_folders(sources) if shard.class_folders), None)
+    if folder is None:
+        return
+    keep_classes(run.dir, folder, is_resumed=is_resumed, is_main=run.is_main)
+    for task in recipe.evaluation:
+        check = getattr(task, "check_classes", None)
+        if check is not None:
+            without = folder.classes_without_images
+            check([name for name in folder.class_folders if name not in without])
+
+
 def image_folders(sources: Sequence[Source]) -> list[FileList]:
     """The folders of images among some sources; a list, or a folder, is the one shard of its."""
     shards = [shard for source in sources for shard in source.shards]
@@ -204,9 +223,11 @@ def _check_classes(sources: list[Source], fields: Fields, num_classes: int) -> N
     numbered: FileList | None = None
     for shard in (shard for source in sources for shard in source.shards[:1]):
         folders = shard.class_folders if isinstance(shard, FileList) else ()
-        if folders and len(folders) != num_classes:
+        if isinstance(shard, FileList) and folders and len(folders) != num_classes:
+            without = shard.empty_folders
+            empty = f" with images (none: {shortened(without)})" if without else ""
             raise InputError(
-                f"{shard.name} has {len(folders)} class folders, but the model tells apart "
+                f"{shard.name} has {len(folders)} class folders{empty}, but the model tells apart "
                 f"model.num_classes = {num_classes}; make them equal"
             )
         if isinstance(shard, FileList) and folders:
