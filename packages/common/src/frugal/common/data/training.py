@@ -204,12 +204,12 @@ def _keep_classes(sources: list[Source], recipe: Recipe, run: Run, *, is_resumed
     folder = next((shard for shard in image_folders(sources) if shard.class_folders), None)
     if folder is None:
         return
-    keep_classes(run.dir, folder, is_resumed=is_resumed, is_main=run.is_main)
     for task in recipe.evaluation:
         check = getattr(task, "check_classes", None)
         if check is not None:
             without = folder.classes_without_images
             check([name for name in folder.class_folders if name not in without])
+    keep_classes(run.dir, folder, is_resumed=is_resumed, is_main=run.is_main)
 
 
 def image_folders(sources: Sequence[Source]) -> list[FileList]:
