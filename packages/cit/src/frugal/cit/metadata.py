@@ -11,6 +11,7 @@ from pathlib import Path
 
 from frugal.common.errors import InputError
 from frugal.common.evaluation.task_labels import TASKS, task_labels
+from frugal.common.files import read_lines
 
 ALL, WORDNET, OWN = "all", "wordnet", "task"
 _PLAIN = ("{c}",)
@@ -102,14 +103,10 @@ def _read(source: str) -> tuple[list[tuple[str, ...]], Sequence[str]]:
 
 
 def _read_file(path: Path) -> list[tuple[str, ...]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"data.metadata.sources: {path} cannot be read as text ({error}); give a UTF-8 file "
-            "with one class per line"
-        ) from None
-    split = (tuple(name for part in line.split("\t") if (name := part.strip())) for line in lines)
+    split = (
+        tuple(name for part in line.split("\t") if (name := part.strip()))
+        for line in read_lines(path)
+    )
     return [names for names in split if names]
 
 

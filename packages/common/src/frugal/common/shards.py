@@ -23,7 +23,9 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import decode_rgb, open_image
+from frugal.common.data.folders import FileList, refuse_without_words
 from frugal.common.data.index import find_index, read_summary
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.records import RecordReader
 from frugal.common.data.samples import Fields, RawSample, Reader
 from frugal.common.data.sources import build_index, find_files, needs_index, open_shard
@@ -95,6 +97,7 @@ class Contents:
     decoded: int = 0
     damage: Counter[str] = field(default_factory=Counter)
     details: list[str] = field(default_factory=list)
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
     def add(self, other: Contents) -> None:
         """Add what was found elsewhere."""
@@ -102,6 +105,7 @@ class Contents:
         self.bytes += other.bytes
         self.decoded += other.decoded
         self.details += other.details
+        self.passed_over.update(other.passed_over)
         for name in ("members", "captions", "sizes", "damage"):
             getattr(self, name).update(getattr(other, name))
 
@@ -118,6 +122,7 @@ class Contents:
                 found = np.percentile(values, _PERCENTILES, method="nearest").astype(int)
                 yield f"{name} at 0/5/50/95/100 %: " + "/".join(map(str, found))
         yield f"decoded {self.decoded:,} images"
+        yield from self.passed_over.lines()
         damage = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.damage.items()))
         yield f"damage: {damage or 'none'}"
         yield from self.details[:_SHOWN]
@@ -166,6 +171,8 @@ def _check_one(path: Path, *, fields: Fields, decode: int | None) -> Contents:
     if note:
         contents.damage["shard"] += 1
         contents.details.append(f"{path} is {note}")
+    if isinstance(shard, FileList):
+        contents.passed_over = shard.passed_over
     contents.samples = shard.num_samples
     contents.bytes = path.stat().st_size if path.is_file() else 0
     every = max(-(-shard.num_samples // decode), 1) if decode else 1
@@ -230,6 +237,8 @@ def _undamaged(paths: Sequence[Path], fields: Fields, damage: Counter[str]) -> I
     """Every sample; counts those left out."""
     for path in paths:
         shard, _ = open_shard(path, fields)
+        if isinstance(shard, FileList):
+            _tell(shard)
         reader = shard.open(fields)
         for number in range(shard.num_samples):
             try:
@@ -239,6 +248,16 @@ def _undamaged(paths: Sequence[Path], fields: Fields, damage: Counter[str]) -> I
                 continue
             yield sample
         reader.close()
+
+
+def _tell(shard: FileList) -> None:
+    """Say what of a folder or a list becomes no sample, and where classes make no captions."""
+    for line in shard.passed_over.lines():
+        _say(line)
+    try:
+        refuse_without_words(shard)
+    except InputError as error:
+        _say(f"no captions are written: {error}")
 
 
 def as_new_sample(raw: RawSample, *, source: str, **about: Any) -> NewSample:
@@ -277,7 +296,11 @@ def _as_png(image: Image.Image) -> bytes:
 def _files(patterns: Sequence[str]) -> list[Path]:
     if not patterns:
         raise InputError("no shards are given; name at least one file, folder or pattern")
-    return [path for pattern in patterns for path in find_files(pattern)]
+    passed_over = PassedOver()
+    files = [p for pattern in patterns for p in find_files(pattern, passed_over=passed_over)]
+    for line in passed_over.lines():
+        _say(line)
+    return files
 
 
 def _pool(processes: int | None, jobs: int) -> ProcessPoolExecutor:

@@ -19,6 +19,7 @@ from frugal.common.data.decoding import open_image
 from frugal.common.data.image_walk import image_files
 from frugal.common.data.samples import StringTable
 from frugal.common.errors import InputError
+from frugal.common.files import read_lines
 
 IGNORED = 255
 """The label of pixels that count nowhere."""
@@ -179,7 +180,7 @@ def class_names(folder: Path, num_classes: int) -> list[str]:
     found = next((path for path in listed if path.is_file()), None)
     if found is None:
         return [f"class {number}" for number in range(1, num_classes + 1)]
-    lines = found.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_lines(found)
     if found.name == "objectInfo150.txt":
         lines = [line.split("\t")[-1] for line in lines[1:]]
     if len(lines) != num_classes:
@@ -187,4 +188,6 @@ def class_names(folder: Path, num_classes: int) -> list[str]:
             f"{found} names {len(lines)} classes, but the model tells apart model.num_classes = "
             f"{num_classes}; make them equal"
         )
+    if "" in lines:
+        raise InputError(f"{found} has no name for class {lines.index('') + 1}; write one per line")
     return [line.strip() for line in lines]
