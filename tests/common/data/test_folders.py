@@ -208,6 +208,20 @@ def test_captions_beside_every_image_are_refused_where_captions_are_wanted(two):
     assert shard.passed_over.state() == {"files that are no images (.txt)": 6}
 
 
+def test_one_class_folder_is_no_source_of_captions(tmp_path, make_picture, open_stream):
+    images = tmp_path / "set" / "images"
+    images.mkdir(parents=True)
+    (tmp_path / "set" / "captions").mkdir()
+    for number in range(3):
+        make_picture(number).save(images / f"{number}.png")
+        (tmp_path / "set" / "captions" / f"{number}.txt").write_text("a caption")
+    with pytest.raises(InputError, match=r"one class folder only \(images\).*same caption"):
+        open_stream(tmp_path / "set", batch_size=2)
+    (tmp_path / "set" / "drawings").mkdir()
+    make_picture(9).save(tmp_path / "set" / "drawings" / "9.png")
+    assert open_stream(tmp_path / "set", batch_size=2).epoch_samples == 4
+
+
 def test_shards_beside_class_folders_are_refused(two, write_tar, pair):
     write_tar(two / "val.tar", pair(0))
     with pytest.raises(

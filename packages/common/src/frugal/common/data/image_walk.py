@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 
 from frugal.common.data.lists_beside import is_text
@@ -25,7 +26,7 @@ def subfolders(folder: Path, passed_over: PassedOver | None = None) -> list[str]
             _add(passed_over, _SYSTEM, entry.path)
         else:
             names.append(entry.name)
-    return sorted(names)
+    return names
 
 
 def images_below(
@@ -92,7 +93,7 @@ KNOWN_FILES = frozenset(
 def pass_over_files(folder: Path, extensions: Iterable[str], passed_over: PassedOver) -> None:
     """Count the files beside class folders, which are of no class."""
     wanted = frozenset(extensions)
-    for entry in sorted(_entries(str(folder)), key=lambda entry: entry.name):
+    for entry in _entries(str(folder)):
         if _is_folder(entry) or entry.name in KNOWN_FILES:
             continue
         stem, _, extension = entry.name.rpartition(".")
@@ -156,8 +157,8 @@ class _Walk:
             place = waiting.pop()
             names, folders, links = self.look(place)
             if names:
-                self._found[part][place] = sorted(names)
-            self._links += [(part, link) for link in sorted(links)]
+                self._found[part][place] = names
+            self._links += [(part, link) for link in links]
             waiting += [folder for folder in folders if self._is_unread(folder)]
 
     def _is_unread(self, folder: str) -> bool:
@@ -220,9 +221,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted by name."""
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            return sorted(entries, key=attrgetter("name"))
     except OSError as error:
         raise _unreadable(folder, error) from None
 

@@ -189,11 +189,29 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
         tell_classes(shard, run.log)
     for line in passed_over.lines():
         run.log.warning("data: %s", line)
+    if data.tokenizer is not None:
+        _refuse_one_caption(sources)
     for note in (note for source in sources for note in source.notes):
         run.log.warning("%s; what lies behind that is lost", note)
     if num_classes is not None:
         _check_classes(sources, data.fields, num_classes)
     return sources
+
+
+def _refuse_one_caption(sources: list[Source]) -> None:
+    """Refuse class folders of one class as the only source of captions.
+
+    Raises:
+        InputError: if every image would have the same caption.
+    """
+    folders = image_folders(sources)
+    classes = {name for shard in folders for name in shard.class_names}
+    if len(classes) == 1 and len(folders) == sum(len(source.shards) for source in sources):
+        raise InputError(
+            f"{folders[0].name} holds images in one class folder only ({min(classes)}), so that "
+            "every image would have the same caption; give a .csv or .tsv list of images and "
+            "captions, tars, or more class folders"
+        )
 
 
 def _keep_classes(sources: list[Source], recipe: Recipe, run: Run, *, is_resumed: bool) -> None:
