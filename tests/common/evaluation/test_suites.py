@@ -135,6 +135,12 @@ def test_a_metric_of_two_classes_needs_two() -> None:
 # Folders.
 
 
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the log heard by pytest, whatever a command of another test made of it."""
+    monkeypatch.setattr(logging.getLogger("frugal"), "propagate", True)
+
+
 def pictures(folder: Path, count: int = 1, *, seed: int = 0) -> Path:
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
@@ -278,13 +284,16 @@ def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
         ZeroShot(templates="no")
 
 
-def test_a_suite_is_asked_about_the_folders_that_are_there(tmp_path: Path) -> None:
+def test_a_suite_is_asked_about_the_folders_that_are_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number in range(10):
         pictures(tmp_path / "MNIST" / "test" / str(number))
         pictures(tmp_path / "eurosat" / "val" / str(number))
     pictures(tmp_path / "hateful-memes" / "dev" / "0")
     pictures(tmp_path / "hateful-memes" / "dev" / "1")
     (tmp_path / "other").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
     plan = recipe(evaluation=(ZeroShot(reduce_prompts=True),))
     options = Options(checkpoint=Path("x"), data=tmp_path, tasks=("clip-26",), workers=0)
     tasks = {task.name: task for task in chosen_tasks(options, plan)}
@@ -293,6 +302,13 @@ def test_a_suite_is_asked_about_the_folders_that_are_there(tmp_path: Path) -> No
     assert tasks["hateful_memes"].metric == "roc_auc"
     assert all(task.reduce_prompts for task in tasks.values())
     assert {task.class_names for task in tasks.values()} == set(tasks)
+    assert (
+        f"1 passed over: folders that are no task of clip-26 ({tmp_path / 'other'})" in caplog.text
+    )
+    assert "__MACOSX" in caplog.text
+    (tmp_path / "euro_sat").mkdir()
+    with pytest.raises(InputError, match=r"are one task of clip-26; leave one of them out"):
+        chosen_tasks(options, plan)
 
 
 def test_a_suite_without_a_folder_of_its_own_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ import tyro
 
 from frugal.clipa.frequency_masking import find_words, keep_probability
 from frugal.common.data.damage import Damaged
+from frugal.common.data.folders import FileList
 from frugal.common.data.index import find_index
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import (
     build_index,
@@ -134,7 +136,11 @@ def _files(patterns: Sequence[str]) -> list[Path]:
         raise InputError(
             f"{stream} cannot be counted where it is; copy some of its shards here and count those"
         )
-    return [path for pattern in patterns for path in find_files(pattern)]
+    passed_over = PassedOver()
+    files = [p for pattern in patterns for p in find_files(pattern, passed_over=passed_over)]
+    for line in passed_over.lines():
+        sys.stderr.write(line + "\n")
+    return files
 
 
 def _count_shard(path: Path, *, fields: Fields) -> WordCounts:
@@ -142,6 +148,8 @@ def _count_shard(path: Path, *, fields: Fields) -> WordCounts:
         build_index(path)
     shard, note = open_shard(path, fields)
     found = WordCounts(notes=[f"{path} is {note}"] if note else [])
+    if isinstance(shard, FileList):
+        found.notes.extend(shard.passed_over.lines())
     reader = shard.open(fields)
     for number in range(shard.num_samples):
         try:

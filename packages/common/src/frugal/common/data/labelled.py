@@ -236,6 +236,11 @@ class _InOrder:
     def __len__(self) -> int:
         return len(self._images)
 
+    @property
+    def passed_over(self) -> PassedOver:
+        """What lies beside the images and is none."""
+        return self._images.passed_over
+
     def digest(self) -> str:
         """What tells these images from any others."""
         return self._images.digest()
@@ -288,12 +293,13 @@ class LabelledImages(_InOrder):
         """Folders without images beside them, which are no classes."""
         self.has_given_names = False
         """A file of the data says what its classes are called."""
+        self.class_names: list[str] | None = None
+        """One name per class; None if the data does not say."""
         found = self._images.class_folders
-        if found is None:
+        if found is None or not found.class_folders:
             self.class_names = _class_names(split)
-            """One name per class; None if the data does not say."""
             self.has_given_names = self.class_names is not None
-        elif found.class_folders:
+        else:
             self.class_folders = list(found.class_folders)
             self.class_names = list(found.class_names)
             self.empty_folders = list(found.empty_folders)
@@ -303,11 +309,6 @@ class LabelledImages(_InOrder):
         if self.templates is None and self.class_folders and find_objectnet(split):
             self.templates = ["{c}"]  # as the field asks about it: bare names
         self._numbers: Tensor | None = None
-
-    @property
-    def passed_over(self) -> PassedOver:
-        """What lies beside the images and is none."""
-        return self._images.passed_over
 
     @property
     def filled_folders(self) -> list[str]:

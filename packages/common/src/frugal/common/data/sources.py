@@ -74,15 +74,19 @@ def find_files(
     return files
 
 
-def find_streams(pattern: str) -> list[str]:
+def find_streams(pattern: str, passed_over: PassedOver | None = None) -> list[str]:
     """The tars that a pattern stands for, as URLs and paths that can be read as streams.
+
+    Args:
+        pattern: what a user calls data.
+        passed_over: counts what lies beside the tars of a folder.
 
     Raises:
         InputError: if there is none.
     """
     if is_stream(pattern):
         return expand_braces(pattern)
-    files = find_files(pattern)
+    files = find_files(pattern, passed_over=passed_over)
     other = next((path for path in files if path.suffix != ".tar"), None)
     if other is not None:
         raise InputError(
@@ -101,7 +105,7 @@ def _known(path: Path) -> Path:
 
 def _is_data_set(folder: Path) -> bool:
     """Whether a sub-folder is a split or a set of shards rather than a class."""
-    return folder.name in _SPLITS or any(_is_shard(path) for path in folder.iterdir())
+    return folder.name.lower() in _SPLITS or any(_is_shard(path) for path in folder.iterdir())
 
 
 def _is_shard(path: Path) -> bool:

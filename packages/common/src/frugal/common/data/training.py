@@ -83,7 +83,10 @@ def _resampled(
     pin_memory: bool,
 ) -> ResampledStream:
     assert data.resampled_samples is not None
-    urls = [find_streams(pattern) for pattern in data.train]
+    passed_over = PassedOver()
+    urls = [find_streams(pattern, passed_over) for pattern in data.train]
+    for line in passed_over.lines():
+        run.log.warning("data: %s", line)
     run.log.info(
         "data: %s samples to an epoch, drawn with replacement from %s shards",
         f"{data.resampled_samples:,}",
