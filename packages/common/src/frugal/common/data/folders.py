@@ -16,6 +16,7 @@ from frugal.common.data.lists_beside import refuse_lists, refuse_texts_of_images
 from frugal.common.data.passed_over import PassedOver, shortened
 from frugal.common.data.samples import Fields, RawSample, StringTable
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class FileList:
         try:
             image = Path(self.base, file).read_bytes()
         except OSError as error:
-            raise Damaged("unreadable", str(error)) from None
+            raise Damaged("unreadable", reason_of(error)) from None
         return RawSample(
             image=image,
             captions=self.captions(index),

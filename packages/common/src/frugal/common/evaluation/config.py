@@ -362,7 +362,8 @@ class LinearProbe(ImageEvaluation):
         """``{name}_top1``, ``_top5``, ``_mean_per_class_recall``, ``_weight_decay``.
 
         Also ``_images``, ``_train_images``, ``_validation_images`` and ``_classes``, and where
-        there are such ``_classes_without_images`` and ``_passed_over``. Every process of the run calls this and gets the same numbers; {} where there is no data.
+        there are such ``_classes_without_images`` and ``_passed_over``. Every process of the run
+        calls this and gets the same numbers; {} where there is no data.
 
         Raises:
             InputError: if the data is missing, or its parts do not have the same classes.
