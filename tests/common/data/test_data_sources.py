@@ -41,7 +41,7 @@ def test_patterns_name_files_as_webdataset_and_the_shell_do(shards):
 @pytest.mark.parametrize(
     ("pattern", "sentence"),
     [
-        ("{0..3}.tar", r"3\.tar, which does not exist \(1 of 4 are missing\)"),
+        ("{0..3}.tar", r"3\.tar, which does not exist \(1 of 4 are missing\); copy"),
         ("{0..2.tar", "unbalanced brace"),
         ("*.tfrecord", "matches nothing"),
         ("notes.txt", "of no known kind"),
@@ -52,6 +52,63 @@ def test_a_pattern_that_names_no_data_is_refused(shards, pattern, sentence):
     with pytest.raises(InputError, match=sentence) as caught:
         find_files(f"{shards}/{pattern}")
     assert pattern in str(caught.value)
+
+
+def test_a_glob_and_a_folder_have_one_order(shards):
+    for name in ("part_10", "part_9"):
+        (shards.parent / name).mkdir()
+        (shards.parent / name / "0.tar").write_bytes(b"x")
+    assert names(shards / "*.tar") == names(shards) == ["0.tar", "1.tar", "2.tar", "10.tar"]
+    found = find_files(f"{shards.parent}/part_*/*.tar")
+    assert [path.parent.name for path in found] == ["part_9", "part_10"]
+    assert [path.parent.name for path in find_files(f"{shards.parent}/part_*")] == [
+        "part_9", "part_10"
+    ]  # fmt: skip
+
+
+def test_two_stars_stand_for_any_number_of_folders(shards):
+    deep = shards / "a" / "b"
+    deep.mkdir(parents=True)
+    (deep / "3.tar").write_bytes(b"x")
+    (shards / "__MACOSX").mkdir()
+    (shards / "__MACOSX" / "4.tar").write_bytes(b"x")
+    (shards / ".hidden.tar").write_bytes(b"x")
+    (shards / "0.tar.index.safetensors").write_bytes(b"x")
+    expected = ["0.tar", "1.tar", "2.tar", "10.tar", "3.tar"]
+    assert sorted(names(shards / "**" / "*.tar")) == sorted(expected)
+    assert names(shards.parent / "**" / "b" / "*.tar") == ["3.tar"]
+    (shards / "notes.txt").unlink()
+    assert sorted(names(shards / "**")) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["a{0..2}b", "x[1]", "odd\\name", "{a,b}", "w*?", "open{", "two words"]
+)
+def test_what_exists_is_taken_as_it_is_written(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for number in (0, 10, 9):
+        (folder / f"{number}.tar").write_bytes(b"x")
+    (folder / f"{name}.tar").write_bytes(b"x")
+    assert names(folder / f"{name}.tar") == [f"{name}.tar"]
+    # and so is the folder at the beginning of a pattern
+    assert names(folder / "{0..0}.tar") == ["0.tar"]
+    assert names(folder / "[19]*.tar") == ["9.tar", "10.tar"]
+    assert len(find_files(str(folder))) == 4
+
+
+def test_all_that_is_missing_is_counted_and_the_first_are_named(shards):
+    with pytest.raises(InputError) as caught:
+        find_files(f"{shards}/{{0..9}}.tar")
+    sentence = str(caught.value)
+    assert "3.tar" in sentence and "5.tar and 4 more" in sentence
+    assert "(7 of 10 are missing)" in sentence and "'*.tar'" in sentence
+
+
+@pytest.mark.parametrize("pattern", ["", "  "])
+def test_an_empty_pattern_is_not_the_current_folder(pattern):
+    with pytest.raises(InputError, match="a data pattern is empty"):
+        find_files(pattern)
 
 
 def test_a_folder_with_splits_or_several_sets_is_refused(tmp_path, make_picture):

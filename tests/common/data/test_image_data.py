@@ -141,11 +141,11 @@ def test_a_flat_folder_is_read_where_no_classes_are_needed(
     assert stream.epoch_samples == 3 and batch.valid.all() and batch.labels is None
     assert sorted(key.rpartition("/")[2] for key in batch.keys) == ["0.png", "1.png", "2.png"]
     for file in folder.glob("*.png"):
-        file.rename(file.with_suffix(".bmp"))
+        file.rename(file.with_suffix(".dat"))
     with pytest.raises(InputError, match="holds no data"):
         open_images(folder)
-    assert open_images(folder, image_extensions=("bmp",)).epoch_samples == 3
-    for file in folder.glob("*.bmp"):
+    assert open_images(folder, image_extensions=("dat",)).epoch_samples == 3
+    for file in folder.glob("*.dat"):
         file.rename(file.with_suffix(".png"))
     with pytest.raises(InputError, match=r"flat holds images but no class folders; put the images"):
         open_images(folder, num_classes=3)

@@ -351,9 +351,9 @@ def test_images_whose_texts_have_other_names_are_told(tmp_path, write_tar):
 
 
 def test_damage_shows_the_members_and_what_was_looked_for(tmp_path, write_tar):
-    path = write_tar(tmp_path / "0.tar", [("0.bmp", b"a"), ("0.TXT", b"b"), ("1.jpg", b"")])
+    path = write_tar(tmp_path / "0.tar", [("0.heic", b"a"), ("0.TXT", b"b"), ("1.jpg", b"")])
     build_index(path)
-    with pytest.raises(Damaged, match=r"looked for jpg, jpeg, png, webp, .* members are bmp, txt"):
+    with pytest.raises(Damaged, match=r"looked for jpg, jpeg, png, webp, .* members are heic, txt"):
         TarReader(path, Fields()).read(0)
 
 

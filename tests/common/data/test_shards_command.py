@@ -132,21 +132,21 @@ def test_class_folders_and_lists_become_shards(tmp_path, make_picture, capsys):
     csv.write_text("filepath,title\nf/cat/0.png,a drawn cat\nf/dog/9.bmp,a bitmap\n")
     words = ["convert", tmp_path / "f", csv, "--out", tmp_path / "out", "--samples-per-shard", 3]
     code, out, _ = run(capsys, *words)
-    assert code == 1 and "wrote 8 samples in 3 shards" in out and "left out: image 1" in out
+    assert code == 1 and "wrote 9 samples in 3 shards" in out and "left out: image 1" in out
     samples = list(
         webdataset.WebDataset(f"{tmp_path}/out/{{00000..00002}}.tar", shardshuffle=False).decode()
     )
     assert [s["__key__"] for s in samples] == [
         f"{shard:05d}{number:04d}" for shard in range(3) for number in range(3)
-    ][:8]
-    assert [s.get("cls") for s in samples] == [0, 0, 0, 1, 1, 1, None, None]
-    assert [s["txt"] for s in samples][3:] == ["a photo of a dog."] * 3 + [
+    ]
+    assert [s.get("cls") for s in samples] == [0, 0, 0, 1, 1, 1, 1, None, None]
+    assert [s["txt"] for s in samples][3:] == ["a photo of a dog."] * 4 + [
         "a drawn cat",
         "a bitmap",
     ]
-    assert samples[6]["png"] is not None and samples[7]["json"]["caption"] == "a bitmap"
-    assert samples[6]["json"]["source"] == str(tmp_path / "f" / "cat" / "0.png")
-    assert read_summary(tmp_path / "out" / "00002.tar").num_samples == 2
+    assert samples[7]["png"] is not None and samples[8]["json"]["caption"] == "a bitmap"
+    assert samples[7]["json"]["source"] == str(tmp_path / "f" / "cat" / "0.png")
+    assert read_summary(tmp_path / "out" / "00002.tar").num_samples == 3
     assert not list((tmp_path / "out").glob("*.unfinished"))
     code, _, err = run(capsys, *words)
     assert code == 2 and "there already" in err

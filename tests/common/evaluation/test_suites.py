@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from clip_benchmark.metrics.zeroshot_classification import average_precision_per
 from evaluated import multi_label_tars, recipe, telling
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import ImageNetInfo
 
 from frugal.common.data.labelled import LabelledImages, MultiLabelledImages
 from frugal.common.errors import InputError
@@ -132,6 +135,12 @@ def test_a_metric_of_two_classes_needs_two() -> None:
 # Folders.
 
 
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the log heard by pytest, whatever a command of another test made of it."""
+    monkeypatch.setattr(logging.getLogger("frugal"), "propagate", True)
+
+
 def pictures(folder: Path, count: int = 1, *, seed: int = 0) -> Path:
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)
@@ -160,6 +169,98 @@ def test_folders_of_other_names_are_taken_in_their_order(tmp_path: Path) -> None
     assert question.labels == [words[0] for words in task_labels("mnist").classes]
 
 
+EUROSAT = [words[0] for words in task_labels("eurosat").classes]
+AS_PUBLISHED = (
+    "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture",
+    "PermanentCrop", "Residential", "River", "SeaLake",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [0, 4, 9])
+def test_a_misspelt_class_folder_of_a_task_is_refused_by_name(tmp_path: Path, place: int) -> None:
+    for number, name in enumerate(EUROSAT):
+        misspelt = name[:-1] + "x" if number == place else name
+        pictures(tmp_path / misspelt.replace(" ", "_"))
+    with pytest.raises(
+        InputError, match=r"x' of .* is no class of eurosat \(did you mean"
+    ) as caught:
+        open_question(ZeroShot(class_names="eurosat"), tmp_path, recipe())
+    assert EUROSAT[place] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_class_folder_of_a_task_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for name in EUROSAT[1:]:
+        pictures(tmp_path / name)
+    task = ZeroShot(class_names="eurosat")
+    with pytest.raises(InputError, match=f"there is no folder of {EUROSAT[0]}"):
+        open_question(task, tmp_path, recipe())
+    (tmp_path / EUROSAT[0]).mkdir()  # without images it is asked about all the same
+    question = open_question(task, tmp_path, recipe())
+    folders = question.images.class_folders
+    assert question.labels == [*folders, EUROSAT[0]]
+
+
+def test_folders_called_otherwise_are_taken_in_their_order_where_that_is_sure(
+    tmp_path: Path,
+) -> None:
+    for name in AS_PUBLISHED:  # two of which are called as CLIP calls them
+        pictures(tmp_path / name)
+    question = open_question(ZeroShot(class_names="eurosat"), tmp_path, recipe())
+    assert question.labels == EUROSAT
+    (tmp_path / "Forest").rename(tmp_path / "Trees")
+    with pytest.raises(InputError, match=r"'River' of .* does not stand at its place"):
+        open_question(ZeroShot(class_names="eurosat"), tmp_path, recipe())
+
+
+def test_numbered_folders_of_a_task_are_not_taken_as_text(tmp_path: Path) -> None:
+    for number in range(45):
+        pictures(tmp_path / f"class{number}")
+    with pytest.raises(InputError, match=r"another order as text \(class0, class1, class10"):
+        open_question(ZeroShot(class_names="resisc45"), tmp_path, recipe())
+    for number in range(45):
+        (tmp_path / f"class{number}").rename(tmp_path / f"{number}")
+    question = open_question(ZeroShot(class_names="resisc45"), tmp_path, recipe())
+    assert question.images.class_folders == [str(number) for number in range(45)]
+    assert question.labels == [words[0] for words in task_labels("resisc45").classes]
+
+
+def test_labels_are_those_of_all_of_imagenet_where_its_names_are_chosen(
+    tmp_path: Path, run: Run
+) -> None:
+    ids = ImageNetInfo("imagenet-1k").label_names()
+    places = [3, 650, 998]
+    for seed, place in enumerate(places):
+        pictures(tmp_path / ids[place], 2, seed=seed)
+    plan = recipe()
+    task = ZeroShot(data=tmp_path, class_names="imagenet", templates="name")
+    found: list = []
+    numbers = task.evaluate(telling(plan), plan, run, keep=found.append)
+    assert found[0].tables["labels"].tolist() == [3, 3, 650, 650, 998, 998]
+    assert (numbers["zero_shot_classes"], numbers["zero_shot_images"]) == (1000, 6)
+    assert numbers["zero_shot_classes_without_images"] == 997
+    assert found[0].facts["incomplete"] == "3 of the 1,000 classes of ImageNet-1k"
+    alone = ZeroShot(data=tmp_path, templates="name").evaluate(telling(plan), plan, run)
+    assert alone["zero_shot_classes"] == 3
+    assert alone["zero_shot_top1"] >= numbers["zero_shot_top1"]
+
+
+def test_what_is_odd_about_the_data_is_told_and_kept(
+    tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("grey_seal", "grey seal", "kite"):
+        pictures(tmp_path / name, 2)
+    (tmp_path / "kite" / "notes.pdf").write_text("")
+    plan = recipe()
+    found: list = []
+    task, own = ZeroShot(data=tmp_path), replace(run, log=logging.getLogger("told"))
+    with caplog.at_level(logging.INFO, logger="told"):
+        numbers = task.evaluate(telling(plan), plan, own, keep=found.append)
+    assert (numbers["zero_shot_same_names"], numbers["zero_shot_passed_over"]) == (2, 1)
+    assert found[0].facts["same_names"] == [[[0, "grey seal"], [1, "grey seal"]]]
+    assert found[0].facts["passed_over"] == {"files that are no images (.pdf)": 1}
+    assert "'grey seal' (0) = 'grey seal' (1)" in caplog.text
+
+
 def test_names_of_equal_standing_are_averaged(tmp_path: Path, run: Run) -> None:
     for number in range(7):
         pictures(tmp_path / f"{number}", 2, seed=number)
@@ -183,13 +284,16 @@ def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
         ZeroShot(templates="no")
 
 
-def test_a_suite_is_asked_about_the_folders_that_are_there(tmp_path: Path) -> None:
+def test_a_suite_is_asked_about_the_folders_that_are_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number in range(10):
         pictures(tmp_path / "MNIST" / "test" / str(number))
         pictures(tmp_path / "eurosat" / "val" / str(number))
     pictures(tmp_path / "hateful-memes" / "dev" / "0")
     pictures(tmp_path / "hateful-memes" / "dev" / "1")
     (tmp_path / "other").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
     plan = recipe(evaluation=(ZeroShot(reduce_prompts=True),))
     options = Options(checkpoint=Path("x"), data=tmp_path, tasks=("clip-26",), workers=0)
     tasks = {task.name: task for task in chosen_tasks(options, plan)}
@@ -198,6 +302,13 @@ def test_a_suite_is_asked_about_the_folders_that_are_there(tmp_path: Path) -> No
     assert tasks["hateful_memes"].metric == "roc_auc"
     assert all(task.reduce_prompts for task in tasks.values())
     assert {task.class_names for task in tasks.values()} == set(tasks)
+    assert (
+        f"1 passed over: folders that are no task of clip-26 ({tmp_path / 'other'})" in caplog.text
+    )
+    assert "__MACOSX" in caplog.text
+    (tmp_path / "euro_sat").mkdir()
+    with pytest.raises(InputError, match=r"are one task of clip-26; leave one of them out"):
+        chosen_tasks(options, plan)
 
 
 def test_a_suite_without_a_folder_of_its_own_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from types import SimpleNamespace
 from unittest import mock
@@ -16,6 +17,7 @@ from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
 from frugal.common.errors import InputError
+from frugal.common.evaluation.class_names import names_and_templates, naming
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import TEXTS_AT_ONCE, Embedder, evaluating, grouped, text_table
 from frugal.common.evaluation.metrics import (
@@ -30,12 +32,8 @@ from frugal.common.evaluation.prompts import (
     prompts,
 )
 from frugal.common.evaluation.ranks import Ranks
-from frugal.common.evaluation.zero_shot import (
-    Answers,
-    answer,
-    held_out_classes,
-    names_and_templates,
-)
+from frugal.common.evaluation.remarks import Remarks, same_names
+from frugal.common.evaluation.zero_shot import Answers, answer, held_out_classes
 
 WIDTH = 12
 
@@ -371,12 +369,17 @@ def test_the_mode_of_every_module_comes_back() -> None:
 
 
 def described(names, templates=None, folders=None) -> SimpleNamespace:
-    return SimpleNamespace(class_names=names, templates=templates, class_folders=folders)
+    return SimpleNamespace(
+        class_names=names, templates=templates, class_folders=folders, empty_folders=[],
+        has_given_names=folders is None,
+    )  # fmt: skip
 
 
 def class_folders(names, classnames=None) -> SimpleNamespace:
     """Data whose labels count class folders, which may have been given names of their own."""
-    return described(list(classnames or names), folders=list(names))
+    data = described(list(classnames or names), folders=list(names))
+    data.has_given_names = classnames is not None
+    return data
 
 
 def test_own_names_and_templates_come_first(tmp_path) -> None:
@@ -404,15 +407,27 @@ def test_folders_that_are_wordnet_ids_get_imagenets_names(tmp_path) -> None:
     assert names_of(data, tmp_path, class_names="imagenet") == IMAGENET
 
 
-@pytest.mark.parametrize("options", [{}, {"class_names": "imagenet"}])
-def test_some_of_imagenets_classes_are_asked_about_alone(tmp_path, options) -> None:
+def test_some_of_imagenets_classes_are_asked_about_alone(tmp_path) -> None:
     # as ImageNet-A and ImageNet-R are: 200 of the 1,000
     some = sorted(all_imagenet_wordnet_ids[n] for n in range(3, 1000, 5))
     assert len(some) == 200
-    assert names_of(class_folders(some), tmp_path, **options) == [NAME_OF[n] for n in some]
-    in_tars = described(some)
-    if not options:
-        assert names_of(in_tars, tmp_path) == [NAME_OF[n] for n in some]
+    for data in (class_folders(some), described(some)):
+        found = naming(ZeroShot(), data, tmp_path)
+        assert found.names == [NAME_OF[n] for n in some] and found.numbers is None
+        assert found.incomplete == "200 of the 1,000 classes of ImageNet-1k"
+
+
+def test_some_of_imagenets_classes_are_found_among_all_of_its_names(tmp_path) -> None:
+    places = [*range(998, 3, -7)]  # neither sorted nor contiguous
+    some = [all_imagenet_wordnet_ids[n] for n in places]
+    for data in (class_folders(some), described(some)):
+        found = naming(ZeroShot(class_names="imagenet"), data, tmp_path)
+        assert found.names == IMAGENET and found.numbers == places
+        assert found.incomplete == f"{len(places)} of the 1,000 classes of ImageNet-1k"
+    whole = naming(
+        ZeroShot(class_names="imagenet"), class_folders(all_imagenet_wordnet_ids), tmp_path
+    )
+    assert whole.numbers == list(range(1000)) and whole.incomplete == ""
 
 
 @pytest.mark.parametrize("options", [{}, {"class_names": "imagenet"}])
@@ -423,16 +438,44 @@ def test_folders_numbered_as_imagenets_classes_get_its_names(tmp_path, options) 
 
 def test_a_few_numbers_are_not_taken_for_imagenets_classes(tmp_path) -> None:
     digits = class_folders([str(number) for number in range(10)])
-    assert names_of(digits, tmp_path) == list("0123456789")
     with pytest.raises(InputError, match="holds 10 classes, but ImageNet-1k has 1000 names"):
         names_of(digits, tmp_path, class_names="imagenet")
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        [str(number) for number in range(1, 1001)],
+        [f"{number:03d}" for number in range(1000)],
+        ["0", "1", "3", "17"],
+        ["7", "cat"],
+    ],
+    ids=["from one", "padded", "gaps", "one of two"],
+)
+def test_names_that_are_bare_numbers_make_no_prompts(tmp_path, folders) -> None:
+    with pytest.raises(InputError, match=r"called by numbers such as .*classnames\.json") as caught:
+        names_of(class_folders(folders), tmp_path)
+    assert "--class-names" in str(caught.value) and "\n" not in str(caught.value)
+    given = [f"thing {folder}" for folder in folders]
+    assert names_of(class_folders(folders, given), tmp_path) == given
+    # in tars they stand in the file of names
+    assert names_of(described(folders[:4]), tmp_path) == folders[:4]
+
+
+def test_padded_numbers_of_all_thousand_are_imagenets_if_it_is_said(tmp_path) -> None:
+    padded = [f"{number:03d}" for number in range(1000)]
+    assert names_of(class_folders(padded), tmp_path, class_names="imagenet") == IMAGENET
+    from_one = [str(number) for number in range(1, 1001)]
+    with pytest.raises(InputError, match="neither ImageNet-1k's WordNet ids nor the numbers"):
+        names_of(class_folders(from_one), tmp_path, class_names="imagenet")
 
 
 def test_names_given_to_the_folders_win_over_imagenets(tmp_path) -> None:
     some = all_imagenet_wordnet_ids[:2]
     data = class_folders(some, ["a fish", "another"])
     assert names_of(data, tmp_path) == ["a fish", "another"]
-    assert names_of(data, tmp_path, class_names="imagenet") == [NAME_OF[n] for n in some]
+    found = naming(ZeroShot(class_names="imagenet"), data, tmp_path)
+    assert (found.names, found.numbers) == (IMAGENET, [0, 1])
 
 
 @pytest.mark.parametrize("odd", ["n99999999", "notes"])
@@ -472,3 +515,49 @@ def test_held_out_classes_are_read_and_checked(tmp_path) -> None:
         path.write_text(wrong)
         with pytest.raises(InputError, match="one class index below 4 per line"):
             held_out_classes(tmp_path, 4)
+
+
+def cut_at(length: int):
+    """Letters as tokens, the first few of them."""
+    return lambda text: [ord(letter) for letter in text.lower()[:length]]
+
+
+def test_classes_that_no_prompt_tells_apart_are_found() -> None:
+    names = [
+        "crane",
+        "kite",
+        "crane",
+        "Kite",
+        "grey_seal",
+        "grey seal",
+        ("a", "b"),
+        ("b", "a"),
+        "x",
+    ]
+    whole = same_names(names, ["a photo of a {c}.", "{c}"], cut_at(99))
+    assert whole == [[0, 2], [1, 3], [4, 5], [6, 7]]
+    # "a photo of a " has 13 letters
+    cut = ["black cat", "black dog", "white dog", "black"]
+    assert same_names(cut, ["a photo of a {c}"], cut_at(19)) == [[0, 1]]
+    assert same_names(cut, ["a photo of a {c}", "{c}."], cut_at(19)) == []
+    assert same_names(cut, ["a photo of a {c}", "{c}."], cut_at(6)) == [[0, 1]]
+
+
+def test_what_is_odd_is_told_by_name_and_kept(caplog) -> None:
+    labels = ["crane", "kite", "crane", "seal"]
+    remarks = Remarks([[0, 2]], [1, 3], "4 of the 9 classes")
+    remarks.passed_over.add("files that are no images (.txt)", "a/b.txt", count=3)
+    remarks.tell("mine", labels, logging.getLogger("test"))
+    assert (
+        "'crane' (0) = 'crane' (2)" in caplog.text
+        and "no image of 2 classes: kite, seal" in caplog.text
+    )
+    assert "mine: the data has 4 of the 9 classes" in caplog.text
+    assert remarks.numbers() == {"same_names": 2, "classes_without_images": 2, "passed_over": 3}
+    assert remarks.facts(labels) == {
+        "same_names": [[[0, "crane"], [2, "crane"]]],
+        "classes_without_images": ["kite", "seal"],
+        "incomplete": "4 of the 9 classes",
+        "passed_over": {"files that are no images (.txt)": 3},
+    }
+    assert Remarks().numbers() == Remarks().facts(labels) == {}

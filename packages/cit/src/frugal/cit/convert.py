@@ -29,6 +29,7 @@ from frugal.common.models.config import ImageTower
 from frugal.common.recipe import Recipe, Reductions, load_recipe
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate
+from frugal.common.words import command_words
 
 if TYPE_CHECKING:
     from frugal.cit.published_dual import Released
@@ -170,7 +171,11 @@ def _write_released(options: Options) -> None:
 
 def main() -> None:
     """The body of ``python -m frugal.cit.convert``."""
-    run_politely(lambda: convert(tyro.cli(Options, prog="python -m frugal.cit.convert")))
+    run_politely(
+        lambda: convert(
+            tyro.cli(Options, args=command_words(), prog="python -m frugal.cit.convert")
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from frugal.common.data.captions import caption_texts
 from frugal.common.errors import InputError
 from frugal.common.evaluation.task_labels import TASKS, task_labels
-from frugal.common.files import read_text
+from frugal.common.files import read_lines
 
 ALL, WORDNET, OWN = "all", "wordnet", "task"
 _PLAIN = ("{c}",)
@@ -104,13 +104,7 @@ def _read(source: str) -> tuple[list[tuple[str, ...]], Sequence[str]]:
 
 
 def _read_file(path: Path) -> list[tuple[str, ...]]:
-    try:
-        lines = read_text(path).split("\n")
-    except InputError as error:
-        raise InputError(
-            f"data.metadata.sources: {error}; it must hold one class per line"
-        ) from None
-    split = (tuple(caption_texts(line.split("\t"))) for line in lines)
+    split = (tuple(caption_texts(line.split("\t"))) for line in read_lines(path))
     return [names for names in split if names]
 
 

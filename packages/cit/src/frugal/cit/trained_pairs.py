@@ -29,6 +29,7 @@ from frugal.common.data.writing import MOST_SAMPLES, NewSample, new_folder, writ
 from frugal.common.errors import InputError
 from frugal.common.recipe import from_json, load_recipe, to_json
 from frugal.common.shards import as_new_sample
+from frugal.common.words import command_words
 
 SCHEMA = pa.schema(
     [
@@ -225,7 +226,10 @@ def main() -> None:
 
     def command() -> None:
         code = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m frugal.cit.trained_pairs", sort_subcommands=False
+            commands,
+            args=command_words(),
+            prog="python -m frugal.cit.trained_pairs",
+            sort_subcommands=False,
         )
         if code:
             sys.exit(code)

@@ -31,6 +31,7 @@ import tyro
 from frugal.common.commands import run_politely
 from frugal.common.data.writing import MOST_SAMPLES, NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
+from frugal.common.words import command_words
 
 FIELDS = ("title", "desc", "tag")
 """The texts of a photo, as keys of published pairs name them."""
@@ -283,7 +284,7 @@ def main() -> None:
 
     def command() -> None:
         tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m frugal.cit.yfcc", sort_subcommands=False
+            commands, args=command_words(), prog="python -m frugal.cit.yfcc", sort_subcommands=False
         )
 
     run_politely(command)

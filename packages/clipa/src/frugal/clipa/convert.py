@@ -26,6 +26,7 @@ from frugal.common.errors import InputError
 from frugal.common.models.config import ImagePooling
 from frugal.common.recipe import Recipe
 from frugal.common.run import make_logger
+from frugal.common.words import command_words
 
 if TYPE_CHECKING:
     pass
@@ -138,6 +139,7 @@ def main() -> None:
     def command() -> None:
         options = tyro.cli(
             Options,
+            args=command_words(),
             prog="python -m frugal.clipa.convert",
             description=f"{Options.__doc__}\n\nNames of towers: {', '.join(MODELS)}.",
         )

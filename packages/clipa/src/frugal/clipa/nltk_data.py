@@ -13,6 +13,7 @@ import tyro
 
 from frugal.clipa.part_of_speech import SENTENCE_SPLITTER, TAGGER, load_language_data
 from frugal.common.errors import InputError
+from frugal.common.words import command_words
 
 
 def fetch(*, out: Path | None = None) -> int:
@@ -76,7 +77,9 @@ def _download(package: str, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     try:
-        return tyro.cli(fetch, prog="python -m frugal.clipa.nltk_data", args=arguments)
+        return tyro.cli(
+            fetch, prog="python -m frugal.clipa.nltk_data", args=command_words(arguments)
+        )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

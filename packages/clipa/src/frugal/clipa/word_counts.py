@@ -23,6 +23,7 @@ from frugal.clipa.frequency_masking import find_words, keep_probability
 from frugal.common.data.damage import Damaged
 from frugal.common.data.folders import FileList
 from frugal.common.data.index import find_index
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import (
     build_index,
@@ -32,6 +33,7 @@ from frugal.common.data.sources import (
     open_shard,
 )
 from frugal.common.errors import InputError
+from frugal.common.words import command_words
 
 _THRESHOLDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 _FIELDS = Fields()
@@ -134,7 +136,11 @@ def _files(patterns: Sequence[str]) -> list[Path]:
         raise InputError(
             f"{stream} cannot be counted where it is; copy some of its shards here and count those"
         )
-    return [path for pattern in patterns for path in find_files(pattern)]
+    passed_over = PassedOver()
+    files = [p for pattern in patterns for p in find_files(pattern, passed_over=passed_over)]
+    for line in passed_over.lines():
+        sys.stderr.write(line + "\n")
+    return files
 
 
 def _count_shard(path: Path, *, fields: Fields) -> WordCounts:
@@ -183,7 +189,9 @@ def _describe(found: WordCounts, content: Mapping[str, Any], out: Path) -> list[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     try:
-        return tyro.cli(count_words, prog="python -m frugal.clipa.word_counts", args=arguments)
+        return tyro.cli(
+            count_words, prog="python -m frugal.clipa.word_counts", args=command_words(arguments)
+        )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

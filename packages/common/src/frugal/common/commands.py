@@ -16,6 +16,7 @@ from frugal.common.contracts import ImageReduction, TextReduction
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.recipe import Recipe, load_recipe
 from frugal.common.run import launcher_ranks
+from frugal.common.words import command_words
 
 Recipes = Mapping[str, Callable[[], Recipe]]
 
@@ -33,7 +34,7 @@ def read_command_line(
     Returns:
         The name and the recipe. A mistake on the command line ends the process with exit code 2.
     """
-    words = without_local_rank(sys.argv[1:] if arguments is None else arguments)
+    words = without_local_rank(command_words(arguments))
     if words and words[0].endswith(".json"):
         saved, words = _with_strategies(load_recipe(Path(words[0])), words)
         recipe = tyro.cli(

@@ -17,6 +17,7 @@ import tyro
 
 from frugal.common.commands import run_politely
 from frugal.common.errors import InputError
+from frugal.common.words import command_words
 
 if TYPE_CHECKING:
     from frugal.common.evaluation.comparison import Row
@@ -134,7 +135,7 @@ def main() -> None:
     """The body of ``python -m frugal.common.compare``."""
 
     def command() -> None:
-        compare(tyro.cli(Options, prog="python -m frugal.common.compare"))
+        compare(tyro.cli(Options, args=command_words(), prog="python -m frugal.common.compare"))
 
     run_politely(command)
 

@@ -19,6 +19,7 @@ from frugal.common.evaluation.suites import SUITES
 from frugal.common.loading import Trained, look
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
+from frugal.common.words import command_words
 
 if TYPE_CHECKING:
     from frugal.common.contracts import EvaluationTask
@@ -217,7 +218,7 @@ def main() -> None:
     """The body of ``python -m frugal.common.evaluate``."""
 
     def command() -> None:
-        words = without_local_rank(sys.argv[1:])
+        words = without_local_rank(command_words())
         evaluate(tyro.cli(Options, args=words, prog="python -m frugal.common.evaluate"))
 
     run_politely(command)

@@ -17,6 +17,7 @@ from frugal.common.commands import run_politely
 from frugal.common.errors import InputError
 from frugal.common.loading import load_exportable
 from frugal.common.quiet_transformers import quietly
+from frugal.common.words import command_words
 
 if TYPE_CHECKING:
     from frugal.common.interop.targets import Target
@@ -206,7 +207,7 @@ def _verify(target: Target, library: str, folder: Path) -> float:
 
 
 def _command() -> None:
-    options = tyro.cli(Options, prog="python -m frugal.common.export")
+    options = tyro.cli(Options, args=command_words(), prog="python -m frugal.common.export")
     difference = export(options)
     sys.stdout.write(
         f"wrote {options.out}; what {LIBRARIES[options.to]} reads out of it differs by at "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from frugal.common.commands import run_politely
+from frugal.common.words import command_words
 
 if TYPE_CHECKING:
     from frugal.common.interop.imported import Imported
@@ -52,7 +53,7 @@ def import_weights(options: Options) -> Imported:
 
 
 def _command() -> None:
-    options = tyro.cli(Options, prog="python -m frugal.common.import_weights")
+    options = tyro.cli(Options, args=command_words(), prog="python -m frugal.common.import_weights")
     found = import_weights(options)
     sys.stdout.write(f"{options.out}: {found.described}\n")
     if found.left:

@@ -405,8 +405,32 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
+FORMER_DEFAULTS = "former_defaults"
+"""Key in the metadata of a field: what its default was in earlier versions."""
+
+
+def _with_former_defaults(wanted: Any, saved: Any) -> Any:
+    """``wanted`` with the former defaults that ``saved`` began with, where it has today's."""
+    if type(wanted) is not type(saved) or not dataclasses.is_dataclass(wanted):
+        return wanted
+    assert not isinstance(wanted, type)
+    changes = {}
+    for item in dataclasses.fields(wanted):
+        new, old = getattr(wanted, item.name), getattr(saved, item.name)
+        is_default = new == item.default
+        if is_default and old != new and old in item.metadata.get(FORMER_DEFAULTS, ()):
+            changes[item.name] = old
+        elif (inner := _with_former_defaults(new, old)) is not new:
+            changes[item.name] = inner
+    return dataclasses.replace(wanted, **changes) if changes else wanted
+
+
 def with_measured(wanted: Recipe, saved: Recipe) -> Recipe:
-    """``wanted`` with what a run of ``saved`` has measured, where it leaves that open."""
+    """``wanted`` with what a run of ``saved`` has measured, where it leaves that open.
+
+    A default that has changed since stays what it was when the run began.
+    """
+    wanted = _with_former_defaults(wanted, saved)
     image, before = wanted.reduction.image, saved.reduction.image
     if not isinstance(image, PreparedReduction) or type(image) is not type(before):
         return wanted

@@ -25,6 +25,7 @@ from frugal.common.evaluation.page import PAGE, STYLE
 from frugal.common.evaluation.sections import Command
 from frugal.common.recipe import load_recipe
 from frugal.common.run import make_logger
+from frugal.common.words import command_words
 
 if TYPE_CHECKING:
     from frugal.common.evaluation.gathering import Gathered
@@ -269,7 +270,11 @@ def report(options: Options) -> None:
 
 def main() -> None:
     """The body of ``python -m frugal.common.report``."""
-    run_politely(lambda: report(tyro.cli(Options, prog="python -m frugal.common.report")))
+    run_politely(
+        lambda: report(
+            tyro.cli(Options, args=command_words(), prog="python -m frugal.common.report")
+        )
+    )
 
 
 if __name__ == "__main__":

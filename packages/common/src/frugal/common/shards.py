@@ -23,7 +23,7 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import decode_rgb, open_image
-from frugal.common.data.folders import FileList
+from frugal.common.data.folders import FileList, refuse_without_words
 from frugal.common.data.grouping import REPEATED
 from frugal.common.data.index import find_index, read_summary
 from frugal.common.data.passed_over import PassedOver
@@ -40,6 +40,7 @@ from frugal.common.data.sources import (
 from frugal.common.data.tars import TarReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
+from frugal.common.words import command_words
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _SHOWN = 10
@@ -343,6 +344,8 @@ def _undamaged(paths: Sequence[Path], fields: Fields, found: Contents) -> Iterat
         found.passed_over.update(summary.passed_over)
         found.remarks.update(summary.remarks)
         found.told += _told(shard)
+        if isinstance(shard, FileList):
+            _remark_without_words(shard)
         reader = shard.open(fields)
         damage: Counter[str] = Counter()
         for number in range(shard.num_samples):
@@ -360,6 +363,14 @@ def _undamaged(paths: Sequence[Path], fields: Fields, found: Contents) -> Iterat
             found.damage.update(damage)
             count = f"{damage.total():,} of its {shard.num_samples:,} samples"
             _say(f"{path}: left out {count}: {_listed(damage)}")
+
+
+def _remark_without_words(shard: FileList) -> None:
+    """Say where classes make no captions."""
+    try:
+        refuse_without_words(shard)
+    except InputError as error:
+        _say(f"no captions are written: {error}")
 
 
 def as_new_sample(raw: RawSample, *, source: str, **about: Any) -> NewSample:
@@ -408,7 +419,11 @@ def _files(patterns: Sequence[str]) -> list[Path]:
             f"{stream} can only be read from its beginning on, which is enough for `check`; copy "
             "the shards to a disk first"
         )
-    return [path for pattern in patterns for path in find_files(pattern)]
+    passed_over = PassedOver()
+    files = [p for pattern in patterns for p in find_files(pattern, passed_over=passed_over)]
+    for line in passed_over.lines():
+        _say(line)
+    return files
 
 
 def _pool(processes: int | None, jobs: int) -> ProcessPoolExecutor:
@@ -426,7 +441,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[..., int]] = {"index": index, "check": check, "convert": convert}
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m frugal.common.shards", args=arguments, sort_subcommands=False
+            commands,
+            prog="python -m frugal.common.shards",
+            args=command_words(arguments),
+            sort_subcommands=False,
         )
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")

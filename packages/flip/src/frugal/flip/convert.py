@@ -26,6 +26,7 @@ from frugal.common.data.vocabularies import read_entries
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import make_logger
+from frugal.common.words import command_words
 from frugal.flip.recipes import RECIPES
 from frugal.flip.stored_arrays import StoredArray
 from frugal.flip.t5x_archive import T5xArchive, open_archive
@@ -267,7 +268,7 @@ def main() -> None:
     """The body of ``python -m frugal.flip.convert``."""
 
     def command() -> None:
-        options = tyro.cli(Options, prog="python -m frugal.flip.convert")
+        options = tyro.cli(Options, args=command_words(), prog="python -m frugal.flip.convert")
         convert(options, make_logger(0))
 
     run_politely(command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.class_folders import read_class_folders
+from frugal.common.data.class_matching import class_numbers, kept_classes
+from frugal.common.data.config import ImageData
+from frugal.common.data.labelled import LabelledImages, test_split
+from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.samples import IMAGE_EXTENSIONS
+from frugal.common.data.sources import find_files
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import autocast, evaluating, grouped
 from frugal.common.evaluation.metrics import ranked_classes, top_k_accuracy
 from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.evaluation.remarks import Remarks
 from frugal.common.evaluation.zero_shot import held_out_classes
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -26,16 +35,23 @@ def evaluate(
     """See :meth:`frugal.milan.classification.Accuracy.evaluate`."""
     data = LabelledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
     classes = recipe.model.num_classes
-    if data.class_names is not None and len(data.class_names) != classes:
+    trained = _trained_classes(recipe, run)
+    if trained is not None and data.class_folders is not None:
+        filled = data.filled_folders
+        of = f"the training of {run.dir}"
+        data.renumber(class_numbers(trained, data.class_folders, filled, source=folder, of=of))
+    elif data.class_names is not None and len(data.class_names) != classes:
         raise InputError(
             f"{folder} has {len(data.class_names)} classes, the model {classes}; evaluate on the "
             "classes that it is trained on, or set model.num_classes"
         )
+    _explain_numbers(data, trained, folder, run)
     if not len(data):
         raise InputError(f"{folder} holds no image; check the folder of the evaluation")
     with evaluating(model), autocast(recipe.engine.precision, run.device):
         labels, ranked, losses = _answers(task, data, model, run, classes=classes)
-    asked = ~torch.isin(labels, torch.tensor(held_out_classes(folder, classes)))
+    held_out = held_out_classes(folder, classes)
+    asked = ~torch.isin(labels, torch.tensor(held_out))
     labels, ranked, losses = labels[asked], ranked[asked], losses[asked]
     if not len(labels):
         raise InputError(f"{folder} holds held-out classes only; evaluate on others")
@@ -46,7 +62,56 @@ def evaluate(
         "images": len(labels),
         "classes": classes,
     }
-    return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
+    without = sorted(set(range(classes)) - set(labels.tolist()) - set(held_out))
+    remarks = Remarks(without_images=without, passed_over=data.passed_over)
+    remarks.tell(task.name, trained or [f"class {n}" for n in range(classes)], run.log)
+    return {f"{task.name}_{kind}": n for kind, n in (numbers | remarks.numbers()).items()}
+
+
+def check_classes(folder: Path, trained: Sequence[str]) -> None:
+    """See :meth:`frugal.milan.classification.Accuracy.check_classes`."""
+    files = find_files(str(test_split(folder)))
+    if not files[0].is_dir():
+        return
+    found = read_class_folders(files[0], IMAGE_EXTENSIONS, PassedOver())
+    filled = [name for name in found.names if found.images[name]]
+    class_numbers(trained, list(found.names), filled, source=files[0], of="the training data")
+
+
+def _trained_classes(recipe: Recipe, run: Run) -> list[str] | None:
+    """The class folders that a model was trained on; None where they cannot be known."""
+    kept = kept_classes(run.dir)
+    trained_on = recipe.data.train if isinstance(recipe.data, ImageData) else ()
+    if kept is not None or not trained_on or not Path(trained_on[0]).is_dir():
+        return kept
+    names = _class_folders(Path(trained_on[0]))  # runs of earlier versions kept no names
+    return names if len(names) == recipe.model.num_classes else None
+
+
+@cache
+def _class_folders(folder: Path) -> list[str]:
+    """The classes of a folder of class folders; [] for another."""
+    found = read_class_folders(folder, IMAGE_EXTENSIONS, PassedOver())
+    return list(found.names) if any(found.images.values()) else []
+
+
+def _explain_numbers(
+    data: LabelledImages, trained: list[str] | None, folder: Path, run: Run
+) -> None:
+    """Say what is taken for what where one side has names and the other has numbers."""
+    if trained is not None and data.class_folders is None:
+        run.log.warning(
+            "the images of %s have class numbers, and training had class folders: 0 is taken for "
+            "%s, %d for %s",
+            folder, trained[0], len(trained) - 1, trained[-1],
+        )  # fmt: skip
+    elif trained is None and data.class_folders:
+        last = len(data.class_folders) - 1
+        run.log.warning(
+            "%s has class folders, and it is not known what the classes of %s were called: %s is "
+            "taken for class 0, %s for class %d",
+            folder, run.dir, data.class_folders[0], data.class_folders[last], last,
+        )  # fmt: skip
 
 
 def _answers(

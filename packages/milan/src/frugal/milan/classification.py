@@ -6,6 +6,7 @@ A.2 and A.3).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -168,8 +169,9 @@ class LinearProbe:
 class Accuracy(FolderEvaluation):
     """How often a classifier is right, on images with classes that it was not trained on.
 
-    Reads class-per-folder images, clip_benchmark's webdataset layout, or a scenes folder, of which
-    the classes are left out that its training part does not have.
+    Class folders are brought together with those of the training by their names. Reads
+    class-per-folder images, clip_benchmark's webdataset layout, or a scenes folder, of which the
+    classes are left out that its training part does not have.
     """
 
     name: str = "accuracy"
@@ -186,10 +188,24 @@ class Accuracy(FolderEvaluation):
         if self.batch_size < 1:
             raise InputError(f"Accuracy.batch_size is {self.batch_size}, must be at least 1")
 
+    def check_classes(self, trained: Sequence[str]) -> None:
+        """Refuse data with class folders that training does not have; calls for no model.
+
+        Raises:
+            InputError: if there is one with images.
+        """
+        folder = self.folder()
+        if folder is not None:
+            from frugal.milan.accuracy import check_classes
+
+            check_classes(folder, trained)
+
     def evaluate(
         self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
     ) -> dict[str, float | int]:
         """``{name}_top1``, ``_top5``, ``_loss`` (mean cross-entropy), ``_images``, ``_classes``.
+
+        Also ``_classes_without_images`` and ``_passed_over``, where there are such.
 
         Every process of the run calls this and gets the same numbers, whatever their number; {}
         where there is no data.

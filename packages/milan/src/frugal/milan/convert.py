@@ -23,6 +23,7 @@ from frugal.common.commands import run_politely
 from frugal.common.errors import InputError
 from frugal.common.recipe import AdamW, Recipe, load_recipe, to_json
 from frugal.common.run import Run, make_logger
+from frugal.common.words import command_words
 from frugal.milan.recipes import RECIPES, WARMUP_EPOCHS
 from frugal.milan.settings import MaskedModel, ReconstructPixels
 
@@ -245,7 +246,11 @@ def _write_file(source: Path, out: Path) -> None:
 
 def main() -> None:
     """The body of ``python -m frugal.milan.convert``."""
-    run_politely(lambda: convert(tyro.cli(Options, prog="python -m frugal.milan.convert")))
+    run_politely(
+        lambda: convert(
+            tyro.cli(Options, args=command_words(), prog="python -m frugal.milan.convert")
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ ADE20K Dataset", CVPR 2017). Nothing here imports torch.
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import open_image
-from frugal.common.data.folders import image_files
+from frugal.common.data.image_walk import image_files
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import StringTable
 from frugal.common.errors import InputError
+from frugal.common.files import read_lines
 
+_LOG = logging.getLogger("frugal")
 IGNORED = 255
 """The label of pixels that count nowhere."""
 PADDING = 254
@@ -144,12 +148,16 @@ def open_masked_folder(folder: Path, split: str, extensions: tuple[str, ...]) ->
             f"{folder} is not laid out as ADE20K, there is no folder {missing}; "
             + _LAYOUT.format(split=split)
         )
-    names = [path.relative_to(images) for path in image_files(images, extensions)]
+    passed_over = PassedOver()
+    names = [path.relative_to(images) for path in image_files(images, extensions, passed_over)]
     if not names:
         raise InputError(
             f"{images} holds no picture ({', '.join(extensions)}); " + _LAYOUT.format(split=split)
         )
-    masks = {path.relative_to(annotations) for path in image_files(annotations, ("png",))}
+    found = image_files(annotations, ("png",), passed_over)
+    masks = {path.relative_to(annotations) for path in found}
+    for line in passed_over.lines():
+        _LOG.warning("%s: %s", folder, line)
     without = [name for name in names if name.with_suffix(".png") not in masks]
     if without:
         raise InputError(
@@ -179,7 +187,7 @@ def class_names(folder: Path, num_classes: int) -> list[str]:
     found = next((path for path in listed if path.is_file()), None)
     if found is None:
         return [f"class {number}" for number in range(1, num_classes + 1)]
-    lines = found.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_lines(found)
     if found.name == "objectInfo150.txt":
         lines = [line.split("\t")[-1] for line in lines[1:]]
     if len(lines) != num_classes:
@@ -187,4 +195,6 @@ def class_names(folder: Path, num_classes: int) -> list[str]:
             f"{found} names {len(lines)} classes, but the model tells apart model.num_classes = "
             f"{num_classes}; make them equal"
         )
+    if "" in lines:
+        raise InputError(f"{found} has no name for class {lines.index('') + 1}; write one per line")
     return [line.strip() for line in lines]

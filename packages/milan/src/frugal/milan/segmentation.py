@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from frugal.common.contracts import Show
-from frugal.common.data.samples import Fields
+from frugal.common.data.samples import image_extensions
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.models.config import ImageTower
@@ -200,7 +200,7 @@ class MeanIoU(FolderEvaluation):
     """Average with the mirrored picture."""
     windows: int = 8
     """Windows that the model takes at a time."""
-    image_extensions: tuple[str, ...] = Fields().image
+    image_extensions: tuple[str, ...] = image_extensions()
     """Of the pictures."""
 
     _part: ClassVar[str] = "segmentation"

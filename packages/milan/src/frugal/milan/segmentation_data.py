@@ -14,7 +14,7 @@ from PIL import Image
 
 from frugal.common.contracts import DataConfig
 from frugal.common.data.decoding import Window, resize_window
-from frugal.common.data.samples import Fields
+from frugal.common.data.samples import image_extensions
 from frugal.common.errors import InputError
 from frugal.milan.masked_folder import IGNORED, PADDING
 
@@ -175,7 +175,7 @@ class SegmentationData(DataConfig):
     split: str = "training"
     """Name of the folders in images/ and annotations/ that are trained on."""
     augmentation: ScaledCrop = field(default_factory=ScaledCrop)
-    image_extensions: tuple[str, ...] = Fields().image
+    image_extensions: tuple[str, ...] = image_extensions()
     """Of the pictures."""
     max_damaged: float = 0.05
     """Fraction of damaged samples at which the run stops."""

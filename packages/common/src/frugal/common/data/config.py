@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from frugal.common.contracts import DataConfig
 from frugal.common.data.colour import NO_CHANGE, ColourJitter
-from frugal.common.data.samples import Fields
+from frugal.common.data.samples import Fields, image_extensions
 from frugal.common.data.tokenizers import TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
 from frugal.common.errors import InputError
@@ -114,7 +114,7 @@ class ImageData(StoredData):
     models a folder may also hold images and nothing else.
     """
 
-    image_extensions: tuple[str, ...] = Fields().image
+    image_extensions: tuple[str, ...] = image_extensions()
     """Of images in tars, TFRecords and folders; the first that a sample has."""
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from frugal.common.data.folders import FileList
-from frugal.common.data.passed_over import first_few
+from frugal.common.data.passed_over import shortened
 from frugal.common.data.samples import StringTable
 from frugal.common.data.sources import Source
 from frugal.common.errors import InputError
@@ -169,7 +169,9 @@ def _differences_of_entry(entry: str, before: Sequence[Part], now: Sequence[Part
         ("new", [part.name for part in added if part not in moved]),
         ("changed", [_change(old[n], new[n]) for n in old if n in new and old[n] != new[n]]),
     ]
-    found = [f"{entry}{len(names)} {how} ({first_few(names)})" for how, names in phrases if names]
+    found = [
+        f"{entry}{len(names)} {how} ({shortened(names, 3)})" for how, names in phrases if names
+    ]
     return found or [f"{entry}in another order"]
 
 

@@ -14,7 +14,7 @@ from frugal.common.data.damage import Damaged
 Interpolation = Literal["bicubic", "bilinear", "tf1_bicubic", "tf2_bicubic"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Named, because Pillow also opens PostScript, for which it would start another program.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _BRIGHTEST_16_BIT = 65535.0
 
 
@@ -49,7 +49,7 @@ def open_image(encoded: bytes) -> Image.Image:
         Damaged: if it is no picture, or one so large that only an attack would send it.
     """
     try:
-        return Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Exception as error:  # noqa: BLE001 - every format raises errors of its own
         raise Damaged("image", str(error)) from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from frugal.common.data.captions import caption_text
+from frugal.common.data.class_folders import is_bare_number, is_wordnet_id, read_class_folders
 from frugal.common.data.damage import Damaged
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.image_walk import images_below, pass_over_files
+from frugal.common.data.lists_beside import refuse_lists, refuse_texts_of_images
+from frugal.common.data.passed_over import PassedOver, shortened
 from frugal.common.data.samples import Fields, RawSample, StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import read_json, reason_of
+from frugal.common.files import reason_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,12 @@ class FileList:
     """(n,) int64."""
     class_folders: tuple[str, ...] = ()
     """In the order of the class numbers."""
+    class_names: tuple[str, ...] = ()
+    """What the classes are called, in the same order."""
+    has_given_names: bool = False
+    """A file says what classes are called; else they are called as their folders."""
+    empty_folders: tuple[str, ...] = ()
+    """Folders without images beside them, which are no classes."""
     lines: np.ndarray | None = None
     """(n,) int64: where the row of each file begins in a list, counted from 1."""
     damaged: Mapping[int, str] = field(default_factory=dict)
@@ -41,6 +50,13 @@ class FileList:
     remarks: tuple[str, ...] = ()
     """What the owner should know, one line each."""
     passed_over: PassedOver = field(default_factory=PassedOver)
+    """What lies there too and is no sample."""
+
+    @property
+    def classes_without_images(self) -> tuple[str, ...]:
+        """Class folders that hold no image."""
+        has_image = set() if self.labels is None else set(np.unique(self.labels).tolist())
+        return tuple(n for place, n in enumerate(self.class_folders) if place not in has_image)
 
     @property
     def num_samples(self) -> int:
@@ -93,119 +109,83 @@ class FileList:
         )
 
 
-def image_files(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
-    """The images below a folder and its sub-folders, in the order of torchvision's ImageFolder."""
-    found = []
-    for parent, _, names in sorted(os.walk(folder, followlinks=True)):
-        found += [
-            Path(parent, name)
-            for name in sorted(names)
-            if name.rpartition(".")[2].lower() in extensions
-        ]
-    return found
-
-
-def class_folders(folder: Path) -> list[str]:
-    """The names of the sub-folders, sorted; numbers (ImageNet-V2: 0 to 999) by their value."""
-    names = [
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".")
-    ]
-    if all(name.isascii() and name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
-
-
-def named_folders(folder: Path) -> dict[str, str]:
-    """What the classes are called, by class folder; class numbers count them in this order.
-
-    ``classnames.json`` names folders, and folders that it does not name are left out; so do the
-    mappings that ObjectNet comes with, which name the classes it shares with ImageNet-1k.
-    ``classnames.txt`` has one line for every folder. Without any, folders are called as they are.
-
-    Raises:
-        InputError: if a file of names does not fit the folders.
-    """
-    folders = class_folders(folder)
-    if chosen := _chosen_folders(folder):
-        source, by_folder = chosen
-        if missing := sorted(by_folder.keys() - set(folders)):
-            raise InputError(
-                f"{source} names the class folder {missing[0]!r}, which {folder} does not have; "
-                "copy it, or correct the file"
-            )
-        return {name: by_folder[name] for name in folders if name in by_folder}
-    listed = folder / "classnames.txt"
-    if not listed.is_file():
-        return {name: name.replace("_", " ") for name in folders}
-    names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines()]
-    if len(names) != len(folders):
-        raise InputError(
-            f"{listed} names {len(names)} classes but {folder} has {len(folders)} class folders; "
-            "write one line per folder, in their sorted order"
-        )
-    return dict(zip(folders, names, strict=True))
-
-
-_OBJECTNET = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
-
-
-def find_objectnet(folder: Path) -> Path | None:
-    """Where the mappings of ObjectNet lie, if this is it or its images; None for other data."""
-    places = (folder / "mappings", folder.parent / "mappings")
-    return next((p for p in places if all((p / name).is_file() for name in _OBJECTNET)), None)
-
-
-def _chosen_folders(folder: Path) -> tuple[Path, dict[str, str]] | None:
-    """Where it is said which class folders count, and what they are called."""
-    named, mappings = folder / "classnames.json", find_objectnet(folder)
-    if named.is_file():
-        return named, _read_names(named)
-    if mappings is None:
-        return None
-    labels, shared = (_read_names(mappings / name) for name in _OBJECTNET)
-    return mappings, {name: label for name, label in labels.items() if label in shared}
-
-
-def _read_names(path: Path) -> dict[str, str]:
-    content = read_json(path)
-    is_mapping = isinstance(content, dict) and content
-    if not is_mapping or not all(isinstance(value, str) for value in content.values()):
-        raise InputError(
-            f"{path} does not map strings to strings; write the name of every class by its folder, "
-            'such as {"n01440764": "tench"}'
-        )
-    return content
-
-
 def open_image_folder(folder: Path, fields: Fields) -> FileList:
     """The images of a folder with one sub-folder per class, with captions from the template.
 
-    Images of a folder without class folders have neither classes nor captions.
+    Images of a folder without class folders have neither classes nor captions. Folders that are
+    called by numbers or WordNet ids, and were given no names, make no captions.
+
+    Raises:
+        InputError: if names do not fit the folders, or what is beside the images is data too.
     """
-    files: list[str] = []
-    labels: list[int] = []
-    names = named_folders(folder)
-    for label, class_folder in enumerate(names):
-        found = image_files(folder / class_folder, fields.image)
-        files += [str(file.relative_to(folder)) for file in found]
-        labels += [label] * len(found)
-    if not files:
-        files = [file.name for file in image_files(folder, fields.image)]
+    passed_over = PassedOver()
+    found = read_class_folders(folder, fields.image, passed_over)
+    if not any(found.images.values()):
+        texts: list[str] = []
+        passed_over = PassedOver()
+        files = images_below(folder, [""], fields.image, passed_over, texts)[""]
+        refuse_lists(folder, texts)
         return FileList(
             name=str(folder),
             base=str(folder),
             files=StringTable.of(files),
             texts=StringTable.of([""] * len(files)),
             labels=None,
+            passed_over=passed_over,
         )
-    captions = [caption_text(fields.template.replace("{}", name)) for name in names.values()]
+    refuse_lists(folder, found.texts)
+    files = [file for name in found.names for file in found.images[name]]
+    if fields.caption:
+        refuse_texts_of_images(folder, found.texts, files)
+    pass_over_files(folder, fields.image, passed_over)
+    has_words = found.has_given_names or not any(map(_is_no_word, found.names))
+    captions = [
+        caption_text(fields.template.replace("{}", name)) if has_words else ""
+        for name in found.names.values()
+    ]
+    counts = [len(found.images[name]) for name in found.names]
+    labels = np.repeat(np.arange(len(counts)), counts)
     return FileList(
         name=str(folder),
         base=str(folder),
         files=StringTable.of(files),
         texts=StringTable.of(captions[label] for label in labels),
-        labels=np.array(labels, np.int64),
-        class_folders=tuple(names),
+        labels=labels,
+        class_folders=tuple(found.names),
+        class_names=tuple(found.names.values()),
+        has_given_names=found.has_given_names,
+        empty_folders=found.empty,
+        passed_over=passed_over,
     )
+
+
+def _is_no_word(name: str) -> bool:
+    return is_bare_number(name) or is_wordnet_id(name)
+
+
+def tell_classes(shard: FileList, log: logging.Logger) -> None:
+    """Say which classes a folder has: how many, the first and the last, and those without images.
+
+    The order of the class numbers is seen by these two.
+    """
+    if not shard.class_folders:
+        return
+    first, last = (f"{shard.class_folders[n]} -> {shard.class_names[n]!r}" for n in (0, -1))
+    log.info("%s: %d classes, %s to %s", shard.name, len(shard.class_folders), first, last)
+    if without := shard.classes_without_images:
+        log.warning("%s: no image of %s", shard.name, shortened(without))
+
+
+def refuse_without_words(shard: FileList) -> None:
+    """Refuse class folders as a source of captions if their names are no words.
+
+    Raises:
+        InputError: if they are numbers or WordNet ids and were given no names.
+    """
+    odd = next((name for name in shard.class_folders if _is_no_word(name)), None)
+    if odd is not None and not shard.has_given_names:
+        raise InputError(
+            f"the class folders of {shard.name} are called by numbers or ids such as {odd!r}, of "
+            "which no caption can be made; write the name of each class by its folder in "
+            f'{Path(shard.name, "classnames.json")}, such as {{"{odd}": "..."}}'
+        )

@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from frugal.common.data.class_folders import find_objectnet, read_class_names
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import as_bytes
-from frugal.common.data.folders import FileList, find_objectnet, named_folders
+from frugal.common.data.folders import FileList
 from frugal.common.data.index import load_index
 from frugal.common.data.pairs import Shelf
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields, Reader, decode_classes
 from frugal.common.data.sources import find_files, index_missing, open_source
 from frugal.common.data.tars import TarReader
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.files import read_lines
 
 GROUP = 64
 """Images that stay together on one process, so that a model can take the same ones at a time
@@ -37,7 +40,8 @@ class _Images(Dataset[dict[str, Any]]):
     def __init__(
         self, folder: Path, fields: Fields, *, size: tuple[int, int], crop: CenterCrop
     ) -> None:
-        files = find_files(str(folder))
+        self.passed_over = PassedOver()
+        files = find_files(str(folder), passed_over=self.passed_over)
         _check_number_of_shards(folder, files)
         index_missing(files, _LOG)
         self.source = open_source(str(folder), fields, files)
@@ -45,7 +49,14 @@ class _Images(Dataset[dict[str, Any]]):
             raise InputError(
                 f"{self.source.notes[0]}, and an evaluation needs every image; copy the shard again"
             )
+        self.class_folders = next(iter(self.source.lists), None)
+        """The folder of images, where it is one."""
+        for line in self.passed_over.lines():
+            _LOG.warning("%s: %s", folder, line)
         self.source.tell(_LOG)
+        self.passed_over.update(self.source.passed_over)
+        if self.class_folders is not None:
+            self.passed_over.update(self.class_folders.passed_over)
         self._shelf = Shelf(self.source.shards, fields)
         self._ends = np.cumsum(self.source.counts)
         self._size = size
@@ -144,14 +155,20 @@ def _check_number_of_shards(folder: Path, files: list[Path]) -> None:
     listed = folder / "nshards.txt"
     if not listed.is_file():
         return
-    text = listed.read_text().strip()
-    if text != str(len(files)):
+    lines = read_lines(listed)
+    if len(lines) != 1 or not lines[0].isdecimal():
         raise InputError(
-            f"{listed} says {text!r} shards but {folder} holds {len(files)}; copy what is missing"
+            f"{listed} must hold one whole number, the number of the tars beside it, but says "
+            f"{' '.join(lines)!r}; correct it"
+        )
+    if int(lines[0]) != len(files):
+        what = "copy what is missing" if int(lines[0]) > len(files) else "remove what is not of it"
+        raise InputError(
+            f"{listed} says {lines[0]!r} shards but {folder} holds {len(files)}; {what}"
         )
 
 
-def _test_split(folder: Path) -> Path:
+def test_split(folder: Path) -> Path:
     """clip_benchmark keeps its splits in sub-folders; other layouts are the folder itself."""
     split, images = folder / "test", folder / "images"
     if split.is_dir() and next(split.glob("*.tar"), None):
@@ -159,12 +176,54 @@ def _test_split(folder: Path) -> Path:
     return images if images.is_dir() and find_objectnet(folder) else folder
 
 
-def _lines(folder: Path, name: str) -> list[str] | None:
+def _find_text(folder: Path, name: str) -> Path | None:
     """A text file of a data set, in its folder or the one above; None if there is none."""
-    for path in (folder / name, folder.parent / name):
-        if path.is_file():
-            return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return None
+    return next((p for p in (folder / name, folder.parent / name) if p.is_file()), None)
+
+
+def _class_names(folder: Path) -> list[str] | None:
+    path = _find_text(folder, "classnames.txt")
+    return None if path is None else read_class_names(path)
+
+
+def _templates(folder: Path) -> list[str] | None:
+    """Prompts with ``{c}`` for the class.
+
+    Raises:
+        InputError: if the file holds none, or a blank line between others.
+    """
+    path = _find_text(folder, "zeroshot_classification_templates.txt")
+    if path is None:
+        return None
+    lines = read_lines(path)
+    if not lines or "" in lines:
+        raise InputError(
+            f"{path} {'has a blank line between others' if lines else 'holds no template'}; write "
+            "one template per line, such as 'a photo of a {c}.', or remove the file"
+        )
+    return lines
+
+
+DATASET_TYPES = ("classification", "retrieval", "multilabel")
+"""What clip_benchmark calls the kinds of data sets."""
+
+
+def dataset_type(folder: Path) -> str | None:
+    """What ``dataset_type.txt`` says of a data set, in its folder or the one above; or None.
+
+    Raises:
+        InputError: if it is none of clip_benchmark's words.
+    """
+    path = _find_text(test_split(folder), "dataset_type.txt")
+    if path is None:
+        return None
+    word = " ".join(read_lines(path)).lower()
+    if word not in DATASET_TYPES:
+        raise InputError(
+            f"{path} says {word!r}, which is no kind of data set; write one of "
+            f"{', '.join(DATASET_TYPES)}, or remove it for classification"
+        )
+    return word
 
 
 class _InOrder:
@@ -174,6 +233,11 @@ class _InOrder:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def passed_over(self) -> PassedOver:
+        """What lies beside the images and is none."""
+        return self._images.passed_over
 
     def digest(self) -> str:
         """What tells these images from any others."""
@@ -219,19 +283,42 @@ class LabelledImages(_InOrder):
         Raises:
             InputError: if there is no such data.
         """
-        split = _test_split(folder)
+        split = test_split(folder)
         self._images = _Images(split, Fields(caption=()), size=size, crop=crop or CenterCrop())
         self.class_folders: list[str] | None = None
         """The class folders in the order of the class numbers; None for tars."""
-        self.class_names = _lines(split, "classnames.txt")
+        self.empty_folders: list[str] = []
+        """Folders without images beside them, which are no classes."""
+        self.has_given_names = False
+        """A file of the data says what its classes are called."""
+        self.class_names: list[str] | None = None
         """One name per class; None if the data does not say."""
-        self.templates = _lines(split, "zeroshot_classification_templates.txt")
+        found = self._images.class_folders
+        if found is None or not found.class_folders:
+            self.class_names = _class_names(split)
+            self.has_given_names = self.class_names is not None
+        else:
+            self.class_folders = list(found.class_folders)
+            self.class_names = list(found.class_names)
+            self.empty_folders = list(found.empty_folders)
+            self.has_given_names = found.has_given_names
+        self.templates = _templates(split)
         """Prompts with ``{c}`` in place of the class; None if the data has none."""
-        if self._images.source.shards[0].name == str(split):
-            named = named_folders(split)
-            self.class_folders, self.class_names = list(named), list(named.values())
-            if self.templates is None and find_objectnet(split):
-                self.templates = ["{c}"]  # as the field asks about it: bare names
+        if self.templates is None and self.class_folders and find_objectnet(split):
+            self.templates = ["{c}"]  # as the field asks about it: bare names
+        self._numbers: Tensor | None = None
+
+    @property
+    def filled_folders(self) -> list[str]:
+        """The class folders that hold images; [] for tars."""
+        found = self._images.class_folders
+        if found is None:
+            return []
+        return [n for n in found.class_folders if n not in found.classes_without_images]
+
+    def renumber(self, numbers: Sequence[int]) -> None:
+        """Have the labels of the data, which count from 0, be these numbers from now on."""
+        self._numbers = torch.tensor(numbers, dtype=torch.int64)
 
     def batches(  # type: ignore[override]
         self, rank: int, world_size: int, batch_size: int, workers: int = 0
@@ -251,7 +338,12 @@ class LabelledImages(_InOrder):
                 raise InputError(
                     f"{reader.key(index)} has no class number; it needs a cls member, from 0 on"
                 )
-            yield fields["images"], fields["labels"], fields["places"]
+            labels = fields["labels"]
+            yield (
+                fields["images"],
+                labels if self._numbers is None else self._numbers[labels],
+                fields["places"],
+            )
 
 
 class CaptionedImages(_InOrder):
@@ -280,9 +372,9 @@ class CaptionedImages(_InOrder):
         Raises:
             InputError: if there is no such data, or an image has no caption.
         """
-        split = _test_split(folder)
+        split = test_split(folder)
         if fields is None:
-            is_benchmark = _lines(split, "dataset_type.txt") == ["retrieval"]
+            is_benchmark = dataset_type(folder) == "retrieval"
             fields = Fields(caption=("txt",), caption_per_line=True) if is_benchmark else Fields()
         self._images = _Images(split, fields, size=size, crop=crop or CenterCrop())
         self.captions = [self._captions(place) for place in range(len(self))]
@@ -303,7 +395,7 @@ class CaptionedImages(_InOrder):
 
 def is_multi_labelled(folder: Path) -> bool:
     """Whether clip_benchmark's layout says that an image may be of several classes."""
-    return _lines(_test_split(folder), "dataset_type.txt") == ["multilabel"]
+    return dataset_type(folder) == "multilabel"
 
 
 class MultiLabelledImages(_InOrder):
@@ -322,12 +414,14 @@ class MultiLabelledImages(_InOrder):
         Raises:
             InputError: if there is no such data, or an image does not say what it is of.
         """
-        split = _test_split(folder)
+        split = test_split(folder)
         self._images = _Images(split, Fields(caption=()), size=size, crop=crop or CenterCrop())
         self.class_folders: list[str] | None = None
-        self.class_names = _lines(split, "classnames.txt")
+        self.empty_folders: list[str] = []
+        self.has_given_names = True
+        self.class_names = _class_names(split)
         """One name per class; None if the data does not say."""
-        self.templates = _lines(split, "zeroshot_classification_templates.txt")
+        self.templates = _templates(split)
         """Prompts with ``{c}`` in place of the class; None if the data has none."""
         rows = [self._target(place) for place in range(len(self))]
         widths = sorted({len(row) for row in rows})

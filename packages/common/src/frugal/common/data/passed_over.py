@@ -54,10 +54,10 @@ class PassedOver:
         return dict(self.counts)
 
 
-def first_few(names: Sequence[str]) -> str:
+def shortened(names: Sequence[str], most: int = 10) -> str:
     """The first of some names, and how many more there are."""
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def _first(names: Iterable[str], count: int) -> str:

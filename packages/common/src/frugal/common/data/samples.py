@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import io
 import json
 import re
@@ -17,13 +18,31 @@ from frugal.common.data.damage import Damaged
 from frugal.common.data.grouping import describe_members, last_parts
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
+from frugal.common.recipe import FORMER_DEFAULTS
+
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "jfif", "jpe", "apng", "gif", "bmp", "tif", "tiff", "ppm", "pgm",
+    "pbm", "pnm", "pfm", "avif", "avifs", "jp2", "j2k", "jpf", "jpx", "jpc", "j2c",
+)  # fmt: skip
+"""Of every format that images are decoded from; the usual ones first."""
+
+
+def image_extensions() -> Any:
+    """A field of a recipe: the extensions of images, by default of all that can be decoded.
+
+    Runs that began when the default was shorter go on with that.
+    """
+    return dataclasses.field(
+        default=IMAGE_EXTENSIONS,
+        metadata={FORMER_DEFAULTS: (("jpg", "jpeg", "png", "webp"),)},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
     """Where images, captions and labels are found in a sample."""
 
-    image: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    image: tuple[str, ...] = image_extensions()
     """Extensions of images in tars, TFRecords and class folders; the first that a sample has."""
     caption: tuple[str, ...] = ("json.captions", "txt", "json.caption")
     """Extensions of captions; "json.name" is a field of the JSON member (a string, or a list of

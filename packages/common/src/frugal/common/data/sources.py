@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import re
 from collections.abc import Sequence
@@ -10,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from braceexpand import braceexpand
-
-from frugal.common.data.folders import FileList, class_folders, image_files, open_image_folder
+from frugal.common.data.folders import FileList, open_image_folder, tell_classes
+from frugal.common.data.image_walk import KNOWN_FILES, has_image, subfolders
 from frugal.common.data.index import (
+    SUFFIX,
     ShardSummary,
     find_earlier_index,
     find_index,
@@ -23,10 +22,12 @@ from frugal.common.data.index import (
 )
 from frugal.common.data.lists import open_list
 from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.patterns import expand_braces, matching_paths, natural_key
 from frugal.common.data.records import RecordShard, index_records
 from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.tars import TarShard, index_tar
 from frugal.common.errors import InputError
+from frugal.common.files import is_system_name
 from frugal.common.run import launcher_ranks
 
 _STREAM = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
@@ -38,6 +39,8 @@ _KIND_OF_NAME = {
     "list": re.compile(r".*\.[ct]sv", re.IGNORECASE | re.DOTALL),
 }
 """What a file holds, by its name; TensorFlow's data sets end in ``.tfrecord-00000-of-00010``."""
+_LIKE_SHARDS = re.compile(r"\.(tar|tgz|tfrecords?)(\.|$)", re.IGNORECASE)
+"""Shards that were compressed, or whose download was not finished."""
 _SPLITS = ("train", "val", "validation", "test")
 _KINDS = "tars, TFRecords, CSV files, or folders of one of these or of class folders with images"
 
@@ -53,78 +56,60 @@ def is_stream(pattern: str) -> bool:
     return _STREAM.match(pattern) is not None
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Every string that ``{00000..41407}`` and ``{a,b}`` in a pattern stand for.
-
-    Raises:
-        InputError: if a brace is not closed.
-    """
-    try:
-        return list(braceexpand(pattern))
-    except ValueError:
-        raise InputError(
-            f"the data pattern {pattern!r} has an unbalanced brace; write {{00000..00010}}"
-        ) from None
-
-
 def find_files(
-    pattern: str, *, fields: Fields | None = None, without_classes: bool = False
+    pattern: str,
+    *,
+    fields: Fields | None = None,
+    without_classes: bool = False,
+    passed_over: PassedOver | None = None,
 ) -> list[Path]:
     """The shards, lists or class folders that a pattern stands for, in order.
 
-    A pattern is a path, a path with braces as in webdataset, a glob, or a folder.
+    A pattern is a path, a path with braces as in webdataset, a glob, or a folder. Shards of a glob
+    or a folder come in natural order: 2.tar before 10.tar.
 
     Args:
         pattern: what a user calls data.
         fields: which files of a folder are images.
         without_classes: take a folder of images that has no class folders too.
+        passed_over: counts what lies beside the shards of a folder.
 
     Raises:
-        InputError: if there is nothing, or something of no known kind.
+        InputError: if there is nothing, something of no known kind, or a folder of two kinds.
     """
-    places = expand_braces(pattern)
-    missing = [place for place in places if not _is_glob(place) and not Path(place).exists()]
-    if missing:
-        of_many = f" ({len(missing)} of {len(places)} are missing)" if len(places) > 1 else ""
-        raise InputError(
-            f"the data pattern {pattern!r} names {missing[0]}, which does not exist{of_many}; "
-            "check the path"
-        )
     files: list[Path] = []
-    for place in places:
-        paths = [Path(place)]
-        if _is_glob(place):
-            paths = [Path(found) for found in sorted(glob.glob(place))]  # noqa: PTH207
-        for path in paths:
-            if path.is_dir():
-                extensions = (fields or Fields()).image
-                files += _files_of_folder(path, extensions, without_classes=without_classes)
-            else:
-                files.append(_known(path))
+    for path in matching_paths(pattern):
+        if path.is_dir():
+            extensions = (fields or Fields()).image
+            files += _files_of_folder(path, extensions, without_classes, passed_over)
+        elif path.name.endswith(SUFFIX):
+            continue  # the index of a shard that a glob matches too
+        else:
+            files.append(_known(path))
     if not files:
         raise InputError(f"the data pattern {pattern!r} matches nothing; check the path")
     return files
 
 
-def find_streams(pattern: str) -> list[str]:
+def find_streams(pattern: str, passed_over: PassedOver | None = None) -> list[str]:
     """The tars that a pattern stands for, as URLs and paths that can be read as streams.
+
+    Args:
+        pattern: what a user calls data.
+        passed_over: counts what lies beside the tars of a folder.
 
     Raises:
         InputError: if there is none.
     """
     if is_stream(pattern):
         return expand_braces(pattern)
-    files = find_files(pattern)
+    files = find_files(pattern, passed_over=passed_over)
     other = next((path for path in files if kind_of(path) != "tar"), None)
     if other is not None:
         raise InputError(
             f"{other} is no tar, and data.resampled_samples reads tars only; leave it out"
         )
     return [str(path) for path in files]
-
-
-def _is_glob(place: str) -> bool:
-    return glob.has_magic(place) and not Path(place).exists()
 
 
 def _known(path: Path) -> Path:
@@ -135,36 +120,95 @@ def _known(path: Path) -> Path:
     return path
 
 
-def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    """Sorts 2.tar before 10.tar."""
-    return [(int(digits or -1), text) for text, digits in re.findall(r"(\D*)(\d*)", path.name)]
-
-
 def _is_data_set(folder: Path) -> bool:
     """Whether a sub-folder is a split or a set of shards rather than a class."""
-    return folder.name in _SPLITS or any(map(needs_index, folder.iterdir()))
+    return folder.name.lower() in _SPLITS or any(_is_shard(path) for path in folder.iterdir())
+
+
+def _is_shard(path: Path) -> bool:
+    return needs_index(path) and not is_system_name(path.name)
 
 
 def _files_of_folder(
-    folder: Path, extensions: tuple[str, ...], *, without_classes: bool
+    folder: Path,
+    extensions: tuple[str, ...],
+    without_classes: bool,
+    passed_over: PassedOver | None,
 ) -> list[Path]:
-    for kind in ("tar", "tfrecord"):
-        shards = [path for path in folder.iterdir() if kind_of(path) == kind]
-        if shards:
-            return sorted(shards, key=_by_numbers)
-    below = class_folders(folder)
+    below = subfolders(folder)
+    files = sorted(
+        (path for path in folder.iterdir() if path.is_file() and not is_system_name(path.name)),
+        key=lambda path: natural_key(path.name),
+    )
+    kinds = {
+        "tars": [path for path in files if kind_of(path) == "tar"],
+        "TFRecords": [path for path in files if kind_of(path) == "tfrecord"],
+    }
+    shards = {kind: paths for kind, paths in kinds.items() if paths}
+    if len(shards) > 1:
+        _refuse_two_kinds(folder, shards)
+    for kind, paths in shards.items():
+        _refuse_class_folders_beside(folder, kind, paths, below, extensions)
+        _pass_over(folder, kind, paths, passed_over)
+        return paths
     if split := next((name for name in below if _is_data_set(folder / name)), None):
         raise InputError(f"{folder} holds several data sets; give one of them, such as {split}")
-    if any(image_files(folder / name, extensions) for name in below):
+    if any(has_image(folder / name, extensions) for name in below):
         return [folder]
-    if image_files(folder, extensions):
+    if has_image(folder, extensions):
         if without_classes:
             return [folder]
         raise InputError(
             f"the folder {folder} holds images but no class folders; put the images of every class "
             "into a folder of their own"
         )
+    if lists := [path for path in files if kind_of(path) == "list"]:
+        return lists
     raise InputError(f"the folder {folder} holds no data; it may hold {_KINDS}")
+
+
+def _refuse_two_kinds(folder: Path, kinds: dict[str, list[Path]]) -> None:
+    named = " and ".join(f"{kind} ({paths[0].name})" for kind, paths in kinds.items())
+    ways = " or ".join(f"'{folder}/*{paths[0].suffix}'" for paths in kinds.values())
+    raise InputError(
+        f"{folder} holds data of two kinds, {named}; choose one with {ways}, or move the other out "
+        "of the folder"
+    )
+
+
+def _refuse_class_folders_beside(
+    folder: Path, kind: str, shards: list[Path], below: list[str], extensions: tuple[str, ...]
+) -> None:
+    """Refuse shards beside class folders, of which only one could be read."""
+    found = next((name for name in below if has_image(folder / name, extensions)), None)
+    if found is not None:
+        raise InputError(
+            f"{folder} holds data of two kinds, {kind} ({shards[0].name}) and folders of images "
+            f"({found}); move one kind out of the folder, or name the {kind} with "
+            f"'{folder}/*{shards[0].suffix}'"
+        )
+
+
+def _pass_over(folder: Path, kind: str, shards: list[Path], passed_over: PassedOver | None) -> None:
+    """Count what else lies in a folder of shards, and is no file that belongs to one of them."""
+    if passed_over is None:
+        return
+    own = {path.stem for path in shards}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            if any(_is_shard(inside) for inside in path.iterdir()):
+                passed_over.add(f"folders with shards beside {kind}", str(path))
+            elif needs_index(path):
+                passed_over.add("folders that are called as shards", str(path))
+        elif is_system_name(path.name):
+            if needs_index(path):
+                passed_over.add("hidden files", str(path))
+        elif path in shards or path.name.endswith(SUFFIX) or path.name in KNOWN_FILES:
+            continue
+        elif not any(path.name.startswith(f"{stem}{mark}") for stem in own for mark in "._") or (
+            _LIKE_SHARDS.search(path.name)
+        ):
+            passed_over.add(f"files that are no {kind} ({path.suffix or 'no ending'})", str(path))
 
 
 def needs_index(path: Path) -> bool:
@@ -267,6 +311,7 @@ class Source:
         for line in [*self.behind, *self.remarks.lines(""), *self.passed_over.lines()]:
             log.warning("%s", line)
         for listed in self.lists:
+            tell_classes(listed, log)
             if listed.counted:
                 log.info("%s: %s", listed.name, listed.counted)
             for line in listed.told():

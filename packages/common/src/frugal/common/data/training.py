@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from frugal.common.contracts import Stream
+from frugal.common.data.class_matching import keep_classes
 from frugal.common.data.config import StoredData
 from frugal.common.data.contents import contents_of, streamed_contents
 from frugal.common.data.damage import Damaged
-from frugal.common.data.folders import FileList
+from frugal.common.data.folders import FileList, refuse_without_words
 from frugal.common.data.order import GlobalOrder, Order, WeightedOrder
 from frugal.common.data.pairs import Pairs, Preparation, Shelf
+from frugal.common.data.passed_over import PassedOver, shortened
 from frugal.common.data.resampled import ResampledStream, ShardDraws
 from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.sources import (
@@ -45,6 +49,8 @@ def build_stream(
     if data.resampled_samples is not None:
         return _resampled(data, run, preparation, share, state, pin_memory=pin_memory)
     sources = open_sources(data, run, num_classes=preparation.num_classes)
+    if preparation.num_classes is not None:
+        _keep_classes(sources, recipe, run, is_resumed=first_sample > 0)
     order = make_order(data, sources, seed=recipe.run.seed)
     shards = [shard for source in sources for shard in source.shards]
     run.log.info("data: %s samples in %s shards", f"{order.samples:,}", f"{len(shards):,}")
@@ -79,7 +85,10 @@ def _resampled(
     pin_memory: bool,
 ) -> ResampledStream:
     assert data.resampled_samples is not None
-    urls = [find_streams(pattern) for pattern in data.train]
+    passed_over = PassedOver()
+    urls = [find_streams(pattern, passed_over) for pattern in data.train]
+    for line in passed_over.lines():
+        run.log.warning("data: %s", line)
     run.log.info(
         "data: %s samples to an epoch, drawn with replacement from %s shards",
         f"{data.resampled_samples:,}",
@@ -158,8 +167,14 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
             "data.resampled_samples to the samples of an epoch and read it with replacement"
         )
     without_classes = data.tokenizer is None and num_classes is None
+    passed_over = PassedOver()
     files = [
-        find_files(pattern, fields=data.fields, without_classes=without_classes)
+        find_files(
+            pattern,
+            fields=data.fields,
+            without_classes=without_classes,
+            passed_over=passed_over,
+        )
         for pattern in data.train
     ]
     counts = Counter(path for found in files for path in found)
@@ -167,15 +182,60 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
     if twice is not None:
         raise InputError(f"data.train names {twice} more than once; name every shard once")
     index_missing([path for found in files for path in found], run.log)
+    # where nobody reads captions, text beside images is passed over like any other file
+    fields = data.fields if data.tokenizer is not None else replace(data.fields, caption=())
     sources = [
-        open_source(pattern, data.fields, found)
+        open_source(pattern, fields, found)
         for pattern, found in zip(data.train, files, strict=True)
     ]
+    for line in passed_over.lines():
+        run.log.warning("data: %s", line)
     for source in sources:
         source.tell(run.log)
+    if data.tokenizer is not None:
+        for shard in image_folders(sources):
+            refuse_without_words(shard)
+        _refuse_one_caption(sources)
     if num_classes is not None:
         _check_classes(sources, data.fields, num_classes)
     return sources
+
+
+def _refuse_one_caption(sources: list[Source]) -> None:
+    """Refuse class folders of one class as the only source of captions.
+
+    Raises:
+        InputError: if every image would have the same caption.
+    """
+    folders = image_folders(sources)
+    classes = {name for shard in folders for name in shard.class_names}
+    if len(classes) == 1 and len(folders) == sum(len(source.shards) for source in sources):
+        raise InputError(
+            f"{folders[0].name} holds images in one class folder only ({min(classes)}), so that "
+            "every image would have the same caption; give a .csv or .tsv list of images and "
+            "captions, tars, or more class folders"
+        )
+
+
+def _keep_classes(sources: list[Source], recipe: Recipe, run: Run, *, is_resumed: bool) -> None:
+    """Keep the classes with the run, and refuse now what would be measured on others.
+
+    Every source has the same ones.
+    """
+    folder = next((shard for shard in image_folders(sources) if shard.class_folders), None)
+    if folder is None:
+        return
+    for task in recipe.evaluation:
+        check = getattr(task, "check_classes", None)
+        if check is not None:
+            without = folder.classes_without_images
+            check([name for name in folder.class_folders if name not in without])
+    keep_classes(run.dir, folder, is_resumed=is_resumed, is_main=run.is_main)
+
+
+def image_folders(sources: Sequence[Source]) -> list[FileList]:
+    """The folders of images among some sources; a list, or a folder, is the one shard of its."""
+    return [shard for source in sources for shard in source.lists]
 
 
 def _check_classes(sources: list[Source], fields: Fields, num_classes: int) -> None:
@@ -183,9 +243,11 @@ def _check_classes(sources: list[Source], fields: Fields, num_classes: int) -> N
     numbered: FileList | None = None
     for shard in (shard for source in sources for shard in source.shards[:1]):
         folders = shard.class_folders if isinstance(shard, FileList) else ()
-        if folders and len(folders) != num_classes:
+        if isinstance(shard, FileList) and folders and len(folders) != num_classes:
+            without = shard.empty_folders
+            empty = f" with images (none: {shortened(without)})" if without else ""
             raise InputError(
-                f"{shard.name} has {len(folders)} class folders, but the model tells apart "
+                f"{shard.name} has {len(folders)} class folders{empty}, but the model tells apart "
                 f"model.num_classes = {num_classes}; make them equal"
             )
         if isinstance(shard, FileList) and folders:

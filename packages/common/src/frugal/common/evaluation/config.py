@@ -135,8 +135,10 @@ class ZeroShot(ImageEvaluation):
     class_names: str = "data"
     """data: the names the data comes with; folders that are WordNet ids of ImageNet-1k, or the
     numbers 0 to 999, get ImageNet's names, and images are classified among the classes that are
-    there. imagenet: ImageNet-1k's 1,000 names, labels 0 to 999. imagenet_a, imagenet_r: those of
-    their 200 classes. One of the tasks of the suite clip-26, such as food101: that task's names."""
+    there. imagenet: ImageNet-1k's 1,000 names, whichever of its classes are there; folders are
+    WordNet ids or the numbers 0 to 999, labels of tars the same numbers. imagenet_a, imagenet_r:
+    those of their 200 classes. One of the tasks of the suite clip-26, such as food101: that task's
+    names, for folders that are called so, or else in their order."""
     templates: str = "data"
     """data: the templates the data comes with, or imagenet_7 where it has none. imagenet_7 and
     imagenet_80: OpenAI's for ImageNet; imagenet_9: the seven, "A photo of a {}" and the bare name
@@ -176,7 +178,8 @@ class ZeroShot(ImageEvaluation):
         several classes (clip_benchmark's ``dataset_type.txt`` says multilabel) instead
         ``{name}_mean_average_precision``, ``_images``, ``_classes`` and ``_labels``.
         Where the data says which classes training never saw (scenes: ``held_out.txt``), also
-        ``{name}_top1_held_out``, ``_images_held_out`` and ``_classes_held_out``. Every process
+        ``{name}_top1_held_out``, ``_images_held_out`` and ``_classes_held_out``; where there are
+        such, ``_same_names``, ``_classes_without_images`` and ``_passed_over``. Every process
         of the run calls this and gets the same numbers; {} where there is no data.
 
         Raises:
@@ -358,8 +361,9 @@ class LinearProbe(ImageEvaluation):
     ) -> dict[str, float | int]:
         """``{name}_top1``, ``_top5``, ``_mean_per_class_recall``, ``_weight_decay``.
 
-        Also ``_images``, ``_train_images``, ``_validation_images`` and ``_classes``. Every process
-        of the run calls this and gets the same numbers; {} where there is no data.
+        Also ``_images``, ``_train_images``, ``_validation_images`` and ``_classes``, and where
+        there are such ``_classes_without_images`` and ``_passed_over``. Every process of the run
+        calls this and gets the same numbers; {} where there is no data.
 
         Raises:
             InputError: if the data is missing, or its parts do not have the same classes.

@@ -7,7 +7,7 @@ weight decay), and clip_benchmark, which trains with AdamW and a cosine instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor
 
+from frugal.common.data.class_matching import class_numbers
 from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe
 from frugal.common.evaluation.embed import Embedder, evaluating
@@ -26,6 +28,7 @@ from frugal.common.evaluation.identity import weights_digest
 from frugal.common.evaluation.metrics import ranked_classes
 from frugal.common.evaluation.outcomes import Keep
 from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.remarks import Remarks
 from frugal.common.evaluation.zero_shot import Answers, held_out_classes
 from frugal.common.randomness import stable_key
 from frugal.common.recipe import Recipe, to_json
@@ -213,14 +216,36 @@ def open_parts(task: LinearProbe, folder: Path, recipe: Recipe) -> Parts:
         )
     size = recipe.model.image.height_width
     opened = [LabelledImages(folder / name, size=size, crop=task.crop) for name in names]
-    for name, part in zip(names, opened, strict=True):
-        own, first = part.class_folders or [], opened[0].class_folders or []
-        if odd := sorted(set(own) ^ set(first)):
-            raise InputError(
-                f"the classes of {folder / name} are not those of {folder / task.train}: only one "
-                f"of them has {odd[0]!r}; make their folders the same"
-            )
+    for name, part in list(zip(names, opened, strict=True))[1:]:
+        _match(opened[0], part, folder / task.train, folder / name)
     return Parts(opened[0], opened[1], opened[2] if validation else None)
+
+
+def _match(train: LabelledImages, part: LabelledImages, trained: Path, source: Path) -> None:
+    """Have the labels of a part be the numbers that its classes have in training.
+
+    Raises:
+        InputError: if it has a class without training images, or its classes are told otherwise.
+    """
+    if (train.class_folders is None) != (part.class_folders is None):
+        kinds = ("numbers in tars", "class folders")
+        has, other = kinds if part.class_folders is None else kinds[::-1]
+        raise InputError(
+            f"the classes of {source} are {has} and those of {trained} {other}, so that it cannot "
+            "be told which is which; give both in the same way"
+        )
+    if train.class_folders is None or part.class_folders is None:
+        if train.class_names and part.class_names and train.class_names != part.class_names:
+            raise InputError(
+                f"the classnames.txt of {source} is not that of {trained}; a number would mean two "
+                "classes"
+            )
+        return
+    known = [name if name in train.filled_folders else "" for name in train.class_folders]
+    filled = part.filled_folders
+    part.renumber(
+        class_numbers(known, part.class_folders, filled, source=source, of=f"training in {trained}")
+    )
 
 
 def evaluate(
@@ -251,6 +276,9 @@ def evaluate(
     held_out = held_out_classes(folder, found.num_classes)
     asked = ~torch.isin(test.labels, torch.tensor(held_out, dtype=torch.int64))
     answers = found.answers(test.rows(asked))
+    remarks = _remarks(parts, train, answers, held_out)
+    labels = parts.train.class_folders or [f"class {n}" for n in range(found.num_classes)]
+    remarks.tell(task.name, labels, run.log)
     run.log.info(
         "%s: %s images, %s trained on, weight decay %.3g",
         task.name,
@@ -270,10 +298,24 @@ def evaluate(
             "train_sha256": parts.train.digest(),
             "images": len(answers.labels),
             **counts,
+            "class_folders": parts.train.class_folders,
+            **remarks.facts(labels),
         }
         keep(answers.outcomes(task.name, facts))
     numbers = answers.numbers() | {n: v for n, v in counts.items() if n != "left_out" or v}
+    numbers |= remarks.numbers()
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
+
+
+def _remarks(parts: Parts, train: Features, answers: Answers, held_out: Sequence[int]) -> Remarks:
+    """Classes that are trained on and not measured, and what lies beside the images."""
+    asked = set(answers.labels.tolist()) | set(held_out)
+    passed_over = PassedOver()
+    for part in (parts.train, parts.test, parts.validation):
+        if part is not None:
+            passed_over.update(part.passed_over)
+    without = sorted(set(train.labels.tolist()) - asked)
+    return Remarks(without_images=without, passed_over=passed_over)
 
 
 def _key(
@@ -300,6 +342,8 @@ class Probe:
     classifier: Linear
     weight_decay: float
     num_classes: int
+    trained: frozenset[int]
+    """Classes that there were images of."""
     num_validation: int
     """Images that chose the weight decay."""
 
@@ -311,12 +355,7 @@ class Probe:
         """
         if not len(features):
             raise InputError("there are no images to measure a probe on; check its test part")
-        highest = int(features.labels.max())
-        if highest >= self.num_classes:
-            raise InputError(
-                f"a test image has the label {highest}, but the training images have labels below "
-                f"{self.num_classes}; check that both parts number their classes alike"
-            )
+        _check_trained(features, self.trained, "a test image")
         scores = self.classifier.scores(features.embeddings).float()
         ranked = ranked_classes(scores)
         margin = scores[:, 1] - scores[:, 0] if self.num_classes == 2 else None
@@ -331,13 +370,15 @@ def probe(
     Raises:
         InputError: if there are too few images or classes.
     """
-    labels = train.labels if validation is None else train.joined(validation).labels
-    num_classes = int(labels.max()) + 1
+    trained = frozenset(train.labels.tolist())
+    num_classes = max(trained) + 1
+    if validation is not None:
+        _check_trained(validation, trained, "a validation image")
     if num_classes < 2:
         raise InputError("the training images of a linear probe are all of one class; add others")
     if task.weight_decay is not None:
         classifier = fit(task, train, num_classes, weight_decay=task.weight_decay, device=device)
-        return Probe(classifier, task.weight_decay, num_classes, 0)
+        return Probe(classifier, task.weight_decay, num_classes, trained, 0)
     whole = train if validation is None else train.joined(validation)
     if validation is None:
         train, validation = _split(task, train)
@@ -349,7 +390,20 @@ def probe(
 
     chosen = search(accuracy)
     classifier = fit(task, whole, num_classes, weight_decay=chosen, device=device)
-    return Probe(classifier, chosen, num_classes, len(validation))
+    return Probe(classifier, chosen, num_classes, trained, len(validation))
+
+
+def _check_trained(features: Features, trained: frozenset[int], what: str) -> None:
+    """Refuse images of classes that nothing was trained on.
+
+    Raises:
+        InputError: if there is one.
+    """
+    if odd := sorted(set(features.labels.tolist()) - trained):
+        raise InputError(
+            f"{what} has the label {odd[0]}, of which there is no training image; check that all "
+            "parts number their classes alike, or leave those images out"
+        )
 
 
 def _split(task: LinearProbe, train: Features) -> tuple[Features, Features]:

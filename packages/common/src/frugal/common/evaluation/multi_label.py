@@ -17,6 +17,7 @@ from frugal.common.evaluation.metrics import average_precision
 from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.evaluation.remarks import Remarks, same_names
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -57,6 +58,13 @@ def evaluate(
             scores[places] = found
             delivered.index_add_(0, places, torch.ones_like(places))
     check_delivery(ranks.sum(delivered).cpu())
+    remarks = Remarks(
+        same_names=same_names(names, templates, embedder.token_ids),
+        without_images=(data.targets.sum(0) == 0).nonzero()[:, 0].tolist(),
+        passed_over=data.passed_over,
+    )
+    labels = [name if isinstance(name, str) else name[0] for name in names]
+    remarks.tell(task.name, labels, run.log)
     scores = ranks.sum(scores).cpu()
     precision = average_precision(scores, data.targets)[0]  # (C,)
     name = f"{task.name}_mean_average_precision"
@@ -67,6 +75,7 @@ def evaluate(
             "class_names": names,
             "templates": templates,
             "average_precision": precision.tolist(),
+            **remarks.facts(labels),
         }
         tables = {"scores": scores, "targets": data.targets.to(torch.uint8)}
         measure = Measure("average_precision", "scores", groups="targets")
@@ -76,4 +85,5 @@ def evaluate(
         f"{task.name}_images": len(data),
         f"{task.name}_classes": len(names),
         f"{task.name}_labels": int(data.targets.sum()),
+        **{f"{task.name}_{kind}": count for kind, count in remarks.numbers().items()},
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from frugal.common.data.index import cache_folder
 from frugal.common.errors import InputError
+from frugal.common.files import read_lines
 
 _WORDS = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
 """Files of a data set that need not be there."""
@@ -71,7 +72,7 @@ def _fetch_split(words: str, shards: str, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     listed = folder / "nshards.txt"
     _fetch(f"{words}/nshards.txt", listed)
-    text = listed.read_text(errors="replace").strip()
+    text = " ".join(read_lines(listed))
     if not text.isdecimal() or not 0 < int(text) <= _MOST_SHARDS:
         listed.unlink()
         raise InputError(

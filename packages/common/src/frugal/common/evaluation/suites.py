@@ -6,12 +6,16 @@ with the class names and prompts of CLIP (see ``task_labels``). Nothing here imp
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
+from frugal.common.data.image_walk import subfolders
+from frugal.common.data.passed_over import PassedOver
 from frugal.common.errors import InputError
 from frugal.common.evaluation.task_labels import TASKS
 
+_LOG = logging.getLogger("frugal")
 Metric = Literal["top1", "mean_per_class_recall", "mean_top1_top5", "roc_auc"]
 """mean_per_class_recall: over the classes that occur. mean_top1_top5: half of both. roc_auc: of the
 second of two classes over the first."""
@@ -51,9 +55,22 @@ def find_parts(root: Path, suite: str) -> dict[str, Path]:
     with ``test`` or ``val`` in it, that part.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or one is there twice.
     """
-    below = {_plain(path.name): path for path in sorted(root.iterdir()) if path.is_dir()}
+    below: dict[str, Path] = {}
+    passed_over = PassedOver()
+    wanted = {_plain(task) for task in SUITES[suite]}
+    for name in subfolders(root, passed_over):
+        if _plain(name) not in wanted:
+            passed_over.add(f"folders that are no task of {suite}", str(root / name))
+        elif _plain(name) in below:
+            raise InputError(
+                f"{below[_plain(name)]} and {root / name} are one task of {suite}; leave one of "
+                "them out"
+            )
+        below[_plain(name)] = root / name
+    for line in passed_over.lines():
+        _LOG.warning("%s: %s", suite, line)
     found = {task: below[_plain(task)] for task in SUITES[suite] if _plain(task) in below}
     if not found:
         raise InputError(

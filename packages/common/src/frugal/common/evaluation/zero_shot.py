@@ -13,7 +13,7 @@ from torch import Tensor
 from frugal.common.contracts import Show
 from frugal.common.data.labelled import LabelledImages
 from frugal.common.errors import InputError
-from frugal.common.evaluation.class_names import names_and_templates
+from frugal.common.evaluation.class_names import naming
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity
 from frugal.common.evaluation.metrics import (
@@ -26,7 +26,9 @@ from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.prompts import ClassName, class_embeddings
 from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.evaluation.remarks import Remarks, same_names
 from frugal.common.evaluation.suites import Metric
+from frugal.common.files import read_text
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -180,7 +182,7 @@ def held_out_classes(data: Path, num_classes: int) -> list[int]:
     path = data / "held_out.txt"
     if not path.is_file():
         return []
-    lines = path.read_text().split()
+    lines = read_text(path).split()
     if not all(line.isdecimal() and int(line) < num_classes for line in lines):
         raise InputError(
             f"{path} must hold one class index below {num_classes} per line; write the data "
@@ -198,6 +200,18 @@ class Question:
     templates: list[str]
     held_out: list[int]
     """Classes that training never saw."""
+    incomplete: str = ""
+    """What is missing of the set that the names belong to, in words."""
+
+    def remarks(self, embedder: Embedder, answers: Answers) -> Remarks:
+        """What is odd about the data and the names of its classes."""
+        images = torch.bincount(answers.labels, minlength=len(self.names))
+        return Remarks(
+            same_names=same_names(self.names, self.templates, embedder.token_ids),
+            without_images=(images == 0).nonzero()[:, 0].tolist(),
+            incomplete=self.incomplete,
+            passed_over=self.images.passed_over,
+        )
 
     def facts(self) -> dict[str, Any]:
         """What is asked, and about which images."""
@@ -221,8 +235,11 @@ def open_question(task: ZeroShot, folder: Path, recipe: Recipe) -> Question:
         InputError: if the data or its class names cannot be used.
     """
     images = LabelledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
-    names, templates = names_and_templates(task, images, folder)
-    return Question(images, names, templates, held_out_classes(folder, len(names)))
+    found = naming(task, images, folder)
+    if found.numbers is not None:
+        images.renumber(found.numbers)
+    held_out = held_out_classes(folder, len(found.names))
+    return Question(images, found.names, found.templates, held_out, found.incomplete)
 
 
 def ask(task: ZeroShot, question: Question, embedder: Embedder, *, ranks: Ranks) -> Answers:
@@ -261,10 +278,14 @@ def evaluate(
         answers = ask(task, question, embedder, ranks=Ranks.current())
     if show is not None:
         show(task.name, _picture(question, answers))
+    remarks = question.remarks(embedder, answers)
+    remarks.tell(task.name, question.labels, run.log)
     if keep is not None:
-        facts, held_out = question.facts(), question.held_out
+        facts = question.facts() | remarks.facts(question.labels)
+        held_out = question.held_out
         keep(answers.outcomes(task.name, facts, metric=task.metric, held_out=held_out))
     numbers = answers.numbers(task.metric) | answers.held_out_numbers(question.held_out)
+    numbers |= remarks.numbers()
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
 
 

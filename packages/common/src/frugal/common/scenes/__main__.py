@@ -10,6 +10,7 @@ import tyro
 from frugal.common.errors import InputError
 from frugal.common.scenes.settings import Settings
 from frugal.common.scenes.writing import write
+from frugal.common.words import command_words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Settings,
             prog="python -m frugal.common.scenes",
             description="Draw the embedded data set: captioned scenes as webdataset shards.",
-            args=arguments,
+            args=command_words(arguments),
         )
         sys.stdout.write(write(settings) + "\n")
     except InputError as error:

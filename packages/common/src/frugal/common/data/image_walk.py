@@ -1,0 +1,241 @@
+"""Which images lie below a folder, without what systems put there and links that lead back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from operator import attrgetter
+from pathlib import Path
+
+from frugal.common.data.lists_beside import is_text
+from frugal.common.data.passed_over import PassedOver
+from frugal.common.errors import InputError
+from frugal.common.files import is_system_name, reason_of
+
+_LINK = "links that lead back to a folder that is read anyway"
+_SYSTEM = "hidden files and folders, or those of a system"
+
+
+def subfolders(folder: Path, passed_over: PassedOver | None = None) -> list[str]:
+    """The names of the folders in a folder, sorted; those of systems are counted and left out."""
+    names = []
+    for entry in _entries(str(folder)):
+        if not _is_folder(entry):
+            continue
+        if is_system_name(entry.name):
+            _add(passed_over, _SYSTEM, entry.path)
+        else:
+            names.append(entry.name)
+    return names
+
+
+def images_below(
+    folder: Path,
+    parts: Iterable[str],
+    extensions: Iterable[str],
+    passed_over: PassedOver | None = None,
+    texts: list[str] | None = None,
+) -> dict[str, list[str]]:
+    """The images below some sub-folders, each in the order of torchvision's ImageFolder.
+
+    Links to folders are followed, except back to a folder that is read anyway or to one that holds
+    it: the images of a folder come once.
+
+    Args:
+        folder: what the paths that are returned are relative to.
+        parts: sub-folders; "" is the folder itself.
+        extensions: of images, in lower case and without a dot.
+        passed_over: counts what is no image.
+        texts: takes the paths of files that may hold captions, by their names.
+
+    Returns:
+        Paths by part, in the order of the parts. A part that is a link which leads back is left
+        out.
+
+    Raises:
+        InputError: if a folder cannot be read.
+    """
+    walk = _Walk(str(folder), frozenset(extensions), passed_over, texts)
+    for part in parts:
+        walk.add(part)
+    return walk.finished()
+
+
+def image_files(
+    folder: Path, extensions: Iterable[str], passed_over: PassedOver | None = None
+) -> list[Path]:
+    """The images below a folder and its sub-folders, in the order of torchvision's ImageFolder."""
+    found = images_below(folder, [""], extensions, passed_over)[""]
+    return [folder / name for name in found]
+
+
+def has_image(folder: Path, extensions: Iterable[str]) -> bool:
+    """Whether there is an image below a folder; looks no further than the first."""
+    walk = _Walk(str(folder), frozenset(extensions))
+    waiting = [""]
+    while waiting:
+        names, folders, links = walk.look(waiting.pop())
+        if names:
+            return True
+        waiting += [*folders, *(link for link in links if walk.is_new(link))]
+    return False
+
+
+KNOWN_FILES = frozenset(
+    {
+        "classnames.json", "classnames.txt", "zeroshot_classification_templates.txt",
+        "dataset_type.txt", "nshards.txt", "held_out.txt",
+    }
+)  # fmt: skip
+"""What describes a data set and is read elsewhere."""
+
+
+def pass_over_files(folder: Path, extensions: Iterable[str], passed_over: PassedOver) -> None:
+    """Count the files beside class folders, which are of no class."""
+    wanted = frozenset(extensions)
+    for entry in _entries(str(folder)):
+        if _is_folder(entry) or entry.name in KNOWN_FILES:
+            continue
+        stem, _, extension = entry.name.rpartition(".")
+        if is_system_name(entry.name):
+            passed_over.add(_SYSTEM, entry.path)
+        elif stem and extension.lower() in wanted:
+            passed_over.add("images beside class folders, which have no class", entry.path)
+        else:
+            passed_over.add(_no_image(stem, extension), entry.path)
+
+
+class _Walk:
+    """Real folders first, then links to folders that have not been read."""
+
+    def __init__(
+        self,
+        root: str,
+        extensions: frozenset[str],
+        passed_over: PassedOver | None = None,
+        texts: list[str] | None = None,
+    ) -> None:
+        self._root = root
+        self._extensions = extensions
+        self._passed_over = passed_over
+        self._texts = texts
+        self._seen: set[tuple[int, int]] = set()
+        real = Path(root).resolve()
+        for above in (real, *real.parents):
+            self._see(above.stat())
+        self._found: dict[str, dict[str, list[str]]] = {}
+        self._links: list[tuple[str, str]] = []
+
+    def add(self, part: str) -> None:
+        """Read a part and what really lies below it; links wait."""
+        self._found[part] = {}
+        if part and Path(self._root, part).is_symlink():
+            self._links.append((part, part))
+            return
+        if part:
+            self.is_new(part)
+        self._read(part, part)
+
+    def finished(self) -> dict[str, list[str]]:
+        """The images of every part, those behind links too."""
+        while self._links:
+            part, link = self._links.pop(0)
+            if self.is_new(link):
+                self._read(part, link)
+                continue
+            _add(self._passed_over, _LINK, f"{self._root}/{link}")
+            if link == part:
+                del self._found[part]
+        return {
+            part: [f"{place}/{n}" if place else n for place in sorted(own) for n in own[place]]
+            for part, own in self._found.items()
+        }
+
+    def _read(self, part: str, start: str) -> None:
+        waiting = [start]
+        while waiting:
+            place = waiting.pop()
+            names, folders, links = self.look(place)
+            if names:
+                self._found[part][place] = names
+            self._links += [(part, link) for link in links]
+            waiting += [folder for folder in folders if self._is_unread(folder)]
+
+    def _is_unread(self, folder: str) -> bool:
+        if self.is_new(folder):
+            return True
+        _add(self._passed_over, _LINK, f"{self._root}/{folder}")
+        return False
+
+    def is_new(self, place: str) -> bool:
+        """Whether a folder has not been read under any name; from now on it counts as read."""
+        try:
+            return self._see(Path(self._root, place).stat())
+        except OSError as error:
+            raise _unreadable(f"{self._root}/{place}", error) from None
+
+    def _see(self, found: os.stat_result) -> bool:
+        key = (found.st_dev, found.st_ino)
+        is_new = key not in self._seen
+        self._seen.add(key)
+        return is_new
+
+    def look(self, place: str) -> tuple[list[str], list[str], list[str]]:
+        """The names of the images in a folder, and the places of its folders and links to some."""
+        names: list[str] = []
+        folders: list[str] = []
+        links: list[str] = []
+        for entry in _entries(f"{self._root}/{place}" if place else self._root):
+            name = entry.name
+            if is_system_name(name):
+                _add(self._passed_over, _SYSTEM, entry.path)
+                continue
+            stem, _, extension = name.rpartition(".")
+            if stem and extension.lower() in self._extensions and not _is_folder(entry):
+                names.append(name)
+            elif _is_folder(entry):
+                below = f"{place}/{name}" if place else name
+                (links if entry.is_symlink() else folders).append(below)
+            else:
+                self._pass_over(place, entry, _no_image(stem, extension))
+        return names, folders, links
+
+    def _pass_over(self, place: str, entry: os.DirEntry[str], reason: str) -> None:
+        _add(self._passed_over, reason, entry.path)
+        if self._texts is not None and is_text(entry.name):
+            self._texts.append(f"{place}/{entry.name}" if place else entry.name)
+
+
+def _no_image(stem: str, extension: str) -> str:
+    is_one = stem and extension.isalnum() and len(extension) <= 10
+    return (
+        f"files that are no images (.{extension.lower()})" if is_one else "files of no known kind"
+    )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=attrgetter("name"))
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: str, error: OSError) -> InputError:
+    return InputError(
+        f"the folder {folder} cannot be read ({reason_of(error)}); make it readable, or move it "
+        "away"
+    )
+
+
+def _add(passed_over: PassedOver | None, reason: str, name: str) -> None:
+    if passed_over is not None:
+        passed_over.add(reason, name)

@@ -1,0 +1,79 @@
+"""What is done to the words of every command line before they are read."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from frugal.common.commands import read_command_line
+from frugal.common.errors import InputError
+from frugal.common.words import command_words
+from frugal.flip.recipes import RECIPES
+
+PACKAGES = Path(__file__).parents[2] / "packages"
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_the_home_folder_is_meant_by_a_tilde_also_behind_a_flag(tmp_path: Path) -> None:
+    words = ["demo", "--run.dir=~/runs", "--data.train", "~/a/{0..1}.tar", "~", "x~y", "--a=b=~"]
+    assert command_words(words) == [
+        "demo", f"--run.dir={tmp_path}/runs", "--data.train", f"{tmp_path}/a/{{0..1}}.tar",
+        str(tmp_path), "x~y", "--a=b=~",
+    ]  # fmt: skip
+    assert command_words(["~nobody_is_called_so/x"]) == ["~nobody_is_called_so/x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["demo", "--data.train", ""], "--data.train is empty"),
+        (["demo", "--run.dir="], "--run.dir is empty"),
+        (["--out", "x", "--images", " "], "--images is empty"),
+        (["", "--to", "timm"], "a word of the command line is empty"),
+    ],
+)
+def test_an_empty_word_is_refused_by_its_flag(words: list[str], named: str) -> None:
+    with pytest.raises(InputError, match=re.escape(named)) as caught:
+        command_words(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_are_read_from_such_words(tmp_path: Path) -> None:
+    words = ["demo", "--run.dir=~/here", "--run.start-from", "~/there"]
+    _, recipe = read_command_line(RECIPES, program="test", arguments=words)
+    assert recipe.run.dir == tmp_path / "here"
+    assert recipe.run.start_from == tmp_path / "there"
+    with pytest.raises(InputError, match=r"--data\.train is empty"):
+        read_command_line(RECIPES, program="test", arguments=["demo", "--data.train", ""])
+
+
+def _commands() -> list[Path]:
+    """Every module of ours that reads a command line by itself."""
+    reads = re.compile(r"tyro\.(cli|extras\.subcommand_cli_from_dict|extras\.overridable)")
+    return [
+        path for path in sorted(PACKAGES.rglob("src/**/*.py")) if reads.search(path.read_text())
+    ]
+
+
+@pytest.mark.parametrize("path", _commands(), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_command_reads_its_words_in_the_one_place(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert any(getattr(call.func, "id", "") == "command_words" for call in calls)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "report", "compare", "export", "import_weights"])
+def test_a_command_refuses_an_empty_path_in_one_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"frugal.common.{name}")
+    monkeypatch.setattr("sys.argv", [name, "--out", ""])
+    # run_politely ends the process; what it is given raises
+    monkeypatch.setattr(module, "run_politely", lambda command: command())
+    with pytest.raises(InputError, match="--out is empty"):
+        module.main()
