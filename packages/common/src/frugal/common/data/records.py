@@ -22,6 +22,7 @@ from frugal.common.data.samples import (
     Fields,
     RawSample,
     StringTable,
+    caption_lines,
     decode_label,
     decode_text,
     select_captions,
@@ -265,8 +266,7 @@ class RecordReader:
             values = features.get(field.removeprefix("json."), [])
             captions = [decode_text(value) for value in values if isinstance(value, bytes)]
             if self.fields.caption_per_line and not field.startswith("json."):
-                lines = [line.strip() for text in captions for line in text.splitlines()]
-                captions = [line for line in lines if line]
+                captions = [line for text in captions for line in caption_lines(text)]
             return captions
 
         return select_captions(self.fields, captions_of)

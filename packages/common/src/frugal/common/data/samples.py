@@ -155,10 +155,16 @@ def assemble_captions(
             return [item for item in values if isinstance(item, str)]
         text = decode_text(member(extension))
         if fields.caption_per_line:
-            return [line.strip() for line in text.splitlines() if line.strip()]
+            return caption_lines(text)
         return [text]
 
     return select_captions(fields, captions_of)
+
+
+def caption_lines(text: str) -> list[str]:
+    """The captions of a text that holds one in every line; blank lines hold none."""
+    lines = text.replace("\r", "\n").split("\n")  # no other character ends a line
+    return [line.strip() for line in lines if line.strip()]
 
 
 def select_captions(fields: Fields, captions_of: Callable[[str], list[str]]) -> list[str]:

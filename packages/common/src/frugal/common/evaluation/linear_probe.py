@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from torch import Tensor
 from frugal.common.data.labelled import LabelledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe
-from frugal.common.evaluation.embed import Embedder, evaluating
+from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.features import Features, embed_labelled, kept
-from frugal.common.evaluation.identity import weights_digest
+from frugal.common.evaluation.identity import config_digest, identify, weights_digest
 from frugal.common.evaluation.metrics import ranked_classes
 from frugal.common.evaluation.outcomes import Keep
 from frugal.common.evaluation.ranks import Ranks
-from frugal.common.evaluation.zero_shot import Answers, held_out_classes
+from frugal.common.evaluation.zero_shot import Answers, held_out_classes, remark_classes
 from frugal.common.randomness import stable_key
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
@@ -185,6 +186,8 @@ class Parts:
 
     train: LabelledImages
     test: LabelledImages
+    test_name: str
+    """The sub-folder of the images to measure on."""
     validation: LabelledImages | None
     """Those that choose the weight decay, where they lie apart."""
 
@@ -220,7 +223,7 @@ def open_parts(task: LinearProbe, folder: Path, recipe: Recipe) -> Parts:
                 f"the classes of {folder / name} are not those of {folder / task.train}: only one "
                 f"of them has {odd[0]!r}; make their folders the same"
             )
-    return Parts(opened[0], opened[1], opened[2] if validation else None)
+    return Parts(opened[0], opened[1], test, opened[2] if validation else None)
 
 
 def evaluate(
@@ -234,16 +237,17 @@ def evaluate(
     """See :meth:`frugal.common.evaluation.config.LinearProbe.evaluate`."""
     parts = open_parts(task, folder, recipe)
     embedder, ranks = Embedder.of(model, recipe, run, task), Ranks.current()
-    weights = weights_digest(model) if task.features else ""
+    key = _key(task, model, recipe, run) if task.features else {}
 
     def embedded(data: LabelledImages) -> Features:
         def make() -> Features:
             options = {"batch_size": task.batch_size, "workers": task.workers, "ranks": ranks}
-            with evaluating(model):
+            with embedder.measuring(ranks):
                 return embed_labelled(embedder, data, **options)  # type: ignore[arg-type]
 
-        key = _key(task, data, recipe, run, weights) if task.features else {}
-        return kept(task.features, key, make, ranks=ranks, run=run)
+        ranks.same_data(data, task.name)
+        digest = partial(_digest, data, ranks, run)
+        return kept(task.features, key, make, data=digest, ranks=ranks, run=run)
 
     train, test = embedded(parts.train), embedded(parts.test)
     validation = None if parts.validation is None else embedded(parts.validation)
@@ -251,6 +255,10 @@ def evaluate(
     held_out = held_out_classes(folder, found.num_classes)
     asked = ~torch.isin(test.labels, torch.tensor(held_out, dtype=torch.int64))
     answers = found.answers(test.rows(asked))
+    trained_on = train if validation is None else train.joined(validation)
+    _check_trained(answers.labels, trained_on.labels)
+    measured_on, learned = (identify(part, ranks, run.device) for part in (parts.test, parts.train))
+    both = measured_on.common(learned)
     run.log.info(
         "%s: %s images, %s trained on, weight decay %.3g",
         task.name,
@@ -258,32 +266,48 @@ def evaluate(
         f"{len(train):,}",
         found.weight_decay,
     )
+    if both:
+        run.log.warning(
+            "%s: %s of the %s images that are measured on were trained on too, byte for byte: %s "
+            "and %s overlap",
+            task.name,
+            f"{both:,}",
+            f"{len(test):,}",
+            folder / task.train,
+            folder / parts.test_name,
+        )
+    measured_on.remark(task.name, run.log)
+    remark_classes(task, answers, parts.test.class_folders or [], run, but=held_out)
     counts = {
         "weight_decay": found.weight_decay,
         "train_images": len(train),
         "validation_images": found.num_validation,
         "left_out": int((~asked).sum()),
+        "images_trained_on": both,
     }
     if keep is not None:
         facts = {
-            "data_sha256": parts.test.digest(),
-            "train_sha256": parts.train.digest(),
+            **measured_on.facts(),
+            "train_sha256": learned.sha256,
             "images": len(answers.labels),
             **counts,
         }
         keep(answers.outcomes(task.name, facts))
-    numbers = answers.numbers() | {n: v for n, v in counts.items() if n != "left_out" or v}
+    usual = ("weight_decay", "train_images", "validation_images")
+    numbers = answers.numbers() | {n: v for n, v in counts.items() if n in usual or v}
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
 
 
-def _key(
-    task: LinearProbe, data: LabelledImages, recipe: Recipe, run: Run, weights: str
-) -> dict[str, Any]:
-    """Everything that embeddings depend on."""
+def _digest(data: LabelledImages, ranks: Ranks, run: Run) -> str:
+    return identify(data, ranks, run.device).sha256
+
+
+def _key(task: LinearProbe, model: Any, recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Everything that embeddings depend on beside the images."""
     image = recipe.model.image
     return {
-        "weights": weights,
-        "data": data.digest(),
+        "weights": weights_digest(model),
+        "config": config_digest(model, recipe),
         "crop": to_json(task.crop),
         "size": list(image.height_width),
         "normalisation": [list(image.mean), list(image.std)],
@@ -291,6 +315,17 @@ def _key(
         "device": run.device.type,
         "views": [task.mask_ratio, task.views, recipe.run.seed] if task.mask_ratio else None,
     }
+
+
+def _check_trained(labels: Tensor, trained: Tensor) -> None:
+    """Refuse images of classes that nothing was trained on, which count as wrong for ever."""
+    unknown = labels[~torch.isin(labels, trained)]
+    if len(unknown):
+        raise InputError(
+            f"{len(unknown):,} of {len(labels):,} test images are of classes that no training "
+            f"image is of, such as the label {int(unknown[0])}; check that both parts number their "
+            "classes alike"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from frugal.common.data.labelled import MultiLabelledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.class_names import names_and_templates
 from frugal.common.evaluation.config import ZeroShot
-from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity
+from frugal.common.evaluation.embed import Embedder, grouped, similarity
+from frugal.common.evaluation.identity import identify
 from frugal.common.evaluation.metrics import average_precision
 from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.prompts import class_embeddings
@@ -46,7 +47,8 @@ def evaluate(
         )
     run.log.info("%s: %s images of any of %d classes", task.name, f"{len(data):,}", len(names))
     embedder, ranks = Embedder.of(model, recipe, run, task), Ranks.current()
-    with evaluating(model):
+    ranks.same_data(data, task.name)
+    with embedder.measuring(ranks):
         classes = class_embeddings(embedder, names, templates, ranks=ranks)
         scores = torch.zeros(len(data), len(names), device=classes.device)
         delivered = torch.zeros(len(data), dtype=torch.int64, device=classes.device)
@@ -59,11 +61,26 @@ def evaluate(
     check_delivery(ranks.sum(delivered).cpu())
     scores = ranks.sum(scores).cpu()
     precision = average_precision(scores, data.targets)[0]  # (C,)
+    identity = identify(data, ranks, run.device)
+    identity.remark(task.name, run.log)
+    names_read = [name if isinstance(name, str) else name[0] for name in names]
+    empty = [names_read[place] for place in (~data.targets.any(0)).nonzero()[:, 0].tolist()]
+    if empty:
+        run.log.warning(
+            "%s: %d of the %d classes have no image, which counts as a precision of 0 in the mean, "
+            "as in clip_benchmark: %s%s",
+            task.name,
+            len(empty),
+            len(names),
+            ", ".join(empty[:5]),
+            " and others" if len(empty) > 5 else "",
+        )
     name = f"{task.name}_mean_average_precision"
     if keep is not None:
         facts = {
-            "data_sha256": data.digest(),
+            **identity.facts(),
             "images": len(data),
+            "classes_without_images": empty,
             "class_names": names,
             "templates": templates,
             "average_precision": precision.tolist(),
@@ -71,9 +88,12 @@ def evaluate(
         tables = {"scores": scores, "targets": data.targets.to(torch.uint8)}
         measure = Measure("average_precision", "scores", groups="targets")
         keep(Outcomes(facts, len(data), tables, {name: measure}))
-    return {
+    numbers: dict[str, float | int] = {
         name: float(precision.mean()),
         f"{task.name}_images": len(data),
         f"{task.name}_classes": len(names),
         f"{task.name}_labels": int(data.targets.sum()),
     }
+    if empty:
+        numbers[f"{task.name}_classes_without_images"] = len(empty)
+    return numbers

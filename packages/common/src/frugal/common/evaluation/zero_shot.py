@@ -14,8 +14,9 @@ from frugal.common.contracts import Show
 from frugal.common.data.labelled import LabelledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.class_names import names_and_templates
-from frugal.common.evaluation.config import ZeroShot
-from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity
+from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
+from frugal.common.evaluation.embed import Embedder, grouped, similarity
+from frugal.common.evaluation.identity import identify
 from frugal.common.evaluation.metrics import (
     mean_per_class_recall,
     ranked_classes,
@@ -27,6 +28,7 @@ from frugal.common.evaluation.pictures import Picture, draw_predictions, example
 from frugal.common.evaluation.prompts import ClassName, class_embeddings
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.suites import Metric
+from frugal.common.files import read_text
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -67,7 +69,10 @@ class Answers:
             )
         elif metric is not None:
             numbers["score"] = numbers[metric]
-        return numbers | {"images": len(self.labels), "classes": self.num_classes}
+        counts = {"images": len(self.labels), "classes": self.num_classes}
+        if empty := self.num_classes - len(self.labels.unique()):
+            counts["classes_without_images"] = empty
+        return numbers | counts
 
     def outcomes(
         self,
@@ -180,7 +185,7 @@ def held_out_classes(data: Path, num_classes: int) -> list[int]:
     path = data / "held_out.txt"
     if not path.is_file():
         return []
-    lines = path.read_text().split()
+    lines = read_text(path).split()
     if not all(line.isdecimal() and int(line) < num_classes for line in lines):
         raise InputError(
             f"{path} must hold one class index below {num_classes} per line; write the data "
@@ -202,7 +207,6 @@ class Question:
     def facts(self) -> dict[str, Any]:
         """What is asked, and about which images."""
         return {
-            "data_sha256": self.images.digest(),
             "images": len(self.images),
             "class_names": self.names,
             "templates": self.templates,
@@ -256,16 +260,63 @@ def evaluate(
         f"{len(question.names):,}",
         len(question.templates),
     )
+    ranks = Ranks.current()
+    ranks.same_data(question.images, task.name)
     embedder = Embedder.of(model, recipe, run, task)
-    with evaluating(model):
-        answers = ask(task, question, embedder, ranks=Ranks.current())
+    with embedder.measuring(ranks):
+        answers = ask(task, question, embedder, ranks=ranks)
+    identity = identify(question.images, ranks, run.device)
+    identity.remark(task.name, run.log)
+    without = remark_classes(task, answers, question.labels, run)
     if show is not None:
         show(task.name, _picture(question, answers))
     if keep is not None:
-        facts, held_out = question.facts(), question.held_out
-        keep(answers.outcomes(task.name, facts, metric=task.metric, held_out=held_out))
+        facts = question.facts() | identity.facts()
+        if without:
+            facts["classes_without_images"] = without
+        keep(answers.outcomes(task.name, facts, metric=task.metric, held_out=question.held_out))
     numbers = answers.numbers(task.metric) | answers.held_out_numbers(question.held_out)
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
+
+
+def remark_classes(
+    task: ImageEvaluation,
+    answers: Answers,
+    names: Sequence[str],
+    run: Run,
+    *,
+    but: Sequence[int] = (),
+) -> list[str]:
+    """Say which classes have no image, which leaves them out of means over classes.
+
+    Args:
+        task: what is measured.
+        answers: to its images.
+        names: of the classes, or none.
+        run: where it runs.
+        but: classes that are left out on purpose.
+
+    Returns:
+        Their names.
+    """
+    counts = torch.bincount(answers.labels, minlength=answers.num_classes)
+    empty = [place for place in (counts == 0).nonzero()[:, 0].tolist() if place not in set(but)]
+    without = [names[place] if place < len(names) else f"class {place}" for place in empty]
+    if without:
+        run.log.warning(
+            "%s: %s of the %s classes have no image: %s%s",
+            task.name,
+            f"{len(without):,}",
+            f"{answers.num_classes:,}",
+            ", ".join(without[:5]),
+            " and others" if len(without) > 5 else "",
+        )
+    if answers.num_classes == 1:
+        run.log.warning(
+            "%s: there is one class only, so that every answer is right; it measures nothing",
+            task.name,
+        )
+    return without
 
 
 def _picture(question: Question, answers: Answers) -> Picture:
