@@ -31,8 +31,6 @@ GROUP = 64
 """Images that stay together on one process, so that a model can take the same ones at a time
 whatever the number of processes: what it computes depends on them in the last bits."""
 _LOG = logging.getLogger("frugal")
-_TYPES = ("retrieval", "classification", "multilabel")
-"""clip_benchmark's kinds of data sets."""
 
 
 class _Images(Dataset[dict[str, Any]]):
@@ -239,6 +237,30 @@ def _lines(folder: Path, name: str) -> list[str] | None:
     return None
 
 
+DATASET_TYPES = ("classification", "retrieval", "multilabel")
+"""What clip_benchmark calls the kinds of data sets."""
+
+
+def dataset_type(folder: Path) -> str | None:
+    """What ``dataset_type.txt`` says of a data set, in its folder or the one above; or None.
+
+    Raises:
+        InputError: if it is none of clip_benchmark's words.
+    """
+    split = _test_split(folder)
+    paths = (place / "dataset_type.txt" for place in (split, split.parent))
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    word = " ".join(read_lines(path)).lower()
+    if word not in DATASET_TYPES:
+        raise InputError(
+            f"{path} says {word!r}, which is no kind of data set; write one of "
+            f"{', '.join(DATASET_TYPES)}, or remove it for classification"
+        )
+    return word
+
+
 class _InOrder:
     """Images that are handed out in the order in which they are stored."""
 
@@ -367,7 +389,7 @@ class CaptionedImages(_InOrder):
             InputError: if there is no such data, or an image has no caption.
         """
         split = _test_split(folder)
-        kind = data_set_type(split)
+        kind = dataset_type(folder)
         if kind not in (None, "retrieval"):
             raise InputError(
                 f"the dataset_type.txt of {folder} says {kind}, but captions are of the type "
@@ -400,28 +422,7 @@ class CaptionedImages(_InOrder):
 
 def is_multi_labelled(folder: Path) -> bool:
     """Whether clip_benchmark's layout says that an image may be of several classes."""
-    return data_set_type(_test_split(folder)) == "multilabel"
-
-
-def data_set_type(split: Path) -> str | None:
-    """The word in ``dataset_type.txt`` beside or above the tars; None without such a file.
-
-    Like clip_benchmark: whatever its case, and the blanks around it.
-
-    Raises:
-        InputError: if it is none of clip_benchmark's.
-    """
-    for path in (split / "dataset_type.txt", split.parent / "dataset_type.txt"):
-        if not path.is_file():
-            continue
-        word = " ".join(read_lines(path)).lower()
-        if word not in _TYPES:
-            raise InputError(
-                f"{path} says {word!r}, which is no type of a data set; write one of "
-                f"{', '.join(_TYPES)}, or remove it"
-            )
-        return word
-    return None
+    return dataset_type(folder) == "multilabel"
 
 
 class MultiLabelledImages(_InOrder):

@@ -65,8 +65,8 @@ def check_usable(made: str, *counts: tuple[int, int, str]) -> None:
     if words:
         raise InputError(
             f"the {made} of {' and of '.join(words)} are not finite or are zero, so that nothing "
-            "can be measured; check the weights (training may have diverged), or give --precision "
-            "float32"
+            "can be measured; check the weights (training may have diverged) and the precision "
+            "(float16 may overflow)"
         )
 
 

@@ -186,8 +186,6 @@ class Parts:
 
     train: LabelledImages
     test: LabelledImages
-    test_name: str
-    """The sub-folder of the images to measure on."""
     validation: LabelledImages | None
     """Those that choose the weight decay, where they lie apart."""
 
@@ -223,7 +221,7 @@ def open_parts(task: LinearProbe, folder: Path, recipe: Recipe) -> Parts:
                 f"the classes of {folder / name} are not those of {folder / task.train}: only one "
                 f"of them has {odd[0]!r}; make their folders the same"
             )
-    return Parts(opened[0], opened[1], test, opened[2] if validation else None)
+    return Parts(opened[0], opened[1], opened[2] if validation else None)
 
 
 def evaluate(
@@ -256,9 +254,7 @@ def evaluate(
     asked = ~torch.isin(test.labels, torch.tensor(held_out, dtype=torch.int64))
     answers = found.answers(test.rows(asked))
     trained_on = train if validation is None else train.joined(validation)
-    _check_trained(answers.labels, trained_on.labels)
     measured_on, learned = (identify(part, ranks, run.device) for part in (parts.test, parts.train))
-    both = measured_on.common(learned)
     run.log.info(
         "%s: %s images, %s trained on, weight decay %.3g",
         task.name,
@@ -266,16 +262,6 @@ def evaluate(
         f"{len(train):,}",
         found.weight_decay,
     )
-    if both:
-        run.log.warning(
-            "%s: %s of the %s images that are measured on were trained on too, byte for byte: %s "
-            "and %s overlap",
-            task.name,
-            f"{both:,}",
-            f"{len(test):,}",
-            folder / task.train,
-            folder / parts.test_name,
-        )
     measured_on.remark(task.name, run.log)
     remark_classes(task, answers, parts.test.class_folders or [], run, but=held_out)
     counts = {
@@ -283,8 +269,10 @@ def evaluate(
         "train_images": len(train),
         "validation_images": found.num_validation,
         "left_out": int((~asked).sum()),
-        "images_trained_on": both,
+        "images_trained_on": measured_on.common(learned),
+        "images_of_untrained_classes": int((~torch.isin(answers.labels, trained_on.labels)).sum()),
     }
+    _remark(task, folder, counts, len(test), run)
     if keep is not None:
         facts = {
             **measured_on.facts(),
@@ -317,14 +305,27 @@ def _key(task: LinearProbe, model: Any, recipe: Recipe, run: Run) -> dict[str, A
     }
 
 
-def _check_trained(labels: Tensor, trained: Tensor) -> None:
-    """Refuse images of classes that nothing was trained on, which count as wrong for ever."""
-    unknown = labels[~torch.isin(labels, trained)]
-    if len(unknown):
-        raise InputError(
-            f"{len(unknown):,} of {len(labels):,} test images are of classes that no training "
-            f"image is of, such as the label {int(unknown[0])}; check that both parts number their "
-            "classes alike"
+def _remark(
+    task: LinearProbe, folder: Path, counts: dict[str, Any], num_images: int, run: Run
+) -> None:
+    """Say what makes the accuracy another than it seems."""
+    if both := counts["images_trained_on"]:
+        run.log.warning(
+            "%s: %s of the %s images of %s that are measured on are among those trained on, byte "
+            "for byte",
+            task.name,
+            f"{both:,}",
+            f"{num_images:,}",
+            folder,
+        )
+    if unknown := counts["images_of_untrained_classes"]:
+        run.log.warning(
+            "%s: %s of the %s images of %s that are measured on are of classes that nothing was "
+            "trained on, and count as wrong; check that both parts number their classes alike",
+            task.name,
+            f"{unknown:,}",
+            f"{num_images:,}",
+            folder,
         )
 
 
