@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -115,7 +116,7 @@ def _measure_all(
     for task in tasks:
         if isinstance(task, LinearProbe) and task.features is None:
             task = replace(task, features=out / "features")
-        numbers, outcomes = _measure(task, trained)
+        numbers, outcomes = _measure(task, trained, out)
         if subject is not None:
             _report(task, numbers, outcomes, subject, trained, out, options.csv)
         if (score := _headline(task, numbers)) is not None:
@@ -144,18 +145,29 @@ def _check_free(
         raise InputError(refused)
 
 
-def _measure(task: EvaluationTask, trained: Trained) -> tuple[dict[str, Any], Outcomes | None]:
-    """The numbers of a task, and what it found image by image where it keeps that."""
+def _measure(
+    task: EvaluationTask, trained: Trained, out: Path
+) -> tuple[dict[str, Any], Outcomes | None]:
+    """The numbers of a task, and what it found image by image where it keeps that.
+
+    Files that a task writes beside its numbers, as training has them in the run directory, go
+    where the numbers go.
+    """
     import torch
 
     kept: list[Outcomes] = []
-    model, recipe, run = trained.model, trained.recipe, trained.run
+    aside = out / f".{task.name}.measuring"
+    model, recipe, run = trained.model, trained.recipe, replace(trained.run, dir=aside)
     with torch.no_grad():  # a linear probe trains on top, which inference mode would not allow
         if isinstance(task, ImageEvaluation):
             keep = kept.append if run.is_main else None
             numbers = task.evaluate(model, recipe, run, keep=keep)
         else:
             numbers = task.evaluate(model, recipe, run)
+    if run.is_main and aside.is_dir():
+        for file in (aside / "evaluation").iterdir():
+            file.replace(out / file.name)
+        shutil.rmtree(aside)
     return numbers, kept[0] if kept else None
 
 

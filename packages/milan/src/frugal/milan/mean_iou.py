@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating
 from frugal.common.evaluation.pictures import example_places
 from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.files import write_file
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 from frugal.milan.masked_folder import (
@@ -152,13 +154,13 @@ def _mean(values: Tensor) -> float:
 
 
 def _write_classes(path: Path, names: Sequence[str], quality: Quality) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = (quality.iou, quality.accuracy, quality.pixels)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "name", "iou", "accuracy", "pixels"])
-        for number, row in enumerate(zip(names, *(c.tolist() for c in columns), strict=True)):
-            rows.writerow([number + 1, *("" if value != value else value for value in row)])
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(["class", "name", "iou", "accuracy", "pixels"])
+    for number, row in enumerate(zip(names, *(c.tolist() for c in columns), strict=True)):
+        rows.writerow([number + 1, *("" if value != value else value for value in row)])
+    write_file(path, text.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------
