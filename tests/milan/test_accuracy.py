@@ -1,6 +1,7 @@
 """How often a classifier is right: exact, and refused where its classes are not the data's."""
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,36 @@ def test_labels_beyond_the_models_classes_are_refused(scenes: Path, tmp_path: Pa
         (tmp_path / shard.name).symlink_to(shard)
     with pytest.raises(InputError, match="an image has the label"):
         measure(Accuracy(data=tmp_path), model(5))
+
+
+def test_scores_that_are_not_finite_are_counted_and_refused(folder: Path) -> None:
+    classifier = model()
+    seen = []
+
+    def spoil(module: torch.nn.Module, arguments: tuple, scores: torch.Tensor) -> torch.Tensor:
+        del module, arguments
+        seen.append(len(scores))
+        return torch.where(torch.arange(len(scores))[:, None] < 3, torch.inf, scores)
+
+    classifier.register_forward_hook(spoil)
+    count = 3 * 2  # three of the 64, three of the 6
+    with pytest.raises(InputError, match=f"scores of {count} of 70 images are not finite"):
+        measure(Accuracy(data=folder), classifier)
+    assert seen == [64, 6]
+
+
+def test_classes_without_an_image_are_told_and_counted(
+    folder: Path, tmp_path: Path, caplog
+) -> None:
+    shutil.copytree(folder, tmp_path / "some")
+    for file in (tmp_path / "some" / "class3").iterdir():
+        file.unlink()
+    names = "".join(f"{entry.name}\n" for entry in sorted((tmp_path / "some").iterdir()))
+    (tmp_path / "some" / "classnames.txt").write_text(names)
+    with caplog.at_level(logging.WARNING, "test"):
+        found = measure(Accuracy(data=tmp_path / "some"), model())
+    assert found["accuracy_classes_without_images"] == 1
+    assert "no image of 1 classes: class 3" in caplog.text
 
 
 def test_an_evaluation_without_data_is_skipped_and_a_wrong_path_refused() -> None:

@@ -284,6 +284,24 @@ def test_the_whole_picture_can_be_stretched_into_one_window(model, tmp_path: Pat
     assert numbers["segmentation_miou"] == pytest.approx(expected["miou"], abs=1e-3)
 
 
+def test_pictures_whose_scores_are_not_finite_are_counted_and_refused(tmp_path: Path) -> None:
+    root = cases.write_folder(tmp_path / "data", [(40, 90), (32, 48), (64, 33)], split="validation")
+    run = replace(cases.HERE, dir=tmp_path / "run")
+    broken = cases.CONFIG.build(torch.Generator().manual_seed(0))
+    seen = []
+
+    def spoil(module: nn.Module, arguments: tuple, scores: Tensor) -> Tensor:
+        del module, arguments
+        seen.append(1)
+        scores[:, 2, 0, 0] = math.inf if len(seen) == 1 else 0.0
+        return scores
+
+    broken.register_forward_hook(spoil)
+    with pytest.raises(InputError, match="scores of 1 of 3 pictures are not finite"):
+        MeanIoU(data=root).evaluate(broken, cases.recipe(), run)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_evaluation_without_data_is_skipped(model) -> None:
     assert MeanIoU().evaluate(model, cases.recipe(), cases.HERE) == {}
 

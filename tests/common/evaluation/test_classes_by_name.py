@@ -110,11 +110,17 @@ def test_numbers_in_tars_are_not_taken_for_class_folders(tmp_path: Path, run: Ru
         measure(tmp_path, run)
 
 
-def test_numbers_that_no_training_image_has_are_refused(tmp_path: Path, run: Run) -> None:
+def test_numbers_that_no_training_image_has_are_counted_and_higher_ones_refused(
+    tmp_path: Path, run: Run
+) -> None:
     tars(tmp_path / "gap" / "train", "abd")
     tars(tmp_path / "gap" / "test", "abd", 3)
     assert measure(tmp_path / "gap", run)["linear_probe_images"] == 9
     tars(tmp_path / "more" / "train", "abd")
     tars(tmp_path / "more" / "test", "abcd", 3)
-    with pytest.raises(InputError, match="has the label 2, of which there is no training image"):
-        measure(tmp_path / "more", run)
+    found = measure(tmp_path / "more", run)
+    assert found["linear_probe_images_of_untrained_classes"] == 3
+    tars(tmp_path / "higher" / "train", "abd")
+    tars(tmp_path / "higher" / "test", "abe", 3)
+    with pytest.raises(InputError, match="has the label 4, of which there is no training image"):
+        measure(tmp_path / "higher", run)

@@ -19,7 +19,7 @@ from frugal.common.contracts import EvaluationTask
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluate import Options, chosen_tasks, evaluate
+from frugal.common.evaluate import Options, _measure, chosen_tasks, evaluate
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.identity import weights_digest
@@ -234,6 +234,46 @@ def test_a_file_says_everything_that_is_needed_to_measure_again(run: Path, scene
     outcomes = load_outcomes(run / "out" / "zero_shot.outcomes.safetensors")
     assert outcomes.facts["data_sha256"] == facts["data_sha256"]
     assert float(outcomes.number("zero_shot_top1")) == content["zero_shot_top1"]
+
+
+def test_results_of_other_data_or_weights_are_not_replaced(
+    run: Path, scenes: Path, tmp_path: Path
+) -> None:
+    words = {"tasks": ("zero-shot",)}
+    first = measured(run, "zero_shot", data=scenes, **words)
+    assert measured(run, "zero_shot", data=scenes, **words) == first  # the same may be repeated
+    copied = Path(shutil.copytree(scenes / "zero_shot", tmp_path / "copied"))
+    with pytest.raises(InputError, match=r"zero_shot\.json holds what was measured on .*scenes"):
+        measured(run, "zero_shot", data=copied, **words)
+    other = measured(run, "copied", data=copied, name="copied", **words)
+    assert other["copied_top1"] == first["zero_shot_top1"]
+    recipe = load_recipe(run / "recipe.json")
+    model = replace(recipe.model, image=replace(recipe.model.image, activation="quick_gelu"))
+    write_recipe(run, replace(recipe, model=model))
+    with pytest.raises(InputError, match="with the other weights of"):
+        measured(run, "zero_shot", data=scenes, **words)
+    assert json.loads((run / "out" / "zero_shot.json").read_text()) == first
+
+
+def test_files_that_a_task_writes_go_where_its_numbers_go(run: Path, tmp_path: Path) -> None:
+    class Writing(EvaluationTask):
+        name = "mine"
+
+        def folder(self) -> None:
+            """None."""
+
+        def evaluate(self, model, recipe, run, *, show=None) -> dict[str, float]:
+            (run.dir / "evaluation").mkdir(parents=True)
+            (run.dir / "evaluation" / "mine_classes.csv").write_text("new")
+            return {"mine_number": 0.5}
+
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "mine_classes.csv").write_text("of training")
+    trained = load_trained(run, device="cpu")
+    assert _measure(Writing(), trained, tmp_path / "out") == ({"mine_number": 0.5}, None)
+    assert (tmp_path / "out" / "mine_classes.csv").read_text() == "new"
+    assert (run / "evaluation" / "mine_classes.csv").read_text() == "of training"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine_classes.csv"]
 
 
 def test_the_table_grows_by_a_row_for_every_task(run: Path, scenes: Path) -> None:

@@ -236,7 +236,14 @@ def test_embeddings_are_kept_and_used_again(
 def test_a_folder_that_cannot_be_written_is_one_sentence(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be kept in .*file.*choose another --features"):
-        kept(tmp_path / "file", {}, lambda: blobs(3, seed=0), ranks=Ranks(), run=run)
+        kept(
+            tmp_path / "file",
+            {},
+            lambda: blobs(3, seed=0),
+            data=lambda: "0" * 64,
+            ranks=Ranks(),
+            run=run,
+        )
 
 
 def test_parts_that_do_not_belong_together_are_refused(folder: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
-from evaluated import recipe, telling
+from evaluated import multi_label_tars, recipe, telling
 
+from frugal.common.data.labelled import MultiLabelledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe, ZeroShot
 from frugal.common.evaluation.remote import _places, as_url, fetch
@@ -51,7 +55,7 @@ def served(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
 def test_numbers_are_those_of_the_folder_behind_the_url(
     served: tuple[str, type[Handler]], scenes: Path, run: Run, tmp_path: Path
 ) -> None:
-    url, handler = served
+    url, _ = served
     folder = fetch(f"{url}/zero_shot", ["test", "train"], cache=tmp_path)
     plan = recipe()
     model = telling(plan)
@@ -65,10 +69,44 @@ def test_numbers_are_those_of_the_folder_behind_the_url(
             assert here == there
         else:  # held_out.txt is not part of clip_benchmark's layout
             assert there["linear_probe_images"] == 128
-    count = len(handler.asked)
+    written = {path: path.stat().st_ino for path in folder.rglob("*")}
     assert fetch(f"{url}/zero_shot", ["test"], cache=tmp_path) == folder
-    # only what need not be there is asked for again
-    assert all("dataset_type.txt" in path for path in handler.asked[count:])
+    assert {path: path.stat().st_ino for path in folder.rglob("*")} == written
+
+
+def test_what_was_replaced_behind_the_url_comes_again_and_the_rest_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    served = tmp_path / "served"
+    multi_label_tars(served, np.eye(3, dtype=np.int64)[[0, 1, 2, 1]])
+    handler = type("Own", (Handler,), {"asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(served)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    folder = fetch(url, ["test"], cache=tmp_path / "cache")
+    before = MultiLabelledImages(folder, size=(8, 8)).targets
+    kept = (folder / "test" / "1.tar").stat().st_ino
+    multi_label_tars(tmp_path / "new", np.eye(3, dtype=np.int64)[[2, 2, 2, 1]])
+    new = tmp_path / "new" / "test" / "0.tar"
+    os.utime(new, (2e9, 2e9))
+    assert new.stat().st_size == (served / "test" / "0.tar").stat().st_size
+    new.replace(served / "test" / "0.tar")
+    (served / "dataset_type.txt").unlink()
+    fetch(url, ["test"], cache=tmp_path / "cache")
+    assert (folder / "test" / "1.tar").stat().st_ino == kept
+    assert not (folder / "dataset_type.txt").exists()
+    after = MultiLabelledImages(folder, size=(8, 8)).targets
+    assert after.tolist()[:3] == [[False, False, True]] * 3 != before.tolist()[:3]
+    server.shutdown()
+    server.server_close()
+    with caplog.at_level("WARNING", "frugal"):
+        logging.getLogger("frugal").propagate = True
+        assert fetch(url, ["test"], cache=tmp_path / "cache") == folder
+    assert caplog.text.count("is used as it was fetched") == 1
+    (folder / "test" / "1.tar").unlink()
+    with pytest.raises(InputError, match="cannot be fetched"):
+        fetch(url, ["test"], cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from frugal.common.commands import read_command_line, run_politely, without_local_rank
+from frugal.common.errors import InputError
 from frugal.common.evaluation.asked import Options, asked_programs, chosen_tasks
 from frugal.common.evaluation.config import ImageEvaluation, LinearProbe
 from frugal.common.evaluation.programs import Program, installed
 from frugal.common.evaluation.suites import SUITES
+from frugal.common.files import write_json
 from frugal.common.loading import Trained, look
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -46,7 +48,7 @@ def evaluate(options: Options) -> None:
         _join(trained.run)
         scores |= _measure_all(part, trained, found.pretrained, options, url)
         if trained.run.is_main:
-            _report_suites(options, scores, _out(options, trained.run))
+            _report_suites(options, scores, _out(options, trained.run), _head(trained))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     for word in asked_programs(options):
@@ -110,11 +112,12 @@ def _measure_all(
     run = trained.run
     out = _out(options, run)
     subject = _subject(options, trained, pretrained, url) if run.is_main else None
+    _check_free(tasks, subject, trained, out)
     scores: dict[str, float] = {}
     for task in tasks:
         if isinstance(task, LinearProbe) and task.features is None:
             task = replace(task, features=out / "features")
-        numbers, outcomes = _measure(task, trained)
+        numbers, outcomes = _measure(task, trained, out)
         if subject is not None:
             _report(task, numbers, outcomes, subject, trained, out, options.csv)
         if (score := _headline(task, numbers)) is not None:
@@ -122,18 +125,50 @@ def _measure_all(
     return scores
 
 
-def _measure(task: EvaluationTask, trained: Trained) -> tuple[dict[str, Any], Outcomes | None]:
-    """The numbers of a task, and what it found image by image where it keeps that."""
+def _check_free(
+    tasks: list[EvaluationTask], subject: Subject | None, trained: Trained, out: Path
+) -> None:
+    """Refuse to replace other measurements, on every process alike."""
+    from frugal.common.evaluation.ranks import Ranks
+    from frugal.common.evaluation.results import check_free
+
+    problem = None
+    if subject is not None:
+        is_own = out.resolve() == (trained.run.dir / "evaluation").resolve()
+        own = trained.recipe.evaluation if is_own else ()
+        data = {task.name: str(getattr(task, "data", None)) for task in own}
+        try:
+            for task in tasks:
+                check_free(task, subject, out, step=trained.step, trained_on=data)
+        except InputError as error:
+            problem = str(error)
+    if (refused := Ranks.current().gather(problem)[0]) is not None:
+        raise InputError(refused)
+
+
+def _measure(
+    task: EvaluationTask, trained: Trained, out: Path
+) -> tuple[dict[str, Any], Outcomes | None]:
+    """The numbers of a task, and what it found image by image where it keeps that.
+
+    Files that a task writes beside its numbers, as training has them in the run directory, go
+    where the numbers go.
+    """
     import torch
 
     kept: list[Outcomes] = []
-    model, recipe, run = trained.model, trained.recipe, trained.run
+    aside = out / f".{task.name}.measuring"
+    model, recipe, run = trained.model, trained.recipe, replace(trained.run, dir=aside)
     with torch.no_grad():  # a linear probe trains on top, which inference mode would not allow
         if isinstance(task, ImageEvaluation):
             keep = kept.append if run.is_main else None
             numbers = task.evaluate(model, recipe, run, keep=keep)
         else:
             numbers = task.evaluate(model, recipe, run)
+    if run.is_main and aside.is_dir():
+        for file in (aside / "evaluation").iterdir():
+            file.replace(out / file.name)
+        shutil.rmtree(aside)
     return numbers, kept[0] if kept else None
 
 
@@ -150,7 +185,7 @@ def _with_data(options: Options) -> tuple[Options, str | None]:
 
 
 def _subject(options: Options, trained: Trained, pretrained: str, url: str | None) -> Subject:
-    from frugal.common.evaluation.identity import versions, weights_digest
+    from frugal.common.evaluation.identity import config_digest, versions, weights_digest
     from frugal.common.evaluation.results import Subject
 
     facts = {
@@ -159,6 +194,7 @@ def _subject(options: Options, trained: Trained, pretrained: str, url: str | Non
         "library": trained.library,
         "pretrained": pretrained,
         "weights_sha256": weights_digest(trained.model),
+        "config_sha256": config_digest(trained.model, trained.recipe),
         "device": trained.run.device.type,
         "precision": trained.recipe.engine.precision,
         "processes": trained.run.world_size,
@@ -179,13 +215,17 @@ def _report(
 ) -> None:
     from frugal.common.evaluation import results
 
-    head = {}
-    if trained.step is not None:
-        head = {"step": trained.step, "samples": trained.step * trained.recipe.batch_size}
-    results.write(task, numbers, outcomes, subject, out, head)
+    _print(numbers)  # first: what was measured is not lost with a full disk
+    results.write(task, numbers, outcomes, subject, out, _head(trained))
     if rows := results.rows(task, numbers, subject):
         results.append(table or out / "results.csv", rows)
-    _print(numbers)
+
+
+def _head(trained: Trained) -> dict[str, int]:
+    """Of every file: when in training the model was so."""
+    if trained.step is None:
+        return {}
+    return {"step": trained.step, "samples": trained.step * trained.recipe.batch_size}
 
 
 def _headline(task: EvaluationTask, numbers: Mapping[str, Any]) -> float | None:
@@ -193,16 +233,17 @@ def _headline(task: EvaluationTask, numbers: Mapping[str, Any]) -> float | None:
     return numbers.get(f"{task.name}_score", numbers.get(f"{task.name}_top1"))
 
 
-def _report_suites(options: Options, scores: Mapping[str, float], out: Path) -> None:
+def _report_suites(
+    options: Options, scores: Mapping[str, float], out: Path, head: Mapping[str, Any]
+) -> None:
     from frugal.common.evaluation.results import suite_numbers
 
     for word in options.tasks or ():
         if word in SUITES:
             own = {name: scores[name] for name in SUITES[word] if name in scores}
             numbers = suite_numbers(word, own, SUITES[word])
-            path = out / f"{word.replace('-', '_')}.json"
-            path.write_text(json.dumps(numbers, indent=2) + "\n")
             _print(numbers)
+            write_json(out / f"{word.replace('-', '_')}.json", {**head, **numbers})
 
 
 def _print(numbers: Mapping[str, Any]) -> None:

@@ -8,9 +8,9 @@ no network and no script.
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -23,7 +23,8 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation import sections
 from frugal.common.evaluation.page import PAGE, STYLE
 from frugal.common.evaluation.sections import Command
-from frugal.common.recipe import load_recipe
+from frugal.common.files import finite, read_json_object, write_file, write_json
+from frugal.common.recipe import Recipe, load_recipe
 from frugal.common.run import make_logger
 from frugal.common.words import command_words
 
@@ -79,10 +80,11 @@ def write_report(
     missing = [name for name in REQUIRED if name not in numbers]
     if missing:
         raise ValueError(f"a report needs {', '.join(missing)}")
-    finite = {name: _finite(value) for name, value in numbers.items()}
+    numbers = finite(numbers)
     logged = {name: read_metrics(run_dir) for name, run_dir in stages.items()}
-    body = [sections.headline(finite)]
+    body = [sections.headline(numbers), sections.missing(numbers)]
     body.append(sections.section("How it learned", sections.curves(logged)))
+    body.append(sections.section("What was read", sections.damage(logged)))
     body += [sections.section(name, content) for name, content in about_data]
     if gathered is not None:
         classes = sections.classes(gathered.classes, gathered.confused)
@@ -96,25 +98,20 @@ def write_report(
                 "The captions it finds nearest", sections.retrieved(gathered.retrieved)
             ),
         ]
-    contrasts = sections.contrasted(finite, gathered.contrasted if gathered else ())
+    contrasts = sections.contrasted(numbers, gathered.contrasted if gathered else ())
     body.append(sections.section("True captions against false ones", contrasts))
     body.append(sections.section("What to type next", sections.commands(commands)))
-    body.append(sections.all_numbers(finite))
+    body.append(sections.all_numbers(numbers))
     page = PAGE.format(
         title=escape(title),
         style=STYLE,
         summary=f'<p class="summary">{escape(summary)}</p>' if summary else "",
         body="\n".join(part for part in body if part),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_json(folder / "report.json", numbers)
+    write_file(path, page)
     return path
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -173,24 +170,73 @@ def collect_numbers(stages: Mapping[str, Path]) -> dict[str, Any]:
     states = [find_checkpoint(run_dir).state for run_dir in stages.values()]
     last = list(stages.values())[-1]
     numbers: dict[str, Any] = dict.fromkeys(REQUIRED)
-    files = sorted((last / "evaluation").glob("*.json"))
-    if not files and load_recipe(last / "recipe.json").evaluation:
-        raise InputError(f"{last} was not evaluated yet; start its training again to finish it")
-    for file in files:
-        content = json.loads(file.read_text())
-        # what was measured, and with what, is for repeating it; a page of it would hide the rest
-        numbers |= {n: value for n, value in content.items() if not n.endswith("_measured")}
-    for name in ("step", "samples"):
-        numbers.pop(name, None)
+    numbers |= _evaluated(last, load_recipe(last / "recipe.json"))
+    logged = [read_metrics(run_dir) for run_dir in stages.values()]
     samples = sum(state["samples"] for state in states)
-    seconds = sum(state["seconds"] for state in states)
-    return numbers | {
+    numbers |= {
         "samples_seen": samples,
-        "train_seconds": seconds,
-        "samples_per_second": samples / seconds if seconds else None,
+        "train_seconds": sum(state["seconds"] for state in states),
+        "samples_per_second": samples_per_second(logged),
         "world_size": states[-1]["world_size"],
         "engine": states[-1]["engine"],
     }
+    return numbers | read_in_all(logged)
+
+
+def _evaluated(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
+    """The numbers of the newest evaluation of a run, and what of it is not there."""
+    files = sorted((run_dir / "evaluation").glob("*.json"))
+    contents = {file.stem: read_json_object(file) for file in files}
+    tasks = {task.name: getattr(task, "data", None) for task in recipe.evaluation}
+    if not contents and any(data is not None for data in tasks.values()):
+        raise InputError(f"{run_dir} was not evaluated yet; start its training again to finish it")
+    newest = max((content["step"] for content in contents.values() if "step" in content), default=0)
+    older = {name: c["step"] for name, c in contents.items() if c.get("step", newest) != newest}
+    missing = {name: f"measured after step {step}, not {newest}" for name, step in older.items()}
+    for name, data in tasks.items():
+        if name not in contents:
+            missing[name] = "it was given no data" if data is None else "it was not measured"
+    numbers: dict[str, Any] = {}
+    for name, content in contents.items():
+        if name not in older:
+            # what was measured, and with what, is for repeating it; a page would hide the rest
+            numbers |= {n: value for n, value in content.items() if not n.endswith("_measured")}
+    for name in ("step", "samples"):
+        numbers.pop(name, None)
+    return numbers | ({"not_measured": missing} if missing else {})
+
+
+def samples_per_second(stages: Iterable[Sequence[Mapping[str, Any]]]) -> float | None:
+    """The mean of what the stages logged, every sample with the time of its steps alone.
+
+    Evaluations, checkpoints and pictures are no steps, and the log leaves their time out.
+
+    Args:
+        stages: the lines of ``metrics.jsonl`` of each stage.
+    """
+    samples = seconds = 0.0
+    for lines in stages:
+        before = 0.0
+        for line in lines:
+            trained, rate = line["samples"] - before, line.get("samples_per_second")
+            before = line["samples"]
+            if isinstance(rate, (int, float)) and rate > 0 and trained > 0:
+                samples, seconds = samples + trained, seconds + trained / rate
+    return samples / seconds if seconds else None
+
+
+def read_in_all(stages: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Samples read and damaged over all stages, and what was passed over; {} where none was."""
+    read = 0
+    counts: dict[str, Counter[str]] = {"damaged": Counter(), "passed_over": Counter()}
+    for lines in stages:
+        last = lines[-1] if lines else {}
+        read += last.get("read_samples", 0)
+        for name, counter in counts.items():
+            if isinstance(last.get(name), dict):
+                counter.update(last[name])
+    found = {name: dict(counter) for name, counter in counts.items() if counter.total()}
+    return {"read_samples": read, **found} if found else {}
 
 
 def describe_data(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
@@ -256,6 +302,9 @@ def report(options: Options) -> None:
         summary=f"Stages of the training: {', then '.join(stages)}." if len(stages) > 1 else "",
     )
     write = sys.stdout.write
+    log = make_logger(0)
+    for name, reason in numbers.get("not_measured", {}).items():
+        log.warning("the report has no numbers of %s: %s", name, reason)
     named = (*REQUIRED, "compositional_mean", "accuracy_top1", "segmentation_miou")
     shown = [name for name in named if numbers.get(name) is not None]
     for name in shown:

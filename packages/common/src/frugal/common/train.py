@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from frugal.common.commands import Recipes, read_command_line, run_politely
 from frugal.common.contracts import Batch, PreparedReduction
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_object, write_json
 from frugal.common.recipe import (
     Recipe,
     difference,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from frugal.common.checkpoint.store import Checkpoint, CheckpointStore
+    from frugal.common.contracts import EvaluationTask
     from frugal.common.engine.backend import Engine
     from frugal.common.engine.saving import WeightAverage
     from frugal.common.engine.watch import Watch
@@ -383,32 +385,46 @@ def evaluate_all(
     together = {name: value for numbers in results.values() for name, value in numbers.items()}
     if not run.is_main:
         return together
-    folder = run.dir / "evaluation"
-    folder.mkdir(exist_ok=True)
-    for name, numbers in results.items():
-        if not numbers:
+    for task in recipe.evaluation:
+        if not (numbers := results[task.name]):
             continue  # this evaluation was given no data
-        content = {"step": step, "samples": step * recipe.batch_size, **numbers}
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
+        head = {"step": step, "samples": step * recipe.batch_size, "data": _data_of(task)}
+        write_json(run.dir / "evaluation" / f"{task.name}.json", {**head, **numbers})
         watch.numbers(step, numbers)
     return together
 
 
 def _last_evaluated(recipe: Recipe, run: Run) -> float:
-    """The step after which every evaluation that was given data has run; -1 before the first."""
-    folder = run.dir / "evaluation"
-    if not folder.is_dir():
-        return -1
-    steps: list[float] = [math.inf]  # none was given data: nothing is missed
-    for task in recipe.evaluation:
-        file = folder / f"{task.name}.json"
-        if not file.exists():
+    """The step after which every evaluation that is given data has run on it; -1 before the first.
+
+    Raises:
+        InputError: if the numbers of a finished run would be replaced by those of other data.
+    """
+    steps: list[float] = [math.inf]  # none is given data: nothing is missed
+    saved = run.dir / "recipe.json"
+    first = load_recipe(saved).evaluation if saved.exists() else ()
+    trained_on = {task.name: _data_of(task) for task in first}
+    for number, task in enumerate(recipe.evaluation):
+        if task.folder() is None:
             continue
+        file, data = run.dir / "evaluation" / f"{task.name}.json", _data_of(task)
         try:
-            steps.append(json.loads(file.read_text())["step"])
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError):
-            steps.append(-1)  # cut in two by a crash
+            before = read_json_object(file) if file.exists() else {}
+        except InputError:
+            before = {}  # cut in two by a crash
+        step = before.get("step", -1)
+        known = before.get("data", trained_on.get(task.name, data))
+        if step == recipe.steps and Path(known).resolve() != Path(data).resolve():
+            raise InputError(
+                f"{file} holds what this run was measured at on {known}, which {data} would "
+                f"replace; give the evaluation a name of its own with --evaluation.{number}.name"
+            )
+        steps.append(step)
     return min(steps)
+
+
+def _data_of(task: EvaluationTask) -> str:
+    return str(getattr(task, "data", None))
 
 
 def _draw(batch: Batch, step: int, engine: Engine, watch: Watch) -> None:

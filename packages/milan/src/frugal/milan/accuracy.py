@@ -19,7 +19,7 @@ from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import IMAGE_EXTENSIONS
 from frugal.common.data.sources import find_files
 from frugal.common.errors import InputError
-from frugal.common.evaluation.embed import autocast, evaluating, grouped
+from frugal.common.evaluation.embed import autocast, check_usable, evaluating, grouped
 from frugal.common.evaluation.metrics import ranked_classes, top_k_accuracy
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.remarks import Remarks
@@ -48,6 +48,7 @@ def evaluate(
     _explain_numbers(data, trained, folder, run)
     if not len(data):
         raise InputError(f"{folder} holds no image; check the folder of the evaluation")
+    Ranks.current().same_data(data, task.name)
     with evaluating(model), autocast(recipe.engine.precision, run.device):
         labels, ranked, losses = _answers(task, data, model, run, classes=classes)
     held_out = held_out_classes(folder, classes)
@@ -125,8 +126,8 @@ def _answers(
     """
     ranks = Ranks.current()
     width = min(5, classes)
-    # one row per image: how often it came, its label, the ranked classes
-    table = torch.zeros(len(data), 2 + width, dtype=torch.int64, device=run.device)
+    # one row per image: how often it came, its label, whether its scores are finite, the ranks
+    table = torch.zeros(len(data), 3 + width, dtype=torch.int64, device=run.device)
     losses = torch.zeros(len(data), dtype=torch.float64, device=run.device)
     batches = data.batches(ranks.rank, ranks.world_size, task.batch_size, task.workers)
     for images, labels, places in grouped(batches):
@@ -137,12 +138,14 @@ def _answers(
             )
         labels, places = labels.to(run.device), places.to(run.device)
         scores = model(_normalised(images.to(run.device), model)).float()  # (b, C)
-        rows = [torch.ones_like(labels)[:, None], labels[:, None], ranked_classes(scores)]
-        table.index_add_(0, places, torch.cat(rows, dim=1))
+        counted = [torch.ones_like(labels), labels, scores.isfinite().all(1).long()]
+        rows = torch.cat([torch.stack(counted, dim=1), ranked_classes(scores)], dim=1)
+        table.index_add_(0, places, rows)
         losses[places] = F.cross_entropy(scores.double(), labels, reduction="none")
     table, losses = ranks.sum(table).cpu(), ranks.sum(losses).cpu()
     check_delivery(table[:, 0])
-    return table[:, 1], table[:, 2:], losses
+    check_usable("scores", (int((table[:, 2] == 0).sum()), len(table), "images"))
+    return table[:, 1], table[:, 3:], losses
 
 
 def _normalised(images: Tensor, model: Any) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from frugal.common.contracts import Show
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import Window, resize_window
 from frugal.common.errors import InputError
-from frugal.common.evaluation.embed import autocast, evaluating
+from frugal.common.evaluation.embed import autocast, check_usable, evaluating
 from frugal.common.evaluation.pictures import example_places
 from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.files import write_file
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 from frugal.milan.masked_folder import (
@@ -50,21 +53,34 @@ def evaluate(
     pictures = _Pictures(data, task, size=recipe.model.image.height_width, num_classes=classes)
     shown = set(example_places(len(data), _SHOWN))
     ranks = Ranks.current()
+    ranks.same_data(data, task.name)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
     delivered = torch.zeros(len(data), dtype=torch.int64, device=run.device)
+    broken = torch.zeros(len(data), dtype=torch.int64, device=run.device)
     with evaluating(model), autocast(recipe.engine.precision, run.device):
         for place, views, labels in pictures.of(ranks, workers=task.workers):
-            answer = segment(model, task, views, labels.shape, device=run.device)  # (H, W)
+            with _noting_broken(model, broken[place]):
+                answer = segment(model, task, views, labels.shape, device=run.device)  # (H, W)
             confusion += confusion_matrix(answer, labels.to(run.device), classes)
             delivered[place] += 1
             if show is not None and place in shown:
                 show(f"{task.name}/{place}", _picture(data, place, labels, answer, classes))
     check_delivery(ranks.sum(delivered).cpu())
+    check_usable("scores", (int((ranks.sum(broken) > 0).sum()), len(data), "pictures"))
     quality = Quality.of(ranks.sum(confusion).cpu())
     if not quality.pixels.sum():
         raise InputError(f"no pixel of the pictures in {data.images} has a class; check the masks")
     if run.is_main:
         _write_classes(run.dir / "evaluation" / f"{task.name}_classes.csv", names, quality)
+    if absent := [name for name, iou in zip(names, quality.iou, strict=True) if iou.isnan()]:
+        run.log.warning(
+            "%s: %d of the %d classes are in no picture and no answer, and in no mean: %s%s",
+            task.name,
+            len(absent),
+            classes,
+            ", ".join(absent[:5]),
+            " and others" if len(absent) > 5 else "",
+        )
     numbers = {
         "miou": _mean(quality.iou),
         "pixel_accuracy": quality.pixel_accuracy,
@@ -73,6 +89,21 @@ def evaluate(
         "classes": int((~quality.iou.isnan()).sum()),
     }
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
+
+
+@contextmanager
+def _noting_broken(model: nn.Module, counter: Tensor) -> Iterator[None]:
+    """Count in a () int64 the passes of a model whose scores are not finite."""
+
+    def look(module: nn.Module, arguments: Any, scores: Tensor) -> None:
+        del module, arguments
+        counter.add_((~scores.isfinite()).any())
+
+    hook = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -123,13 +154,13 @@ def _mean(values: Tensor) -> float:
 
 
 def _write_classes(path: Path, names: Sequence[str], quality: Quality) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = (quality.iou, quality.accuracy, quality.pixels)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "name", "iou", "accuracy", "pixels"])
-        for number, row in enumerate(zip(names, *(c.tolist() for c in columns), strict=True)):
-            rows.writerow([number + 1, *("" if value != value else value for value in row)])
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(["class", "name", "iou", "accuracy", "pixels"])
+    for number, row in enumerate(zip(names, *(c.tolist() for c in columns), strict=True)):
+        rows.writerow([number + 1, *("" if value != value else value for value in row)])
+    write_file(path, text.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from frugal.common.data.folders import FileList
 from frugal.common.data.index import load_index
 from frugal.common.data.pairs import Shelf
 from frugal.common.data.passed_over import PassedOver
-from frugal.common.data.samples import Fields, Reader, decode_classes
+from frugal.common.data.samples import Fields, RawSample, Reader, decode_classes
 from frugal.common.data.sources import find_files, index_missing, open_source
 from frugal.common.data.tars import TarReader
 from frugal.common.data.transforms import CenterCrop
@@ -61,6 +61,7 @@ class _Images(Dataset[dict[str, Any]]):
         self._ends = np.cumsum(self.source.counts)
         self._size = size
         self._crop = crop
+        self._contents = torch.zeros(len(self), _CONTENT, dtype=torch.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -72,8 +73,12 @@ class _Images(Dataset[dict[str, Any]]):
         return self._shelf.reader(shard), place - first
 
     def __getitem__(self, places: Sequence[int]) -> dict[str, Any]:
-        """Images (b, 3, H, W), labels (b,) with -1 for none, and places (b,); or a mistake."""
+        """Images (b, 3, H, W), labels (b,) with -1 for none, places (b,) and contents (b, 8).
+
+        Or a mistake, which loaders pass on whole.
+        """
         images: list[np.ndarray] = []
+        contents: list[np.ndarray] = []
         labels = np.full(len(places), -1, np.int64)
         for row, place in enumerate(places):
             key = f"image {place}"
@@ -82,13 +87,15 @@ class _Images(Dataset[dict[str, Any]]):
                 key = reader.key(index)
                 raw = reader.read(index)
                 images.append(self._crop.grey_levels(raw.image, size=self._size))
+                contents.append(_content(raw))
             except (Damaged, InputError) as error:
-                return {"mistake": f"{key} cannot be evaluated ({error}); repair or remove it"}
+                return {"mistake": _mistake(key, error)}
             labels[row] = -1 if raw.label is None else raw.label
         return {
             "images": torch.from_numpy(np.stack(images)),
             "labels": torch.from_numpy(labels),
             "places": torch.tensor(places),
+            "contents": torch.from_numpy(np.stack(contents)),
         }
 
     def member(self, place: int, extension: str) -> bytes | None:
@@ -100,24 +107,54 @@ class _Images(Dataset[dict[str, Any]]):
         assert isinstance(reader, TarReader)
         return reader.content(members[extension])
 
-    def digest(self) -> str:
-        """SHA-256 that tells this data from any other: checksums of tars, files with their sizes.
+    def contents(self, rank: int = 0, world_size: int = 1) -> Tensor:
+        """(N, 8) int64: the SHA-256 of every image, and of its label and captions, as stored.
 
-        It stays where a data set is copied or moved.
+        Of the images of this process; zeros elsewhere. What was handed out is known from then, the
+        rest is read now, without decoding it.
+
+        Raises:
+            InputError: if a sample is damaged.
         """
-        found = hashlib.sha256()
+        for place in self._part(rank, world_size):
+            if not self._contents[place].any():
+                self._contents[place] = torch.from_numpy(_content(self._stored(place)))
+        return self._contents.clone()
+
+    def listing(self) -> str:
+        """SHA-256 of what can be told of the data at once, so that processes can compare it.
+
+        Number, names, labels and checksums of all samples, and what 64 of them hold.
+        """
+        found = hashlib.sha256(str(len(self)).encode())
         for shard in self.source.shards:
             if isinstance(shard, FileList):
-                for place in range(len(shard.files)):
-                    file = shard.files[place]
-                    size = _size(Path(shard.base, file)) if file else 0
-                    label = -1 if shard.labels is None else int(shard.labels[place])
-                    found.update(f"{file}\0{label}\0{size}\0".encode("utf-8", "surrogateescape"))
+                parts = [shard.files.blob, shard.texts.blob, shard.labels]
             else:
                 index = load_index(Path(shard.name))
-                for part in (index.names.blob, index.checksums, index.first_member):
-                    found.update(part.tobytes())
+                parts = [index.names.blob, index.checksums, index.first_member]
+            for part in parts:
+                found.update(b"none" if part is None else part.tobytes())
+        for place in np.unique(np.linspace(0, len(self) - 1, _LOOKED_AT).astype(int)).tolist():
+            try:
+                found.update(_content(self._stored(place)).tobytes())
+            except InputError:
+                found.update(b"damaged")  # refused when it is evaluated
         return found.hexdigest()
+
+    def _stored(self, place: int) -> RawSample:
+        """A sample as it is stored.
+
+        Raises:
+            InputError: if it is damaged.
+        """
+        key = f"image {place}"
+        try:
+            reader, index = self.locate(place)
+            key = reader.key(index)
+            return reader.read(index)
+        except Damaged as damaged:
+            raise InputError(_mistake(key, damaged)) from None
 
     def pictures(self, places: Sequence[int]) -> np.ndarray:
         """(b, 3, H, W) uint8: some of the images as the model sees them, for people."""
@@ -130,25 +167,57 @@ class _Images(Dataset[dict[str, Any]]):
         self, rank: int, world_size: int, batch_size: int, workers: int
     ) -> Iterator[dict[str, Any]]:
         """This process's contiguous part of the images, in order: whole groups of 64."""
-        groups = math.ceil(len(self) / GROUP)
-        start, stop = (
-            min(groups * part // world_size * GROUP, len(self)) for part in (rank, rank + 1)
-        )
-        parts = [range(at, min(at + batch_size, stop)) for at in range(start, stop, batch_size)]
+        own = self._part(rank, world_size)
+        parts = [
+            range(at, min(at + batch_size, own.stop))
+            for at in range(own.start, own.stop, batch_size)
+        ]
         loader = DataLoader(self, sampler=parts, batch_size=None, num_workers=workers)
         for fields in loader:
             if "mistake" in fields:
                 raise InputError(fields["mistake"])
+            self._contents[fields["places"]] = fields["contents"]
             yield fields
 
+    def _part(self, rank: int, world_size: int) -> range:
+        """The places of the images of one process: whole groups of 64."""
+        groups = math.ceil(len(self) / GROUP)
+        start, stop = (
+            min(groups * part // world_size * GROUP, len(self)) for part in (rank, rank + 1)
+        )
+        return range(start, stop)
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise InputError(
-            f"{path} is not there any more ({error.strerror}); copy it again"
-        ) from None
+
+IMAGE = 4
+"""Integers of the SHA-256 of an image."""
+_CONTENT = 2 * IMAGE
+"""With those of what is said of it."""
+_LOOKED_AT = 64
+
+
+def _content(raw: RawSample) -> np.ndarray:
+    """(8,) int64: the SHA-256 of an image, then that of its label and captions."""
+    said = repr((raw.label, list(raw.captions))).encode("utf-8", "surrogatepass")
+    both = hashlib.sha256(raw.image).digest() + hashlib.sha256(said).digest()
+    return np.frombuffer(bytearray(both), np.int64)
+
+
+def digest_of(contents: Tensor) -> str:
+    """SHA-256 that tells data from any other: its bytes in their order, wherever they lie.
+
+    Args:
+        contents: (N, K) int64, those of all processes.
+    """
+    return hashlib.sha256(contents.numpy().tobytes()).hexdigest()
+
+
+def num_repeated(contents: Tensor) -> int:
+    """Images that are byte for byte as one before them; from (N, 8) contents."""
+    return len(contents) - len(contents[:, :IMAGE].unique(dim=0))
+
+
+def _mistake(key: str, reason: Exception) -> str:
+    return f"{key} cannot be evaluated ({reason}); repair or remove it"
 
 
 def _check_number_of_shards(folder: Path, files: list[Path]) -> None:
@@ -239,9 +308,23 @@ class _InOrder:
         """What lies beside the images and is none."""
         return self._images.passed_over
 
+    def contents(self, rank: int = 0, world_size: int = 1) -> Tensor:
+        """(N, K) int64: SHA-256 of what was evaluated of every sample, image first.
+
+        Of this process's samples, zeros elsewhere; those that were not handed out are read.
+
+        Raises:
+            InputError: if a sample is damaged.
+        """
+        return self._images.contents(rank, world_size)
+
     def digest(self) -> str:
-        """What tells these images from any others."""
-        return self._images.digest()
+        """What tells these images from any others; reads those that were not handed out yet."""
+        return digest_of(self.contents())
+
+    def listing(self) -> str:
+        """What processes compare before they share the images out."""
+        return self._images.listing()
 
     def pictures(self, places: Sequence[int]) -> np.ndarray:
         """(b, 3, H, W) uint8: the images at some places, for people to look at."""
@@ -360,8 +443,8 @@ class CaptionedImages(_InOrder):
         """Open tars of captioned images.
 
         Where ``dataset_type.txt`` says "retrieval" (clip_benchmark), every line of the text is a
-        caption; otherwise the captions are those that training would draw from. Every process of
-        a run must call this: they build missing indexes together.
+        caption; without that file the captions are those that training would draw from. Every
+        process of a run must call this: they build missing indexes together.
 
         Args:
             folder: where the tars are, or ``test/`` with the tars.
@@ -373,12 +456,23 @@ class CaptionedImages(_InOrder):
             InputError: if there is no such data, or an image has no caption.
         """
         split = test_split(folder)
+        kind = dataset_type(folder)
+        if kind not in (None, "retrieval"):
+            raise InputError(
+                f"the dataset_type.txt of {folder} says {kind}, but captions are of the type "
+                "retrieval; correct it, or give a data set of captions"
+            )
         if fields is None:
-            is_benchmark = dataset_type(folder) == "retrieval"
-            fields = Fields(caption=("txt",), caption_per_line=True) if is_benchmark else Fields()
+            per_line = Fields(caption=("txt",), caption_per_line=True)
+            fields = Fields() if kind is None else per_line
         self._images = _Images(split, fields, size=size, crop=crop or CenterCrop())
         self.captions = [self._captions(place) for place in range(len(self))]
         """All captions of every image."""
+        self.several_lines = 0
+        """Captions of more than one line, where no type says that every line is a caption."""
+        if kind is None:
+            texts = (caption for own in self.captions for caption in own)
+            self.several_lines = sum("\n" in text.strip() for text in texts)
 
     def _captions(self, place: int) -> list[str]:
         reader, index = self._images.locate(place)
@@ -432,6 +526,15 @@ class MultiLabelledImages(_InOrder):
             )
         self.targets = torch.from_numpy(np.stack(rows))
         """(N, C) bool: which classes every image is of."""
+
+    def contents(self, rank: int = 0, world_size: int = 1) -> Tensor:
+        """(N, 8) int64, as of others; the classes of an image count as its label."""
+        contents = self._images.contents(rank, world_size)
+        own = contents.any(1)
+        said = [hashlib.sha256(row.tobytes()).digest() for row in self.targets[own].numpy()]
+        packed = np.frombuffer(b"".join(said), np.int64).reshape(-1, IMAGE)
+        contents[own, IMAGE:] = torch.from_numpy(packed.copy())
+        return contents
 
     def _target(self, place: int) -> np.ndarray:
         """(C,) bool."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 
 from frugal.common.errors import InputError
 from frugal.common.evaluation.outcomes import Outcomes, bootstrap, interval, load_outcomes
-from frugal.common.evaluation.results import OUTCOMES
+from frugal.common.evaluation.results import OUTCOMES, read_facts
 from frugal.common.evaluation.sections import section
 
 
@@ -47,13 +46,7 @@ def read_measured(name: str, folder: Path) -> Measured:
     for file in files:
         task = file.name.removesuffix(OUTCOMES)
         tasks[task] = load_outcomes(file)
-        try:
-            content = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{folder / f'{task}.json'} cannot be read ({error}); measure again"
-            ) from None
-        facts[task] = content.get(f"{task}_measured", {})
+        facts[task] = read_facts(folder, task)
     return Measured(name, tasks, facts)
 
 
@@ -68,6 +61,8 @@ class Entry:
     difference: tuple[float, float, float] | None = None
     """From the first model, on the same drawn images: the number, and its interval. None for the
     first model, and for one that was measured on other images."""
+    other_images: bool = False
+    """Whether it was measured on other images than the first model."""
 
     @property
     def differs(self) -> bool:
@@ -117,10 +112,10 @@ def _row(
     entries = []
     for model, each, sample, value in zip(models, outcomes, drawn, values, strict=True):
         low, high = interval(sample, confidence)
-        difference = None
-        if each is not first and _same_images(each, first):
+        difference, same = None, _same_images(each, first)
+        if each is not first and same:
             difference = (value - values[0], *interval(sample - drawn[0], confidence))
-        entries.append(Entry(model.name, value, low, high, difference))
+        entries.append(Entry(model.name, value, low, high, difference, other_images=not same))
     return Row(task, number, first.num_images, entries)
 
 
@@ -132,7 +127,7 @@ def _same_images(one: Outcomes, other: Outcomes) -> bool:
 
 
 def content(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows, ready for JSON."""
+    """The rows, for JSON, which holds no number that is not finite."""
     return [
         {
             "task": row.task,
@@ -141,19 +136,16 @@ def content(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "models": [
                 {
                     "model": entry.model,
-                    "value": _finite(entry.value),
-                    "interval": [_finite(entry.low), _finite(entry.high)],
-                    "difference": entry.difference and [_finite(end) for end in entry.difference],
+                    "value": entry.value,
+                    "interval": [entry.low, entry.high],
+                    "difference": entry.difference,
+                    "other_images": entry.other_images,
                 }
                 for entry in row.entries
             ],
         }
         for row in rows
     ]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 # As a page.
@@ -247,6 +239,8 @@ def _cell(entry: Entry | None) -> str:
         return "<td>&ndash;</td>"
     span = f'<span class="quiet">{_percent(entry.low)} to {_percent(entry.high)}</span>'
     more = ""
+    if entry.other_images:
+        more = '<br><span class="quiet">other images</span>'
     if entry.difference is not None:
         value, low, high = (_signed(part) for part in entry.difference)
         words = f"{value} ({low} to {high})"

@@ -22,11 +22,13 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional
 from frugal.common.evaluation.contrasts import CATEGORIES, KINDS, read_contrasts
-from frugal.common.evaluation.embed import Embedder, evaluating
+from frugal.common.evaluation.embed import Embedder
+from frugal.common.evaluation.identity import identify
 from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import embed
+from frugal.common.files import reason_of
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -63,6 +65,7 @@ class Contrasts(Dataset[dict[str, Any]]):
         self.image_of_item = [place[item.file] for item in self.items]
         self.captions: list[list[str]] = [[] for _ in self.files]
         """Of every image, the true and the false caption of one item after the other."""
+        self._contents = torch.zeros(len(self.files), 4, dtype=torch.int64)
         for number, item in zip(self.image_of_item, self.items, strict=True):
             self.captions[number] += [item.caption, item.negative_caption]
 
@@ -72,23 +75,56 @@ class Contrasts(Dataset[dict[str, Any]]):
 
     def __getitem__(self, places: Sequence[int]) -> dict[str, Any]:
         """Images (b, 3, H, W) and their places (b,); or a mistake, which loaders pass on whole."""
-        images = []
+        images, contents = [], []
         for place in places:
             path = self._folder / self.files[place]
             try:
-                images.append(self._crop.grey_levels(path.read_bytes(), size=self._size))
+                encoded = path.read_bytes()
+                images.append(self._crop.grey_levels(encoded, size=self._size))
             except (OSError, Damaged) as error:
                 return {"mistake": f"{path} cannot be evaluated ({error}); repair or replace it"}
-        return {"images": torch.from_numpy(np.stack(images)), "places": torch.tensor(places)}
+            contents.append(_sha256(encoded))
+        return {
+            "images": torch.from_numpy(np.stack(images)),
+            "places": torch.tensor(places),
+            "contents": torch.from_numpy(np.stack(contents)),
+        }
 
-    def digest(self) -> str:
-        """SHA-256 of the items and of the sizes of their images."""
-        found = hashlib.sha256()
-        for item in self.items:
-            words = (item.category, item.file, item.caption, item.negative_caption)
-            size = (self._folder / item.file).stat().st_size
-            found.update("\0".join((*words, str(size), "")).encode("utf-8", "surrogateescape"))
+    def contents(self, rank: int = 0, world_size: int = 1) -> Tensor:
+        """(N, 8) int64: SHA-256 of every image, and of its items.
+
+        Of the images of this process, zeros elsewhere; those not handed out yet are read.
+
+        Raises:
+            InputError: if an image cannot be read.
+        """
+        for rows in Ranks(rank, world_size).turns(len(self), GROUP):
+            for place in range(rows.start, rows.stop):
+                if not self._contents[place].any():
+                    self._contents[place] = torch.from_numpy(_sha256(self._encoded(place)))
+        said: list[list[tuple[str, str, str]]] = [[] for _ in self.files]
+        for number, item in zip(self.image_of_item, self.items, strict=True):
+            said[number].append((item.category, item.caption, item.negative_caption))
+        items = np.stack([_sha256(repr(own).encode("utf-8", "surrogatepass")) for own in said])
+        return torch.cat([self._contents, torch.from_numpy(items)], dim=1) * (
+            self._contents.any(1, keepdim=True)
+        )
+
+    def listing(self) -> str:
+        """SHA-256 of the items and of 64 of the images, for processes to compare."""
+        found = hashlib.sha256(repr((self.files, self.items)).encode("utf-8", "surrogatepass"))
+        for place in np.unique(np.linspace(0, len(self) - 1, GROUP).astype(int)).tolist():
+            found.update(self._encoded(place))
         return found.hexdigest()
+
+    def _encoded(self, place: int) -> bytes:
+        path = self._folder / self.files[place]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be evaluated ({reason_of(error)}); repair or replace it"
+            ) from None
 
     def images(self, places: Sequence[int]) -> Tensor:
         """(b, 3, H, W): the images at some places, as the model takes them.
@@ -117,7 +153,13 @@ class Contrasts(Dataset[dict[str, Any]]):
         ]
         loader = DataLoader(self, sampler=parts, batch_size=None, num_workers=workers)
         for fields in map(_checked, loader):
+            self._contents[fields["places"]] = fields["contents"]
             yield fields["images"], fields["places"]
+
+
+def _sha256(content: bytes) -> np.ndarray:
+    """(4,) int64."""
+    return np.frombuffer(bytearray(hashlib.sha256(content).digest()), np.int64)
 
 
 def _checked(fields: dict[str, Any]) -> dict[str, Any]:
@@ -216,23 +258,25 @@ def evaluate(
     """See :meth:`frugal.common.evaluation.config.Compositional.evaluate`."""
     data = open_contrasts(task, folder, recipe)
     embedder = Embedder.of(model, recipe, run, task)
-    with evaluating(model):
+    ranks = Ranks.current()
+    ranks.same_data(data, task.name)
+    with embedder.measuring(ranks):
         verdicts = judge(
-            embedder,
-            data,
-            batch_size=task.batch_size,
-            workers=task.workers,
-            ranks=Ranks.current(),
+            embedder, data, batch_size=task.batch_size, workers=task.workers, ranks=ranks
         )
+    identity = identify(data, ranks, run.device)
+    identity.remark(task.name, run.log)
     _remark(task, data, verdicts, folder, run)
     if show is not None:
         show(task.name, _picture(data, verdicts))
     if keep is not None:
-        keep(_outcomes(task, data, verdicts))
+        keep(_outcomes(task, data, verdicts, identity.facts()))
     return {f"{task.name}_{kind}": number for kind, number in verdicts.numbers().items()}
 
 
-def _outcomes(task: Compositional, data: Contrasts, verdicts: Verdicts) -> Outcomes:
+def _outcomes(
+    task: Compositional, data: Contrasts, verdicts: Verdicts, facts: dict[str, Any]
+) -> Outcomes:
     """Item by item, whether the true caption was nearer."""
     right = verdicts.right.to(torch.uint8)
     category = torch.tensor([CATEGORIES.index(name) for name in verdicts.categories])
@@ -251,7 +295,7 @@ def _outcomes(task: Compositional, data: Contrasts, verdicts: Verdicts) -> Outco
             "mean_of_groups", f"{name}_right", groups=f"{name}_category", image=f"{name}_image"
         )
     facts = {
-        "data_sha256": data.digest(),
+        **facts,
         "images": len(data),
         "items": len(data.items),
     }

@@ -51,6 +51,25 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast("cuda", dtype=torch.bfloat16)
 
 
+def check_usable(made: str, *counts: tuple[int, int, str]) -> None:
+    """Refuse numbers that a model gave no answers for.
+
+    Args:
+        made: what cannot be used where it is not finite, or zero: embeddings, scores.
+        counts: how many are unusable, of how many, of what.
+
+    Raises:
+        InputError: if there are any.
+    """
+    words = [f"{bad:,} of {of:,} {what}" for bad, of, what in counts if bad]
+    if words:
+        raise InputError(
+            f"the {made} of {' and of '.join(words)} are not finite or are zero, so that nothing "
+            "can be measured; check the weights (training may have diverged) and the precision "
+            "(float16 may overflow)"
+        )
+
+
 TEXTS_AT_ONCE = 256
 """Texts in one forward pass."""
 
@@ -152,6 +171,36 @@ class Embedder:
         self.image = image
         self.views = views
         self.shorten = shorten
+        self._unusable = torch.zeros(2, dtype=torch.int64, device=device)
+        """Images and texts whose embedding is not finite or zero; read once, at the end."""
+        self._asked = [0, 0]
+        self.cut: set[str] = set()
+        """Texts that had more tokens than the model sees."""
+
+    @contextmanager
+    def measuring(self, ranks: Ranks) -> Iterator[None]:
+        """As :func:`evaluating`, and at its end no embedding may have been unusable.
+
+        Every one of the processes must call this.
+
+        Raises:
+            InputError: if images or texts have embeddings that are not finite, or zero; such a one
+                is as far from every class as from any other, and would be counted as an answer.
+        """
+        self._unusable.zero_()
+        self._asked = [0, 0]
+        with evaluating(self.model):
+            yield
+        asked = torch.tensor(self._asked, device=self.device)
+        counts = ranks.sum(torch.stack([self._unusable, asked])).tolist()
+        check_usable("embeddings", *zip(*counts, ("images", "texts"), strict=True))
+
+    def _unit(self, features: Tensor, what: int) -> Tensor:
+        """(B, E) float32 of length 1; those that cannot be are counted, 0 images and 1 texts."""
+        features = features.float()
+        usable = features.isfinite().all(1) & (features != 0).any(1)
+        self._unusable[what] += (~usable).sum()
+        return F.normalize(features, dim=-1)
 
     @classmethod
     def of(
@@ -198,7 +247,7 @@ class Embedder:
     def width(self) -> int:
         """Length of an embedding; also known to a process that has nothing to embed."""
         if self.tokenizer is not None:
-            return self.texts([""]).shape[1]
+            return self._text_features([self.token_ids("")]).shape[1]
         assert self.image is not None
         blank = torch.zeros(1, 3, *self.image.height_width, dtype=torch.uint8, device=self.device)
         return self._see(blank).shape[1]
@@ -211,18 +260,19 @@ class Embedder:
             places: (B,) int64 numbers of the images in their data, which views are drawn for.
         """
         images = self._normalised(images.to(self.device, non_blocking=True))
+        self._asked[0] += len(images)
         if self.views is None:
-            return self._see(images)
+            return self._unit(self._see(images), 0)
         assert self.image is not None and places is not None
         view = PatchView.of(images, self.image)
         parts = self.views.of(view, places.to(self.device))
-        embeddings = torch.stack([self._see(images, part) for part in parts])  # (views, B, E)
-        return F.normalize(embeddings.mean(0), dim=-1)  # (B, E)
+        seen = [F.normalize(self._see(images, part), dim=-1) for part in parts]
+        return self._unit(torch.stack(seen).mean(0), 0)  # (B, E)
 
     def _see(self, images: Tensor, *kept: Kept) -> Tensor:
         with autocast(self.precision, self.device):
-            features = self.model.encode_image(images, *kept)
-        return F.normalize(features.float(), dim=-1)  # (B, E)
+            features: Tensor = self.model.encode_image(images, *kept)
+        return features.float()  # (B, E)
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Float images as towers take them; they normalise uint8 themselves."""
@@ -242,7 +292,14 @@ class Embedder:
         """What of a text the model sees."""
         if self.shorten is not None:
             return tuple(self.shorten(text))
-        return tuple(self.tokenizer.assemble(self.tokenizer.encode(text), self.context_length))
+        whole = self.tokenizer.encode(text)
+        ids = tuple(self.tokenizer.assemble(whole, self.context_length))
+        if len(ids) == self.context_length and len(self._longer(whole)) > len(ids):
+            self.cut.add(text)
+        return ids
+
+    def _longer(self, ids: Sequence[int]) -> Sequence[int]:
+        return self.tokenizer.assemble(ids, self.context_length + 1)
 
     def tokens(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """(len(texts), E) float32 on the device, from the token ids of texts, 256 at a time."""
@@ -253,6 +310,10 @@ class Embedder:
         return torch.cat(parts)
 
     def _encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        self._asked[1] += len(texts)
+        return self._unit(self._text_features(texts), 1)  # (B, E)
+
+    def _text_features(self, texts: Sequence[Sequence[int]]) -> Tensor:
         shape = (len(texts), self.context_length)
         token_ids = torch.full(shape, self.tokenizer.pad_id, dtype=torch.int64)  # (B, T)
         lengths = torch.zeros(len(texts), dtype=torch.int64)
@@ -260,8 +321,7 @@ class Embedder:
             token_ids[row, : len(ids)] = torch.as_tensor(ids)
             lengths[row] = len(ids)
         with autocast(self.precision, self.device):
-            features = self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
-        return F.normalize(features.float(), dim=-1)  # (B, E)
+            return self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
 
 
 def _as_in_training(recipe: Recipe, tokenizer: Any) -> Callable[[str], Sequence[int]]:

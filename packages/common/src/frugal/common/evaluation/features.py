@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from frugal.common.data.labelled import LabelledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder, grouped
 from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.files import reason_of
 from frugal.common.run import Run
 
 
@@ -67,17 +70,20 @@ def kept(
     key: dict[str, Any],
     make: Callable[[], Features],
     *,
+    data: Callable[[], str],
     ranks: Ranks,
     run: Run,
 ) -> Features:
-    """Features from a folder where they are there for this key, else made and left there.
+    """Features from a folder where they are there for this key and data, else made and left there.
 
     Every process must call this. A file that is damaged, or of another key, is made again.
 
     Args:
         folder: made if missing; None keeps nothing.
-        key: everything that the features depend on, ready for JSON.
+        key: everything that the features depend on beside the data, ready for JSON.
         make: every process calls it, or none does.
+        data: the digest of the samples' bytes, which costs their reading unless ``make`` read them:
+            it is asked for before only where there are features of this key.
         ranks: the processes.
         run: which of them writes, and says what it did.
 
@@ -86,17 +92,29 @@ def kept(
     """
     if folder is None:
         return make()
-    words = json.dumps(key, sort_keys=True)
-    path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:24]}.safetensors"
-    found = _read(path, words)
-    has = torch.tensor([found is not None], dtype=torch.int64, device=run.device)
-    if int(ranks.sum(has)) == ranks.world_size and found is not None:
-        run.log.info("%s embeddings were kept in %s", f"{len(found):,}", path)
-        return found
+    start = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+    def everywhere(found: bool) -> bool:
+        has = torch.tensor([found], dtype=torch.int64, device=run.device)
+        return int(ranks.sum(has)) == ranks.world_size
+
+    if everywhere(any(folder.glob(f"{start}-*.safetensors"))):
+        path, words = _place(folder, start, key, data())
+        found = _read(path, words)
+        if everywhere(found is not None) and found is not None:
+            run.log.info("%s embeddings were kept in %s", f"{len(found):,}", path)
+            return found
     made = make()
+    path, words = _place(folder, start, key, data())
     if run.is_main:
         _write(path, words, made)
     return made
+
+
+def _place(folder: Path, start: str, key: dict[str, Any], data: str) -> tuple[Path, str]:
+    """Where features lie, and the whole key that stands in the file."""
+    words = json.dumps(key | {"data": data}, sort_keys=True)
+    return folder / f"{start}-{data[:16]}.safetensors", words
 
 
 def _read(path: Path, words: str) -> Features | None:
@@ -111,13 +129,16 @@ def _read(path: Path, words: str) -> Features | None:
 
 
 def _write(path: Path, words: str, features: Features) -> None:
-    aside = path.with_name(f".{path.name}.writing")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {"embeddings": features.embeddings, "labels": features.labels}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside, metadata={"key": words})
         aside.replace(path)
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise InputError(
-            f"the embeddings cannot be kept in {path.parent} ({error}); choose another --features"
+            f"the embeddings cannot be kept in {path.parent} ({reason_of(error)}); make room "
+            "there, or choose another --features"
         ) from None

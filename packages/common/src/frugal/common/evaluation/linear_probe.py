@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from frugal.common.data.labelled import LabelledImages
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe
-from frugal.common.evaluation.embed import Embedder, evaluating
+from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.features import Features, embed_labelled, kept
-from frugal.common.evaluation.identity import weights_digest
+from frugal.common.evaluation.identity import config_digest, identify, weights_digest
 from frugal.common.evaluation.metrics import ranked_classes
 from frugal.common.evaluation.outcomes import Keep
 from frugal.common.evaluation.ranks import Ranks
@@ -259,16 +260,17 @@ def evaluate(
     """See :meth:`frugal.common.evaluation.config.LinearProbe.evaluate`."""
     parts = open_parts(task, folder, recipe)
     embedder, ranks = Embedder.of(model, recipe, run, task), Ranks.current()
-    weights = weights_digest(model) if task.features else ""
+    key = _key(task, model, recipe, run) if task.features else {}
 
     def embedded(data: LabelledImages) -> Features:
         def make() -> Features:
             options = {"batch_size": task.batch_size, "workers": task.workers, "ranks": ranks}
-            with evaluating(model):
+            with embedder.measuring(ranks):
                 return embed_labelled(embedder, data, **options)  # type: ignore[arg-type]
 
-        key = _key(task, data, recipe, run, weights) if task.features else {}
-        return kept(task.features, key, make, ranks=ranks, run=run)
+        ranks.same_data(data, task.name)
+        digest = partial(_digest, data, ranks, run)
+        return kept(task.features, key, make, data=digest, ranks=ranks, run=run)
 
     train, test = embedded(parts.train), embedded(parts.test)
     validation = None if parts.validation is None else embedded(parts.validation)
@@ -279,6 +281,8 @@ def evaluate(
     remarks = _remarks(parts, train, answers, held_out)
     labels = parts.train.class_folders or [f"class {n}" for n in range(found.num_classes)]
     remarks.tell(task.name, labels, run.log)
+    trained_on = train if validation is None else train.joined(validation)
+    measured_on, learned = (identify(part, ranks, run.device) for part in (parts.test, parts.train))
     run.log.info(
         "%s: %s images, %s trained on, weight decay %.3g",
         task.name,
@@ -286,23 +290,28 @@ def evaluate(
         f"{len(train):,}",
         found.weight_decay,
     )
+    measured_on.remark(task.name, run.log)
     counts = {
         "weight_decay": found.weight_decay,
         "train_images": len(train),
         "validation_images": found.num_validation,
         "left_out": int((~asked).sum()),
+        "images_trained_on": measured_on.common(learned),
+        "images_of_untrained_classes": int((~torch.isin(answers.labels, trained_on.labels)).sum()),
     }
+    _remark(task, folder, counts, len(test), run)
     if keep is not None:
         facts = {
-            "data_sha256": parts.test.digest(),
-            "train_sha256": parts.train.digest(),
+            **measured_on.facts(),
+            "train_sha256": learned.sha256,
             "images": len(answers.labels),
             **counts,
             "class_folders": parts.train.class_folders,
             **remarks.facts(labels),
         }
         keep(answers.outcomes(task.name, facts))
-    numbers = answers.numbers() | {n: v for n, v in counts.items() if n != "left_out" or v}
+    usual = ("weight_decay", "train_images", "validation_images")
+    numbers = answers.numbers() | {n: v for n, v in counts.items() if n in usual or v}
     numbers |= remarks.numbers()
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
 
@@ -318,14 +327,16 @@ def _remarks(parts: Parts, train: Features, answers: Answers, held_out: Sequence
     return Remarks(without_images=without, passed_over=passed_over)
 
 
-def _key(
-    task: LinearProbe, data: LabelledImages, recipe: Recipe, run: Run, weights: str
-) -> dict[str, Any]:
-    """Everything that embeddings depend on."""
+def _digest(data: LabelledImages, ranks: Ranks, run: Run) -> str:
+    return identify(data, ranks, run.device).sha256
+
+
+def _key(task: LinearProbe, model: Any, recipe: Recipe, run: Run) -> dict[str, Any]:
+    """Everything that embeddings depend on beside the images."""
     image = recipe.model.image
     return {
-        "weights": weights,
-        "data": data.digest(),
+        "weights": weights_digest(model),
+        "config": config_digest(model, recipe),
         "crop": to_json(task.crop),
         "size": list(image.height_width),
         "normalisation": [list(image.mean), list(image.std)],
@@ -333,6 +344,30 @@ def _key(
         "device": run.device.type,
         "views": [task.mask_ratio, task.views, recipe.run.seed] if task.mask_ratio else None,
     }
+
+
+def _remark(
+    task: LinearProbe, folder: Path, counts: dict[str, Any], num_images: int, run: Run
+) -> None:
+    """Say what makes the accuracy another than it seems."""
+    if both := counts["images_trained_on"]:
+        run.log.warning(
+            "%s: %s of the %s images of %s that are measured on are among those trained on, byte "
+            "for byte",
+            task.name,
+            f"{both:,}",
+            f"{num_images:,}",
+            folder,
+        )
+    if unknown := counts["images_of_untrained_classes"]:
+        run.log.warning(
+            "%s: %s of the %s images of %s that are measured on are of classes that nothing was "
+            "trained on, and count as wrong; check that both parts number their classes alike",
+            task.name,
+            f"{unknown:,}",
+            f"{num_images:,}",
+            folder,
+        )
 
 
 @dataclass(frozen=True)
@@ -351,11 +386,12 @@ class Probe:
         """What it says about images that it has not seen.
 
         Raises:
-            InputError: if one is of a class that nothing was trained on could be.
+            InputError: if one has a higher class number than all that were trained on.
         """
         if not len(features):
             raise InputError("there are no images to measure a probe on; check its test part")
-        _check_trained(features, self.trained, "a test image")
+        # numbers between those trained on may be held out on purpose: they are counted
+        _check_trained(features, frozenset(range(self.num_classes)), "a test image")
         scores = self.classifier.scores(features.embeddings).float()
         ranked = ranked_classes(scores)
         margin = scores[:, 1] - scores[:, 0] if self.num_classes == 2 else None

@@ -12,7 +12,8 @@ from frugal.common.data.labelled import MultiLabelledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.class_names import names_and_templates
 from frugal.common.evaluation.config import ZeroShot
-from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity
+from frugal.common.evaluation.embed import Embedder, grouped, similarity
+from frugal.common.evaluation.identity import identify
 from frugal.common.evaluation.metrics import average_precision
 from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.prompts import class_embeddings
@@ -47,7 +48,8 @@ def evaluate(
         )
     run.log.info("%s: %s images of any of %d classes", task.name, f"{len(data):,}", len(names))
     embedder, ranks = Embedder.of(model, recipe, run, task), Ranks.current()
-    with evaluating(model):
+    ranks.same_data(data, task.name)
+    with embedder.measuring(ranks):
         classes = class_embeddings(embedder, names, templates, ranks=ranks)
         scores = torch.zeros(len(data), len(names), device=classes.device)
         delivered = torch.zeros(len(data), dtype=torch.int64, device=classes.device)
@@ -67,10 +69,18 @@ def evaluate(
     remarks.tell(task.name, labels, run.log)
     scores = ranks.sum(scores).cpu()
     precision = average_precision(scores, data.targets)[0]  # (C,)
+    identity = identify(data, ranks, run.device)
+    identity.remark(task.name, run.log)
+    if remarks.without_images:
+        run.log.warning(
+            "%s: a class without images counts as a precision of 0 in the mean, as in "
+            "clip_benchmark",
+            task.name,
+        )
     name = f"{task.name}_mean_average_precision"
     if keep is not None:
         facts = {
-            "data_sha256": data.digest(),
+            **identity.facts(),
             "images": len(data),
             "class_names": names,
             "templates": templates,

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from frugal.common.errors import InputError
 from frugal.common.evaluation.metrics import average_precision, roc_auc
+from frugal.common.files import finite, write_file
 
 Kind = Literal["mean", "mean_of_groups", "mean_of_means", "roc_auc", "average_precision"]
 _AT_ONCE = 1 << 22
@@ -70,13 +71,17 @@ class Outcomes:
 
     def save(self, path: Path) -> None:
         """Write a file that :func:`load_outcomes` reads."""
+        write_file(path, self.encoded())
+
+    def encoded(self) -> bytes:
+        """The bytes of a file that :func:`load_outcomes` reads."""
         content = {
             "facts": self.facts,
             "num_images": self.num_images,
             "measures": {name: vars(measure) for name, measure in self.measures.items()},
         }
         tables = {name: table.contiguous() for name, table in self.tables.items()}
-        save_file(tables, path, metadata={"outcomes": json.dumps(content)})
+        return save(tables, metadata={"outcomes": json.dumps(finite(content), allow_nan=False)})
 
 
 def load_outcomes(path: Path) -> Outcomes:

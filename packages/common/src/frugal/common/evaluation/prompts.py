@@ -87,7 +87,8 @@ def class_embeddings(
     (ImageNet has two pairs) get the same embedding to the last bit.
 
     Raises:
-        InputError: if a class has no name, or a template has no place for it.
+        InputError: if a class has no name, a template has no place for it, or the prompts of a
+            class cancel each other out.
     """
     texts = [tuple(prompts(name, templates)) for name in class_names]
     distinct = list(dict.fromkeys(texts))
@@ -107,5 +108,12 @@ def class_embeddings(
         device=embedder.device,
         fill=means,
     )
+    without = (table.norm(dim=1) < 0.5).nonzero()[:, 0].tolist()  # unit vectors, but for these
+    if without:
+        name = class_names[texts.index(distinct[without[0]])]
+        raise InputError(
+            f"the prompts of the class {name!r} have embeddings that cancel each other out, so "
+            "that the class has no direction; choose other --templates"
+        )
     place = {class_texts: row for row, class_texts in enumerate(distinct)}
     return table[torch.tensor([place[class_texts] for class_texts in texts], device=table.device)]

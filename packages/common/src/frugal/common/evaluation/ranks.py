@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from frugal.common.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,26 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, value: Any) -> list[Any]:
+        """A small value of every process, in rank order, on all of them."""
+        found = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def same_data(self, data: Any, name: str) -> None:
+        """Refuse to share out images that the processes see differently.
+
+        Args:
+            data: has ``len()`` and ``listing()``.
+            name: of the evaluation.
+
+        Raises:
+            InputError: on every process, if one sees other data.
+        """
+        if self.world_size > 1:
+            agree((len(data), data.listing()), f"data of the evaluation {name!r}", self.gather)
+
     def turns(self, count: int, chunk: int) -> Iterator[slice]:
         """The rows of ``count`` that are this process's: chunks taken in turn, the last shorter."""
         for start in range(self.rank * chunk, count, self.world_size * chunk):
@@ -56,6 +79,27 @@ class Ranks:
         for rows in self.turns(count, chunk):
             table[rows] = fill(rows)
         return self.sum(table)
+
+
+def agree(value: Any, what: str, gather: Callable[[Any], list[Any]]) -> None:
+    """Refuse to work on something that the processes see differently.
+
+    Args:
+        value: compared; equal where the processes see the same.
+        what: it stands for, such as ``data of the run``.
+        gather: collects the value of every process, in rank order, on all of them.
+
+    Raises:
+        InputError: on every process alike, naming those that differ from process 0.
+    """
+    found = gather(value)
+    if odd := [str(rank) for rank, other in enumerate(found) if other != found[0]]:
+        first = ", ".join(odd[:8]) + (" and others" if len(odd) > 8 else "")
+        raise InputError(
+            f"the {what} is not the same everywhere: process {first} of {len(found)} "
+            f"{'sees' if len(odd) == 1 else 'see'} another copy than process 0; give every machine "
+            "the same files under the same path"
+        )
 
 
 def check_delivery(delivered: Tensor) -> None:

@@ -42,6 +42,8 @@ class Remarks:
         if self.without_images:
             named = [labels[number] for number in self.without_images]
             log.warning("%s: no image of %d classes: %s", name, len(named), shortened(named))
+        if len(labels) == 1:
+            log.warning("%s: there is one class only, so that every answer is right", name)
         if self.incomplete:
             log.warning("%s: the data has %s", name, self.incomplete)
 

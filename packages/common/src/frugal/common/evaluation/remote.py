@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
+from http import HTTPStatus
 from http.client import HTTPException
 from pathlib import Path
 
-from frugal.common.data.index import cache_folder
+from frugal.common.data.index import cache_folder, find_index
 from frugal.common.errors import InputError
-from frugal.common.files import read_lines
+from frugal.common.files import read_json_object, read_text, write_json
 
 _WORDS = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
 """Files of a data set that need not be there."""
+_VALIDATORS = ("ETag", "Last-Modified")
+"""What tells a file of a server from the one that was there before."""
+_LOG = logging.getLogger("frugal")
 _MOST_SHARDS = 100_000
 _SECONDS = 60
 """Without a byte before a server counts as gone."""
@@ -31,7 +36,7 @@ def as_url(data: Path) -> str | None:
 
 
 def fetch(url: str, splits: Iterable[str], *, cache: Path | None = None) -> Path:
-    """A folder with the splits of a data set, whole; what is there already is not fetched again.
+    """A folder with the splits of a data set, whole; what the server still has is not sent again.
 
     Every process may call this at once: one fetches, the others wait.
 
@@ -45,6 +50,7 @@ def fetch(url: str, splits: Iterable[str], *, cache: Path | None = None) -> Path
         InputError: if there is no such data set, or a file does not arrive whole.
     """
     words, shards = _places(url.rstrip("/"))
+    splits = list(splits)
     key = hashlib.sha256(url.encode()).hexdigest()[:16]
     folder = (cache or cache_folder()) / "remote" / key
     try:
@@ -55,9 +61,26 @@ def fetch(url: str, splits: Iterable[str], *, cache: Path | None = None) -> Path
                 _fetch(f"{words}/{name}", folder / name, is_needed=False)
             for split in splits:
                 _fetch_split(f"{words}/{split}", f"{shards}/{split}", folder / split)
+    except _Unreachable as error:
+        if not all(_is_whole(folder / split) for split in splits):
+            raise
+        _LOG.warning("%s: what is in %s is used as it was fetched", error, folder)
     except OSError as error:
         raise InputError(f"{url} cannot be kept in {folder} ({error}); make room there") from None
     return folder
+
+
+class _Unreachable(InputError):  # noqa: N818 - a state of the server
+    """The server does not answer."""
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a split was fetched to its end."""
+    listed = folder / "nshards.txt"
+    count = listed.read_text().strip() if listed.is_file() else ""
+    return count.isdecimal() and all(
+        (folder / f"{number}.tar").is_file() for number in range(int(count))
+    )
 
 
 def _places(url: str) -> tuple[str, str]:
@@ -72,7 +95,10 @@ def _fetch_split(words: str, shards: str, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     listed = folder / "nshards.txt"
     _fetch(f"{words}/nshards.txt", listed)
-    text = " ".join(read_lines(listed))
+    try:
+        text = read_text(listed).strip()
+    except InputError:
+        text = ""
     if not text.isdecimal() or not 0 < int(text) <= _MOST_SHARDS:
         listed.unlink()
         raise InputError(
@@ -84,24 +110,41 @@ def _fetch_split(words: str, shards: str, folder: Path) -> None:
 
 
 def _fetch(url: str, path: Path, *, is_needed: bool = True) -> None:
-    """One file, written aside and renamed when it is whole."""
-    if path.exists():
-        return
+    """One file, written aside and renamed when it is whole; kept as long as the server's is it."""
+    origin = path.with_name(f".{path.name}.origin")
+    known = read_json_object(origin) if path.exists() and origin.exists() else {}
     aside = path.with_name(f".{path.name}.writing")
+    request = urllib.request.Request(url, headers=_conditions(known))
     try:
-        with urllib.request.urlopen(url, timeout=_SECONDS) as response:
+        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+            told = {name: response.headers.get(name) for name in _VALIDATORS}
+            if known and any(known.values()) and told == known:
+                return  # a server that knows no conditions
             wanted = response.headers.get("Content-Length")
             with aside.open("wb") as file:
                 shutil.copyfileobj(response, file)
     except urllib.error.HTTPError as error:
-        if error.code == 404 and not is_needed:
+        if error.code == HTTPStatus.NOT_MODIFIED:
+            return
+        if error.code == HTTPStatus.NOT_FOUND and not is_needed:
+            path.unlink(missing_ok=True)
             return
         raise InputError(f"{url} cannot be fetched ({error}); check the URL") from None
     except (urllib.error.URLError, HTTPException, TimeoutError) as error:
         reason = getattr(error, "reason", None) or error
-        raise InputError(f"{url} cannot be fetched ({reason}); check the URL") from None
+        raise _Unreachable(f"{url} cannot be fetched ({reason}); check the URL") from None
     if wanted is not None and aside.stat().st_size != int(wanted):
         size = aside.stat().st_size
         aside.unlink()
         raise InputError(f"{url} broke off after {size} of {wanted} bytes; try again")
+    origin.unlink(missing_ok=True)  # while the two do not belong together
+    if (index := find_index(path)) is not None:
+        index.unlink()
     aside.replace(path)
+    write_json(origin, told)
+
+
+def _conditions(known: dict[str, str | None]) -> dict[str, str]:
+    """What asks for a file only where it is another one now."""
+    asked = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
+    return {asked[name]: value for name, value in known.items() if value and name in asked}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import json
+import hashlib
+import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
 from frugal.common.evaluation.contrasts import CATEGORIES
 from frugal.common.evaluation.outcomes import Outcomes
+from frugal.common.files import finite, read_json_object, reason_of, write_file, write_json
 from frugal.common.recipe import to_json
 
 OUTCOMES = ".outcomes.safetensors"
@@ -63,25 +66,87 @@ def write(
         InputError: if the files cannot be written.
     """
     facts = outcomes.facts if outcomes is not None else {}
+    own = {**subject.facts, **facts}
+    path, beside = out / f"{task.name}.json", out / f"{task.name}{OUTCOMES}"
+    if outcomes is not None:
+        encoded = outcomes.encoded()
+        own["outcomes_sha256"] = hashlib.sha256(encoded).hexdigest()
     content = {
         **head,
         "data": str(getattr(task, "data", None)),
         **numbers,
         f"{task.name}_settings": to_json(task),
-        f"{task.name}_measured": {**subject.facts, **facts},
+        f"{task.name}_measured": own,
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / f"{task.name}.json"
-        file.write_text(json.dumps(content, indent=2) + "\n")
-        if outcomes is not None:
-            outcomes.save(out / f"{task.name}{OUTCOMES}")
-            # safetensors writes for its owner alone
-            (out / f"{task.name}{OUTCOMES}").chmod(file.stat().st_mode)
-    except OSError as error:
+    if outcomes is not None:
+        write_file(beside, encoded)
+    write_json(path, content)
+
+
+def read_facts(folder: Path, task: str) -> dict[str, Any]:
+    """What the JSON file of a task says of its measuring, which that found image by image is of.
+
+    Raises:
+        InputError: if it cannot be read, or is of another measurement than the outcomes beside it.
+    """
+    path, beside = folder / f"{task}.json", folder / f"{task}{OUTCOMES}"
+    facts: dict[str, Any] = read_json_object(path).get(f"{task}_measured", {})
+    wanted = facts.get("outcomes_sha256")
+    if wanted is not None and hashlib.sha256(beside.read_bytes()).hexdigest() != wanted:
         raise InputError(
-            f"{out} cannot be written ({error.strerror}); choose another --out"
-        ) from None
+            f"{path} and {beside.name} are not of one measurement (writing them was interrupted, "
+            "or one was replaced); measure again"
+        )
+    return facts
+
+
+def check_free(
+    task: EvaluationTask,
+    subject: Subject,
+    out: Path,
+    *,
+    step: int | None,
+    trained_on: Mapping[str, str],
+) -> None:
+    """Refuse to replace what was measured on other data or with other weights.
+
+    Args:
+        task: about to be measured.
+        subject: the model.
+        out: where its file would go.
+        step: of the checkpoint, which the files that training writes know it by.
+        trained_on: the data that the run of this folder evaluates on itself, by task, for files
+            that do not say it.
+
+    Raises:
+        InputError: if there is such a file.
+    """
+    path = out / f"{task.name}.json"
+    if not path.is_file():
+        return
+    try:
+        before = read_json_object(path)
+    except InputError:
+        return  # cut in two by a crash, and worth nothing
+    facts = before.get(f"{task.name}_measured", {})
+    data, what = _data_of(task, subject.facts), []
+    known = facts.get("data_url") or before.get("data") or trained_on.get(task.name)
+    if known is not None and Path(known).resolve() != Path(data).resolve():
+        what.append(f"on {known}")
+    same = ("weights_sha256", "config_sha256")
+    if any(facts.get(name, subject.facts[name]) != subject.facts[name] for name in same):
+        what.append(f"with the other weights of {facts.get('checkpoint')}")
+    elif not facts and before.get("step", step) != step:
+        what.append(f"after step {before['step']}")
+    if what:
+        raise InputError(
+            f"{path} holds what was measured {' and '.join(what)}, and would be replaced; give "
+            "this measurement a --name of its own, or another --out"
+        )
+
+
+def _data_of(task: EvaluationTask, facts: Mapping[str, Any]) -> str:
+    return str(facts.get("data_url") or getattr(task, "data", None))
 
 
 def rows(
@@ -143,22 +208,42 @@ def append(path: Path, added: list[dict[str, Any]]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", newline="", encoding="utf-8") as file:
+        with path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            header = next(csv.reader(file), None)
+            present = file.read()
+            text = present.decode("utf-8-sig")
+            header = next(csv.reader(io.StringIO(text)), None)
             if header is not None and tuple(header) != COLUMNS:
                 raise InputError(
                     f"{path} has other columns than {', '.join(COLUMNS[:4])} and so on; choose "
                     "another --csv"
                 )
-            file.seek(0, 2)
-            table = csv.DictWriter(file, COLUMNS)
+            lines = io.StringIO(newline="")
+            if text and not text.endswith("\n"):  # somebody's editor ended the last line so
+                lines.write("\r\n")
+            table = csv.DictWriter(lines, COLUMNS)
             if header is None:
                 table.writeheader()
-            table.writerows(added)
+            table.writerows(finite(row) for row in added)
+            _append_whole(file, lines.getvalue().encode("utf-8"), len(present))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be added to ({error}); choose another --csv") from None
+        raise InputError(
+            f"{path} cannot be added to ({reason_of(error)}); make room there, or choose another "
+            "--csv"
+        ) from None
+
+
+def _append_whole(file: Any, encoded: bytes, size: int) -> None:
+    """Add bytes to a file of some size, or leave it as it was."""
+    try:
+        done = 0
+        while done < len(encoded):
+            done += file.write(encoded[done:])
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(size)
+        raise
 
 
 def suite_numbers(

@@ -13,7 +13,8 @@ from frugal.common.contracts import Show
 from frugal.common.data.labelled import CaptionedImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval
-from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity, text_table
+from frugal.common.evaluation.embed import Embedder, grouped, similarity, text_table
+from frugal.common.evaluation.identity import identify
 from frugal.common.evaluation.metrics import Recall, recall_at
 from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
@@ -101,26 +102,60 @@ def evaluate(
     ranks = Ranks.current()
     captioned = open_captioned(task, folder, recipe)
     embedder = Embedder.of(model, recipe, run, task)
-    with evaluating(model):
+    ranks.same_data(captioned, task.name)
+    with embedder.measuring(ranks):
         embedded = embed(
             embedder, captioned, batch_size=task.batch_size, workers=task.workers, ranks=ranks
         )
         recall = embedded.recall(ranks)
+    identity = identify(captioned, ranks, run.device)
+    identity.remark(task.name, run.log)
+    counts = _remark(task, captioned, embedder, folder, run)
     if show is not None:
         show(task.name, _picture(captioned, embedded))
     if keep is not None:
-        keep(_outcomes(task, captioned, embedded, recall))
+        facts = identity.facts() | counts
+        keep(_outcomes(task, embedded, recall, facts))
     numbers: dict[str, float | int] = {}
     for kind, values in (("image", recall.image_retrieval), ("text", recall.text_retrieval)):
         for k, value in values.items():
             numbers[f"{kind}_{task.name}_recall_at_{k}"] = value
     numbers[f"{task.name}_candidates"] = len(embedded.images)
     numbers[f"{task.name}_captions"] = len(embedded.texts)
-    return numbers
+    return numbers | {f"{task.name}_{name}": count for name, count in counts.items()}
+
+
+def _remark(
+    task: Retrieval, captioned: CaptionedImages, embedder: Embedder, folder: Path, run: Run
+) -> dict[str, int]:
+    """Say what the numbers rest on, and count what makes them other than they seem."""
+    captions = sum(map(len, captioned.captions))
+    run.log.info("%s: %s images, %s captions", task.name, f"{len(captioned):,}", f"{captions:,}")
+    counts = {}
+    if several := captioned.several_lines:
+        counts["captions_of_several_lines"] = several
+        run.log.warning(
+            "%s: %s of the %s captions have several lines; if every line is a caption, write "
+            "retrieval into %s",
+            task.name,
+            f"{several:,}",
+            f"{captions:,}",
+            folder / "dataset_type.txt",
+        )
+    if cut := sum(caption in embedder.cut for own in captioned.captions for caption in own):
+        counts["captions_cut"] = cut
+        run.log.warning(
+            "%s: %s of the %s captions are longer than the %d tokens of the model and are cut",
+            task.name,
+            f"{cut:,}",
+            f"{captions:,}",
+            embedder.context_length,
+        )
+    return counts
 
 
 def _outcomes(
-    task: Retrieval, captioned: CaptionedImages, embedded: Embedded, recall: Recall
+    task: Retrieval, embedded: Embedded, recall: Recall, facts: dict[str, Any]
 ) -> Outcomes:
     """Caption by caption and image by image, what was found."""
     tables = {"image_of_text": embedded.image_of_text.cpu()}
@@ -132,7 +167,7 @@ def _outcomes(
         measures[f"image_{task.name}_recall_at_{k}"] = found
         measures[f"text_{task.name}_recall_at_{k}"] = Measure("mean", f"image_{k}")
     facts = {
-        "data_sha256": captioned.digest(),
+        **facts,
         "images": len(embedded.images),
         "captions": len(embedded.texts),
     }

@@ -92,6 +92,40 @@ def headline(numbers: Mapping[str, Any]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
+def missing(numbers: Mapping[str, Any]) -> str:
+    """What the page has no numbers of, and why."""
+    reasons = numbers.get("not_measured") or {}
+    lines = [
+        f"{escape(name.replace('_', ' '))}: {escape(reason)}" for name, reason in reasons.items()
+    ]
+    return f'<p class="quiet">Not on this page: {"; ".join(lines)}.</p>' if lines else ""
+
+
+def damage(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """How many samples every stage read, and what of its data it could not use.
+
+    Args:
+        stages: the lines of ``metrics.jsonl`` of each stage, in order.
+
+    Returns:
+        A table, or nothing where nothing was damaged or passed over.
+    """
+    rows = []
+    for name, lines in stages.items():
+        last = lines[-1] if lines else {}
+        read = last.get("read_samples")
+        for kind in ("damaged", "passed_over"):
+            counts = last.get(kind)
+            for reason, count in counts.items() if isinstance(counts, dict) else ():
+                share = f" of {read:,} read" if kind == "damaged" and read else ""
+                words = (name, kind.replace("_", " "), reason, f"{count:,}{share}")
+                cells = "".join(f"<td>{escape(word)}</td>" for word in words)
+                rows.append(f"<tr>{cells}</tr>")
+    if not rows:
+        return ""
+    return f'<div class="scroll"><table class="numbers">{"".join(rows)}</table></div>'
+
+
 def _shares(numbers: Mapping[str, Any]) -> list[tuple[str, float | None, str]]:
     """(name, share, note) of what a model of images and captions, or else of images, is good at."""
     classes = numbers.get("zero_shot_classes")

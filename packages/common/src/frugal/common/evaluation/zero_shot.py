@@ -15,7 +15,8 @@ from frugal.common.data.labelled import LabelledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.class_names import naming
 from frugal.common.evaluation.config import ZeroShot
-from frugal.common.evaluation.embed import Embedder, evaluating, grouped, similarity
+from frugal.common.evaluation.embed import Embedder, grouped, similarity
+from frugal.common.evaluation.identity import identify
 from frugal.common.evaluation.metrics import (
     mean_per_class_recall,
     ranked_classes,
@@ -69,7 +70,10 @@ class Answers:
             )
         elif metric is not None:
             numbers["score"] = numbers[metric]
-        return numbers | {"images": len(self.labels), "classes": self.num_classes}
+        counts = {"images": len(self.labels), "classes": self.num_classes}
+        if empty := self.num_classes - len(self.labels.unique()):
+            counts["classes_without_images"] = empty
+        return numbers | counts
 
     def outcomes(
         self,
@@ -216,7 +220,6 @@ class Question:
     def facts(self) -> dict[str, Any]:
         """What is asked, and about which images."""
         return {
-            "data_sha256": self.images.digest(),
             "images": len(self.images),
             "class_names": self.names,
             "templates": self.templates,
@@ -273,17 +276,20 @@ def evaluate(
         f"{len(question.names):,}",
         len(question.templates),
     )
+    ranks = Ranks.current()
+    ranks.same_data(question.images, task.name)
     embedder = Embedder.of(model, recipe, run, task)
-    with evaluating(model):
-        answers = ask(task, question, embedder, ranks=Ranks.current())
+    with embedder.measuring(ranks):
+        answers = ask(task, question, embedder, ranks=ranks)
+    identity = identify(question.images, ranks, run.device)
+    identity.remark(task.name, run.log)
     if show is not None:
         show(task.name, _picture(question, answers))
     remarks = question.remarks(embedder, answers)
     remarks.tell(task.name, question.labels, run.log)
     if keep is not None:
-        facts = question.facts() | remarks.facts(question.labels)
-        held_out = question.held_out
-        keep(answers.outcomes(task.name, facts, metric=task.metric, held_out=held_out))
+        facts = question.facts() | identity.facts() | remarks.facts(question.labels)
+        keep(answers.outcomes(task.name, facts, metric=task.metric, held_out=question.held_out))
     numbers = answers.numbers(task.metric) | answers.held_out_numbers(question.held_out)
     numbers |= remarks.numbers()
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
