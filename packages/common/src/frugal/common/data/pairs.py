@@ -14,6 +14,7 @@ from frugal.common.contracts import TextReduction
 from frugal.common.data.damage import Damaged
 from frugal.common.data.order import Order
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard
+from frugal.common.data.tokenizers import text_length
 from frugal.common.data.transforms import Augmentation
 from frugal.common.randomness import sample_generator
 from frugal.common.reduction.text import Placed
@@ -149,7 +150,7 @@ class BatchBuilder:
     def _add_text(self, slot: int, tokens: list[int] | Placed) -> None:
         ids = tokens.ids if isinstance(tokens, Placed) else tokens
         self.token_ids[slot, : len(ids)] = ids
-        self.lengths[slot] = max(len(ids), 1)
+        self.lengths[slot] = max(text_length(ids, self.preparation.tokenizer), 1)
         if isinstance(tokens, Placed):
             if self.positions is None:  # a damaged sample keeps the first slots
                 first = np.arange(len(tokens.positions), dtype=np.int64)
