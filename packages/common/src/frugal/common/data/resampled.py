@@ -23,6 +23,7 @@ from webdataset.gopen import gopen
 from frugal.common.contracts import Batch
 from frugal.common.data.damage import Damaged, Kind
 from frugal.common.data.pairs import BatchBuilder, Preparation
+from frugal.common.data.repairs import Repairs
 from frugal.common.data.samples import Fields, RawSample, assemble
 from frugal.common.data.stream import PREFETCHED, Share, own_generator
 from frugal.common.data.tars import StrictHeader, split_name
@@ -224,6 +225,7 @@ class ResampledStream:
             pin_memory: put the tensors where a GPU can fetch them.
         """
         self.epoch_samples = epoch_samples
+        self._repairs = Repairs()
         self._state = state or {"origin": share.first_sample, "workers": {}}
         dataset = _Resampled(
             draws,
@@ -246,7 +248,7 @@ class ResampledStream:
         for fields in self._loader:
             worker, progress = fields.pop("worker"), fields.pop("progress")
             self._state["workers"][str(worker)] = [list(place) for place in progress]
-            yield Batch(**fields)
+            yield Batch(**self._repairs.take(fields))
 
     def state(self) -> dict[str, Any]:
         """Where every lane of this process stands (JSON)."""

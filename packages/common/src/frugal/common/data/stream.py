@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from frugal.common.contracts import Batch
+from frugal.common.data.repairs import Repairs
 from frugal.common.errors import InputError
 
 PREFETCHED = 2
@@ -100,6 +101,7 @@ class IndexedStream:
             micro_batches: after which the stream ends; endless without it.
         """
         self.epoch_samples = epoch_samples
+        self._repairs = Repairs()
         self._loader = DataLoader(
             Guarded(samples),
             sampler=_Numbers(share, micro_batches),
@@ -114,7 +116,7 @@ class IndexedStream:
         for fields in self._loader:
             if "mistake" in fields:
                 raise InputError(fields["mistake"])
-            yield Batch(**fields)
+            yield Batch(**self._repairs.take(fields))
 
     def state(self) -> dict[str, Any]:
         """Nothing: the sample number says it all."""
