@@ -225,6 +225,24 @@ def test_check_and_convert_count_samples_whose_json_is_bad(tmp_path, write_tar, 
     assert "wrote 3 samples" in told and "repaired: 1 samples" in told
 
 
+@pytest.mark.parametrize("options", [{}, {"resampled_samples": 12, "shuffle_shards": 1}])
+def test_training_uses_and_tells_samples_whose_json_is_bad(
+    tmp_path, write_tar, pair, open_stream, caplog, options
+):
+    members = [m for n in range(12) for m in pair(n) if not m[0].endswith("json")]
+    broken = [
+        item for n in range(12) for item in (*members[2 * n : 2 * n + 2], (f"{n:09d}.json", b"{"))
+    ]
+    write_tar(tmp_path / "d/0.tar", broken)
+    with caplog.at_level("WARNING", logger="frugal"):
+        stream = open_stream(tmp_path / "d/0.tar", batch_size=12, **options)
+        batch = next(iter(stream))
+    assert batch.valid.all() and not batch.damage
+    told = [m for m in caplog.messages if "repaired so far" in m]
+    assert [message.partition(" ")[0] for message in told] == ["1", "10"]
+    assert f"{tmp_path}/d/0.tar/00000000" in told[0] and "its JSON cannot be read" in told[0]
+
+
 def test_a_number_of_thousands_of_digits_hides_no_caption(tmp_path, write_tar):
     content = b'{"caption": "ok", "id": ' + b"9" * 5000 + b', "n": 7}'
     path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x"), ("0.json", content)])

@@ -247,6 +247,26 @@ def test_texts_too_long_for_the_tower_are_cut_by_the_tokenizer() -> None:
     assert torch.equal(source.texts(["x" * 500]), source.texts(["x" * 62]))
 
 
+@pytest.mark.parametrize(
+    ("length", "told"),
+    [
+        (30, None),
+        # two special tokens leave 12 bytes; "a photo of a " has 13, and "trolleybuses" 12
+        (14, "the name of the class is cut off in 1 of 3 templates, and in part in 1 of 6 prompts"),
+        (5, "the name of the class is cut off in 1 of 3 templates, and in part in 4 of 6 prompts"),
+    ],
+)
+def test_prompts_that_lose_the_name_of_the_class_are_counted(length, told, caplog) -> None:
+    source = Embedder(Towers(), Bytes(), context_length=length, device=torch.device("cpu"))
+    templates = ["a photo of a {c}.", "a {c}", "{c} there"]
+    for _ in range(2):  # it is told once
+        with torch.no_grad(), caplog.at_level("WARNING", logger="frugal"):
+            class_embeddings(source, ["tram", ["trolleybuses"]], templates, ranks=Ranks())
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (told is not None)
+    assert told is None or (told in messages[0] and f"length of {length} tokens" in messages[0])
+
+
 def test_imagenet_names_and_templates_are_open_clips() -> None:
     names = imagenet_class_names()
     assert names == list(zero_shot_metadata.IMAGENET_CLASSNAMES)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from frugal.cit.pool import padded
+from frugal.common.data.tokenizers import text_length
 from frugal.common.evaluation.embed import evaluating
 
 TEXTS_AT_ONCE = 512
@@ -54,6 +55,7 @@ class TextFeatures:
         tokens = [
             self._tokenizer.assemble(self._tokenizer.encode(text), self._length) for text in texts
         ]
+        tokens = [ids[: text_length(ids, self._tokenizer)] for ids in tokens]
         return self.tokens(*padded(tokens, pad_id=self._tokenizer.pad_id))
 
     def tokens(self, token_ids: Tensor, lengths: Tensor) -> Tensor:

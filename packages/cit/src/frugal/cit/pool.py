@@ -20,6 +20,7 @@ from frugal.common.data.order import Order
 from frugal.common.data.pairs import Preparation, Shelf
 from frugal.common.data.samples import Shard
 from frugal.common.data.stream import PREFETCHED, Guarded, own_generator
+from frugal.common.data.tokenizers import text_length
 from frugal.common.data.training import make_order, make_preparation, open_sources
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
@@ -139,7 +140,8 @@ class _Texts(Dataset[dict[str, Any]]):
                 continue
             if drawn is not None:
                 texts[row] = drawn[0]
-                tokens[row] = tokenizer.assemble(tokenizer.encode(drawn[1]), length)
+                ids = tokenizer.assemble(tokenizer.encode(drawn[1]), length)
+                tokens[row] = ids[: text_length(ids, tokenizer)]
         token_ids, lengths = padded(tokens, pad_id=tokenizer.pad_id)
         return {"token_ids": token_ids, "lengths": lengths, "texts": torch.from_numpy(texts)}
 

@@ -28,9 +28,10 @@ def caption_text(value: Any) -> str:
     if not isinstance(value, str):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return str(value) if is_number and math.isfinite(value) else ""
-    text = value.strip(_EDGES)
-    if text.isascii():
+    text = value.strip()
+    if text.isascii() and text.isprintable():  # 9 in 10 captions
         return text
+    text = text.strip(_EDGES)
     try:
         text.encode()
     except UnicodeEncodeError:  # half a character, which no encoding holds: as open_clip repairs it

@@ -14,7 +14,9 @@ from frugal.common.contracts import TextReduction
 from frugal.common.data.damage import Damaged
 from frugal.common.data.grouping import describe_members
 from frugal.common.data.order import Order
+from frugal.common.data.repairs import FIELD
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard
+from frugal.common.data.tokenizers import text_length
 from frugal.common.data.transforms import Augmentation
 from frugal.common.files import raise_open_files_limit, reason_of, refuse_exhaustion
 from frugal.common.randomness import sample_generator
@@ -120,6 +122,8 @@ class BatchBuilder:
     """(B,) int64."""
     keys: list[str] = field(default_factory=list)
     damage: Counter[str] = field(default_factory=Counter)
+    repaired: list[tuple[str, str]] = field(default_factory=list)
+    """Keys of valid samples, and what is wrong with a part of them that was passed over."""
 
     def __post_init__(self) -> None:
         count, preparation = len(self.numbers), self.preparation
@@ -150,11 +154,13 @@ class BatchBuilder:
             self._add_text(slot, tokens)
         self.valid[slot] = True
         self.keys.append(key)
+        if raw.repaired:
+            self.repaired.append((key, raw.repaired))
 
     def _add_text(self, slot: int, tokens: list[int] | Placed) -> None:
         ids = tokens.ids if isinstance(tokens, Placed) else tokens
         self.token_ids[slot, : len(ids)] = ids
-        self.lengths[slot] = max(len(ids), 1)
+        self.lengths[slot] = max(text_length(ids, self.preparation.tokenizer), 1)
         if isinstance(tokens, Placed):
             if self.positions is None:  # a damaged sample keeps the first slots
                 first = np.arange(len(tokens.positions), dtype=np.int64)
@@ -172,7 +178,7 @@ class BatchBuilder:
         self.damage[damaged.kind] += 1
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a ``Batch``."""
+        """The fields of a ``Batch``, and what was repaired, for :class:`Repairs`."""
         fields: dict[str, Any] = {
             "images": torch.from_numpy(self.images),  # (B, 3, H, W)
             "sample_numbers": torch.from_numpy(self.numbers),  # (B,)
@@ -189,6 +195,8 @@ class BatchBuilder:
             slots = self.positions.shape[1]
             fields["token_ids"] = fields["token_ids"][:, :slots].contiguous()  # (B, K)
             fields["text_positions"] = torch.from_numpy(self.positions)  # (B, K)
+        if self.repaired:
+            fields[FIELD] = self.repaired
         return fields
 
 

@@ -26,6 +26,7 @@ from frugal.common.data.contents import Contents
 from frugal.common.data.damage import Damaged
 from frugal.common.data.pairs import BatchBuilder, Preparation
 from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.repairs import Repairs
 from frugal.common.data.samples import Fields, RawSample, assemble
 from frugal.common.data.stream import PREFETCHED, Share, own_generator
 from frugal.common.data.streamed import StreamedTar
@@ -236,6 +237,7 @@ class ResampledStream:
         """
         self.contents = contents
         self.epoch_samples = epoch_samples
+        self._repairs = Repairs()
         self._state = state or {"origin": share.first_sample, "workers": {}}
         dataset = _Resampled(
             draws,
@@ -258,7 +260,7 @@ class ResampledStream:
         for fields in self._loader:
             worker, progress = fields.pop("worker"), fields.pop("progress")
             self._state["workers"][str(worker)] = [list(place) for place in progress]
-            yield Batch(**fields)
+            yield Batch(**self._repairs.take(fields))
 
     def state(self) -> dict[str, Any]:
         """Where every lane of this process stands (JSON)."""

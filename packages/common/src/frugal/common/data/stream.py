@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from frugal.common.contracts import Batch
 from frugal.common.data.contents import Contents
+from frugal.common.data.repairs import Repairs
 from frugal.common.errors import InputError
 
 PREFETCHED = 2
@@ -104,6 +105,7 @@ class IndexedStream:
         """
         self.contents = contents
         self.epoch_samples = epoch_samples
+        self._repairs = Repairs()
         self._loader = DataLoader(
             Guarded(samples),
             sampler=_Numbers(share, micro_batches),
@@ -118,7 +120,7 @@ class IndexedStream:
         for fields in self._loader:
             if "mistake" in fields:
                 raise InputError(fields["mistake"])
-            yield Batch(**fields)
+            yield Batch(**self._repairs.take(fields))
 
     def state(self) -> dict[str, Any]:
         """Nothing: the sample number says it all."""

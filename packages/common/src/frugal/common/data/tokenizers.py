@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from frugal.common.data.vocabularies import (
     BytePairs,
@@ -52,6 +53,11 @@ class Tokenizer:
         """Special tokens behind the content; they stay when the content is cut."""
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """What turns text into ids."""
+        return self._vocabulary
+
+    @property
     def end_id(self) -> int | None:
         """The last token of every caption, where there is one."""
         return self.suffix[-1] if self.suffix else None
@@ -91,6 +97,16 @@ class Tokenizer:
             "suffix": self.suffix,
         }
         (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def text_length(ids: Sequence[int], tokenizer: Any) -> int:
+    """How many of the ids of a caption are its text: all, or up to the first end of text.
+
+    A caption may hold the word ``<end_of_text>``, which open_clip reads as the token, and the first
+    of them is the one that it pools.
+    """
+    end = getattr(tokenizer, "end_id", None)
+    return list(ids).index(end) + 1 if end is not None and end in ids else len(ids)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

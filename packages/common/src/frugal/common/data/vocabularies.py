@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import heapq
 import html
 import importlib.util
 import json
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from frugal.common.errors import InputError
 
 _CACHED_WORDS = 1 << 17
 """Words whose ids are remembered; the words of captions repeat."""
+_LONGEST_CACHED = 64
+"""Characters of a word that is remembered."""
 
 
 class Vocabulary(Protocol):
@@ -55,7 +58,8 @@ class WordCache:
         """Remember the ids, and return them."""
         if len(self._ids) >= _CACHED_WORDS:
             self._ids.clear()
-        self._ids[word] = ids
+        if len(word) <= _LONGEST_CACHED:
+            self._ids[word] = ids
         return ids
 
 
@@ -92,7 +96,7 @@ class BytePairs:
         import regex
 
         self._merges = merges
-        pairs = [tuple(line.split()) for line in merges]
+        pairs = [(first, second) for first, second in map(str.split, merges)]
         self._ranks = {pair: rank for rank, pair in enumerate(pairs)}
         symbols = list(_byte_symbols().values())
         words = [symbol + "</w>" for symbol in symbols]
@@ -122,12 +126,25 @@ class BytePairs:
         return len(self._entries)
 
     @property
+    def entries(self) -> list[str]:
+        """Bytes, bytes that end a word, merges, start and end of text, by their ids."""
+        return list(self._entries)
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs that are joined, the first ones first."""
+        return list(self._ranks)
+
+    @property
     def special_ids(self) -> tuple[int, int]:
         """Start and end of text."""
         return self.size - 2, self.size - 1
 
     def encode(self, text: str) -> list[int]:
-        """The content as ids; a literal ``<end_of_text>`` is the special token, as in open_clip."""
+        """The content as ids; a literal ``<end_of_text>`` is the special token, as in open_clip.
+
+        There the text ends for the model: ``frugal.common.data.tokenizers.text_length``.
+        """
         ids: list[int] = []
         for word in self._pattern.findall(clean_caption(text)):
             ids += self._cache.get(word) or self._cache.put(word, self._encode_word(word))
@@ -138,12 +155,7 @@ class BytePairs:
             return [self._ids[word]]
         symbols = [_byte_symbols()[byte] for byte in word.encode()]
         symbols[-1] += "</w>"
-        while len(symbols) > 1:
-            first = min(pairwise(symbols), key=lambda pair: self._ranks.get(pair, len(self._ranks)))
-            if first not in self._ranks:
-                break
-            symbols = _merge(symbols, first)
-        return [self._ids[symbol] for symbol in symbols]
+        return [self._ids[symbol] for symbol in merge_symbols(symbols, self._ranks)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids, special tokens left out."""
@@ -169,15 +181,46 @@ class BytePairs:
         vars(self).update(vars(BytePairs(merges)))
 
 
-def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """The symbols with every occurrence of a pair joined, from the left."""
-    merged: list[str] = []
-    place = 0
-    while place < len(symbols):
-        is_pair = tuple(symbols[place : place + 2]) == pair
-        merged.append(pair[0] + pair[1] if is_pair else symbols[place])
-        place += 2 if is_pair else 1
-    return merged
+def merge_symbols(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """The symbols of a word with pairs joined, the pair of the lowest rank everywhere first.
+
+    Time grows with n log n: a caption may hold one word of many thousand letters.
+    """
+    count = len(symbols)
+    following = list(range(1, count + 1))  # the place of the next symbol; joined ones are skipped
+    before = list(range(-1, count - 1))
+    places: dict[int, list[int]] = {}  # where the pair of a rank begins, perhaps no longer
+    heap: list[int] = []
+
+    def add(place: int) -> None:
+        rank = ranks.get((symbols[place], symbols[following[place]]))
+        if rank is not None:
+            if rank not in places:
+                places[rank] = []
+                heapq.heappush(heap, rank)
+            places[rank].append(place)
+
+    for place in range(count - 1):
+        add(place)
+    while heap:
+        rank = heapq.heappop(heap)
+        joined = []
+        for place in sorted(places.pop(rank)):  # from the left
+            after = following[place]
+            if after == count or ranks.get((symbols[place], symbols[after])) != rank:
+                continue  # a neighbor has taken one of the two
+            symbols[place] += symbols[after]
+            symbols[after] = ""
+            following[place] = following[after]
+            if following[after] < count:
+                before[following[after]] = place
+            joined.append(place)
+        for place in joined:
+            if (previous := before[place]) >= 0:
+                add(previous)
+            if following[place] < count:
+                add(place)
+    return [symbol for symbol in symbols if symbol]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,6 +267,7 @@ class Transformers:
                 f"the tokenizer of {source} knows no words, only {len(tokenizer)} special tokens; "
                 "save it again with its vocabulary (BertTokenizer takes vocab=, not vocab_file=)"
             )
+        split_special_pieces(tokenizer)
         return cls(tokenizer)
 
     @property
@@ -273,6 +317,25 @@ class Transformers:
     def load(cls, folder: Path) -> Transformers:
         """The tokenizer saved in a folder."""
         return cls.from_pretrained(str((folder / cls.folder).resolve()))
+
+
+def split_special_pieces(tokenizer: Any) -> None:
+    """Keep text that looks like a special token apart from it, where it is an entry like others.
+
+    Unigram and word-level vocabularies hold ``</s>`` among their pieces, and would find it in a
+    caption even where special tokens are split. A cut behind its first character prevents that.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(backend.model).__name__ not in ("Unigram", "WordLevel"):
+        return
+    from tokenizers import Regex, pre_tokenizers
+
+    special = [token for token in tokenizer.all_special_tokens if len(token) > 1]
+    cuts = [rf"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in special]
+    if cuts:
+        cut = pre_tokenizers.Split(Regex("|".join(cuts)), behavior="isolated")
+        before = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
 
 
 def _first_line(error: Exception) -> str:
@@ -326,6 +389,11 @@ class WordPieces:
         self._unknown = self._ids["[UNK]"]
         self._longest = max(map(len, entries))
         self._cache = WordCache()
+
+    @property
+    def entries(self) -> list[str]:
+        """Words and pieces of words by their ids."""
+        return list(self._entries)
 
     @property
     def size(self) -> int:

@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor, nn
 
 from frugal.common.data.labelled import GROUP
+from frugal.common.data.tokenizers import text_length
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
 from frugal.common.evaluation.ranks import Ranks
@@ -319,7 +320,7 @@ class Embedder:
         lengths = torch.zeros(len(texts), dtype=torch.int64)
         for row, ids in enumerate(texts):
             token_ids[row, : len(ids)] = torch.as_tensor(ids)
-            lengths[row] = len(ids)
+            lengths[row] = text_length(ids, self.tokenizer)
         with autocast(self.precision, self.device):
             return self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -91,6 +93,8 @@ def class_embeddings(
             class cancel each other out.
     """
     texts = [tuple(prompts(name, templates)) for name in class_names]
+    if ranks.rank == 0:
+        _warn_of_cut_names(embedder, class_names, templates)
     distinct = list(dict.fromkeys(texts))
 
     def means(rows: slice) -> Tensor:
@@ -117,3 +121,31 @@ def class_embeddings(
         )
     place = {class_texts: row for row, class_texts in enumerate(distinct)}
     return table[torch.tensor([place[class_texts] for class_texts in texts], device=table.device)]
+
+
+def _warn_of_cut_names(
+    embedder: Embedder, class_names: Sequence[ClassName], templates: Sequence[str]
+) -> None:
+    """Say in how many prompts the text length leaves no room for the name of the class."""
+    tokenizer, length = embedder.tokenizer, embedder.context_length
+    if embedder.shorten is not None or tokenizer.encode(""):
+        return  # what stays is chosen by a reduction, or by another library that makes whole rows
+    room = length - len(tokenizer.assemble([], length))
+    before = [len(tokenizer.encode(template.partition("{c}")[0])) for template in templates]
+    words = [[name] if isinstance(name, str) else name for name in class_names]
+    names = [len(tokenizer.encode(word)) for own in words for word in own]
+    gone = sum(start >= room for start in before)
+    cut = sum(start < room < start + name for start in before for name in names)
+    if gone or cut:
+        _warn(
+            f"a text length of {length} tokens is too short for the prompts: the name of the class "
+            f"is cut off in {gone} of {len(before)} templates, and in part in {cut:,} of "
+            f"{len(before) * len(names):,} prompts; choose shorter templates, or a model of longer "
+            "texts"
+        )
+
+
+@lru_cache(maxsize=64)
+def _warn(sentence: str) -> None:
+    """Log a warning that was not logged before."""
+    logging.getLogger("frugal").warning(sentence)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal.common.data.tokenizers import Tokenizer
+from frugal.common.data.vocabularies import BytePairs
 from frugal.common.interop.folding import fold_patch_bias
 from frugal.common.interop.trained import Embedded, Misfit, TrainedModel, misfit_of_projector
 from frugal.common.interop.transformers_tokenizer import as_transformers, save
@@ -132,17 +133,15 @@ def _ratio(mlp_width: int, width: int) -> float:
 
 def write(trained: TrainedModel, folder: Path) -> None:
     """Weights, configuration and tokenizer."""
-    from transformers import CLIPTokenizer
-
     state, config = fold_patch_bias(trained.model.state_dict(), trained.config)
     save_file(
         to_open_clip(state, config),
         folder / "open_clip_model.safetensors",
         metadata={"format": "pt"},
     )
-    theirs = as_transformers(trained.tokenizer, length=config.text.length)
-    save(theirs, folder)
-    own = None if isinstance(theirs, CLIPTokenizer) else trained.tokenizer
+    save(as_transformers(trained.tokenizer, length=config.text.length), folder)
+    is_carried = isinstance(trained.tokenizer.vocabulary, BytePairs)  # by open_clip itself
+    own = None if is_carried else trained.tokenizer
     content = {
         "model_cfg": model_config(config, own),
         "preprocess_cfg": {

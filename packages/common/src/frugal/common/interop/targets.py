@@ -18,6 +18,7 @@ from frugal.common.interop import (
     vit_mae_folder,
 )
 from frugal.common.interop.trained import Misfit, TrainedModel, TrainedRun, TrainedTower
+from frugal.common.interop.transformers_tokenizer import differences
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _targets_of_two_towers(trained: TrainedModel) -> dict[str, Target]:
     is_own = trained.has_own_towers
     timm = {"timm": replace(_timm(trained.image), is_whole=False)} if is_own.image else {}
     mixed = Target(
-        usage=dual_encoder_folder.USAGE,
+        usage=_with_differences(dual_encoder_folder.USAGE, trained),
         misfit=lambda: dual_encoder_folder.misfit(trained),
         write=lambda folder: dual_encoder_folder.write(trained, folder),
         difference=lambda folder: trained.difference(dual_encoder_folder.embed, folder),
@@ -63,7 +64,7 @@ def _targets_of_two_towers(trained: TrainedModel) -> dict[str, Target]:
     if not all(is_own):
         return {"huggingface": mixed, **timm}
     clip = Target(
-        usage=transformers_folder.USAGE,
+        usage=_with_differences(transformers_folder.USAGE, trained),
         misfit=lambda: transformers_folder.misfit(trained),
         write=lambda folder: transformers_folder.write(trained, folder),
         difference=lambda folder: trained.difference(transformers_folder.embed, folder),
@@ -79,6 +80,10 @@ def _targets_of_two_towers(trained: TrainedModel) -> dict[str, Target]:
         "huggingface": mixed if clip.misfit() and not mixed.misfit() else clip,
         **timm,
     }
+
+
+def _with_differences(usage: str, trained: TrainedModel) -> str:
+    return f"{usage.rstrip()}\n\n{differences(trained.tokenizer)}".rstrip()
 
 
 def _targets_of_a_tower(trained: TrainedTower) -> dict[str, Target]:

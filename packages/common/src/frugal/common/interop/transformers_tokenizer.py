@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from frugal.common.data.tokenizers import Tokenizer
-from frugal.common.data.vocabularies import Transformers, read_entries
+from frugal.common.data.vocabularies import (
+    BytePairs,
+    Transformers,
+    WordPieces,
+    split_special_pieces,
+)
 from frugal.common.errors import InputError
+from frugal.common.interop.clip_normalizer import DIFFERENCES as CLIP_DIFFERENCES
+from frugal.common.interop.clip_normalizer import clip_normalizer
 
 
 def as_transformers(tokenizer: Tokenizer, *, length: int) -> Any:
-    """A tokenizer of transformers that gives the same ids.
-
-    Characters that captions seldom hold are the exception: transformers' CLIP tokenizer resolves
-    no entities (``&amp;``) and repairs no broken encodings, and WordPiece differs on a few hundred
-    code points outside of Latin script.
+    """A tokenizer of transformers that gives the same ids, but for :func:`differences`.
 
     Args:
         tokenizer: ours.
@@ -26,16 +29,30 @@ def as_transformers(tokenizer: Tokenizer, *, length: int) -> Any:
     Raises:
         InputError: if transformers has no fast form of it.
     """
+    vocabulary = tokenizer.vocabulary
+    if isinstance(vocabulary, BytePairs):
+        return _clip(tokenizer, vocabulary, length)
+    if isinstance(vocabulary, WordPieces):
+        return _with_special_tokens(_word_pieces(vocabulary.entries), tokenizer, length)
     with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder)
-        tokenizer.save(saved)  # its files tell what it is
-        if (saved / "merges.txt").exists():
-            return _clip(saved / "merges.txt", length)
-        if (saved / "vocab.txt").exists():
-            backend = _word_pieces(read_entries(saved / "vocab.txt"))
-        else:
-            backend = _backend(saved / Transformers.folder)
-    return _with_special_tokens(backend, tokenizer, length)
+        tokenizer.save(Path(folder))
+        return _with_special_tokens(_backend(Path(folder) / Transformers.folder), tokenizer, length)
+
+
+def differences(tokenizer: Tokenizer) -> str:
+    """In which captions the exported tokenizer gives other tokens, for a model card; or ""."""
+    if isinstance(tokenizer.vocabulary, BytePairs):
+        return (
+            f"Captions become the tokens of open_clip, with these exceptions: {CLIP_DIFFERENCES}. "
+            "`CLIPTokenizer` would do less: load it with `AutoTokenizer` or the processor."
+        )
+    if isinstance(tokenizer.vocabulary, WordPieces):
+        return (
+            "Captions become the tokens of TensorFlow Text, but for some 800 characters "
+            "outside of Latin script, and words of more than 100 bytes and at most 100 characters, "
+            "which are unknown there."
+        )
+    return ""
 
 
 def save(tokenizer: Any, folder: Path) -> None:
@@ -48,23 +65,42 @@ def save(tokenizer: Any, folder: Path) -> None:
         settings.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _clip(path: Path, length: int) -> Any:
-    from open_clip.tokenizer import bytes_to_unicode
-    from transformers import CLIPTokenizer
+def _clip(tokenizer: Tokenizer, vocabulary: BytePairs, length: int) -> Any:
+    """open_clip's tokenizer: its special tokens are read where a caption holds their names.
 
-    lines = path.read_text(encoding="utf-8").split("\n")[1:-1]
-    merges: Any = [tuple(line.split()) for line in lines]
-    symbols = list(bytes_to_unicode().values())
-    entries = symbols + [f"{symbol}</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
-    entries += ["<|startoftext|>", "<|endoftext|>"]
+    transformers' own ``CLIPTokenizer`` would put another clean-up in the place of the file's.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    entries, merges = vocabulary.entries, vocabulary.merges
     ids = {entry: number for number, entry in enumerate(entries)}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=length)
+    backend = Backend(models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>"))
+    backend.normalizer = clip_normalizer()
+    words = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    # bytes to text, and a space where a word ends
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+    )
+    special = [AddedToken(name, special=True, normalized=True) for name in entries[-2:]]
+    backend.add_special_tokens(special)
+    start, end = special
+    return _with_special_tokens(
+        backend, tokenizer, length, split_special_tokens=False, bos_token=start, eos_token=end,
+        pad_token=end, unk_token=end,
+    )  # fmt: skip
 
 
 def _word_pieces(entries: list[str]) -> Any:
     """WordPiece with the rules of TensorFlow Text, as near as the tokenizers library has them."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     ids = {entry: number for number, entry in enumerate(entries)}
     backend = Backend(models.WordPiece(vocab=ids, unk_token="[UNK]", max_input_chars_per_word=100))
@@ -72,6 +108,7 @@ def _word_pieces(entries: list[str]) -> Any:
     folded = [("\u00df", "ss"), ("\u1e9e", "ss"), ("\u03c2", "\u03c3")]
     backend.normalizer = normalizers.Sequence(
         [
+            normalizers.Replace(Regex("[\\x00-\\x1f\\x7f-\\x9f]"), " "),
             normalizers.NFKC(),
             *(normalizers.Replace(letter, instead) for letter, instead in folded),
             normalizers.BertNormalizer(),
@@ -86,6 +123,7 @@ def _backend(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    split_special_pieces(loaded)
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise InputError(
@@ -95,7 +133,7 @@ def _backend(folder: Path) -> Any:
     return backend
 
 
-def _with_special_tokens(backend: Any, tokenizer: Tokenizer, length: int) -> Any:
+def _with_special_tokens(backend: Any, tokenizer: Tokenizer, length: int, **options: Any) -> Any:
     """What surrounds a caption here surrounds it there, and the same token pads it."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
@@ -110,12 +148,14 @@ def _with_special_tokens(backend: Any, tokenizer: Tokenizer, length: int) -> Any
         single=[f"{part}:0" for part in parts],
         special_tokens=[(token, number) for number, token in name.items()],
     )
-    end = {} if tokenizer.end_id is None else {"eos_token": name[tokenizer.end_id]}
+    settings = {
+        "pad_token": backend.id_to_token(tokenizer.pad_id),
+        "split_special_tokens": True,  # what is written in a caption is text
+        "padding_side": "right",
+        "truncation_side": "right",
+    }
+    if tokenizer.end_id is not None:
+        settings["eos_token"] = name[tokenizer.end_id]
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=backend.id_to_token(tokenizer.pad_id),
-        model_max_length=length,
-        padding_side="right",
-        truncation_side="right",
-        **end,
+        tokenizer_object=backend, model_max_length=length, **settings | options
     )
