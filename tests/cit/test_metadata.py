@@ -73,6 +73,9 @@ def test_a_text_file_has_a_class_per_line_and_tabs_between_its_names(tmp_path: P
     assert classes[0].prompts == ("a red fox",)
     assert classes[1].prompts == ("a snow owl", "a Nyctea scandiaca")
     assert len(classes) == 2 + 10
+    file.write_bytes("\ufeffred fox\r\nsnow\u2028owl\r\n".encode())
+    found = Metadata(sources=(str(file),), templates=("a {c}",)).classes()
+    assert [wanted.prompts for wanted in found] == [("a red fox",), ("a snow\u2028owl",)]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,12 @@ def test_names_of_classes_come_from_scenes_and_from_ade20k(tmp_path: Path) -> No
     inside.mkdir()
     (inside / "classnames.txt").write_text("background\nred circle\nred square\n")
     assert class_names(tmp_path, 3)[1] == "red circle"
+    (inside / "classnames.txt").write_bytes("\ufeffbackground\r\nred circle\r\n\r\n".encode())
+    assert class_names(tmp_path, 2) == ["background", "red circle"]
+    (inside / "classnames.txt").write_text("background\n\nred square\n")
+    with pytest.raises(InputError, match="has no name for class 2"):
+        class_names(tmp_path, 3)
+    (inside / "classnames.txt").write_text("background\nred circle\nred square\n")
     with pytest.raises(InputError, match=r"names 3 classes, but .* model.num_classes = 150"):
         class_names(tmp_path, 150)
 
