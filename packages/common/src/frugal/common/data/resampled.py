@@ -130,7 +130,7 @@ class Lane:
         self._passed_over = passed_over
         self.draw = draw
         self.taken = taken
-        self._samples = itertools.islice(self._open(), taken, None)
+        self._samples: Iterator[Streamed] = itertools.islice(self._open(), taken, None)
 
     def _open(self) -> Iterator[Streamed]:
         return stream_tar(self._url_of(self.draw), passed_over=self._passed_over)
