@@ -1,5 +1,6 @@
 """Whole runs that choose their own pairs: on any processes, interrupted or not, all alike."""
 
+import json
 import random
 import shutil
 import signal
@@ -37,6 +38,13 @@ def undisturbed_slow(pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     run = tmp_path_factory.mktemp("undisturbed_slow") / "run"
     train(ALONE, run, *SLOW, small=words(pool), module=MODULE)
     return run
+
+
+def test_the_shards_of_the_pool_are_noted(undisturbed: Path, pool: Path) -> None:
+    (entry,) = json.loads((undisturbed / "data.json").read_text())["train"]
+    shards = sorted((pool / "train").glob("*.tar"))
+    assert [name for name, _, _ in entry] == [shard.name for shard in shards]
+    assert all(samples > 0 and digest for _, samples, digest in entry)
 
 
 def test_every_period_has_its_pairs_and_the_scan_goes_on_where_it_ended(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support import ALONE, ROOT, deepspeed, train
+from support import ALONE, ROOT, deepspeed, newest, train
 
 
 def refused(*words: str, run: Path, launcher=ALONE, recipe: str = "demo", code: int = 2) -> str:
@@ -180,3 +180,19 @@ def test_the_ready_files_for_deepspeed_suit_every_recipe() -> None:
         for make in RECIPES.values():
             filled = fill_config(file, make(), 2)
             assert "auto" not in json.dumps(filled), file.name
+
+
+def test_data_that_changed_behind_a_run(scenes: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for shard in sorted((scenes / "train").glob("*.tar"))[:2]:
+        shutil.copy(shard, data / shard.name)
+    words = (f"--data.train={data}", "--schedule.samples=48", "--run.save-every=1")
+    train(ALONE, run, *words)
+    shutil.rmtree(newest(run))  # so that a step is left to do
+    shutil.copy(data / "00000.tar", data / "00002.tar")
+    sentence = refused(*words, run=run)
+    assert "data.train[0]: 1 new (00002.tar)" in sentence
+    output = train(ALONE, run, *words, "--run.allow-changed-data")
+    assert "the data have changed since the run began" in output
+    assert "continuing" in output and newest(run).name.endswith("2")

@@ -1,6 +1,8 @@
 """Tars as people make them, by index and as a stream: apart, with dots, cut, joined."""
 
+import contextlib
 import io
+import random
 import tarfile
 from collections import Counter
 
@@ -12,7 +14,7 @@ from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.resampled import stream_tar
 from frugal.common.data.samples import Fields, assemble
 from frugal.common.data.sources import build_index, open_source
-from frugal.common.data.tars import TarReader
+from frugal.common.data.tars import TarReader, index_tar
 from frugal.common.errors import InputError
 
 END = bytes(1024)
@@ -387,3 +389,31 @@ def test_an_earlier_index_in_a_folder_that_must_not_be_written_is_renewed_elsewh
         assert old.read_bytes() == kept
     finally:
         path.parent.chmod(0o755)
+
+
+def test_a_broken_extended_header_behind_joined_tars_ends_the_search(tmp_path):
+    extended = tarfile.TarInfo("x")
+    extended.type, extended.size = tarfile.XHDTYPE, 512
+    path = tmp_path / "0.tar"
+    path.write_bytes(
+        bare(members(range(3))) + END + extended.tobuf(tarfile.USTAR_FORMAT) + b"\xff" * 1024
+    )
+    assert outcomes(path) == (whole(range(3)), {})
+    assert "damaged or cut off behind 002.txt" in read_summary(path).note
+
+
+def test_no_damage_ends_in_anything_but_damage_or_one_sentence(tmp_path):
+    sound = bytearray(bare(members(range(12))) + END)
+    generator = random.Random(0)
+    path = tmp_path / "0.tar"
+    for _ in range(150):
+        content = bytearray(sound)
+        for _ in range(generator.randrange(1, 5)):
+            place, length = generator.randrange(len(content)), generator.randrange(2000)
+            content[place : place + length] = generator.choice(
+                [b"", bytes(length), generator.randbytes(length), content[:512]]
+            )
+        path.write_bytes(content)
+        with contextlib.suppress(InputError):
+            index_tar(path)
+        assert list(stream_tar(str(path)))

@@ -1,5 +1,6 @@
 import itertools
 import json
+import logging
 from collections import Counter
 
 import pytest
@@ -141,3 +142,18 @@ def test_only_tars_can_be_resampled(tmp_path):
     with pytest.raises(InputError, match=r"0\.tfrecord is no tar"):
         find_streams(str(tmp_path))
     assert find_streams("s3://b/{0..2}.tar") == ["s3://b/0.tar", "s3://b/1.tar", "s3://b/2.tar"]
+
+
+def test_what_is_passed_over_in_streams_is_told_once(
+    tmp_path, write_tar, pair, open_stream, caplog
+):
+    members = [m for number in range(4) for m in (*pair(number), (f"._{number}.jpg", b"mac"))]
+    path = write_tar(tmp_path / "0.tar", members)
+    log = logging.getLogger("frugal")
+    log.addHandler(caplog.handler)
+    try:
+        take(open_stream(f"pipe:cat {path}", batch_size=4, resampled_samples=4), 5)
+    finally:
+        log.removeHandler(caplog.handler)
+    told = {line for line in caplog.messages if "hidden members" in line}
+    assert len(told) == 1 and "._0.jpg" in told.pop()

@@ -6,7 +6,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -81,7 +81,7 @@ def walk_tar(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Break]:
     start = 0
     while start < size:
         file.seek(start)
-        fault, end = "", start
+        fault, end, archive = "", start, None
         try:
             archive = tarfile.TarFile(fileobj=file, mode="r", tarinfo=StrictHeader)
             for member in archive:
@@ -95,11 +95,12 @@ def walk_tar(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Break]:
             fault = str(error)
             if start == 0 and file.tell() <= tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(fault) from None
-            end = archive.offset if file.tell() > start + tarfile.BLOCKSIZE else start
+            end = start if archive is None else archive.offset
         found = _search_on(file, start, end, size, fault)
         if found is None:
             return
-        yield found
+        # where not even the first header can be read, the tar in front of it had ended
+        yield found if archive is not None else replace(found, cuts_sample=False)
         start = found.stop
 
 
