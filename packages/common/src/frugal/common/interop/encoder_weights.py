@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_object, reason_of
 from frugal.common.interop.stored_files import (
     State,
     read_content,
@@ -26,17 +27,20 @@ from frugal.common.interop.stored_files import (
     weights_in,
     without_prefix,
 )
-from frugal.common.files import read_json_object
 from frugal.common.models.config import (
     CLIP_MEAN,
     CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Activation,
     ImageTower,
 )
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.positions import image_table, resample_grid
+from frugal.common.models.preparation import (
+    Preparation,
+    of_open_clip,
+    of_transformers,
+    transformers_file,
+)
 from frugal.common.models.weight_names import (
     OPEN_CLIP,
     TRANSFORMERS_CLIP,
@@ -54,6 +58,7 @@ _WEIGHT_FILES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )  # fmt: skip
+_OPEN_CLIP = "open_clip_config.json"
 _BESIDE_THE_ENCODER = re.compile(r"(decoder|head|fc_norm)[._].*|mask_token")
 
 
@@ -69,6 +74,8 @@ class EncoderWeights:
     """Where it was read, for people."""
     rest: State = field(default_factory=dict)
     """What the file holds besides: a decoder, a head."""
+    preparation: Preparation | None = None
+    """How its library prepares an image for it, where a folder of a library was read."""
 
     @property
     def embed_dim(self) -> int | None:
@@ -96,7 +103,7 @@ class EncoderWeights:
         try:
             tower.load_state_dict(self.state)
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = reason_of(error, last_line=True)
             raise InputError(f"{self.source} does not hold one whole tower: {reason}") from None
         return tower
 
@@ -130,19 +137,18 @@ def read_encoder(
     if not path.exists():
         path = _fetched(str(source))
     if path.is_dir():
-        exported = (path / "config.json").is_file()  # such a folder may say how it was trained
+        # such a folder may say how it was trained
+        exported = any((path / name).is_file() for name in ("config.json", _OPEN_CLIP))
         own = ("checkpoints", "state.json") if exported else ("recipe.json", "state.json")
         if any((path / name).exists() for name in own) or path.name == "checkpoints":
             _refuse(source, activation, heads)
             return _own_run(path)
-        if (path / "open_clip_config.json").is_file():
+        if (path / _OPEN_CLIP).is_file():
             _refuse(source, activation, heads)
             return _open_clip_folder(path)
-        if exported and "architecture" in read_json_object(path / "config.json"):  # timm's
-            return read_encoder(weights_in(path, _WEIGHT_FILES), activation=activation, heads=heads)
         if exported:
             _refuse(source, activation, heads)
-            return _transformers_folder(path)
+            return _library_folder(path)
         raise InputError(
             f"the folder {path} holds no model; give a run directory, or a folder with a "
             "config.json or open_clip_config.json"
@@ -163,6 +169,14 @@ def read_encoder(
             )  # fmt: skip
         return _clip_state(state, activation=chosen, heads=heads, source=str(path))
     return encoder_of_state(state, activation=activation or "gelu", heads=heads, source=str(path))
+
+
+def _library_folder(folder: Path) -> EncoderWeights:
+    if "architecture" in read_json_object(folder / "config.json"):
+        from frugal.common.interop import timm_weights
+
+        return timm_weights.read_folder(folder).weights
+    return _transformers_folder(folder)
 
 
 def _refuse(source: Path | str, activation: Activation | None, heads: int | None) -> None:
@@ -186,10 +200,9 @@ def _fetched(name: str) -> Path:
         patterns = ["*config.json", *_WEIGHT_FILES]
         return Path(snapshot_download(bare, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of every kind
-        reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"there is no file or folder {name}, and it cannot be fetched from the Hugging Face "
-            f"hub: {reason}"
+            f"hub: {reason_of(error)}"
         ) from None
 
 
@@ -245,26 +258,48 @@ def _clip_state(
 
 
 def _open_clip_folder(folder: Path) -> EncoderWeights:
-    settings = read_json_object(folder / "open_clip_config.json")
-    model, pixels = settings.get("model_cfg", {}), settings.get("preprocess_cfg", {})
-    vision = model.get("vision_cfg", {})
+    path = folder / _OPEN_CLIP
+    settings = read_json_object(path)
+    model, preprocess = settings.get("model_cfg") or {}, settings.get("preprocess_cfg") or {}
+    vision = model.get("vision_cfg") or {}
     if vision.get("pool_type", "tok") != "tok" or "timm_model_name" in vision:
         raise InputError(f"the image tower of {folder} is no plain CLIP tower; choose another one")
+    try:
+        width, size = int(vision["width"]), vision.get("image_size", 224)
+        height_width = (size, size) if isinstance(size, int) else tuple(size)
+        heads = width // int(vision.get("head_width", 64))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} does not describe an image tower ({reason_of(error)}); copy it again"
+        ) from None
+    prepared = of_open_clip(preprocess, size=height_width, source=str(path))
     state = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
     weights = _clip_state(
         {name: tensor.float() for name, tensor in state.items()},
-        activation="quick_gelu" if model.get("quick_gelu") else "gelu",
-        heads=vision["width"] // vision.get("head_width", 64),
+        activation=_open_clip_activation(model, vision, path),
+        heads=heads,
         source=str(folder),
     )
-    size = vision.get("image_size", 224)
     tower = replace(
         weights.tower,
-        image_size=size if isinstance(size, int) else tuple(size),
-        mean=tuple(pixels.get("mean", CLIP_MEAN)),
-        std=tuple(pixels.get("std", CLIP_STD)),
+        image_size=size if isinstance(size, int) else height_width,
+        mean=prepared.pixels.mean,
+        std=prepared.pixels.std,
+        norm_epsilon=(vision.get("norm_kwargs") or {}).get("eps", weights.tower.norm_epsilon),
     )
-    return replace(weights, tower=tower)
+    return replace(weights, tower=tower, preparation=prepared)
+
+
+def _open_clip_activation(
+    model: Mapping[str, Any], vision: Mapping[str, Any], path: Path
+) -> Activation:
+    if model.get("quick_gelu"):
+        return "quick_gelu"
+    kinds: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
+    approximate = (vision.get("act_kwargs") or {}).get("approximate", "none")
+    if approximate not in kinds:
+        raise InputError(f"the activation {approximate!r} of {path} is not known here")
+    return kinds[approximate]
 
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -289,6 +324,8 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
     if vision.hidden_act not in _ACTIVATIONS:
         raise InputError(f"the activation {vision.hidden_act!r} of {folder} is not known here")
     state = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
+    if "embeddings.class_embedding" in state:  # CLIPVisionModel, as transformers 5 saves it
+        state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
     kept = ("vision_model.", "visual_projection.")
     visual = {
         name: tensor.float()
@@ -296,21 +333,21 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
         if name.startswith(kept) and not name.endswith("position_ids")
     }
     ours = without_prefix(read_names(visual, TRANSFORMERS_CLIP, source=str(folder)), "image.")
-    pixels = _look(folder)
-    return _shaped(
+    size = (vision.image_size, vision.image_size)
+    prepared = _prepared(folder, "clip", size)
+    weights = _shaped(
         ours,
         str(folder),
         patch_size=vision.patch_size,
         heads=vision.num_attention_heads,
         activation=_ACTIVATIONS[vision.hidden_act],
-        mean=tuple(pixels.get("image_mean", CLIP_MEAN)),
-        std=tuple(pixels.get("image_std", CLIP_STD)),
+        mean=prepared.pixels.mean,
+        std=prepared.pixels.std,
         norm_epsilon=vision.layer_norm_eps,
     )
+    return replace(weights, preparation=prepared)
 
 
-_HALF = (0.5, 0.5, 0.5)
-"""What transformers' ViT normalises pixels with, where a folder does not say."""
 _BESIDE_A_VIT = ("classifier.", "pooler.", "vit.pooler.", "decoder.")
 
 
@@ -323,7 +360,8 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
     if vit.hidden_act not in _ACTIVATIONS:
         raise InputError(f"the activation {vit.hidden_act!r} of {folder} is not known here")
     size = vit.image_size
-    look = _look(folder)
+    height_width = (size, size) if isinstance(size, int) else tuple(size)
+    prepared = _prepared(folder, settings["model_type"], height_width)
     tower = ImageTower(
         width=vit.hidden_size,
         depth=vit.num_hidden_layers,
@@ -333,8 +371,8 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
         image_size=size if isinstance(size, int) else tuple(size),
         activation=_ACTIVATIONS[vit.hidden_act],
         norm_epsilon=vit.layer_norm_eps,
-        mean=tuple(look.get("image_mean", _HALF if kind is ViTConfig else IMAGENET_MEAN)),
-        std=tuple(look.get("image_std", _HALF if kind is ViTConfig else IMAGENET_STD)),
+        mean=prepared.pixels.mean,
+        std=prepared.pixels.std,
     )
     stored = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
     state = {name: tensor.float() for name, tensor in stored.items()}
@@ -344,13 +382,20 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
         for n, t in state.items()
         if n.startswith(("classifier.", "decoder."))
     }
-    return EncoderWeights(tower, from_vit_mae(encoder, tower), str(folder), rest)
+    return EncoderWeights(tower, from_vit_mae(encoder, tower), str(folder), rest, prepared)
 
 
-def _look(folder: Path) -> dict[str, Any]:
-    """How the folder says that images are prepared."""
-    beside = folder / "preprocessor_config.json"
-    return read_json_object(beside) if beside.is_file() else {}
+def _prepared(folder: Path, model_type: str, size: tuple[int, int]) -> Preparation:
+    """How the folder says that images are prepared; says what is taken where it does not."""
+    file = transformers_file(folder, model_type=model_type)
+    prepared = of_transformers(file, model_type=model_type, size=size)
+    if prepared.is_default:
+        _LOG.warning(
+            "%s does not say how images are prepared (no preprocessor_config.json or "
+            "processor_config.json): mean %s and std %s are taken, as is usual for %s",
+            folder, *map(list, (prepared.pixels.mean, prepared.pixels.std)), model_type,
+        )  # fmt: skip
+    return prepared
 
 
 # ------------------------------------------------------------------------------------------------

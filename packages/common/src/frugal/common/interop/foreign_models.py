@@ -38,6 +38,8 @@ class Foreign:
     """Has ``load()``."""
     crop: CenterCrop
     """How the library prepares an image for it."""
+    told_by: str = ""
+    """The file that says so, or whose defaults these are."""
     library: str
     """As its users call it."""
 

@@ -18,6 +18,7 @@ from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder
+from frugal.common.files import reason_of
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
 from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.image_tower import ImageTransformer
@@ -147,7 +148,7 @@ class TrainedTower(TrainedRun):
         try:
             transformer.load_state_dict(self.state)
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = reason_of(error, last_line=True)
             raise InputError(f"{self.folder} does not hold one whole tower: {reason}") from None
         return transformer.eval()
 
