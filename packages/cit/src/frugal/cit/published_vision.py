@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_object
 from frugal.common.interop.encoder_weights import encoder_of_state, read_encoder
 from frugal.common.interop.stored_files import State, read_weights, weights_in, without_prefix
-from frugal.common.files import read_json_object
 from frugal.common.models.config import ImageTower
 from frugal.common.models.weight_names import Rule, pairs, read_names, write_names
 
@@ -66,8 +66,7 @@ def read_vision(source: str | Path) -> VisionWeights:
     if settings.get("model_type") in KINDS or is_released(settings):
         return vision_of_state(read_weights(weights_in(path, WEIGHT_FILES)), source=str(path))
     found = read_encoder(source)
-    # of timm's folders only the architecture is known
-    return VisionWeights(found.tower, found.state, is_certain="architecture" not in settings)
+    return VisionWeights(found.tower, found.state, is_certain=True)
 
 
 def is_released(settings: Mapping[str, Any]) -> bool:

@@ -34,11 +34,19 @@ _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281
 _DIM = 16.0
 """Floats up to here are light on a scale of its own, brighter ones are grey levels."""
 
-# What Pillow remarks on a picture (a damaged EXIF block, tags it does not know, a size above half
-# of its limit) goes to people by its path in this file, once for every picture: either the picture
-# is decoded, or it counts as damage with the reason.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+def hush_pillow() -> None:
+    """Say nothing of what Pillow remarks on a picture.
+
+    Its remarks (a damaged EXIF block, tags it does not know, a size above half of its limit) name
+    its own files and come for every picture: either the picture is decoded, or it counts as damage
+    with the reason.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+hush_pillow()
 
 
 class TensorFlowCubic(NamedTuple):

@@ -33,6 +33,8 @@ _TWO_TOWERS = ("clip", "siglip", "vision-text-dual-encoder")
 _ONE_TOWER = ("clip_vision_model", "vit", "vit_mae")
 """By transformers' names."""
 
+_NOT_SAID = "the usual one, as a file of weights says nothing of it"
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -266,7 +268,7 @@ def _encoder(found: EncoderWeights, crop: CenterCrop) -> Imported:
         evaluation=(LinearProbe(crop=crop),),
     )
     head = "" if classes is None else f", with a linear layer to {classes:,} numbers"
-    told_by = "nothing" if found.preparation is None else found.preparation.told_by
+    told_by = found.preparation.told_by if found.preparation else _NOT_SAID
     described = (
         f"{_words(tower)}{head}; {_count(named)} parameters; "
         f"{describe(tower, crop, told_by=told_by)}"

@@ -51,18 +51,25 @@ class Preparation:
     """No file says so."""
 
 
-def describe(tower: ImageTower, crop: CenterCrop | None = None, *, told_by: str = "") -> str:
-    """In one line what weights do not say of an image tower, and how its images are prepared."""
-    words = [
-        f"{tower.heads} heads",
-        f"activation {tower.activation}",
-        f"epsilon {tower.norm_epsilon:g}",
-        f"pooled by {tower.pooling}",
-        f"mean {_numbers(tower.mean)}",
-        f"std {_numbers(tower.std)}",
-    ]
+def describe(image: Any, crop: CenterCrop | None = None, *, told_by: str = "") -> str:
+    """In one line what weights do not say of an image tower, and how its images are prepared.
+
+    Args:
+        image: an ``ImageTower``, or anything with ``height_width``, ``mean`` and ``std``.
+        crop: how an image is cut and resized.
+        told_by: see :class:`Preparation`.
+    """
+    words = []
+    if isinstance(image, ImageTower):
+        words += [
+            f"{image.heads} heads",
+            f"activation {image.activation}",
+            f"epsilon {image.norm_epsilon:g}",
+            f"pooled by {image.pooling}",
+        ]
+    words += [f"mean {_numbers(image.mean)}", f"std {_numbers(image.std)}"]
     if crop is not None:
-        words.append(_in_words(crop, tower.height_width))
+        words.append(_in_words(crop, image.height_width))
     return ", ".join(words) + (f" (preparation of images: {told_by})" if told_by else "")
 
 
@@ -268,7 +275,7 @@ def pixels_of_transformers(file: TransformersFile, *, model_type: str) -> Pixels
     usual = _AS_CLIP if _PROCESSOR_OF.get(model_type) in ("CLIP", "ChineseCLIP", "Bit") else _AS_VIT
     if model_type not in _PROCESSOR_OF or (model_type == "vit_mae" and not file.is_there):
         usual = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
-    given = {name: value for name, value in file.settings.items() if value is not None}
+    given = _without_nulls(file.settings)
     for name in ("offset", "rescale_offset", "do_flip_channel_order"):
         if given.get(name):
             raise _refused(file.source, f"{name}={given[name]}", "which is not known here")
@@ -276,7 +283,7 @@ def pixels_of_transformers(file: TransformersFile, *, model_type: str) -> Pixels
 
 
 def _with_defaults(file: TransformersFile, model_type: str) -> dict[str, Any]:
-    given = {name: value for name, value in file.settings.items() if value is not None}
+    given = file.settings
     named = given.get("image_processor_type") or given.get("feature_extractor_type")
     kind = str(named or _PROCESSOR_OF.get(model_type, model_type))
     for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
@@ -285,12 +292,18 @@ def _with_defaults(file: TransformersFile, model_type: str) -> dict[str, Any]:
         raise _refused(
             file.source, f"the processor {named or model_type}", "which is not known here"
         )
+    given = _without_nulls(file.settings)
     usual = {**_USUAL, **_PROCESSORS[kind]}
     if "crop_size" in given and _has_edge(given.get("size")):
         usual["do_center_crop"] = True  # without it such a file would fit no tower
     if not file.is_there and model_type == "vit_mae":  # none of MAE's was trained as ViT's were
         usual |= {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
     return {**usual, **given}
+
+
+def _without_nulls(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same; a step that is null is left out, as in transformers."""
+    return {n: False if value is None and n in _STEPS else value for n, value in settings.items()}
 
 
 def _has_edge(size: Any) -> bool:

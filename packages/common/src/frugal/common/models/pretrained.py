@@ -75,12 +75,22 @@ def _facts(name: str, given: str, *, with_pixels: bool = False) -> str:
     config = _KNOWN.get(name) or _read_json(name, "config.json")
     facts: dict[str, Any] = {"name": name, "config": config}
     if with_pixels:
-        facts["pixels"] = _pixels(name, str((config or {}).get("model_type", "")))
+        facts["pixels"] = pixel_facts(name, str((config or {}).get("model_type", "")))
     return json.dumps(facts, sort_keys=True)
 
 
-def _pixels(name: str, model_type: str) -> dict[str, Channels]:
-    """Mean and deviation of a model of transformers; says what is taken where it does not."""
+def pixel_facts(name: str, model_type: str) -> dict[str, Channels]:
+    """``image_mean`` and ``image_std`` of a model of transformers, on a scale from 0 to 1.
+
+    Says what is taken where the model does not.
+
+    Args:
+        name: a folder, or a name on the hub.
+        model_type: as its config.json has it.
+
+    Raises:
+        InputError: if it prepares images in a way that is not known here.
+    """
     newer, older = (_read_json(name, file, needed=False) for file in PROCESSOR_FILES)
     file = transformers_settings(newer, older, source=name, model_type=model_type)
     pixels = pixels_of_transformers(file, model_type=model_type)
