@@ -112,7 +112,7 @@ def test_what_is_passed_over_is_counted_by_reason_with_the_first_names() -> None
 
 
 ODD_ERRORS = {
-    "cannot identify image file": ValueError("cannot identify image file <_io.BytesIO object at 0x7f1>"),
+    "no picture": ValueError("no picture <_io.BytesIO object at 0x7f1>"),
     "broken stream": OSError("broken stream at 0x7fd57e10"),
     "No such file or directory": FileNotFoundError(2, "No such file or directory", "/a/b"),
     "it has no 'model_cfg'": KeyError("model_cfg"),
