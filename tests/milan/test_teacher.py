@@ -332,6 +332,30 @@ def test_open_clips_options_are_those_of_its_folder(tmp_path):
         expected = model.visual(normalised(levels(), pixels["mean"], pixels["std"]))
     torch.testing.assert_close(teacher(levels())[0][:, 0], expected, rtol=0, atol=3e-5)
     assert teacher.config.activation == "gelu_tanh" and teacher.config.norm_epsilon == 1e-3
+    for option in ({"attentional_pool": True}, {"timm_model_name": "resnet18"}):
+        odd = config | {"vision_cfg": config["vision_cfg"] | option}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": odd}))
+        with pytest.raises(InputError, match="none of CLIP's plain vision transformers"):
+            read_encoder(tmp_path)
+
+
+def test_open_clips_folders_whose_tower_pools_a_mean_can_teach(tmp_path):
+    from open_clip.model import CLIP
+
+    torch.manual_seed(0)
+    _, config = open_clip_model()
+    config["vision_cfg"] |= {"pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True,
+                             "ls_init_value": 0.5}  # fmt: skip
+    model = CLIP(**config).eval()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    tower = read_encoder(tmp_path).build().eval()
+    with torch.no_grad():
+        pixels = normalised(levels(), CLIP_MEAN, CLIP_STD)
+        expected = model.visual(pixels)
+        pooled = tower.projection(tower.forward_pooled(pixels))
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=3e-5)
+    load_teacher(Teacher(source=str(tmp_path)), STUDENT)
 
 
 def test_what_a_teacher_is_and_what_it_is_shown_is_said(tmp_path, caplog, monkeypatch):

@@ -258,48 +258,22 @@ def _clip_state(
 
 
 def _open_clip_folder(folder: Path) -> EncoderWeights:
+    from frugal.common.interop.foreign_open_clip import image_size, image_tower
+
     path = folder / _OPEN_CLIP
     settings = read_json_object(path)
     model, preprocess = settings.get("model_cfg") or {}, settings.get("preprocess_cfg") or {}
-    vision = model.get("vision_cfg") or {}
-    if vision.get("pool_type", "tok") != "tok" or "timm_model_name" in vision:
-        raise InputError(f"the image tower of {folder} is no plain CLIP tower; choose another one")
-    try:
-        width, size = int(vision["width"]), vision.get("image_size", 224)
-        height_width = (size, size) if isinstance(size, int) else tuple(size)
-        heads = width // int(vision.get("head_width", 64))
-    except (KeyError, TypeError, ValueError) as error:
+    prepared = of_open_clip(preprocess, size=image_size(model, str(path)), source=str(path))
+    tower = image_tower(model, prepared, source=str(path))
+    if tower is None:
         raise InputError(
-            f"{path} does not describe an image tower ({reason_of(error)}); copy it again"
-        ) from None
-    prepared = of_open_clip(preprocess, size=height_width, source=str(path))
+            f"the image tower of {folder} is none of CLIP's plain vision transformers; choose "
+            "another one"
+        )
     state = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
-    weights = _clip_state(
-        {name: tensor.float() for name, tensor in state.items()},
-        activation=_open_clip_activation(model, vision, path),
-        heads=heads,
-        source=str(folder),
-    )
-    tower = replace(
-        weights.tower,
-        image_size=size if isinstance(size, int) else height_width,
-        mean=prepared.pixels.mean,
-        std=prepared.pixels.std,
-        norm_epsilon=(vision.get("norm_kwargs") or {}).get("eps", weights.tower.norm_epsilon),
-    )
-    return replace(weights, tower=tower, preparation=prepared)
-
-
-def _open_clip_activation(
-    model: Mapping[str, Any], vision: Mapping[str, Any], path: Path
-) -> Activation:
-    if model.get("quick_gelu"):
-        return "quick_gelu"
-    kinds: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
-    approximate = (vision.get("act_kwargs") or {}).get("approximate", "none")
-    if approximate not in kinds:
-        raise InputError(f"the activation {approximate!r} of {path} is not known here")
-    return kinds[approximate]
+    visual = {n: tensor.float() for n, tensor in state.items() if n.startswith("visual.")}
+    ours = without_prefix(read_names(visual, OPEN_CLIP, source=str(folder)), "image.")
+    return EncoderWeights(tower, ours, str(folder), preparation=prepared)
 
 
 _ACTIVATIONS: dict[str, Activation] = {

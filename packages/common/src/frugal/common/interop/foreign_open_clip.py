@@ -22,7 +22,13 @@ from frugal.common.interop.foreign_wrapped import (
     WrappedText,
 )
 from frugal.common.interop.stored_files import read_weights
-from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.config import (
+    Activation,
+    DualEncoderConfig,
+    ImagePooling,
+    ImageTower,
+    TextTower,
+)
 from frugal.common.models.preparation import Preparation, of_open_clip
 from frugal.common.models.weight_names import from_open_clip
 
@@ -48,6 +54,9 @@ _TEXT = {
 }  # fmt: skip
 """Options that our towers have too; any other that is not at its default makes a model open_clip's
 own."""
+
+
+_IMAGE_POOLING: dict[str, ImagePooling] = {"tok": "class", "avg": "mean"}
 
 
 def load_folder(folder: Path) -> Foreign:
@@ -97,7 +106,7 @@ def _load(
     name: str,
 ) -> Foreign:
     source = name if folder is None else str(folder / OPEN_CLIP_CONFIG)
-    size = _image_size(config, source)
+    size = image_size(config, source)
     prepared = of_open_clip(preprocess, size=size, source=source)
     tokenizer = _tokenizer(config, folder, name)
     ours = None if tokenizer is None else _towers(config, prepared, tokenizer, source=name)
@@ -129,7 +138,7 @@ def _fitting(state: dict[str, Tensor], config: DualEncoderConfig) -> dict[str, T
     return state
 
 
-def _image_size(config: Mapping[str, Any], source: str) -> tuple[int, int]:
+def image_size(config: Mapping[str, Any], source: str) -> tuple[int, int]:
     """(height, width) that the image tower takes."""
     try:
         size = config["vision_cfg"].get("image_size", 224)
@@ -159,17 +168,11 @@ def _towers(
     source: str,
 ) -> DualEncoderConfig | None:
     """The towers as ours; None where only open_clip has them."""
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    from open_clip.model import CLIPTextCfg
 
-    try:
-        vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
-    except TypeError as error:
-        raise InputError(
-            f"the configuration of {source} is none of open_clip's: {_unknown_option(error)}"
-        ) from None
-    quick = bool(config.get("quick_gelu"))
-    image_act, text_act = (_activation(part.act_kwargs, quick=quick) for part in (vision, text))
-    image_pool = {"tok": "class", "avg": "mean"}.get(vision.pool_type)
+    image = image_tower(config, prepared, source=source)
+    text: Any = _part(CLIPTextCfg, config, "text_cfg", source)
+    text_act = _activation(text.act_kwargs, quick=bool(config.get("quick_gelu")))
     text_pool = {
         "first": "first",
         "last": "last",
@@ -179,30 +182,16 @@ def _towers(
     named = isinstance(tokenizer, HuggingFace)
     misfits = (
         set(config) - _TOP,
-        _beyond(vision, _VISION) or _beyond(text, _TEXT),
-        not isinstance(vision.layers, int),
-        None in (image_act, text_act, image_pool, text_pool),
-        any(set(part.norm_kwargs or {}) - {"eps"} for part in (vision, text)),
+        _beyond(text, _TEXT),
+        None in (text_act, text_pool),
+        set(text.norm_kwargs or {}) - {"eps"},
         named != (text.pool_type == "eos") and text_pool == "end_of_text",
     )
-    if any(misfits):
+    if image is None or any(misfits):
         return None
     loaded = tokenizer.load()
     if text.pool_type == "eos" and loaded.end_id != text.eos_id:
         return None
-    size = vision.image_size
-    image = ImageTower(
-        **_transformer(vision, vision.width // vision.head_width),
-        patch_size=vision.patch_size,
-        image_size=size if isinstance(size, int) else tuple(size),
-        mean=prepared.pixels.mean,
-        std=prepared.pixels.std,
-        patch_bias=False,
-        pre_norm=not vision.no_ln_pre,
-        activation=image_act,  # type: ignore[arg-type]
-        pooling=image_pool,  # type: ignore[arg-type]
-        norm_after_pooling=vision.final_ln_after_pool and image_pool != "class",
-    )
     words = TextTower(
         **_transformer(text, text.heads),
         vocabulary=text.vocab_size,
@@ -218,7 +207,51 @@ def _towers(
     )
 
 
-def _unknown_option(error: TypeError) -> str:
+def image_tower(
+    config: Mapping[str, Any], prepared: Preparation, *, source: str
+) -> ImageTower | None:
+    """The image tower of a ``model_cfg`` as ours; None where only open_clip has it.
+
+    Raises:
+        InputError: if it is none of open_clip's.
+    """
+    from open_clip.model import CLIPVisionCfg
+
+    vision: Any = _part(CLIPVisionCfg, config, "vision_cfg", source)
+    activation = _activation(vision.act_kwargs, quick=bool(config.get("quick_gelu")))
+    pooling: ImagePooling | None = _IMAGE_POOLING.get(vision.pool_type)
+    is_known = isinstance(vision.layers, int) and not _beyond(vision, _VISION)
+    if not is_known or activation is None or pooling is None:
+        return None
+    if set(vision.norm_kwargs or {}) - {"eps"}:
+        return None
+    size = vision.image_size
+    return ImageTower(
+        **_transformer(vision, vision.width // vision.head_width),
+        patch_size=vision.patch_size,
+        image_size=size if isinstance(size, int) else tuple(size),
+        mean=prepared.pixels.mean,
+        std=prepared.pixels.std,
+        patch_bias=False,
+        pre_norm=not vision.no_ln_pre,
+        activation=activation,
+        pooling=pooling,
+        norm_after_pooling=vision.final_ln_after_pool and pooling != "class",
+    )
+
+
+def _part(kind: Any, config: Mapping[str, Any], name: str, source: str) -> Any:
+    """The settings of one tower with open_clip's defaults."""
+    try:
+        return kind(**config[name])
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f"the configuration of {source} is none of open_clip's: in {name} "
+            f"{_unknown_option(error)}"
+        ) from None
+
+
+def _unknown_option(error: Exception) -> str:
     """The option that Python's complaint about an unexpected argument names."""
     found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     return f"it has the option {found[1]}" if found else "it has no plain options"
