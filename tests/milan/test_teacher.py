@@ -363,7 +363,7 @@ def test_what_a_teacher_is_and_what_it_is_shown_is_said(tmp_path, caplog, monkey
     with caplog.at_level(logging.INFO, "frugal"):
         openai_teacher(tmp_path)
     said = caplog.text
-    assert "2 heads, activation quick_gelu, epsilon 1e-05, pooled by class, mean 0.4815" in said
+    assert "heads 2, activation quick_gelu, epsilon 1e-05, pooled by class, mean 0.4815" in said
     assert "the usual one for such a file, which does not say it" in said
     assert "is shown images of the student's mean [0.485, 0.456, 0.406]" in said
     assert "--objective.teacher.normalisation own shows them as it was trained" in said

@@ -270,7 +270,7 @@ def test_one_line_says_what_weights_do_not(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", {**CLIP, "size": {"shortest_edge": 40}, "crop_size": 32})
     found = of_folder(folder)
     line = describe(image_tower("S/16", image_size=32), found.crop, told_by=found.told_by)
-    words = ["6 heads", "activation gelu", "epsilon 1e-06", "pooled by class", "0.485 0.456 0.406",
+    words = ["heads 6", "activation gelu", "epsilon 1e-06", "pooled by class", "0.485 0.456 0.406",
              "the shorter side resized to 40 (bicubic), the middle 32x32 pixels",
              str(folder / "preprocessor_config.json")]  # fmt: skip
     assert all(word in line for word in words), line

@@ -172,11 +172,23 @@ def read_encoder(
 
 
 def _library_folder(folder: Path) -> EncoderWeights:
-    if "architecture" in read_json_object(folder / "config.json"):
-        from frugal.common.interop import timm_weights
+    settings = read_json_object(folder / "config.json")
+    if "architecture" not in settings:
+        return _transformers_folder(folder)
+    from frugal.common.interop import timm_weights
 
+    try:
         return timm_weights.read_folder(folder).weights
-    return _transformers_folder(folder)
+    except InputError:
+        if settings.keys() - {"architecture"}:
+            raise
+    # timm writes more than a name; its shapes say more of such a tower than the name does
+    _LOG.warning(
+        "%s does not hold the %s that its config.json names, and says nothing else of it: heads, "
+        "activation, epsilon, mean and std are the usual ones for its shapes",
+        folder, settings["architecture"],
+    )  # fmt: skip
+    return read_encoder(weights_in(folder, _WEIGHT_FILES))
 
 
 def _refuse(source: Path | str, activation: Activation | None, heads: int | None) -> None:

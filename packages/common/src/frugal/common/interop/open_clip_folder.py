@@ -142,14 +142,15 @@ def write(trained: TrainedModel, folder: Path) -> None:
     )
     theirs = as_transformers(trained.tokenizer, length=config.text.length)
     save(theirs, folder)
+    crop = trained.crop_in("open_clip")
     own = None if isinstance(theirs, CLIPTokenizer) else trained.tokenizer
     content = {
         "model_cfg": model_config(config, own),
         "preprocess_cfg": {
             "mean": config.image.mean,
             "std": config.image.std,
-            "interpolation": trained.interpolation,
-            "resize_mode": "shortest",
+            "interpolation": crop.interpolation,
+            "resize_mode": "squash" if crop.order == "stretch" else "shortest",
         },
     }
     (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")

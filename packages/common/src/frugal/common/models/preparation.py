@@ -62,7 +62,7 @@ def describe(image: Any, crop: CenterCrop | None = None, *, told_by: str = "") -
     words = []
     if isinstance(image, ImageTower):
         words += [
-            f"{image.heads} heads",
+            f"heads {image.heads}",
             f"activation {image.activation}",
             f"epsilon {image.norm_epsilon:g}",
             f"pooled by {image.pooling}",
