@@ -141,14 +141,11 @@ def read_encoder(
         exported = any((path / name).is_file() for name in ("config.json", _OPEN_CLIP))
         own = ("checkpoints", "state.json") if exported else ("recipe.json", "state.json")
         if any((path / name).exists() for name in own) or path.name == "checkpoints":
-            _refuse(source, activation, heads)
-            return _own_run(path)
+            return _agreeing(_own_run(path), source, activation, heads)
         if (path / _OPEN_CLIP).is_file():
-            _refuse(source, activation, heads)
-            return _open_clip_folder(path)
+            return _agreeing(_open_clip_folder(path), source, activation, heads)
         if exported:
-            _refuse(source, activation, heads)
-            return _library_folder(path)
+            return _agreeing(_library_folder(path), source, activation, heads)
         raise InputError(
             f"the folder {path} holds no model; give a run directory, or a folder with a "
             "config.json or open_clip_config.json"
@@ -178,7 +175,7 @@ def _library_folder(folder: Path) -> EncoderWeights:
     from frugal.common.interop import timm_weights
 
     try:
-        return timm_weights.read_folder(folder).weights
+        return _with_fixed_table(timm_weights.read_folder(folder).weights)
     except InputError:
         if settings.keys() - {"architecture"}:
             raise
@@ -191,14 +188,18 @@ def _library_folder(folder: Path) -> EncoderWeights:
     return read_encoder(weights_in(folder, _WEIGHT_FILES))
 
 
-def _refuse(source: Path | str, activation: Activation | None, heads: int | None) -> None:
-    """A folder says it all."""
-    if activation is not None or heads is not None:
-        name, value = ("activation", activation) if heads is None else ("heads", heads)
-        raise InputError(
-            f"{name} is given as {value}, but {source} says itself what its tower is like; leave "
-            "it out"
-        )
+def _agreeing(
+    found: EncoderWeights, source: Path | str, activation: Activation | None, heads: int | None
+) -> EncoderWeights:
+    """Refuse what contradicts a folder, which says it all."""
+    for name, given in (("activation", activation), ("heads", heads)):
+        said = getattr(found.tower, name)
+        if given not in (None, said):
+            raise InputError(
+                f"{name} is given as {given}, but {source} says itself what its tower is like: "
+                f"{said}; leave it out"
+            )
+    return found
 
 
 def _fetched(name: str) -> Path:
@@ -413,17 +414,23 @@ def encoder_of_state(
         ours["projection.weight"] = projection.T.contiguous()
     weights = _shaped(ours, source, patch_size=kernel.shape[-1], heads=heads, activation=activation)
     weights = replace(weights, rest=rest)
+    return _with_fixed_table(weights)
+
+
+def _with_fixed_table(weights: EncoderWeights) -> EncoderWeights:
+    """A position table that is that of a masked autoencoder is computed again."""
+    if weights.tower.width % 4 or weights.tower.class_token != "with_position":
+        return weights
     fixed = replace(weights.tower, positions="sincos")
-    if weights.tower.width % 4 == 0:
-        distance = (ours["pos_embed"] - image_table(fixed)).abs().max()
-        if distance <= _TABLE_TOLERANCE:
-            kept = {name: t for name, t in ours.items() if name != "pos_embed"}
-            return replace(weights, tower=fixed, state=kept)
-        if "mask_token" in rest:
-            _LOG.warning(
-                "the position table of %s is up to %.2g away from the fixed one of a masked "
-                "autoencoder; it is kept as it is", source, distance,
-            )  # fmt: skip
+    distance = (weights.state["pos_embed"] - image_table(fixed)).abs().max()
+    if distance <= _TABLE_TOLERANCE:
+        kept = {name: t for name, t in weights.state.items() if name != "pos_embed"}
+        return replace(weights, tower=fixed, state=kept)
+    if "mask_token" in weights.rest:
+        _LOG.warning(
+            "the position table of %s is up to %.2g away from the fixed one of a masked "
+            "autoencoder; it is kept as it is", weights.source, distance,
+        )  # fmt: skip
     return weights
 
 

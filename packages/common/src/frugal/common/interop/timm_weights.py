@@ -111,6 +111,7 @@ def _tower(theirs: Any, name: str, pixels: Pixels) -> ImageTower:
             f"timm's {name} is none of its plain vision transformers, which alone can be read"
         )
     front = theirs.num_prefix_tokens
+    height, width = theirs.patch_embed.img_size
     misfits = {
         "reg_tokens": theirs.num_reg_tokens > 0,
         "global_pool": theirs.global_pool not in ("token", "avg"),
@@ -137,7 +138,7 @@ def _tower(theirs: Any, name: str, pixels: Pixels) -> ImageTower:
         heads=block.attn.num_heads,
         mlp_width=block.mlp.fc1.out_features,
         patch_size=theirs.patch_embed.patch_size[0],
-        image_size=tuple(theirs.patch_embed.img_size),
+        image_size=height if height == width else (height, width),
         mean=pixels.mean,
         std=pixels.std,
         patch_bias=theirs.patch_embed.proj.bias is not None,
