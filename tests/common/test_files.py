@@ -15,6 +15,7 @@ from frugal.common.files import (
     read_json,
     read_lines,
     read_text,
+    reason_of,
     write_file,
     write_json,
 )
@@ -108,3 +109,27 @@ def test_what_is_passed_over_is_counted_by_reason_with_the_first_names() -> None
         "1 passed over: no image format: .pdf (a.pdf)",
     ]
     assert not PassedOver()
+
+
+ODD_ERRORS = {
+    "no picture": ValueError("no picture <_io.BytesIO object at 0x7f1>"),
+    "broken stream": OSError("broken stream at 0x7fd57e10"),
+    "No such file or directory": FileNotFoundError(2, "No such file or directory", "/a/b"),
+    "it has no 'model_cfg'": KeyError("model_cfg"),
+    "there is not enough memory": MemoryError(),
+    "something in it is of another kind than expected": TypeError("'int' object is not iterable"),
+    "expected text, got nothing": ValueError("expected <class 'str'>, got <class 'NoneType'>"),
+    "invalid load key": ValueError("_pickle.UnpicklingError: invalid load key."),
+    "no reason is given": ValueError("  "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "error"), ODD_ERRORS.items(), ids=ODD_ERRORS)
+def test_a_reason_has_no_address_and_no_type_in_it(words: str, error: Exception) -> None:
+    assert reason_of(error) == words
+
+
+def test_a_reason_is_one_line_the_first_or_the_last() -> None:
+    error = RuntimeError("Error(s) in loading state_dict for X:\n\tsize mismatch for norm.bias: 3.")
+    assert reason_of(error) == "Error(s) in loading state_dict for X"
+    assert reason_of(error, last_line=True) == "size mismatch for norm.bias: 3"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,116 @@ def test_slips_file_is_projected_and_its_other_parts_are_left(tmp_path):
         features = model.forward_features(normalised(levels(), IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(teacher(levels())[0], features @ projection, rtol=1e-4, atol=2e-4)
     assert teacher.width == 24
+
+
+VISION = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96,
+    "image_size": 32, "patch_size": 8, "projection_dim": 40, "hidden_act": "gelu",
+    "layer_norm_eps": 1e-4,
+}  # fmt: skip
+PIXELS = {"image_processor_type": "CLIPImageProcessor", "size": 32, "crop_size": 32,
+          "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize("projected", [False, True])
+def test_an_image_tower_of_clip_alone_as_transformers_saves_it(tmp_path, file, projected):
+    import transformers
+
+    torch.manual_seed(0)
+    name = "CLIPVisionModelWithProjection" if projected else "CLIPVisionModel"
+    model = getattr(transformers, name)(transformers.CLIPVisionConfig(**VISION)).eval()
+    model.save_pretrained(tmp_path)
+    content = PIXELS if file == "preprocessor_config.json" else {"image_processor": PIXELS}
+    (tmp_path / file).write_text(json.dumps(content))
+    teacher = load_teacher(Teacher(source=str(tmp_path), normalisation="own"), STUDENT)
+    tokens, _ = teacher(levels())
+    with torch.no_grad():
+        made = model(normalised(levels(), PIXELS["image_mean"], PIXELS["image_std"]))
+    expected = made.image_embeds if projected else made.pooler_output
+    torch.testing.assert_close(tokens[:, 0], expected, rtol=0, atol=3e-5)
+    assert teacher.config.norm_epsilon == 1e-4 and teacher.config.activation == "gelu"
+
+
+def test_a_folder_of_timm_says_heads_epsilon_and_pixels(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 6}
+    name = "vit_base_patch16_clip_224"  # whose epsilon is 1e-5
+    model = timm.create_model(name, num_classes=3, **args).eval()
+    pixels = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "input_size": [3, 32, 32]}
+    about = {"architecture": name, "num_classes": 3, "model_args": args, "pretrained_cfg": pixels}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    teacher = load_teacher(Teacher(source=str(tmp_path), normalisation="own"), STUDENT)
+    with torch.no_grad():
+        expected = model.forward_features(normalised(levels(), pixels["mean"], pixels["std"]))
+    torch.testing.assert_close(teacher(levels())[0], expected, rtol=1e-4, atol=1e-4)
+    assert teacher.config.heads == 6 and teacher.config.norm_epsilon == 1e-5
+    with pytest.raises(InputError, match="heads is given as 2"):
+        load_teacher(Teacher(source=str(tmp_path), heads=2), STUDENT)
+
+
+def test_open_clips_options_are_those_of_its_folder(tmp_path):
+    from open_clip.model import CLIP
+
+    torch.manual_seed(0)
+    _, config = open_clip_model()
+    config["vision_cfg"] |= {
+        "act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3},
+    }  # fmt: skip
+    model = CLIP(**config).eval()
+    pixels = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    content = {"model_cfg": config, "preprocess_cfg": pixels}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    # an export of ours says how it was trained too
+    (tmp_path / "recipe.json").write_text("{}")
+    teacher = load_teacher(Teacher(source=str(tmp_path), normalisation="own"), STUDENT)
+    with torch.no_grad():
+        expected = model.visual(normalised(levels(), pixels["mean"], pixels["std"]))
+    torch.testing.assert_close(teacher(levels())[0][:, 0], expected, rtol=0, atol=3e-5)
+    assert teacher.config.activation == "gelu_tanh" and teacher.config.norm_epsilon == 1e-3
+    for option in ({"attentional_pool": True}, {"timm_model_name": "resnet18"}):
+        odd = config | {"vision_cfg": config["vision_cfg"] | option}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": odd}))
+        with pytest.raises(InputError, match="none of CLIP's plain vision transformers"):
+            read_encoder(tmp_path)
+
+
+def test_open_clips_folders_whose_tower_pools_a_mean_can_teach(tmp_path):
+    from open_clip.model import CLIP
+
+    torch.manual_seed(0)
+    _, config = open_clip_model()
+    config["vision_cfg"] |= {"pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True,
+                             "ls_init_value": 0.5}  # fmt: skip
+    model = CLIP(**config).eval()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    tower = read_encoder(tmp_path).build().eval()
+    with torch.no_grad():
+        pixels = normalised(levels(), CLIP_MEAN, CLIP_STD)
+        expected = model.visual(pixels)
+        pooled = tower.projection(tower.forward_pooled(pixels))
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=3e-5)
+    load_teacher(Teacher(source=str(tmp_path)), STUDENT)
+
+
+def test_what_a_teacher_is_and_what_it_is_shown_is_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("frugal"), "propagate", True)
+    with caplog.at_level(logging.INFO, "frugal"):
+        openai_teacher(tmp_path)
+    said = caplog.text
+    assert "heads 2, activation quick_gelu, epsilon 1e-05, pooled by class, mean 0.4815" in said
+    assert "the usual one for such a file, which does not say it" in said
+    assert "is shown images of the student's mean [0.485, 0.456, 0.406]" in said
+    assert "--objective.teacher.normalisation own shows them as it was trained" in said
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "frugal"):
+        openai_teacher(tmp_path, normalisation="own")
+    assert "is shown images" not in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from frugal.common.data.damage import Damaged
-from frugal.common.data.decoding import Window, open_image, resize_window
+from frugal.common.data.decoding import Window, hush_pillow, open_image, resize_window
 from frugal.common.data.transforms import (
     CenterCrop,
     RandomResizedCrop,
@@ -346,6 +347,107 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(encode):
     assert np.abs(ours - grey / 257.0).max() <= 0.51
 
 
+SLOPE = np.linspace(0, 1, 32 * 48).reshape(32, 48)
+
+
+def white_at(levels: np.ndarray) -> np.ndarray:
+    """(32, 48) of 0 to 255: as an array of Pillow's is decoded that was written to a TIFF."""
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, "TIFF")
+    return CenterCrop().decode(buffer.getvalue(), size=(32, 48))[0].astype(float)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_whole_numbers_are_scaled_by_the_bits_that_hold_them(bits, kind):
+    levels = (SLOPE * (2**bits - 1)).round().astype(kind)
+    # a level that is rounded is at most half of one away
+    assert np.abs(white_at(levels) - SLOPE * 255).max() <= 0.51 + 127.5 / (2**bits - 1)
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PNG", "PPM"])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_every_format_of_more_than_eight_bits_is_scaled_alike(encode, form, bits):
+    levels = (SLOPE * (2**bits - 1)).round().astype(np.uint16)
+    ours = CenterCrop().decode(encode(Image.fromarray(levels), form), size=(32, 48))
+    assert np.abs(ours - SLOPE * 255).max() <= 0.6
+
+
+def test_a_portable_grey_map_is_scaled_by_the_brightest_level_it_names():
+    levels = (SLOPE * 600).round().astype(">u2")
+    content = b"P5 48 32 1000\n" + levels.tobytes()
+    ours = CenterCrop().decode(content, size=(32, 48))[0]
+    assert np.abs(ours - SLOPE * 255 * 0.6).max() <= 0.7
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        (SLOPE, SLOPE),
+        (SLOPE * 0.3, SLOPE * 0.3),  # 0 to 1, whatever is in it
+        (SLOPE * 5, SLOPE),  # light without a limit
+        (SLOPE * 255, SLOPE),
+        (SLOPE * 65535, SLOPE),
+        (SLOPE * 1e9, SLOPE),
+        (SLOPE * 2 - 1, SLOPE),
+        (SLOPE * 4000 - 1000, SLOPE),
+        (np.where(SLOPE > 0.9, np.inf, SLOPE), np.where(SLOPE > 0.9, 0.9, SLOPE)),
+        (np.where(SLOPE > 0.9, np.nan, SLOPE), np.where(SLOPE > 0.9, 0.0, SLOPE)),
+    ],
+)
+def test_floats_are_scaled_by_their_range(levels, expected):
+    assert np.abs(white_at(levels.astype(np.float32)) - expected * 255).max() <= 0.6
+
+
+def test_a_tiff_says_itself_how_bright_white_is(encode):
+    levels = Image.fromarray((SLOPE * 300).astype(np.uint16))
+    dark = CenterCrop().decode(encode(levels, "TIFF", tiffinfo={281: 4095}), size=(32, 48))[0]
+    assert np.abs(dark - SLOPE * 255 * 300 / 4095).max() <= 0.6
+    wrong = CenterCrop().decode(encode(levels, "TIFF", tiffinfo={281: 100}), size=(32, 48))[0]
+    assert wrong.max() == round(300 / 1023 * 255)  # no level can lie above white
+
+
+def test_a_picture_without_a_finite_number_is_damage(encode):
+    content = encode(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF")
+    with pytest.raises(Damaged, match="none of its pixels is a finite number") as caught:
+        CenterCrop().decode(content, size=(8, 8))
+    assert caught.value.kind == "image"
+
+
+@pytest.mark.parametrize("crop", [CenterCrop(), RandomResizedCrop(scale=(1, 1), flip=0)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_lies_on_white(encode, mode, crop):
+    colour = np.full((16, 16, 4), (40, 40, 40, 0), np.uint8)
+    colour[:, :8, 3] = np.arange(0, 256, 17)[:, None]
+    image = Image.fromarray(colour).convert(mode)
+    ours = crop.decode(encode(image, "PNG"), size=(16, 16), generator=generator())
+    share = colour[:, :, 3] / 255
+    assert np.abs(ours - (40 * share + 255 * (1 - share))).max() <= 1
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF", "WEBP"])
+def test_a_transparent_colour_lies_on_white_too(encode, form):
+    image = Image.new("P", (16, 16), 1)
+    image.putpalette([0, 0, 0, 200, 10, 30, *[0] * 750])
+    image.paste(0, (0, 0, 8, 16))
+    if form == "WEBP":
+        image.info["transparency"] = 0
+        content = encode(image.convert("RGBA"), form, lossless=True)
+    else:
+        content = encode(image, form, transparency=0)
+    ours = CenterCrop().decode(content, size=(16, 16))
+    assert (ours[:, :, :8] == 255).all()
+    assert (ours[:, :, 8:] == np.array([200, 10, 30])[:, None, None]).all()
+
+
+def test_a_transparent_colour_of_a_picture_without_a_palette_lies_on_white(encode):
+    for mode, colour, other in (("RGB", (9, 8, 7), (200, 10, 30)), ("L", 9, 200)):
+        image = Image.new(mode, (16, 16), other)
+        image.paste(colour, (0, 0, 8, 16))
+        ours = CenterCrop().decode(encode(image, "PNG", transparency=colour), size=(16, 16))
+        assert (ours[:, :, :8] == 255).all() and (ours[0, :, 8:] == 200).all()
+
+
 def test_the_orientation_tag_is_ignored_as_in_open_clip(make_picture, encode):
     tags = Image.Exif()
     tags[0x0112] = 6
@@ -389,6 +491,20 @@ def test_what_cannot_be_decoded_is_damage(make_picture, encode, crop):
         with pytest.raises(Damaged) as caught:
             crop.decode(content, size=(16, 16), generator=generator())
         assert caught.value.kind == "image"
+        assert "0x" not in str(caught.value) and "BytesIO" not in str(caught.value)
+
+
+def test_what_pillow_remarks_on_a_picture_is_not_said(encode, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    content = encode(Image.new("RGB", (30, 30)), "PNG")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Image.open(io.BytesIO(content))
+        assert len(said) == 1  # its size is above Pillow's limit, though not above twice of it
+        hush_pillow()
+        open_image(content)
+        warnings.warn_explicit("Corrupt EXIF data", UserWarning, "x.py", 1, "PIL.TiffImagePlugin")
+        assert len(said) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import timm
 import torch
 from foreign_makers import Archived, openai_model, save_with, shaken, transformers_model
-from run_directories import small
+from run_directories import small, write_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
@@ -23,12 +24,17 @@ from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViT
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.checkpoint.warm_start import load_weights
 from frugal.common.data.tokenizers import HuggingFace
+from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.evaluation.config import ZeroShot
 from frugal.common.export import Options as Export
 from frugal.common.export import export
 from frugal.common.import_weights import Options, import_weights
+from frugal.common.interop import open_clip_folder, transformers_folder
+from frugal.common.interop import timm_folder as timms_folder
 from frugal.common.interop.encoder_weights import read_encoder
-from frugal.common.loading import load_trained
+from frugal.common.interop.trained import TrainedModel
+from frugal.common.loading import load_exportable, load_trained
 from frugal.common.models.config import clip_encoder, clipa_encoder
 from support import ALONE, command, train
 
@@ -58,9 +64,59 @@ def exported(run: Path, to: Any, out: Path) -> State:
 
 
 # ------------------------------------------------------------------------------------------------
-# Two towers
+# How images are prepared
 
 CLIP = small(clip_encoder("B/16"))
+CROPS = {
+    "open_clip": [CenterCrop(interpolation="bilinear"), CenterCrop(order="stretch")],
+    "transformers": [
+        CenterCrop(share=0.8, half_pixel="down"),
+        CenterCrop(order="stretch", interpolation="lanczos"),
+        CenterCrop(order="stretch", share=0.8, half_pixel="down"),
+    ],
+    "timm": [
+        CenterCrop(share=0.8, interpolation="box"), CenterCrop(order="stretch"),
+        CenterCrop(order="stretch", share=0.8),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("library", CROPS)
+def test_how_images_are_prepared_leaves_and_comes_back(library: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", CLIP)
+    trained = load_exportable(run)
+    assert isinstance(trained, TrainedModel)
+    for number, crop in enumerate(CROPS[library]):
+        recipe = replace(trained.recipe, evaluation=(ZeroShot(crop=crop),))
+        leaving = replace(trained, recipe=recipe)
+        folder = tmp_path / f"{library} {number}"
+        folder.mkdir()
+        if library == "timm":
+            timms_folder.write(leaving.image, folder)
+        else:
+            writer = open_clip_folder if library == "open_clip" else transformers_folder
+            writer.write(leaving, folder)
+        found = read_encoder(folder)
+        assert found.preparation is not None
+        assert found.preparation.crop == crop
+        assert "does not say" not in found.preparation.told_by
+        assert crop == leaving.crop_in(library)
+        assert (found.tower.mean, found.tower.heads) == (CLIP.image.mean, CLIP.image.heads)
+
+
+def test_another_shape_is_stretched_where_transformers_would_leave_borders(tmp_path) -> None:
+    wide = small(clip_encoder("B/16"), image={"image_size": (24, 40)})
+    trained = load_exportable(write_run(tmp_path / "run", wide))
+    assert trained.crop_in("transformers") == CenterCrop(order="stretch")
+    bilinear = ZeroShot(crop=CenterCrop(interpolation="bilinear"))
+    other = replace(trained, recipe=replace(trained.recipe, evaluation=(bilinear,)))
+    assert other.crop_in("open_clip") == CenterCrop()  # all that it has for such shapes
+    assert other.crop_in("timm") == CenterCrop(interpolation="bilinear")
+
+
+# ------------------------------------------------------------------------------------------------
+# Two towers
+
 RUNS = {
     "open_clip: CLIP": CLIP,
     "open_clip: rectangular images, layer scales, a sigmoid loss": small(
@@ -271,6 +327,9 @@ def test_a_vision_transformer_of_transformers_comes_in(kind: str, tmp_path: Path
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(look))
     done = command(MODULE, tmp_path / "vit", "--out", tmp_path / "run")
     assert ("left behind: decoder" in done.stdout) == (kind != "classes")
+    assert "heads 3, activation gelu_tanh, epsilon 1e-05, pooled by class" in done.stdout
+    assert "mean 0.5 0.4 0.3, std 0.2 0.3 0.4, the shorter side resized to 40" in done.stdout
+    assert f"{tmp_path / 'vit' / 'preprocessor_config.json'}" in done.stdout
     trained = load_trained(tmp_path / "run", device="cpu")
     assert trained.recipe.model.image.std == (0.2, 0.3, 0.4)
     assert trained.recipe.evaluation[0].crop.share == 0.8
@@ -320,7 +379,10 @@ def test_evaluate_says_that_an_image_tower_reads_no_captions(tmp_path: Path, sce
     words = ("--data", scenes, "--tasks", "linear-probe", "--weight-decay", "1", "--device", "cpu")
     done = command("frugal.common.evaluate", "--checkpoint", run, *words, "--workers", "0")
     assert "linear_probe_top1" in done.stdout
-    command("frugal.common.evaluate", "--checkpoint", source, *words, "--workers", "0")
+    done = command("frugal.common.evaluate", "--checkpoint", source, *words, "--workers", "0")
+    assert "heads 1, activation gelu, epsilon 1e-06, pooled by class" in done.stderr
+    assert "mean 0.4 0.5 0.6, std 0.2 0.3 0.4, the shorter side resized to 40" in done.stderr
+    assert f"preparation of images: {source / 'config.json'}" in done.stderr
     first, second = (
         json.loads((folder / "evaluation" / "linear_probe.json").read_text())
         for folder in (run, source)

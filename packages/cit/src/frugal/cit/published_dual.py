@@ -25,7 +25,7 @@ from frugal.cit.published_vision import (
     vision_of_state,
 )
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object
+from frugal.common.files import read_json_object, reason_of
 from frugal.common.interop.stored_files import (
     State,
     read_content,
@@ -39,6 +39,7 @@ from frugal.common.models.pretrained import (
     PretrainedDualEncoderConfig,
     TransformersImage,
     TransformersText,
+    pixel_facts,
     transformers_config,
 )
 from frugal.common.models.weight_names import to_timm
@@ -210,12 +211,10 @@ def _transformers_folder(folder: Path, settings: Mapping[str, Any], *, length: i
                 folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # noqa: BLE001 - files raise errors of every kind
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{folder} cannot be loaded by transformers: {reason}") from None
+        raise InputError(f"{folder} cannot be loaded by transformers: {reason_of(error)}") from None
     if report["missing_keys"]:
         raise InputError(f"the weights in {folder} lack {sorted(report['missing_keys'])[0]}")
-    pixels_file = folder / "preprocessor_config.json"
-    pixels = read_json_object(pixels_file) if pixels_file.is_file() else {}
+    pixels = pixel_facts(str(folder), theirs.config.vision_config.model_type)
     image, text = (
         json.dumps({"name": str(folder), "config": part.to_dict(), "pixels": pixels}, default=str)
         for part in (theirs.config.vision_config, theirs.config.text_config)

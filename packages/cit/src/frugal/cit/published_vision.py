@@ -66,8 +66,9 @@ def read_vision(source: str | Path) -> VisionWeights:
     if settings.get("model_type") in KINDS or is_released(settings):
         return vision_of_state(read_weights(weights_in(path, WEIGHT_FILES)), source=str(path))
     found = read_encoder(source)
-    # of timm's folders only the architecture is known
-    return VisionWeights(found.tower, found.state, is_certain="architecture" not in settings)
+    # a folder of timm's may say nothing but the architecture
+    is_certain = "architecture" not in settings or found.preparation is not None
+    return VisionWeights(found.tower, found.state, is_certain=is_certain)
 
 
 def is_released(settings: Mapping[str, Any]) -> bool:

@@ -31,6 +31,28 @@ _SYSTEM_NAMES = frozenset(
     }
 )
 
+_OBJECT = re.compile(r"\s*<[^<>]*\bat 0x[0-9a-fA-F]+>|\s+at 0x[0-9a-fA-F]+")
+"""An object with its address, or the address alone."""
+_CLASS = re.compile(r"<class '([\w.]+)'>")
+_KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
+    "bytes": "bytes", "list": "a list", "tuple": "a list", "dict": "an object",
+    "NoneType": "nothing", "Tensor": "a tensor", "ndarray": "an array",
+}  # fmt: skip
+_ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): ")
+_LONGEST = 300
+_UNKNOWN = "no reason is given"
+_WORDS: dict[type[BaseException], str] = {
+    MemoryError: "there is not enough memory",
+    RecursionError: "it is nested too deeply",
+    EOFError: "it ends early",
+    TimeoutError: "it took too long",
+    TypeError: "something in it is of another kind than expected",
+    AttributeError: "something in it is of another kind than expected",
+    IndexError: "something in it is shorter than expected",
+}
+"""Of errors that say nothing, or speak of Python and not of what was read."""
+
 
 def is_system_name(name: str) -> bool:
     """Whether a file or folder was put there by an operating system, an archiver or an editor.
@@ -163,12 +185,25 @@ def finite(content: Any) -> Any:
     return content
 
 
-def reason_of(error: Exception) -> str:
-    """What went wrong, in the system's words and without a path, an address or a type's name."""
+def reason_of(error: BaseException, *, last_line: bool = False) -> str:
+    """What went wrong, in words: without a path, an address of memory or a type's name.
+
+    Args:
+        error: of the system, or of a library.
+        last_line: take the last line of its text instead of the first, where libraries that tell
+            many things say what it was.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, TypeError | AttributeError) or not lines:
+        return next((words for kind, words in _WORDS.items() if isinstance(error, kind)), _UNKNOWN)
+    line = lines[-1 if last_line else 0]
+    line = _CLASS.sub(lambda found: _KINDS.get(found[1].split(".")[-1], "something else"), line)
+    line = _ERROR.sub("", _OBJECT.sub("", line))
+    return line.strip().rstrip(".:").strip()[:_LONGEST] or _UNKNOWN
 
 
 def raise_open_files_limit() -> None:

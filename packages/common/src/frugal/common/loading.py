@@ -193,6 +193,7 @@ def look(path: Path, name: str | None) -> Found:
             from frugal.common.train import open_run
 
             run = open_run(recipe)
+            run.log.info("%s: %s", path, foreign.described)
             model = foreign.model.to(run.device)
             return Trained(recipe, run, model, None, library=foreign.library)
 
@@ -225,6 +226,7 @@ def _look_at_tower(path: Path, name: str | None, library: str) -> Found:
         from frugal.common.train import open_run
 
         run = open_run(recipe)
+        run.log.info("%s: %s", path, imported.described)
         tower = ImageTransformer(recipe.model.image)
         tower.load_state_dict(without_prefix(imported.state, "image."))
         model = EncoderAlone(tower).to(run.device).eval()

@@ -23,7 +23,7 @@ from frugal.common.data.image_walk import image_files
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import read_lines
+from frugal.common.files import read_lines, reason_of
 
 _LOG = logging.getLogger("frugal")
 IGNORED = 255
@@ -145,7 +145,7 @@ def _decode_mask(encoded: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
             return np.asarray(image).astype(np.int64)
     except Exception as error:  # noqa: BLE001 - the format raises errors of many kinds
-        raise Damaged("image", f"the mask: {error}") from None
+        raise Damaged("image", f"the mask: {reason_of(error)}") from None
 
 
 def open_masked_folder(folder: Path, split: str, extensions: tuple[str, ...]) -> MaskedFolder:

@@ -6,6 +6,7 @@ trains: no optimiser state, nothing in checkpoints, nothing for DDP or ZeRO to w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,16 @@ from frugal.common.interop.encoder_weights import EncoderWeights, read_encoder
 from frugal.common.models.attention import Attention
 from frugal.common.models.config import ImageTower
 from frugal.common.models.cost import image_flops
+from frugal.common.models.preparation import describe
 from frugal.common.models.transformer import Block
 from frugal.common.reduction.image import Channels
 from frugal.milan.settings import Teacher
+
+_LOG = logging.getLogger("frugal")
+_FROM_SHAPES = (
+    "the usual one for such a file, which does not say it; heads, activation and epsilon are "
+    "usual ones too unless they are given"
+)
 
 
 class FrozenTeacher:
@@ -181,11 +189,30 @@ def load_teacher(teacher: Teacher, student: ImageTower) -> FrozenTeacher:
         )
     if missing := stored.missing():
         raise InputError(f"the teacher {teacher.source} has no {missing[0]}; it is incomplete")
+    _tell(stored, teacher, student)
     stored = _on_grid(stored, teacher, student)
     if teacher.normalisation == "student":
         seen = replace(stored.tower, mean=student.mean, std=student.std)
         stored = replace(stored, tower=seen)
     return FrozenTeacher(stored, pixels_mean=student.mean, pixels_std=student.std)
+
+
+def _tell(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> None:
+    """Say what of the teacher its weights alone do not, from where it is, and what it is shown."""
+    tower, prepared = stored.tower, stored.preparation
+    told_by = _FROM_SHAPES if prepared is None else prepared.told_by
+    if prepared is None and Path(stored.source).is_dir():
+        told_by = "its recipe"
+    _LOG.info("the teacher %s: %s", teacher.source, describe(tower, told_by=told_by))
+    if teacher.normalisation == "student" and (tower.mean, tower.std) != (
+        student.mean,
+        student.std,
+    ):
+        _LOG.warning(
+            "the teacher %s is shown images of the student's mean %s and std %s, as published; "
+            "--objective.teacher.normalisation own shows them as it was trained",
+            teacher.source, list(student.mean), list(student.std),
+        )  # fmt: skip
 
 
 def _on_grid(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> EncoderWeights:

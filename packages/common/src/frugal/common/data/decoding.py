@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from frugal.common.data.damage import Damaged
+from frugal.common.files import reason_of
 
-Interpolation = Literal["bicubic", "bilinear", "tf1_bicubic", "tf2_bicubic"]
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+Interpolation = Literal[
+    "bicubic", "bilinear", "lanczos", "box", "hamming", "nearest", "tf1_bicubic", "tf2_bicubic"
+]
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "nearest": Image.Resampling.NEAREST,
+}
 # Named, because Pillow also opens PostScript, for which it would start another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-_BRIGHTEST_16_BIT = 65535.0
+_WHITE = (255, 255, 255)
+_DEPTHS = (8, 10, 12, 14, 16)
+"""Bits of the sensors and scanners whose pictures are stored in 16 bits."""
+_BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281
+"""TIFF's tags."""
+_DIM = 16.0
+"""Floats up to here are light on a scale of its own, brighter ones are grey levels."""
+
+
+def hush_pillow() -> None:
+    """Say nothing of what Pillow remarks on a picture.
+
+    Its remarks (a damaged EXIF block, tags it does not know, a size above half of its limit) name
+    its own files and come for every picture: either the picture is decoded, or it counts as damage
+    with the reason.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+hush_pillow()
 
 
 class TensorFlowCubic(NamedTuple):
@@ -51,7 +82,7 @@ def open_image(encoded: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Exception as error:  # noqa: BLE001 - every format raises errors of its own
-        raise Damaged("image", str(error)) from None
+        raise Damaged("image", reason_of(error)) from None
 
 
 def resize_window(
@@ -183,16 +214,88 @@ def _reduction(image: Image.Image, shrinking: float) -> int:
 
 
 def decode_rgb(image: Image.Image) -> Image.Image:
-    """The pixels of an opened image: transparency is dropped, 16-bit grey scaled to 8 bits.
+    """The pixels of an opened image in 8 bits of red, green and blue.
+
+    What is transparent lies on white, as in img2dataset and transformers. Grey of more than 8 bits
+    and of floats is scaled by :func:`grey_range`. All else is converted as Pillow does it.
 
     Raises:
         Damaged: if they cannot be decoded.
     """
     try:
-        if image.mode.startswith("I"):
-            grey = np.asarray(image, np.float32) * (255.0 / _BRIGHTEST_16_BIT)
-            image = Image.fromarray(grey.clip(0.0, 255.0).round().astype(np.uint8))
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return image
+        if image.mode[0] in "IF":
+            return _from_levels(image)
+        if image.has_transparency_data:
+            return _on_white(image)
+        return image.convert("RGB")
+    except Damaged:
+        raise
     except Exception as error:  # noqa: BLE001 - every format raises errors of its own
-        raise Damaged("image", str(error)) from None
+        raise Damaged("image", reason_of(error)) from None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # of which Pillow makes only this
+        image = image.convert("LA")
+    layers = image.convert("RGBA")
+    ground = Image.new("RGB", image.size, _WHITE)
+    ground.paste(layers.convert("RGB"), mask=layers.getchannel("A"))
+    return ground
+
+
+def _from_levels(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image, np.float32)
+    is_finite = np.isfinite(levels)
+    if not is_finite.any():
+        raise Damaged("image", "none of its pixels is a finite number")
+    if not is_finite.all():
+        levels = np.where(is_finite, levels, np.where(levels == np.inf, levels[is_finite].max(), 0))
+    tags = getattr(image, "tag_v2", {})
+    darkest, brightest = grey_range(
+        float(levels.min()),
+        float(levels.max()),
+        is_float=image.mode[0] == "F",
+        bits=_first(tags.get(_BITS_PER_SAMPLE)),
+        limit=_first(tags.get(_MAX_SAMPLE_VALUE)),
+    )
+    scale = 255.0 / (brightest - darkest)
+    grey = levels * scale - darkest * scale
+    return Image.fromarray(grey.clip(0.0, 255.0).round().astype(np.uint8)).convert("RGB")
+
+
+def _first(tag: object) -> float | None:
+    """The number in a TIFF's tag, of which there may be one for each channel."""
+    value = tag[0] if isinstance(tag, tuple) and tag else tag
+    return float(value) if isinstance(value, int | float) else None
+
+
+def grey_range(
+    least: float, most: float, *, is_float: bool, bits: float | None, limit: float | None
+) -> tuple[float, float]:
+    """Which levels of a grey picture of more than 8 bits are black and white.
+
+    Black is 0, or the least level where that is negative. White is what the file says (TIFF's
+    MaxSampleValue, or less than 16 bits per sample); else, of whole numbers, the highest of the
+    smallest of 8, 10, 12, 14 and 16 bits that holds all levels; of floats 1 where all are at most
+    1, the brightest level up to 16 (light without a limit), and above that as of whole numbers.
+    Beyond 16 bits, and with negative levels, white is the brightest level.
+
+    Args:
+        least: of the levels.
+        most: of the levels.
+        is_float: whether they are floats.
+        bits: per sample, as the file says.
+        limit: the highest level, as the file says.
+    """
+    if least < 0:
+        return least, max(most, least + 1.0, 0.0)
+    if limit and most <= limit:
+        return 0.0, limit
+    if is_float and most <= _DIM:
+        return 0.0, max(most, 1.0)
+    if bits and bits < _DEPTHS[-1]:
+        return 0.0, 2.0**bits - 1
+    return 0.0, next((2.0**depth - 1 for depth in _DEPTHS if most < 2**depth), most)

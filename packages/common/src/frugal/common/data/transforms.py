@@ -188,18 +188,22 @@ class CenterCrop:
     torchvision). crop_first: cut out the centred window of the full shorter side, then resize it
     (FLIP). stretch: resize the whole image, whatever its shape (CLIPA-v2)."""
     interpolation: Interpolation = "bicubic"
-    """bicubic, bilinear: with anti-aliasing (torchvision). tf1_bicubic, tf2_bicubic: TensorFlow's
-    without it; the first is the one that FLIP's published accuracies were measured with."""
+    """bicubic, bilinear, lanczos, box, hamming: with anti-aliasing (torchvision). nearest: one
+    pixel each. tf1_bicubic, tf2_bicubic: TensorFlow's without anti-aliasing; the first is the one
+    that FLIP's published accuracies were measured with."""
     share: float = 1.0
-    """With resize_first, side of what is cut out over that of the resized image; classifiers are
-    mostly measured at 0.875, 224 of 256 pixels."""
+    """With resize_first and stretch, side of what is cut out over that of the resized image;
+    classifiers are mostly measured at 0.875, 224 of 256 pixels."""
+    half_pixel: Literal["even", "down"] = "even"
+    """Where the middle begins that would begin at half a pixel of the resized image. even: at the
+    next even one (torchvision, open_clip, timm). down: at the one before (transformers)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise InputError(f"crop.share is {self.share}, must lie above 0 and be at most 1")
-        if self.share < 1 and self.order != "resize_first":
+        if self.share < 1 and self.order == "crop_first":
             raise InputError(
-                f"crop.share is {self.share}, but crop.order={self.order} leaves nothing over; "
+                f"crop.share is {self.share}, but crop.order=crop_first leaves nothing over; "
                 "leave it out"
             )
 
@@ -225,28 +229,33 @@ class CenterCrop:
         """
         image = open_image(encoded)
         height, width = image.height, image.width
-        if self.order == "stretch":
-            window = Window(0, 0, height, width)
-        elif self.order == "crop_first":
+        if self.order == "crop_first":
             window = centre_window(height, width, size=size)
         else:
-            window = _middle_of_resized(height, width, size=size, share=self.share)
-        isolated = self.order != "resize_first"
+            window = self._middle(height, width, size)
+        isolated = self.order == "crop_first"
         return resize_window(
             image, window, size, interpolation=self.interpolation, isolated=isolated
         )
 
+    def _middle(self, height: int, width: int, size: tuple[int, int]) -> Window:
+        """Where the middle of the resized image lies, in the pixels of the image."""
+        least = (int(size[0] / self.share + 1e-9), int(size[1] / self.share + 1e-9))
+        resized = least if self.order == "stretch" else resized_size(height, width, least=least)
+        rounded = round if self.half_pixel == "even" else math.floor
+        top, left = (rounded((r - s) / 2) for r, s in zip(resized, size, strict=True))
+        down, across = height / resized[0], width / resized[1]
+        return Window(top * down, left * across, size[0] * down, size[1] * across)
 
-def _middle_of_resized(height: int, width: int, *, size: tuple[int, int], share: float) -> Window:
-    """Where the middle of an image lies whose shorter side was resized, in its own pixels.
 
-    Rounds as torchvision and timm do, so that resizing only this part gives the same pixels.
+def resized_size(height: int, width: int, *, least: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image that is resized, its shape kept, until it just covers ``least``.
+
+    To the pixel that of open_clip, torchvision and timm: towards a square they cut the longer side
+    to whole pixels, towards any other shape they round both.
     """
-    least_height, least_width = (int(side / share + 1e-9) for side in size)
-    shrinking = min(height / least_height, width / least_width)
-    resized_height = max(int(height / shrinking + 1e-9), least_height)
-    resized_width = max(int(width / shrinking + 1e-9), least_width)
-    top = round((resized_height - size[0]) / 2)
-    left = round((resized_width - size[1]) / 2)
-    across, down = width / resized_width, height / resized_height
-    return Window(top * down, left * across, size[0] * down, size[1] * across)
+    if least[0] == least[1]:
+        longer = int(least[0] * max(height, width) / min(height, width))
+        return (least[0], longer) if height <= width else (longer, least[0])
+    shrinking = min(height / least[0], width / least[1])
+    return max(round(height / shrinking), least[0]), max(round(width / shrinking), least[1])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object
+from frugal.common.files import read_json_object, reason_of
 from frugal.common.interop.stored_files import (
     State,
     read_content,
@@ -30,13 +30,17 @@ from frugal.common.interop.stored_files import (
 from frugal.common.models.config import (
     CLIP_MEAN,
     CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Activation,
     ImageTower,
 )
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.positions import image_table, resample_grid
+from frugal.common.models.preparation import (
+    Preparation,
+    of_open_clip,
+    of_transformers,
+    transformers_file,
+)
 from frugal.common.models.weight_names import (
     OPEN_CLIP,
     TRANSFORMERS_CLIP,
@@ -54,6 +58,7 @@ _WEIGHT_FILES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )  # fmt: skip
+_OPEN_CLIP = "open_clip_config.json"
 _BESIDE_THE_ENCODER = re.compile(r"(decoder|head|fc_norm)[._].*|mask_token")
 
 
@@ -69,6 +74,8 @@ class EncoderWeights:
     """Where it was read, for people."""
     rest: State = field(default_factory=dict)
     """What the file holds besides: a decoder, a head."""
+    preparation: Preparation | None = None
+    """How its library prepares an image for it, where a folder of a library was read."""
 
     @property
     def embed_dim(self) -> int | None:
@@ -96,7 +103,7 @@ class EncoderWeights:
         try:
             tower.load_state_dict(self.state)
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = reason_of(error, last_line=True)
             raise InputError(f"{self.source} does not hold one whole tower: {reason}") from None
         return tower
 
@@ -130,19 +137,15 @@ def read_encoder(
     if not path.exists():
         path = _fetched(str(source))
     if path.is_dir():
-        exported = (path / "config.json").is_file()  # such a folder may say how it was trained
+        # such a folder may say how it was trained
+        exported = any((path / name).is_file() for name in ("config.json", _OPEN_CLIP))
         own = ("checkpoints", "state.json") if exported else ("recipe.json", "state.json")
         if any((path / name).exists() for name in own) or path.name == "checkpoints":
-            _refuse(source, activation, heads)
-            return _own_run(path)
-        if (path / "open_clip_config.json").is_file():
-            _refuse(source, activation, heads)
-            return _open_clip_folder(path)
-        if exported and "architecture" in read_json_object(path / "config.json"):  # timm's
-            return read_encoder(weights_in(path, _WEIGHT_FILES), activation=activation, heads=heads)
+            return _agreeing(_own_run(path), source, activation, heads)
+        if (path / _OPEN_CLIP).is_file():
+            return _agreeing(_open_clip_folder(path), source, activation, heads)
         if exported:
-            _refuse(source, activation, heads)
-            return _transformers_folder(path)
+            return _agreeing(_library_folder(path), source, activation, heads)
         raise InputError(
             f"the folder {path} holds no model; give a run directory, or a folder with a "
             "config.json or open_clip_config.json"
@@ -165,14 +168,38 @@ def read_encoder(
     return encoder_of_state(state, activation=activation or "gelu", heads=heads, source=str(path))
 
 
-def _refuse(source: Path | str, activation: Activation | None, heads: int | None) -> None:
-    """A folder says it all."""
-    if activation is not None or heads is not None:
-        name, value = ("activation", activation) if heads is None else ("heads", heads)
-        raise InputError(
-            f"{name} is given as {value}, but {source} says itself what its tower is like; leave "
-            "it out"
-        )
+def _library_folder(folder: Path) -> EncoderWeights:
+    settings = read_json_object(folder / "config.json")
+    if "architecture" not in settings:
+        return _transformers_folder(folder)
+    from frugal.common.interop import timm_weights
+
+    try:
+        return _with_fixed_table(timm_weights.read_folder(folder).weights)
+    except InputError:
+        if settings.keys() - {"architecture"}:
+            raise
+    # timm writes more than a name; its shapes say more of such a tower than the name does
+    _LOG.warning(
+        "%s does not hold the %s that its config.json names, and says nothing else of it: heads, "
+        "activation, epsilon, mean and std are the usual ones for its shapes",
+        folder, settings["architecture"],
+    )  # fmt: skip
+    return read_encoder(weights_in(folder, _WEIGHT_FILES))
+
+
+def _agreeing(
+    found: EncoderWeights, source: Path | str, activation: Activation | None, heads: int | None
+) -> EncoderWeights:
+    """Refuse what contradicts a folder, which says it all."""
+    for name, given in (("activation", activation), ("heads", heads)):
+        said = getattr(found.tower, name)
+        if given not in (None, said):
+            raise InputError(
+                f"{name} is given as {given}, but {source} says itself what its tower is like: "
+                f"{said}; leave it out"
+            )
+    return found
 
 
 def _fetched(name: str) -> Path:
@@ -186,10 +213,9 @@ def _fetched(name: str) -> Path:
         patterns = ["*config.json", *_WEIGHT_FILES]
         return Path(snapshot_download(bare, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of every kind
-        reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"there is no file or folder {name}, and it cannot be fetched from the Hugging Face "
-            f"hub: {reason}"
+            f"hub: {reason_of(error)}"
         ) from None
 
 
@@ -245,26 +271,22 @@ def _clip_state(
 
 
 def _open_clip_folder(folder: Path) -> EncoderWeights:
-    settings = read_json_object(folder / "open_clip_config.json")
-    model, pixels = settings.get("model_cfg", {}), settings.get("preprocess_cfg", {})
-    vision = model.get("vision_cfg", {})
-    if vision.get("pool_type", "tok") != "tok" or "timm_model_name" in vision:
-        raise InputError(f"the image tower of {folder} is no plain CLIP tower; choose another one")
+    from frugal.common.interop.foreign_open_clip import image_size, image_tower
+
+    path = folder / _OPEN_CLIP
+    settings = read_json_object(path)
+    model, preprocess = settings.get("model_cfg") or {}, settings.get("preprocess_cfg") or {}
+    prepared = of_open_clip(preprocess, size=image_size(model, str(path)), source=str(path))
+    tower = image_tower(model, prepared, source=str(path))
+    if tower is None:
+        raise InputError(
+            f"the image tower of {folder} is none of CLIP's plain vision transformers; choose "
+            "another one"
+        )
     state = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
-    weights = _clip_state(
-        {name: tensor.float() for name, tensor in state.items()},
-        activation="quick_gelu" if model.get("quick_gelu") else "gelu",
-        heads=vision["width"] // vision.get("head_width", 64),
-        source=str(folder),
-    )
-    size = vision.get("image_size", 224)
-    tower = replace(
-        weights.tower,
-        image_size=size if isinstance(size, int) else tuple(size),
-        mean=tuple(pixels.get("mean", CLIP_MEAN)),
-        std=tuple(pixels.get("std", CLIP_STD)),
-    )
-    return replace(weights, tower=tower)
+    visual = {n: tensor.float() for n, tensor in state.items() if n.startswith("visual.")}
+    ours = without_prefix(read_names(visual, OPEN_CLIP, source=str(folder)), "image.")
+    return EncoderWeights(tower, ours, str(folder), preparation=prepared)
 
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -289,6 +311,8 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
     if vision.hidden_act not in _ACTIVATIONS:
         raise InputError(f"the activation {vision.hidden_act!r} of {folder} is not known here")
     state = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
+    if "embeddings.class_embedding" in state:  # CLIPVisionModel, as transformers 5 saves it
+        state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
     kept = ("vision_model.", "visual_projection.")
     visual = {
         name: tensor.float()
@@ -296,21 +320,21 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
         if name.startswith(kept) and not name.endswith("position_ids")
     }
     ours = without_prefix(read_names(visual, TRANSFORMERS_CLIP, source=str(folder)), "image.")
-    pixels = _look(folder)
-    return _shaped(
+    size = (vision.image_size, vision.image_size)
+    prepared = _prepared(folder, "clip", size)
+    weights = _shaped(
         ours,
         str(folder),
         patch_size=vision.patch_size,
         heads=vision.num_attention_heads,
         activation=_ACTIVATIONS[vision.hidden_act],
-        mean=tuple(pixels.get("image_mean", CLIP_MEAN)),
-        std=tuple(pixels.get("image_std", CLIP_STD)),
+        mean=prepared.pixels.mean,
+        std=prepared.pixels.std,
         norm_epsilon=vision.layer_norm_eps,
     )
+    return replace(weights, preparation=prepared)
 
 
-_HALF = (0.5, 0.5, 0.5)
-"""What transformers' ViT normalises pixels with, where a folder does not say."""
 _BESIDE_A_VIT = ("classifier.", "pooler.", "vit.pooler.", "decoder.")
 
 
@@ -323,7 +347,8 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
     if vit.hidden_act not in _ACTIVATIONS:
         raise InputError(f"the activation {vit.hidden_act!r} of {folder} is not known here")
     size = vit.image_size
-    look = _look(folder)
+    height_width = (size, size) if isinstance(size, int) else tuple(size)
+    prepared = _prepared(folder, settings["model_type"], height_width)
     tower = ImageTower(
         width=vit.hidden_size,
         depth=vit.num_hidden_layers,
@@ -333,8 +358,8 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
         image_size=size if isinstance(size, int) else tuple(size),
         activation=_ACTIVATIONS[vit.hidden_act],
         norm_epsilon=vit.layer_norm_eps,
-        mean=tuple(look.get("image_mean", _HALF if kind is ViTConfig else IMAGENET_MEAN)),
-        std=tuple(look.get("image_std", _HALF if kind is ViTConfig else IMAGENET_STD)),
+        mean=prepared.pixels.mean,
+        std=prepared.pixels.std,
     )
     stored = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
     state = {name: tensor.float() for name, tensor in stored.items()}
@@ -344,13 +369,20 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
         for n, t in state.items()
         if n.startswith(("classifier.", "decoder."))
     }
-    return EncoderWeights(tower, from_vit_mae(encoder, tower), str(folder), rest)
+    return EncoderWeights(tower, from_vit_mae(encoder, tower), str(folder), rest, prepared)
 
 
-def _look(folder: Path) -> dict[str, Any]:
-    """How the folder says that images are prepared."""
-    beside = folder / "preprocessor_config.json"
-    return read_json_object(beside) if beside.is_file() else {}
+def _prepared(folder: Path, model_type: str, size: tuple[int, int]) -> Preparation:
+    """How the folder says that images are prepared; says what is taken where it does not."""
+    file = transformers_file(folder, model_type=model_type)
+    prepared = of_transformers(file, model_type=model_type, size=size)
+    if prepared.is_default:
+        _LOG.warning(
+            "%s does not say how images are prepared (no preprocessor_config.json or "
+            "processor_config.json): mean %s and std %s are taken, as is usual for %s",
+            folder, *map(list, (prepared.pixels.mean, prepared.pixels.std)), model_type,
+        )  # fmt: skip
+    return prepared
 
 
 # ------------------------------------------------------------------------------------------------
@@ -382,17 +414,23 @@ def encoder_of_state(
         ours["projection.weight"] = projection.T.contiguous()
     weights = _shaped(ours, source, patch_size=kernel.shape[-1], heads=heads, activation=activation)
     weights = replace(weights, rest=rest)
+    return _with_fixed_table(weights)
+
+
+def _with_fixed_table(weights: EncoderWeights) -> EncoderWeights:
+    """A position table that is that of a masked autoencoder is computed again."""
+    if weights.tower.width % 4 or weights.tower.class_token != "with_position":
+        return weights
     fixed = replace(weights.tower, positions="sincos")
-    if weights.tower.width % 4 == 0:
-        distance = (ours["pos_embed"] - image_table(fixed)).abs().max()
-        if distance <= _TABLE_TOLERANCE:
-            kept = {name: t for name, t in ours.items() if name != "pos_embed"}
-            return replace(weights, tower=fixed, state=kept)
-        if "mask_token" in rest:
-            _LOG.warning(
-                "the position table of %s is up to %.2g away from the fixed one of a masked "
-                "autoencoder; it is kept as it is", source, distance,
-            )  # fmt: skip
+    distance = (weights.state["pos_embed"] - image_table(fixed)).abs().max()
+    if distance <= _TABLE_TOLERANCE:
+        kept = {name: t for name, t in weights.state.items() if name != "pos_embed"}
+        return replace(weights, tower=fixed, state=kept)
+    if "mask_token" in weights.rest:
+        _LOG.warning(
+            "the position table of %s is up to %.2g away from the fixed one of a masked "
+            "autoencoder; it is kept as it is", weights.source, distance,
+        )  # fmt: skip
     return weights
 
 

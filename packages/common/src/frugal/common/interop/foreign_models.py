@@ -16,6 +16,7 @@ from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieva
 from frugal.common.interop.foreign_wrapped import WrappedModel
 from frugal.common.models.config import DualEncoderConfig
 from frugal.common.models.dual_encoder import DualEncoder
+from frugal.common.models.preparation import describe
 from frugal.common.objectives.config import Contrastive
 from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
 from frugal.common.reduction.image import KeepAll
@@ -38,8 +39,15 @@ class Foreign:
     """Has ``load()``."""
     crop: CenterCrop
     """How the library prepares an image for it."""
+    told_by: str = ""
+    """The file that says so, or whose defaults these are."""
     library: str
     """As its users call it."""
+
+    @property
+    def described(self) -> str:
+        """What its weights do not say, in one line."""
+        return describe(self.config.image, self.crop, told_by=self.told_by)
 
     def recipe(self, folder: Path) -> Recipe:
         """What evaluations read of a recipe; nothing is known of how the model was trained.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
-from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json, reason_of
 from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, Foreign, fill
 from frugal.common.interop.foreign_wrapped import (
     RowTokenizer,
@@ -22,7 +22,14 @@ from frugal.common.interop.foreign_wrapped import (
     WrappedText,
 )
 from frugal.common.interop.stored_files import read_weights
-from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.config import (
+    Activation,
+    DualEncoderConfig,
+    ImagePooling,
+    ImageTower,
+    TextTower,
+)
+from frugal.common.models.preparation import Preparation, of_open_clip
 from frugal.common.models.weight_names import from_open_clip
 
 LIBRARY = "open_clip"
@@ -49,6 +56,9 @@ _TEXT = {
 own."""
 
 
+_IMAGE_POOLING: dict[str, ImagePooling] = {"tok": "class", "avg": "mean"}
+
+
 def load_folder(folder: Path) -> Foreign:
     """The model of a folder that ``open_clip.create_model("local-dir:...")`` takes.
 
@@ -57,10 +67,12 @@ def load_folder(folder: Path) -> Foreign:
     """
     path = folder / OPEN_CLIP_CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         config, preprocess = dict(content["model_cfg"]), dict(content.get("preprocess_cfg") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} does not describe a model ({error}); copy it again") from None
+        raise InputError(
+            f"{path} does not describe a model ({reason_of(error)}); copy it again"
+        ) from None
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise InputError(f"{folder} holds no weights; it needs one of {', '.join(_WEIGHTS[:3])}")
@@ -93,17 +105,25 @@ def _load(
     folder: Path | None,
     name: str,
 ) -> Foreign:
-    merged = _preprocessing(config, preprocess, source=str(folder or name))
-    crop = _crop(merged, source=str(folder or name))
+    source = name if folder is None else str(folder / OPEN_CLIP_CONFIG)
+    size = image_size(config, source)
+    prepared = of_open_clip(preprocess, size=size, source=source)
     tokenizer = _tokenizer(config, folder, name)
-    ours = None if tokenizer is None else _towers(config, merged, tokenizer, source=name)
+    ours = None if tokenizer is None else _towers(config, prepared, tokenizer, source=name)
     if ours is None:
-        return _wrapped(name, weights, merged, crop)
+        return _wrapped(name, weights, size, prepared)
     state = {
         n.removeprefix("text.") if _is_text(n) else n: t for n, t in read_weights(weights).items()
     }
     model = fill(ours, from_open_clip(_fitting(state, ours), ours), source=str(weights))
-    return Foreign(model=model, config=ours, tokenizer=tokenizer, crop=crop, library=LIBRARY)
+    return Foreign(
+        model=model,
+        config=ours,
+        tokenizer=tokenizer,
+        crop=prepared.crop,
+        told_by=prepared.told_by,
+        library=LIBRARY,
+    )
 
 
 def _is_text(name: str) -> bool:
@@ -118,30 +138,14 @@ def _fitting(state: dict[str, Tensor], config: DualEncoderConfig) -> dict[str, T
     return state
 
 
-def _preprocessing(
-    config: Mapping[str, Any], given: Mapping[str, Any], *, source: str
-) -> dict[str, Any]:
-    """open_clip's defaults under what a folder says; the size is the model's."""
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
+def image_size(config: Mapping[str, Any], source: str) -> tuple[int, int]:
+    """(height, width) that the image tower takes."""
     try:
         size = config["vision_cfg"].get("image_size", 224)
-        return merge_preprocess_dict(asdict(PreprocessCfg()), {**given, "size": size})
-    except (KeyError, TypeError, AttributeError):
+        height, width = (size, size) if isinstance(size, int) else size
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{source} does not describe an image tower; copy it again") from None
-
-
-def _crop(preprocess: Mapping[str, Any], *, source: str) -> CenterCrop:
-    order = {"shortest": "resize_first", "squash": "stretch"}.get(preprocess["resize_mode"])
-    interpolation = preprocess["interpolation"]
-    if interpolation == "random":  # in training; open_clip evaluates such models with bicubic
-        interpolation = "bicubic"
-    if order is None or interpolation not in ("bicubic", "bilinear"):
-        raise InputError(
-            f"{source} prepares images with resize_mode={preprocess['resize_mode']} and "
-            f"interpolation={interpolation}; shortest and squash, bicubic and bilinear are known"
-        )
-    return CenterCrop(order=order, interpolation=interpolation)  # type: ignore[arg-type]
+    return height, width
 
 
 def _tokenizer(
@@ -158,21 +162,17 @@ def _tokenizer(
 
 def _towers(
     config: Mapping[str, Any],
-    preprocess: Mapping[str, Any],
+    prepared: Preparation,
     tokenizer: ClipBpe | HuggingFace,
     *,
     source: str,
 ) -> DualEncoderConfig | None:
     """The towers as ours; None where only open_clip has them."""
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    from open_clip.model import CLIPTextCfg
 
-    try:
-        vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
-    except TypeError as error:
-        raise InputError(f"the configuration of {source} is none of open_clip's: {error}") from None
-    quick = bool(config.get("quick_gelu"))
-    image_act, text_act = (_activation(part.act_kwargs, quick=quick) for part in (vision, text))
-    image_pool = {"tok": "class", "avg": "mean"}.get(vision.pool_type)
+    image = image_tower(config, prepared, source=source)
+    text: Any = _part(CLIPTextCfg, config, "text_cfg", source)
+    text_act = _activation(text.act_kwargs, quick=bool(config.get("quick_gelu")))
     text_pool = {
         "first": "first",
         "last": "last",
@@ -182,30 +182,16 @@ def _towers(
     named = isinstance(tokenizer, HuggingFace)
     misfits = (
         set(config) - _TOP,
-        _beyond(vision, _VISION) or _beyond(text, _TEXT),
-        not isinstance(vision.layers, int),
-        None in (image_act, text_act, image_pool, text_pool),
-        any(set(part.norm_kwargs or {}) - {"eps"} for part in (vision, text)),
+        _beyond(text, _TEXT),
+        None in (text_act, text_pool),
+        set(text.norm_kwargs or {}) - {"eps"},
         named != (text.pool_type == "eos") and text_pool == "end_of_text",
     )
-    if any(misfits):
+    if image is None or any(misfits):
         return None
     loaded = tokenizer.load()
     if text.pool_type == "eos" and loaded.end_id != text.eos_id:
         return None
-    size = vision.image_size
-    image = ImageTower(
-        **_transformer(vision, vision.width // vision.head_width),
-        patch_size=vision.patch_size,
-        image_size=size if isinstance(size, int) else tuple(size),
-        mean=tuple(preprocess["mean"]),
-        std=tuple(preprocess["std"]),
-        patch_bias=False,
-        pre_norm=not vision.no_ln_pre,
-        activation=image_act,  # type: ignore[arg-type]
-        pooling=image_pool,  # type: ignore[arg-type]
-        norm_after_pooling=vision.final_ln_after_pool and image_pool != "class",
-    )
     words = TextTower(
         **_transformer(text, text.heads),
         vocabulary=text.vocab_size,
@@ -219,6 +205,56 @@ def _towers(
     return DualEncoderConfig(
         image=image, text=words, embed_dim=config["embed_dim"], initial_logit_bias=bias
     )
+
+
+def image_tower(
+    config: Mapping[str, Any], prepared: Preparation, *, source: str
+) -> ImageTower | None:
+    """The image tower of a ``model_cfg`` as ours; None where only open_clip has it.
+
+    Raises:
+        InputError: if it is none of open_clip's.
+    """
+    from open_clip.model import CLIPVisionCfg
+
+    vision: Any = _part(CLIPVisionCfg, config, "vision_cfg", source)
+    activation = _activation(vision.act_kwargs, quick=bool(config.get("quick_gelu")))
+    pooling: ImagePooling | None = _IMAGE_POOLING.get(vision.pool_type)
+    is_known = isinstance(vision.layers, int) and not _beyond(vision, _VISION)
+    if not is_known or activation is None or pooling is None:
+        return None
+    if set(vision.norm_kwargs or {}) - {"eps"}:
+        return None
+    size = vision.image_size
+    return ImageTower(
+        **_transformer(vision, vision.width // vision.head_width),
+        patch_size=vision.patch_size,
+        image_size=size if isinstance(size, int) else tuple(size),
+        mean=prepared.pixels.mean,
+        std=prepared.pixels.std,
+        patch_bias=False,
+        pre_norm=not vision.no_ln_pre,
+        activation=activation,
+        pooling=pooling,
+        norm_after_pooling=vision.final_ln_after_pool and pooling != "class",
+    )
+
+
+def _part(kind: Any, config: Mapping[str, Any], name: str, source: str) -> Any:
+    """The settings of one tower with open_clip's defaults."""
+    try:
+        return kind(**config[name])
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f"the configuration of {source} is none of open_clip's: in {name} "
+            f"{_unknown_option(error)}"
+        ) from None
+
+
+def _unknown_option(error: Exception) -> str:
+    """The option that Python's complaint about an unexpected argument names."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return f"it has the option {found[1]}" if found else "it has no plain options"
 
 
 def _beyond(given: Any, known: set[str]) -> bool:
@@ -249,7 +285,7 @@ def _transformer(part: Any, heads: int) -> dict[str, Any]:
     }
 
 
-def _wrapped(name: str, weights: Path, preprocess: Mapping[str, Any], crop: CenterCrop) -> Foreign:
+def _wrapped(name: str, weights: Path, size: tuple[int, int], prepared: Preparation) -> Foreign:
     """open_clip's own model, built without fetching anything and filled from the file."""
     import open_clip
     from open_clip.factory import load_checkpoint
@@ -265,16 +301,11 @@ def _wrapped(name: str, weights: Path, preprocess: Mapping[str, Any], crop: Cent
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - a hub, a tower of another library, a misfit
-        reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else error
+        reason = reason_of(error, last_line=True)
         raise InputError(f"{weights} could not be loaded as open_clip's {name}: {reason}") from None
-    size = preprocess["size"]
     config = WrappedModel(
         library=LIBRARY,
-        image=WrappedImage(
-            height_width=(size, size) if isinstance(size, int) else tuple(size),
-            mean=tuple(preprocess["mean"]),
-            std=tuple(preprocess["std"]),
-        ),
+        image=WrappedImage(height_width=size, mean=prepared.pixels.mean, std=prepared.pixels.std),
         text=WrappedText(length=len(tokenize(["a"])[0])),
     )
     wrapped = Wrapped(
@@ -287,6 +318,7 @@ def _wrapped(name: str, weights: Path, preprocess: Mapping[str, Any], crop: Cent
         model=wrapped.eval(),
         config=config,
         tokenizer=RowTokenizer(tokenize),
-        crop=crop,
+        crop=prepared.crop,
+        told_by=prepared.told_by,
         library=LIBRARY,
     )

@@ -56,7 +56,12 @@ def load(path: Path) -> Foreign:
 
 def _foreign(model: Any, config: DualEncoderConfig | WrappedModel) -> Foreign:
     return Foreign(
-        model=model, config=config, tokenizer=ClipBpe(), crop=CenterCrop(), library=LIBRARY
+        model=model,
+        config=config,
+        tokenizer=ClipBpe(),
+        crop=CenterCrop(),
+        told_by="OpenAI's own",
+        library=LIBRARY,
     )
 
 

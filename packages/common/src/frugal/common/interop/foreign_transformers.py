@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,19 @@ import torch
 from torch import Tensor
 
 from frugal.common.data.tokenizers import HuggingFace, Tokenizer
-from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of
 from frugal.common.interop.foreign_models import Foreign, fill
 from frugal.common.interop.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
 from frugal.common.interop.transformers_folder import ACTIVATIONS
 from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.preparation import Preparation, of_transformers, transformers_file
 from frugal.common.models.weight_names import from_transformers_clip
 from frugal.common.quiet_transformers import quietly
 
 LIBRARY = "transformers"
 _KINDS = ("clip", "siglip", "vision-text-dual-encoder")
 _OURS: dict[str, Activation] = {theirs: ours for ours, theirs in ACTIVATIONS.items()}  # type: ignore[misc]
-_INTERPOLATION = {2: "bilinear", 3: "bicubic"}
-"""By Pillow's numbers."""
 _MANY_TOKENS = 512
 """No text tower of these takes more."""
 
@@ -38,15 +36,13 @@ def load(folder: Path) -> Foreign:
     config = theirs.config
     tokenizer = HuggingFace(name=str(folder))
     loaded = tokenizer.load()
-    processor = _processor(folder)
-    image = _image(processor, config, folder)
-    crop = _crop(processor, image.height_width, folder)
+    image, prepared = _image(config, folder)
     text = WrappedText(length=_length(config))
     ours = _towers(config, image, loaded) if config.model_type == "clip" else None
     if ours is not None:
         state = from_transformers_clip(theirs.state_dict(), ours)
         model: Any = fill(ours, state, source=str(folder))
-        return Foreign(model=model, config=ours, tokenizer=tokenizer, crop=crop, library=LIBRARY)
+        return _foreign(model, ours, tokenizer, prepared)
     wrapped = WrappedModel(library=LIBRARY, image=image, text=text)
     sees_padding = config.model_type == "siglip"
     model = Wrapped(
@@ -55,7 +51,23 @@ def load(folder: Path) -> Foreign:
         image=lambda model, images: model.get_image_features(pixel_values=images),
         text=_text_with_padding if sees_padding else _text_masked,
     ).eval()
-    return Foreign(model=model, config=wrapped, tokenizer=tokenizer, crop=crop, library=LIBRARY)
+    return _foreign(model, wrapped, tokenizer, prepared)
+
+
+def _foreign(
+    model: Any,
+    config: DualEncoderConfig | WrappedModel,
+    tokenizer: HuggingFace,
+    prepared: Preparation,
+) -> Foreign:
+    return Foreign(
+        model=model,
+        config=config,
+        tokenizer=tokenizer,
+        crop=prepared.crop,
+        told_by=prepared.told_by,
+        library=LIBRARY,
+    )
 
 
 def _text_with_padding(model: Any, token_ids: Tensor, lengths: Tensor) -> Any:
@@ -79,7 +91,7 @@ def _model(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # noqa: BLE001 - transformers raises of all kinds
         raise InputError(
-            f"{folder} is no folder of a model that transformers has ({_first_line(error)}); "
+            f"{folder} is no folder of a model that transformers has ({reason_of(error)}); "
             "models that bring their own code are not run"
         ) from None
     if config.model_type not in _KINDS:
@@ -94,7 +106,7 @@ def _model(folder: Path) -> Any:
             )
     except Exception as error:  # noqa: BLE001 - a truncated file, a shape, a missing shard
         raise InputError(
-            f"the weights of {folder} cannot be loaded ({_first_line(error)}); copy them again"
+            f"the weights of {folder} cannot be loaded ({reason_of(error)}); copy them again"
         ) from None
     for kind in ("missing_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report.get(kind) or ())):
@@ -105,68 +117,21 @@ def _model(folder: Path) -> Any:
     return model.eval()
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip().rstrip(".:")[:200]
-
-
-def _processor(folder: Path) -> Any:
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # noqa: BLE001 - each kind of processor fails in its own way
+def _image(config: Any, folder: Path) -> tuple[WrappedImage, Preparation]:
+    """What the image tower takes, and how transformers prepares an image for it."""
+    vision = config.vision_config
+    size = getattr(vision, "image_size", None)
+    height, width = (size, size) if isinstance(size, int) else tuple(size or (0, 0))
+    file = transformers_file(folder, model_type=vision.model_type)
+    if not file.is_there:
         raise InputError(
-            f"{folder} does not say how images are prepared ({_first_line(error)}); add the "
-            "preprocessor_config.json that belongs to the model"
-        ) from None
-
-
-def _sides(size: Any) -> tuple[int, int] | None:
-    """(height, width) of a size that names both."""
-    height, width = (_entry(size, name) for name in ("height", "width"))
-    return None if height is None or width is None else (int(height), int(width))
-
-
-def _entry(size: Any, name: str) -> Any:
-    return size.get(name) if isinstance(size, Mapping) else getattr(size, name, None)
-
-
-def _image(processor: Any, config: Any, folder: Path) -> WrappedImage:
-    crops = bool(getattr(processor, "do_center_crop", False))
-    seen = _sides(processor.crop_size) if crops else _sides(processor.size)
-    wanted = getattr(config.vision_config, "image_size", None)
-    both = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted or ()) or seen
-    if seen is None or both != seen:
-        raise InputError(
-            f"the preprocessing of {folder} makes images of {seen}, its image tower takes {both}; "
-            "give the preprocessor_config.json that belongs to the model"
+            f"{folder} does not say how images are prepared; add the preprocessor_config.json or "
+            "processor_config.json that belongs to the model"
         )
-    factor = getattr(processor, "rescale_factor", 1 / 255)
-    steps = [getattr(processor, name, True) for name in ("do_resize", "do_rescale", "do_normalize")]
-    if not all(steps) or abs(factor * 255 - 1) > 1e-3:
-        raise InputError(
-            f"the preprocessing of {folder} leaves out a step (resize, rescale by 1/255, "
-            "normalize); only the usual one is known"
-        )
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    return WrappedImage(height_width=seen, mean=mean, std=std)
-
-
-def _crop(processor: Any, seen: tuple[int, int], folder: Path) -> CenterCrop:
-    interpolation = _INTERPOLATION.get(int(processor.resample))
-    edge = _entry(processor.size, "shortest_edge")
-    if interpolation is None or (edge is None and _sides(processor.size) != seen):
-        raise InputError(
-            f"the preprocessing of {folder} resizes to {processor.size} with Pillow's kernel "
-            f"{processor.resample}; bilinear (2) and bicubic (3), to the model's size or by the "
-            "shortest edge, are known"
-        )
-    if edge is None:
-        return CenterCrop(order="stretch", interpolation=interpolation)  # type: ignore[arg-type]
-    return CenterCrop(interpolation=interpolation, share=min(seen) / edge)  # type: ignore[arg-type]
+    prepared = of_transformers(file, model_type=vision.model_type, size=(height, width))
+    pixels = prepared.pixels
+    image = WrappedImage(height_width=(height, width), mean=pixels.mean, std=pixels.std)
+    return image, prepared
 
 
 def _length(config: Any) -> int:

@@ -25,12 +25,15 @@ from frugal.common.interop.stored_files import State, read_weights
 from frugal.common.interop.torchscript import is_torchscript
 from frugal.common.models.config import DualEncoderConfig, ImagePositions, ImageTower
 from frugal.common.models.positions import image_table
+from frugal.common.models.preparation import describe
 from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine
 from frugal.common.reduction.image import KeepAll
 
 _TWO_TOWERS = ("clip", "siglip", "vision-text-dual-encoder")
 _ONE_TOWER = ("clip_vision_model", "vit", "vit_mae")
 """By transformers' names."""
+
+_NOT_SAID = "the usual one, as a file of weights says nothing of it"
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,9 @@ def _folder(folder: Path, name: str | None) -> Imported:
         found = timm_weights.read_folder(folder)
         return _encoder(found.weights, found.crop)
     if kind in _ONE_TOWER:
-        return _encoder(read_encoder(folder), _crop(folder))
+        tower = read_encoder(folder)
+        assert tower.preparation is not None
+        return _encoder(tower, tower.preparation.crop)
     raise InputError(
         f"{folder} holds a model of type {kind!r}; open_clip's, timm's and of transformers "
         f"{', '.join((_TWO_TOWERS[0], *_ONE_TOWER))} can be imported{_elsewhere()}"
@@ -178,7 +183,8 @@ def _two_towers(foreign: Foreign, source: Path) -> Imported:
     text = config.text
     described = (
         f"{foreign.library}'s {_words(image)}; text tower {text.width} wide, {text.depth} blocks, "
-        f"{text.length} tokens, pooled by {text.pooling}; {_count(state)} parameters"
+        f"{text.length} tokens, pooled by {text.pooling}; {_count(state)} parameters; "
+        f"{describe(image, foreign.crop, told_by=foreign.told_by)}"
     )
     return Imported(recipe, state, described)
 
@@ -262,19 +268,10 @@ def _encoder(found: EncoderWeights, crop: CenterCrop) -> Imported:
         evaluation=(LinearProbe(crop=crop),),
     )
     head = "" if classes is None else f", with a linear layer to {classes:,} numbers"
-    described = f"{_words(tower)}{head}; {_count(named)} parameters"
+    told_by = found.preparation.told_by if found.preparation else _NOT_SAID
+    described = (
+        f"{_words(tower)}{head}; {_count(named)} parameters; "
+        f"{describe(tower, crop, told_by=told_by)}"
+    )
     left = sorted({name.split(".")[0] for name in rest})
     return Imported(recipe, named, described, tuple(left))
-
-
-def _crop(folder: Path) -> CenterCrop:
-    """How a folder of transformers says that images are cut, as near as that is known."""
-    path = folder / "preprocessor_config.json"
-    about = read_json_object(path) if path.is_file() else {}
-    size, cut = about.get("size"), about.get("crop_size")
-    kernel = "bilinear" if about.get("resample", 2) == 2 else "bicubic"
-    edge = size.get("shortest_edge") if isinstance(size, dict) else None
-    if edge is None:
-        return CenterCrop(order="stretch", interpolation=kernel)  # type: ignore[arg-type]
-    sides = cut.values() if isinstance(cut, dict) else [cut or edge]
-    return CenterCrop(interpolation=kernel, share=min(1.0, min(sides) / edge))  # type: ignore[arg-type]

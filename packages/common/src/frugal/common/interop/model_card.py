@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from frugal.common.data.transforms import CenterCrop
 from frugal.common.interop.trained import TrainedRun
 from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.recipe import to_json
@@ -46,9 +45,8 @@ def model_card(trained: TrainedRun, *, library: str, usage: str) -> str:
     ]
     if not trained.numbers:
         parts.append("Not measured in this run.")
-    share = 1.0 if library == "open_clip" else trained.crop.share
-    usual = CenterCrop(interpolation=trained.interpolation, share=share)
-    if trained.crop != usual and library != "frugal":
+    usual = None if library == "frugal" else trained.crop_in(library)
+    if usual is not None and trained.crop != usual:
         parts.append(
             f"These numbers are of images prepared by `{_words(trained.crop)}`. The preprocessing "
             f"in this folder comes as near as {library} has it, `{_words(usual)}`."

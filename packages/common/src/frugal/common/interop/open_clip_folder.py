@@ -140,6 +140,7 @@ def write(trained: TrainedModel, folder: Path) -> None:
         metadata={"format": "pt"},
     )
     save(as_transformers(trained.tokenizer, length=config.text.length), folder)
+    crop = trained.crop_in("open_clip")
     is_carried = isinstance(trained.tokenizer.vocabulary, BytePairs)  # by open_clip itself
     own = None if is_carried else trained.tokenizer
     content = {
@@ -147,8 +148,8 @@ def write(trained: TrainedModel, folder: Path) -> None:
         "preprocess_cfg": {
             "mean": config.image.mean,
             "std": config.image.std,
-            "interpolation": trained.interpolation,
-            "resize_mode": "shortest",
+            "interpolation": crop.interpolation,
+            "resize_mode": "squash" if crop.order == "stretch" else "shortest",
         },
     }
     (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -98,6 +98,7 @@ def write(trained: TrainedTower, folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     args = model_args(tower, has_norm=trained.has_norm)
     height, width = tower.height_width
+    crop = trained.crop_in("timm")
     content = {
         "architecture": architecture(tower),
         "num_classes": numbers,
@@ -107,9 +108,9 @@ def write(trained: TrainedTower, folder: Path) -> None:
         "pretrained_cfg": {
             "input_size": [3, height, width],
             "fixed_input_size": True,
-            "interpolation": trained.interpolation,
-            "crop_pct": trained.crop.share,
-            "crop_mode": "center",
+            "interpolation": crop.interpolation,
+            "crop_pct": crop.share,
+            "crop_mode": "squash" if crop.order == "stretch" else "center",
             "mean": tower.mean,
             "std": tower.std,
             "num_classes": numbers,

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json, reason_of
 from frugal.common.interop.encoder_weights import EncoderWeights
 from frugal.common.interop.stored_files import read_weights, weights_in
 from frugal.common.models.config import Activation, ImageTower
 from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.preparation import Pixels, of_timm, pixels_of_timm, timm_settings
 from frugal.common.models.weight_names import from_timm
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -42,17 +43,17 @@ def read_folder(folder: Path) -> TimmWeights:
     """
     path = folder / "config.json"
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = parse_json(path.read_bytes())
         name, args = about["architecture"], dict(about.get("model_args") or {})
-        settings = dict(about.get("pretrained_cfg") or about)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} does not describe a model of timm ({error})") from None
+        raise InputError(f"{path} does not describe a model of timm ({reason_of(error)})") from None
+    settings = timm_settings(about)
     weights = weights_in(folder, _FILES)
     if "input_size" in settings:
         args.setdefault("img_size", tuple(settings["input_size"][1:]))
     if "global_pool" in about:
         args.setdefault("global_pool", about["global_pool"])
-    return _read(weights, name, args, settings)
+    return _read(weights, name, args, settings, source=str(path))
 
 
 def read_named(name: str, path: Path) -> TimmWeights:
@@ -61,12 +62,18 @@ def read_named(name: str, path: Path) -> TimmWeights:
     Raises:
         InputError: if it cannot be read, or is of another model.
     """
-    return _read(path, name, {}, {})
+    return _read(path, name, {}, None, source=f"timm's {name}")
 
 
 def _read(
-    path: Path, name: str, args: Mapping[str, Any], settings: Mapping[str, Any]
+    path: Path,
+    name: str,
+    args: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    *,
+    source: str,
 ) -> TimmWeights:
+    """The weights of a file; without settings, images are prepared as timm does for the name."""
     import timm
 
     state = {n: t.float() for n, t in read_weights(path).items()}
@@ -76,42 +83,35 @@ def _read(
             theirs: Any = timm.create_model(name, num_classes=classes, **args)
         usual: Any = theirs.pretrained_cfg
     except Exception as error:  # noqa: BLE001 - an unknown name, an option of another version
-        raise InputError(
-            f"timm cannot build {name!r} as a vision transformer: {_last_line(error)}"
-        ) from None
+        reason = reason_of(error, last_line=True)
+        raise InputError(f"timm cannot build {name!r} as a vision transformer: {reason}") from None
     try:
         theirs.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise InputError(f"{path} does not hold timm's {name}: {_last_line(error)}") from None
-    about = {**(usual if isinstance(usual, Mapping) else vars(usual)), **settings}
-    tower = _tower(theirs, name, about)
+        raise InputError(
+            f"{path} does not hold timm's {name}: {reason_of(error, last_line=True)}"
+        ) from None
+    if settings is None:
+        settings = usual if isinstance(usual, Mapping) else vars(usual)
+    tower = _tower(theirs, name, pixels_of_timm(settings, source=source))
     ours = from_timm({n: t for n, t in state.items() if not n.startswith("head.")}, tower)
     head = {n: t for n, t in state.items() if n.startswith("head.")}
-    weights = EncoderWeights(tower, ours, str(path), head)
+    prepared = of_timm(settings, size=tower.height_width, source=source)
+    weights = EncoderWeights(tower, ours, str(path), head, prepared)
     _compare(theirs.eval(), weights, name)
-    kernel: Literal["bilinear", "bicubic"] = "bicubic"
-    if about.get("interpolation") == "bilinear":
-        kernel = "bilinear"
-    if about.get("crop_mode", "center") == "squash":
-        return TimmWeights(weights, CenterCrop(order="stretch", interpolation=kernel))
-    share = about.get("crop_pct") or 1.0
-    return TimmWeights(weights, CenterCrop(interpolation=kernel, share=share))
+    return TimmWeights(weights, prepared.crop)
 
 
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip().rstrip(".")
-
-
-def _tower(theirs: Any, name: str, about: Mapping[str, Any]) -> ImageTower:
+def _tower(theirs: Any, name: str, pixels: Pixels) -> ImageTower:
     """Our tower that is to compute the same."""
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(theirs, VisionTransformer):
         raise InputError(
-            f"timm's {name} is a {type(theirs).__name__}; its VisionTransformer can be read"
+            f"timm's {name} is none of its plain vision transformers, which alone can be read"
         )
     front = theirs.num_prefix_tokens
+    height, width = theirs.patch_embed.img_size
     misfits = {
         "reg_tokens": theirs.num_reg_tokens > 0,
         "global_pool": theirs.global_pool not in ("token", "avg"),
@@ -138,9 +138,9 @@ def _tower(theirs: Any, name: str, about: Mapping[str, Any]) -> ImageTower:
         heads=block.attn.num_heads,
         mlp_width=block.mlp.fc1.out_features,
         patch_size=theirs.patch_embed.patch_size[0],
-        image_size=tuple(theirs.patch_embed.img_size),
-        mean=tuple(about["mean"]),
-        std=tuple(about["std"]),
+        image_size=height if height == width else (height, width),
+        mean=pixels.mean,
+        std=pixels.std,
         patch_bias=theirs.patch_embed.proj.bias is not None,
         class_token=class_token,  # type: ignore[arg-type]
         pre_norm=not isinstance(theirs.norm_pre, nn.Identity),
@@ -159,7 +159,9 @@ def _compare(theirs: Any, weights: EncoderWeights, name: str) -> None:
     try:
         transformer.load_state_dict(weights.state)
     except RuntimeError as error:
-        raise InputError(f"timm's {name} is not whole: {_last_line(error)}") from None
+        raise InputError(
+            f"timm's {name} is not whole: {reason_of(error, last_line=True)}"
+        ) from None
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((2, 3, *weights.tower.height_width), generator=generator)
     ours = transformer.eval().forward_pooled(images)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder
+from frugal.common.files import reason_of
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
 from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.image_tower import ImageTransformer
@@ -93,10 +94,25 @@ class TrainedRun:
         crops = (getattr(task, "crop", None) for task in self.recipe.evaluation)
         return next((crop for crop in crops if isinstance(crop, CenterCrop)), CenterCrop())
 
-    @property
-    def interpolation(self) -> Literal["bicubic", "bilinear"]:
-        """That of :attr:`crop`, as libraries that shrink with anti-aliasing have it."""
-        return "bilinear" if self.crop.interpolation == "bilinear" else "bicubic"
+    def crop_in(self, library: str) -> CenterCrop:
+        """The nearest to :attr:`crop` that open_clip, transformers or timm has."""
+        crop = self.crop
+        height, width = self.recipe.model.image.height_width
+        is_stretched = crop.order == "stretch"
+        if library == "transformers" and height != width:
+            is_stretched = True  # its crops of another shape have borders
+        kernel = crop.interpolation
+        has_bicubic_alone = library == "open_clip" and height != width and not is_stretched
+        if kernel.startswith("tf") or has_bicubic_alone:
+            kernel = "bicubic"
+        if library == "open_clip" and kernel != "bilinear":
+            kernel = "bicubic"
+        return CenterCrop(
+            order="stretch" if is_stretched else "resize_first",
+            interpolation=kernel,
+            share=1.0 if library == "open_clip" else crop.share,
+            half_pixel=crop.half_pixel,
+        )
 
 
 class Seen(NamedTuple):
@@ -147,7 +163,7 @@ class TrainedTower(TrainedRun):
         try:
             transformer.load_state_dict(self.state)
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = reason_of(error, last_line=True)
             raise InputError(f"{self.folder} does not hold one whole tower: {reason}") from None
         return transformer.eval()
 

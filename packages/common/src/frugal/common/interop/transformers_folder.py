@@ -34,7 +34,9 @@ Its crop lies one pixel beside that of the numbers below where the margin is an 
 pixels: transformers rounds half a pixel down.
 """
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
-_RESAMPLING = {"bilinear": 2, "bicubic": 3}
+_RESAMPLING = {
+    "nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5,
+}  # fmt: skip
 """Pillow's numbers."""
 _ARGMAX = 2
 """An end-of-text id that CLIPModel takes for "the highest id", for its oldest configurations."""
@@ -151,11 +153,15 @@ def image_processor(trained: TrainedRun, tower: ImageTower) -> Any:
     """What brings pictures to the size of a tower and normalises them, as in evaluations."""
     from transformers import CLIPImageProcessor
 
+    crop = trained.crop_in("transformers")
     height, width = tower.height_width
+    rows, columns = (int(side / crop.share + 1e-9) for side in (height, width))
+    is_stretched = crop.order == "stretch"
     return CLIPImageProcessor(
-        size={"shortest_edge": int(min(height, width) / trained.crop.share + 1e-9)},
+        size={"height": rows, "width": columns} if is_stretched else {"shortest_edge": rows},
         crop_size={"height": height, "width": width},
-        resample=_RESAMPLING[trained.interpolation],
+        do_center_crop=(rows, columns) != (height, width) or not is_stretched,
+        resample=_RESAMPLING[crop.interpolation],
         image_mean=tower.mean,
         image_std=tower.std,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object
+from frugal.common.files import read_json_object, reason_of
 from frugal.common.models.config import IMAGENET_MEAN, IMAGENET_STD, DualEncoderConfig, ImageTower
+from frugal.common.models.preparation import (
+    PROCESSOR_FILES,
+    pixels_of_timm,
+    pixels_of_transformers,
+    timm_settings,
+    transformers_settings,
+)
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Channels, KeepAll
 
@@ -54,18 +62,44 @@ _KNOWN = {SIMCSE: _BERT_BASE, "google-bert/bert-base-uncased": _BERT_BASE}
 Facts = Annotated[str, tyro.conf.Suppress]
 
 
-def _facts(name: str, given: str) -> str:
-    """What a model is made of, as JSON: what is given, if that is of this name, or else read."""
+def _facts(name: str, given: str, *, with_pixels: bool = False) -> str:
+    """What a model is made of, as JSON: what is given, if that is of this name, or else read.
+
+    Args:
+        name: a folder, or a name on the hub.
+        given: what a recipe says.
+        with_pixels: with what transformers makes of the grey levels of an image.
+    """
     if given and json.loads(given)["name"] == name:
         return given
-    config, pixels = _KNOWN.get(name), None
-    if config is None:
-        config = _read_json(name, "config.json")
-        pixels = _read_json(name, "preprocessor_config.json", needed=False)
+    config = _KNOWN.get(name) or _read_json(name, "config.json")
     facts: dict[str, Any] = {"name": name, "config": config}
-    if pixels:
-        facts["pixels"] = {k: pixels[k] for k in ("image_mean", "image_std") if k in pixels}
+    if with_pixels:
+        facts["pixels"] = pixel_facts(name, str((config or {}).get("model_type", "")))
     return json.dumps(facts, sort_keys=True)
+
+
+def pixel_facts(name: str, model_type: str) -> dict[str, Channels]:
+    """``image_mean`` and ``image_std`` of a model of transformers, on a scale from 0 to 1.
+
+    Says what is taken where the model does not.
+
+    Args:
+        name: a folder, or a name on the hub.
+        model_type: as its config.json has it.
+
+    Raises:
+        InputError: if it prepares images in a way that is not known here.
+    """
+    newer, older = (_read_json(name, file, needed=False) for file in PROCESSOR_FILES)
+    file = transformers_settings(newer, older, source=name, model_type=model_type)
+    pixels = pixels_of_transformers(file, model_type=model_type)
+    if not file.is_there:
+        logging.getLogger("frugal").warning(
+            "%s does not say how images are prepared (no %s): mean %s and std %s are taken",
+            name, " or ".join(PROCESSOR_FILES), list(pixels.mean), list(pixels.std),
+        )  # fmt: skip
+    return {"image_mean": pixels.mean, "image_std": pixels.std}
 
 
 def _read_json(name: str, file: str, *, needed: bool = True) -> dict[str, Any] | None:
@@ -93,10 +127,9 @@ def _fetched(name: str, file: str, *, needed: bool) -> Path | None:
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of every kind
         if not needed:
             return None
-        reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"there is no folder {name}, and its {file} cannot be fetched from the Hugging Face "
-            f"hub: {reason}"
+            f"hub: {reason_of(error)}"
         ) from None
 
 
@@ -130,9 +163,8 @@ def transformers_config(facts: str) -> Any:
     try:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     except Exception as error:  # noqa: BLE001 - every model checks its settings in its own way
-        reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"transformers cannot make the model of {about['name']}: {reason}"
+            f"transformers cannot make the model of {about['name']}: {reason_of(error)}"
         ) from None
 
 
@@ -186,7 +218,7 @@ class TransformersImage(_Whole):
     facts: Facts = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "facts", _facts(self.name, self.facts))
+        object.__setattr__(self, "facts", _facts(self.name, self.facts, with_pixels=True))
         _check_alone(self.facts, "image")
         _check_length("image.image_size", self.image_size)
 
@@ -251,12 +283,12 @@ class TimmImage(_Whole):
 
             return about_timm(self.name)
         config = json.loads(self.facts)["config"]
-        pixels = config.get("pretrained_cfg", {})
+        pixels = pixels_of_timm(timm_settings(config), source=f"the config.json of {self.name}")
         return {
             "architecture": config["architecture"],
             "model_args": config.get("model_args") or {},
-            "mean": pixels.get("mean", IMAGENET_MEAN),
-            "std": pixels.get("std", IMAGENET_STD),
+            "mean": pixels.mean,
+            "std": pixels.std,
         }
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of
 from frugal.common.models.pretrained import (
     TimmImage,
     TransformersImage,
@@ -107,7 +108,7 @@ def about_timm(name: str) -> dict[str, Any]:
     try:
         known = timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise InputError(f"timm does not know the weights {name!r}: {error}") from None
+        raise InputError(f"timm does not know the weights {name!r}: {reason_of(error)}") from None
     pixels = {} if known is None else {"mean": known.mean, "std": known.std}
     return {"architecture": name, "model_args": {}, **pixels}
 
@@ -122,7 +123,7 @@ def _make_timm(config: TimmImage) -> nn.Module:
     try:
         return timm.create_model(about["architecture"], pretrained=False, num_classes=0, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"timm cannot make {config.name}: {reason}") from None
 
 
@@ -141,7 +142,7 @@ def _make_transformers(config: TransformersImage | TransformersText) -> nn.Modul
         with quietly():
             made = AutoModel.from_config(settings)
     except (ValueError, TypeError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"transformers cannot make {config.name}: {reason}") from None
     return _tower_of(made, config)
 
@@ -214,7 +215,7 @@ def stored_state(config: Any) -> dict[str, Tensor]:
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - files raise errors of every kind
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(
             f"the weights of {config.name} cannot be loaded: {reason}; copy the folder again, or "
             "start from random weights with pretrained off"
@@ -267,7 +268,7 @@ def _stored_timm(config: TimmImage) -> dict[str, Tensor]:
             found = load_checkpoint(model, str(file), strict=False, weights_only=True)
             missing = list(getattr(found, "missing_keys", []))
     except Exception as error:  # noqa: BLE001 - files and downloads raise errors of every kind
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(
             f"the weights of {config.name} cannot be loaded{f' from {file}' if file else ''}: "
             f"{reason}"
