@@ -17,6 +17,7 @@ from frugal.common.evaluation.config import ImageEvaluation, LinearProbe
 from frugal.common.evaluation.programs import Program, installed
 from frugal.common.evaluation.suites import SUITES
 from frugal.common.loading import Trained, look
+from frugal.common.models.in_words import in_words
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -30,7 +31,7 @@ def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
     import torch
 
-    found = look(options.checkpoint, options.model)
+    found = look(options.checkpoint, options.model, options.weights_key)
     options, url = _with_data(options)
     tasks = chosen_tasks(options, found.recipe)
     for task in tasks:
@@ -43,6 +44,8 @@ def evaluate(options: Options) -> None:
     for load, part in found.loads(tasks).items():
         trained = load(recipe)
         _join(trained.run)
+        crop = next((task.crop for task in part if hasattr(task, "crop")), None)
+        trained.run.log.info("measuring %s", in_words(recipe.model, crop))
         scores |= _measure_all(part, trained, found.pretrained, options, url)
         if trained.run.is_main:
             _report_suites(options, scores, _out(options, trained.run))

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_object
 from frugal.common.interop.stored_files import (
     State,
+    part_with,
     read_content,
     state_in,
     weights_in,
     without_prefix,
 )
-from frugal.common.files import read_json_object
 from frugal.common.models.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -69,6 +70,8 @@ class EncoderWeights:
     """Where it was read, for people."""
     rest: State = field(default_factory=dict)
     """What the file holds besides: a decoder, a head."""
+    guessed: tuple[str, ...] = ()
+    """Fields of the tower that the source does not say."""
 
     @property
     def embed_dim(self) -> int | None:
@@ -142,13 +145,15 @@ def read_encoder(
             return read_encoder(weights_in(path, _WEIGHT_FILES), activation=activation, heads=heads)
         if exported:
             _refuse(source, activation, heads)
-            return _transformers_folder(path)
+            found = _transformers_folder(path)
+            says = any((path / name).is_file() for name in _SAYS_HOW_IMAGES_ARE_PREPARED)
+            return found if says else replace(found, guessed=("mean", "std"))
         raise InputError(
             f"the folder {path} holds no model; give a run directory, or a folder with a "
             "config.json or open_clip_config.json"
         )
     content = read_content(path)
-    stored = state_in(content, source=str(path))
+    stored = _one_tower(state_in(content, source=str(path)), str(path))
     state = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
     if "visual.conv1.weight" in state:
         keeps_training = isinstance(content, Mapping) and bool(
@@ -161,8 +166,40 @@ def read_encoder(
                 "%s is taken for %s model, whose activation is %s",
                 path, "OpenAI's" if is_openai else "open_clip's", chosen,
             )  # fmt: skip
-        return _clip_state(state, activation=chosen, heads=heads, source=str(path))
-    return encoder_of_state(state, activation=activation or "gelu", heads=heads, source=str(path))
+        found = _clip_state(state, activation=chosen, heads=heads, source=str(path))
+        unsaid: tuple[str, ...] = () if "input_resolution" in stored else _UNSAID
+    else:
+        found = encoder_of_state(
+            state, activation=activation or "gelu", heads=heads, source=str(path)
+        )
+        unsaid = (*_UNSAID, *_UNSAID_POOLING)
+    given = {"activation": activation, "heads": heads}
+    return replace(found, guessed=tuple(name for name in unsaid if given.get(name) is None))
+
+
+_SAYS_HOW_IMAGES_ARE_PREPARED = ("preprocessor_config.json", "processor_config.json")
+_UNSAID = ("heads", "activation", "norm_epsilon", "mean", "std")
+"""What the weights of CLIP's image towers do not say, unless OpenAI's numbers are beside them."""
+_UNSAID_POOLING = ("pooling", "norm_after_pooling")
+"""What those of plain vision transformers do not say either."""
+_LANDMARKS = (
+    "visual.conv1.weight", "visual.patch_embed.proj.weight", "patch_embed.proj.weight",
+)  # fmt: skip
+"""Names by which the towers that are known here are recognised."""
+
+
+def _one_tower(state: State, source: str) -> State:
+    """The tensors of the one model in a file that has an image tower of a known kind."""
+    if any(landmark in state for landmark in _LANDMARKS):
+        return state
+    for landmark in _LANDMARKS:
+        found = part_with(state, landmark, source=source)
+        if found is not state:
+            return found
+    if {"conv1.weight", "class_embedding"} <= state.keys():  # CLIP's image tower alone
+        return {f"visual.{name}": tensor for name, tensor in state.items()}
+    found = part_with(state, "class_embedding", source=source)
+    return state if found is state else _one_tower(found, source)
 
 
 def _refuse(source: Path | str, activation: Activation | None, heads: int | None) -> None:

@@ -16,6 +16,7 @@ from frugal.common.interop.foreign_models import Foreign, fill
 from frugal.common.interop.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
 from frugal.common.interop.transformers_folder import ACTIVATIONS
 from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.weight_names import from_transformers_clip
 from frugal.common.quiet_transformers import quietly
 
@@ -24,6 +25,8 @@ _KINDS = ("clip", "siglip", "vision-text-dual-encoder")
 _OURS: dict[str, Activation] = {theirs: ours for ours, theirs in ACTIVATIONS.items()}  # type: ignore[misc]
 _INTERPOLATION = {2: "bilinear", 3: "bicubic"}
 """By Pillow's numbers."""
+_HIGHEST = 2
+"""As the end-of-text token of a CLIP configuration: the highest id of the caption."""
 _MANY_TOKENS = 512
 """No text tower of these takes more."""
 
@@ -102,6 +105,7 @@ def _model(folder: Path) -> Any:
                 f"the weights of {folder} are not of the model its config.json describes: "
                 f"{len(wrong)} {kind.replace('_', ' ')}, the first {wrong[0]}"
             )
+    refuse_not_finite(model.state_dict(), source=str(folder))
     return model.eval()
 
 
@@ -184,9 +188,12 @@ def _towers(config: Any, image: WrappedImage, tokenizer: Tokenizer) -> DualEncod
     if vision.hidden_act not in _OURS or text.hidden_act not in _OURS:
         return None
     end = tokenizer.end_id
-    # 2 stands for "the highest id" in the oldest configurations
-    highest = text.eos_token_id == 2 and end == tokenizer.vocab_size - 1
-    if end is None or end in tokenizer.prefix or not (text.eos_token_id == end or highest):
+    if end is None or end in tokenizer.prefix:
+        return None
+    # in the oldest configurations 2 stands for "the first of the highest id", padding included,
+    # whatever the end of a caption is
+    highest = end == tokenizer.vocab_size - 1 and tokenizer.pad_id <= end
+    if not (highest if text.eos_token_id == _HIGHEST else text.eos_token_id == end):
         return None
     return DualEncoderConfig(
         image=ImageTower(

@@ -14,13 +14,16 @@ from torch import nn
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.interop.encoder_weights import EncoderWeights
-from frugal.common.interop.stored_files import read_weights, weights_in
+from frugal.common.interop.stored_files import part_with, read_weights, weights_in
 from frugal.common.models.config import Activation, ImageTower
+from frugal.common.models.fit import misfit
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.weight_names import from_timm
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _ACTIVATIONS: dict[str, Activation] = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh"}
+_LANDMARK = "patch_embed.proj.weight"
+"""A name that every vision transformer of timm's has."""
 _LARGEST_DIFFERENCE = 1e-4
 """Between timm's tower and ours, over the largest number, where that is above 1."""
 
@@ -55,21 +58,32 @@ def read_folder(folder: Path) -> TimmWeights:
     return _read(weights, name, args, settings)
 
 
-def read_named(name: str, path: Path) -> TimmWeights:
+def read_named(name: str, path: Path, *, key: str | None = None) -> TimmWeights:
     """A file of weights as the model that timm calls so.
+
+    Args:
+        name: as timm knows it.
+        path: the file.
+        key: which of several sets of weights in it.
 
     Raises:
         InputError: if it cannot be read, or is of another model.
     """
-    return _read(path, name, {}, {})
+    return _read(path, name, {}, {}, key=key)
 
 
 def _read(
-    path: Path, name: str, args: Mapping[str, Any], settings: Mapping[str, Any]
+    path: Path,
+    name: str,
+    args: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    key: str | None = None,
 ) -> TimmWeights:
     import timm
 
-    state = {n: t.float() for n, t in read_weights(path).items()}
+    stored = part_with(read_weights(path, key=key), _LANDMARK, source=str(path))
+    state = {n: t.float() for n, t in stored.items()}
     classes = len(state["head.weight"]) if "head.weight" in state else 0
     try:
         with torch.device("meta"):
@@ -79,10 +93,9 @@ def _read(
         raise InputError(
             f"timm cannot build {name!r} as a vision transformer: {_last_line(error)}"
         ) from None
-    try:
-        theirs.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise InputError(f"{path} does not hold timm's {name}: {_last_line(error)}") from None
+    if what := misfit(state, theirs.state_dict()):
+        raise InputError(f"{path} does not hold timm's {name}: {what}")
+    theirs.load_state_dict(state, strict=True, assign=True)
     about = {**(usual if isinstance(usual, Mapping) else vars(usual)), **settings}
     tower = _tower(theirs, name, about)
     ours = from_timm({n: t for n, t in state.items() if not n.startswith("head.")}, tower)
