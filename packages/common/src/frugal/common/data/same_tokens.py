@@ -38,12 +38,9 @@ def token_difference(there: Tokenizer, here: Tokenizer) -> Difference | None:
     """How the ids that two tokenizers make differ; None where they are the same.
 
     A number of texts is compared, and where both vocabularies are of one kind the text of every id.
+    What they pad with is not: where padding counts, the text tower says its id.
     """
-    for name, words in (
-        ("prefix", "begins a caption with"),
-        ("suffix", "ends a caption with"),
-        ("pad_id", "pads with"),
-    ):
+    for name, words in (("prefix", "begins a caption with"), ("suffix", "ends a caption with")):
         if getattr(there, name) != getattr(here, name):
             said = f"{words} {getattr(there, name)} there and {getattr(here, name)} here"
             return Difference(said, of_odd_texts=False)

@@ -17,7 +17,7 @@ from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, OPENAI, Foreign, fill
-from frugal.common.interop.foreign_openai import is_openai
+from frugal.common.interop.foreign_openai import NUMBERS, is_openai
 from frugal.common.interop.foreign_wrapped import (
     RowTokenizer,
     Wrapped,
@@ -117,12 +117,13 @@ def _load(
         state = state_in(content, source=str(weights), key=key)
         state = part_with(state, "logit_scale", source=weights)
         _refuse_contradiction(state, config, name, weights)
+        state = {name: tensor for name, tensor in state.items() if name not in NUMBERS}
     merged = _preprocessing(config, preprocess, source=str(folder or name))
     crop = _crop(merged, source=str(folder or name))
     tokenizer = _tokenizer(config, folder, name)
     ours = None if tokenizer is None else _towers(config, merged, tokenizer, source=name)
     if ours is None:
-        plain = content is None or _as_open_clip_reads(content) == state.keys()
+        plain = content is None or _open_clip_reads(content, state)
         return _wrapped(name, weights, None if plain else state, merged, crop)
     state = {n.removeprefix("text.") if _is_text(n) else n: t for n, t in state.items()}
     state = _fitting(state, ours)
@@ -172,10 +173,11 @@ def _with_quick_gelu(name: str) -> str:
     return quick if known else OPENAI
 
 
-def _as_open_clip_reads(content: Mapping[str, Any]) -> set[str]:
-    """The names that open_clip's own reader finds in a file."""
-    state = content.get("state_dict", content)
-    return {name.removeprefix("module.") for name in state}
+def _open_clip_reads(content: Mapping[str, Any], state: State) -> bool:
+    """Whether open_clip's own reader finds these tensors in a file, and nothing else."""
+    read = content.get("state_dict", content)
+    names = {name.removeprefix("module."): tensor for name, tensor in read.items()}
+    return names.keys() == state.keys() and all(names[n] is state[n] for n in state)
 
 
 def _is_text(name: str) -> bool:

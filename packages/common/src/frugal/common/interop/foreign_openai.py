@@ -29,7 +29,8 @@ from frugal.common.models.weight_names import from_open_clip
 
 LIBRARY = "OpenAI's CLIP"
 _HEAD = 64
-_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+NUMBERS = ("input_resolution", "context_length", "vocab_size")
+"""What OpenAI's files hold among their weights: three integers."""
 
 
 def is_openai(state: Mapping[str, Tensor]) -> bool:
@@ -55,7 +56,7 @@ def load(path: Path, *, key: str | None = None) -> Foreign:
             "models compute otherwise than OpenAI's unless their name ends with quickgelu; give "
             "--model with open_clip's name of it, such as ViT-B-16 or ViT-B-16-quickgelu"
         )
-    state = {n: t.float() for n, t in stored.items() if n not in _NUMBERS}
+    state = {n: t.float() for n, t in stored.items() if n not in NUMBERS}
     needed = ("text_projection", "positional_embedding", "token_embedding.weight")
     if missing := [name for name in needed if name not in state]:
         raise InputError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from frugal.common.data.tokenizers import HuggingFace, Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_object
 from frugal.common.interop.foreign_models import Foreign, fill
 from frugal.common.interop.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
 from frugal.common.interop.transformers_folder import ACTIVATIONS
@@ -44,12 +45,14 @@ def load(folder: Path) -> Foreign:
     processor = _processor(folder)
     image = _image(processor, config, folder)
     crop = _crop(processor, image.height_width, folder)
-    text = WrappedText(length=_length(config))
+    text = WrappedText(length=_length(config, folder))
     ours = _towers(config, image, loaded) if config.model_type == "clip" else None
     if ours is not None:
         state = from_transformers_clip(theirs.state_dict(), ours)
         model: Any = fill(ours, state, source=str(folder))
         return Foreign(model=model, config=ours, tokenizer=tokenizer, crop=crop, library=LIBRARY)
+    if config.model_type == "vision-text-dual-encoder":
+        _refuse_unpooled(theirs, folder)
     wrapped = WrappedModel(library=LIBRARY, image=image, text=text)
     sees_padding = config.model_type == "siglip"
     model = Wrapped(
@@ -173,13 +176,33 @@ def _crop(processor: Any, seen: tuple[int, int], folder: Path) -> CenterCrop:
     return CenterCrop(interpolation=interpolation, share=min(seen) / edge)  # type: ignore[arg-type]
 
 
-def _length(config: Any) -> int:
-    """Slots of the text tower, as far as a caption may fill them."""
+@torch.no_grad()
+def _refuse_unpooled(model: Any, folder: Path) -> None:
+    """Refuse a text model that makes no vector of a caption, as transformers itself cannot use it.
+
+    Raises:
+        InputError: if there is nothing that its projection could take.
+    """
+    try:
+        made = model.get_text_features(input_ids=torch.zeros(1, 1, dtype=torch.int64))
+    except (AttributeError, TypeError):
+        made = None
+    if made is None:
+        raise InputError(
+            f"the text model of {folder} ({model.config.text_config.model_type}) pools nothing, so "
+            "that transformers makes no vectors of captions with it; give a model with a pooler"
+        )
+
+
+def _length(config: Any, folder: Path) -> int:
+    """Slots of the text tower, as far as a caption may fill them and its tokenizer lets it."""
     text = config.text_config
     slots = getattr(text, "max_position_embeddings", _MANY_TOKENS)
     if text.model_type in ("roberta", "xlm-roberta", "camembert"):
         slots -= text.pad_token_id + 1  # their first positions stand for padding
-    return min(slots, _MANY_TOKENS)
+    about = folder / "tokenizer_config.json"
+    longest = read_json_object(about).get("model_max_length") if about.is_file() else None
+    return min(slots, _MANY_TOKENS, int(longest) if longest else _MANY_TOKENS)
 
 
 def _towers(config: Any, image: WrappedImage, tokenizer: Tokenizer) -> DualEncoderConfig | None:

@@ -94,6 +94,8 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(held, f"{name}.")
         elif item.name == "facts":
             yield from _of_another_library(value, prefix)
+        elif item.name == "image_size" and not isinstance(held, int) and len(set(held)) == 1:
+            yield name, held[0]
         else:
             yield name, held
     if prefix:
