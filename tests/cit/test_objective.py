@@ -22,6 +22,7 @@ from tower_cases import (
 
 from frugal.cit.published_dual import to_released
 from frugal.cit.settings import LockedContrastive, published_optimiser
+from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.engine.optimizers import build_optimizer, set_learning_rate
 from frugal.common.errors import InputError
 from frugal.common.models.config import TextTower
@@ -226,6 +227,20 @@ def test_towers_of_ours_start_from_runs(recipe, bert_words, tmp_path) -> None:
         InputError, match=r"has pooling first, but model.text.pooling is mean; give"
     ):
         started(other, train_image="all", text_weights=str(run))
+    for part, change, flag in (
+        ("image", {"mean": (0.5, 0.4, 0.3)}, "--model.image.mean 0.485 0.456 0.406"),
+        ("image", {"norm_epsilon": 1e-5}, "--model.image.norm-epsilon 1e-06"),
+        ("text", {"activation": "quick_gelu"}, "--model.text.activation gelu"),
+        ("text", {"causal": True}, "--model.text.no-causal"),
+    ):
+        tower = replace(getattr(source.model, part), **change)
+        other = replace(source, model=replace(source.model, **{part: tower}))
+        weights = {f"{part}_weights": str(run)}
+        with pytest.raises(InputError, match=f"; give {flag}$"):
+            started(other, train_image="all", **weights)
+    words = replace(source, data=replace(source.data, tokenizer=ClipBpe()))
+    with pytest.raises(InputError, match=r"tokenizer that the text tower of .*recipe\.json in the"):
+        started(words, train_image="all", text_weights=str(run))
     longer = replace(source, model=replace(source.model, text=replace(TEXT, length=24)))
     with pytest.raises(InputError, match=r"has 16 slots, here are 24; add --run.interpolate"):
         started(longer, train_image="all", text_weights=str(run))

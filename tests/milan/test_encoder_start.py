@@ -236,6 +236,36 @@ def test_heads_are_compared_where_they_are_known_and_doubted_where_not(
     assert "heads 1, here it is 2" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"norm_epsilon": 1e-5}, "--model.image.norm-epsilon 1e-05"),
+        ({"activation": "quick_gelu"}, "--model.image.activation quick_gelu"),
+        ({"mean": (0.5, 0.4, 0.3)}, "--model.image.mean 0.5 0.4 0.3"),
+        ({"std": (0.5, 0.4, 0.3)}, "--model.image.std 0.5 0.4 0.3"),
+    ],
+)
+def test_a_run_whose_encoder_computes_otherwise_is_refused_with_the_flag(
+    change: dict, flag: str, tmp_path: Path
+) -> None:
+    before = classifier(replace(TOWER, **change))
+    source = run_of(before, before.config, tmp_path / "run")
+    with pytest.raises(InputError, match=f"; give {flag}$"):
+        start(classifier(), source)
+
+
+def test_openais_numbers_make_a_file_certain_of_its_activation(tmp_path: Path) -> None:
+    shape = {"width": 64, "depth": 2, "heads": 1, "mlp_width": 256}
+    clip = clip_encoder("B/8", image_size=32, quick_gelu=True)
+    config = DualEncoderConfig(
+        image=replace(clip.image, **shape), text=text_tower("B", **shape), embed_dim=16
+    )
+    state = to_open_clip(config.build().state_dict(), config)
+    torch.save(state | {"input_resolution": torch.tensor(32)}, tmp_path / "clip.pt")
+    with pytest.raises(InputError, match=r"; give --model\.image\.activation quick_gelu$"):
+        start(classifier(replace(config.image, activation="gelu")), tmp_path / "clip.pt")
+
+
 def test_pooled_weights_have_no_norm_for_a_class_token(tmp_path: Path) -> None:
     torch.save(timm_model("mean").state_dict(), tmp_path / "pooled.pth")
     with pytest.raises(InputError, match="its features were pooled by a mean"):

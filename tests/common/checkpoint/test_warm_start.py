@@ -1,15 +1,12 @@
 """A stage that starts from another: which tables are kept, computed, resampled or refused."""
 
-import json
-import logging
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from small_stages import LOG, recipe_of, saved, started
 
-from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.checkpoint.warm_start import warm_start
 from frugal.common.errors import InputError
 from frugal.common.models.positions import (
@@ -18,46 +15,8 @@ from frugal.common.models.positions import (
     resample_table,
     sincos_table,
 )
-from frugal.common.recipe import Recipe, to_json
-from frugal.common.run import Run
-from frugal.flip.recipes import demo
 
-LOG = logging.getLogger("test")
 TABLE = "model.image.pos_embed"
-
-
-def recipe_of(*, seed: int = 0, length: int = 8, **image) -> Recipe:
-    """FLIP's demo with towers of a few numbers."""
-    recipe = demo()
-    small = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 16}
-    model = recipe.model
-    return replace(
-        recipe,
-        model=replace(
-            model,
-            image=replace(model.image, **small, **image),
-            text=replace(model.text, **small, vocabulary=30, length=length),
-            embed_dim=8,
-        ),
-        run=replace(recipe.run, seed=seed),
-    )
-
-
-def saved(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Write a run of freshly drawn weights; what it holds."""
-    weights = recipe.objective.build(recipe).state_dict()
-    store = CheckpointStore(Run(folder, 0, 1, 0, torch.device("cpu"), LOG), keep=1)
-    tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
-    store.save(tensors, {"step": 3}, gather=lambda value: [value])
-    (folder / "recipe.json").write_text(json.dumps(to_json(recipe)))
-    return weights
-
-
-def started(source: Path, recipe: Recipe, *, interpolate: bool = True) -> torch.nn.Module:
-    objective = recipe.objective.build(recipe)
-    resample = resample_table if interpolate else None
-    warm_start(objective, source, resample=resample, log=LOG)
-    return objective
 
 
 def assert_others_kept(objective: torch.nn.Module, weights: dict, *changed: str) -> None:

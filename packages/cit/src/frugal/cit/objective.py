@@ -83,7 +83,13 @@ class LockedObjective(ContrastiveObjective):
         if not isinstance(tower.config, TextTower):
             self._start_other("text", config.train_text, log)
         elif config.text_weights is not None:
-            start_text(tower, config.text_weights, interpolate=interpolate, log=log)
+            start_text(
+                tower,
+                config.text_weights,
+                interpolate=interpolate,
+                tokenizer=self.tokenizer,
+                log=log,
+            )
         elif config.train_text != "all":
             raise InputError(
                 f"objective.train_text is {config.train_text}, which would keep random weights "

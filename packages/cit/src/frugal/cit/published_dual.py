@@ -35,6 +35,7 @@ from frugal.common.interop.stored_files import (
 )
 from frugal.common.models.config import ImageTower
 from frugal.common.models.dual_encoder import DualEncoder
+from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.pretrained import (
     PretrainedDualEncoderConfig,
     TransformersImage,
@@ -230,6 +231,7 @@ def _transformers_folder(folder: Path, settings: Mapping[str, Any], *, length: i
     ours[_IMAGE] = theirs.visual_projection.weight.detach()
     ours[_TEXT] = theirs.text_projection.weight.detach()
     ours["logit_scale"] = theirs.logit_scale.detach().reshape(1)
+    refuse_not_finite(ours, source=str(folder))
     released = Released(model, ours, step=0)
     _check_whole(released, str(folder))
     return released

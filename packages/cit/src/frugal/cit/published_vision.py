@@ -19,7 +19,13 @@ from torch import Tensor
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object
 from frugal.common.interop.encoder_weights import encoder_of_state, read_encoder
-from frugal.common.interop.stored_files import State, read_weights, weights_in, without_prefix
+from frugal.common.interop.stored_files import (
+    State,
+    part_with,
+    read_weights,
+    weights_in,
+    without_prefix,
+)
 from frugal.common.models.config import ImageTower
 from frugal.common.models.weight_names import Rule, pairs, read_names, write_names
 
@@ -34,6 +40,11 @@ _WIDE_HEADS = {1280: 16}
 """By width, where a head is not 64 wide: ViT-H."""
 
 
+_UNSAID = (
+    "heads", "activation", "norm_epsilon", "pooling", "norm_after_pooling", "mean", "std",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class VisionWeights:
     """An image tower and its weights."""
@@ -41,9 +52,8 @@ class VisionWeights:
     tower: ImageTower
     state: State
     """By the names of ``ImageTransformer``, float32."""
-    is_certain: bool
-    """The source says itself what its tower computes; otherwise heads, activation, epsilon and
-    pooling are guesses from its shapes."""
+    guessed: tuple[str, ...] = _UNSAID
+    """Fields of the tower that the source does not say; its shapes and kind make one think so."""
     aligns_corners: bool = False
     """How its position table is to be resampled."""
 
@@ -60,15 +70,13 @@ def read_vision(source: str | Path) -> VisionWeights:
         if any(_OF_A_FAMILY.match(name) for name in state):
             return vision_of_state(state, source=str(path))
         found = read_encoder(path)
-        return VisionWeights(found.tower, found.state, is_certain=False)
+        return VisionWeights(found.tower, found.state, found.guessed)
     about = path / "config.json"
     settings = read_json_object(about) if about.is_file() else {}
     if settings.get("model_type") in KINDS or is_released(settings):
         return vision_of_state(read_weights(weights_in(path, WEIGHT_FILES)), source=str(path))
     found = read_encoder(source)
-    # a folder of timm's may say nothing but the architecture
-    is_certain = "architecture" not in settings or found.preparation is not None
-    return VisionWeights(found.tower, found.state, is_certain=is_certain)
+    return VisionWeights(found.tower, found.state, found.guessed)
 
 
 def is_released(settings: Mapping[str, Any]) -> bool:
@@ -96,8 +104,8 @@ def vision_of_state(
     for kind in KINDS:
         if any(name.startswith(f"{kind}.") for name in state):
             state = without_prefix(state, f"{kind}.")
-    if any(name.startswith("base_encoder.") for name in state):
-        state = without_prefix(state, "base_encoder.")
+    if "patch_embed.proj.weight" not in state:  # in MoCo's files there are two encoders
+        state = part_with(state, "patch_embed.proj.weight", source=source)
     if "conv_proj.weight" in state or "encoder.pos_embedding" in state:
         return _swag(state, source, heads)
     found = encoder_of_state(state, source=source, heads=heads)
@@ -107,14 +115,14 @@ def vision_of_state(
         if re.fullmatch(r"head\.\d\..*", name)
     }
     if not projector:
-        return VisionWeights(found.tower, found.state, is_certain=False)
+        return VisionWeights(found.tower, found.state)
     try:
         hidden, outputs = len(projector["projector.0.weight"]), len(projector["projector.6.weight"])
     except KeyError as error:
         missing = error.args[0].replace("projector", "head")
         raise InputError(f"{source} has a projector without {missing}; it is incomplete") from None
     tower = replace(found.tower, projector_width=hidden, projector_outputs=outputs)
-    return VisionWeights(tower, found.state | projector, is_certain=False)
+    return VisionWeights(tower, found.state | projector)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -168,7 +176,7 @@ def _swag(state: Mapping[str, Tensor], source: str, heads: int | None) -> Vision
         patch_size=kernel.shape[-1],
         image_size=kernel.shape[-1] * side,
     )
-    return VisionWeights(tower, ours, is_certain=False, aligns_corners=True)
+    return VisionWeights(tower, ours, aligns_corners=True)
 
 
 def to_swag(state: Mapping[str, Tensor]) -> State:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,23 @@ from torch import Tensor
 
 from frugal.cit.published_vision import VisionWeights, read_vision
 from frugal.common.checkpoint.store import find_checkpoint
-from frugal.common.checkpoint.warm_start import load_weights
+from frugal.common.checkpoint.warm_start import load_weights, refuse_other_tokens
 from frugal.common.errors import InputError
 from frugal.common.interop.stored_files import without_prefix
 from frugal.common.models.config import ImageTower, TextTower
+from frugal.common.models.fit import misfit
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.positions import image_table, resample_grid, resample_length
+from frugal.common.models.same_function import refuse_other_function
 from frugal.common.models.text_tower import TextTransformer
 from frugal.common.recipe import load_recipe
 
-_FREE_OF_IMAGES = ("image_size", "positions", "drop_path", "mean", "std")
-_PROJECTOR = ("projector_width", "projector_outputs")
-_FREE_OF_TEXTS = ("length", "drop_path", "packed")
-_UNSAID = ("heads", "activation", "norm_epsilon", "pooling", "norm_after_pooling", "layer_scale")
-"""What weights alone do not say: of a file it is a guess."""
+_FREE = {
+    "positions": "the tables themselves are compared",
+    "projector_width": "a projector is left behind, or new where it is trained",
+    "projector_outputs": "a projector is left behind, or new where it is trained",
+}
+"""What a tower may do differently from the one that starts from it, and why."""
 _TABLE_TOLERANCE = 1e-4
 
 
@@ -54,13 +57,15 @@ def start_image(
     """
     found = read_vision(source)
     config = tower.config
-    free = (*_FREE_OF_IMAGES, *_PROJECTOR, *(() if found.is_certain else _UNSAID))
-    _compare(found.tower, config, free, part="image", source=source)
-    for name in ("mean", "std"):
-        theirs, ours = getattr(found.tower, name), getattr(config, name)
-        if found.is_certain and theirs != ours:
-            log.warning("%s was trained with images of %s %s, here it is %s", source, name,
-                        theirs, ours)  # fmt: skip
+    refuse_other_function(
+        found.tower,
+        config,
+        part="model.image",
+        what=f"the image tower of {source}",
+        log=log,
+        guessed=found.guessed,
+        free=_FREE,
+    )
     state = _without_projection(found.state)
     notes: list[str] = []
     _fit_table(state, found, config, source, interpolate=interpolate, notes=notes)
@@ -69,18 +74,6 @@ def start_image(
     _check_shapes(state, wanted, part="image", source=source)
     tower.load_state_dict(state, strict=False)
     log.info("the image tower starts from %s", ", ".join([source, *notes]))
-
-
-def _compare(theirs: Any, ours: Any, free: tuple[str, ...], *, part: str, source: str) -> None:
-    """Refuse a tower that computes something else."""
-    for field in fields(ImageTower if part == "image" else TextTower):
-        there, here = getattr(theirs, field.name), getattr(ours, field.name)
-        if field.name not in free and there != here:
-            flag = field.name.replace("_", "-")
-            raise InputError(
-                f"the {part} tower of {source} has {field.name} {there}, but model.{part}."
-                f"{field.name} is {here}; give --model.{part}.{flag} {there}"
-            )
 
 
 def _fit_table(
@@ -151,25 +144,29 @@ def _fit_projector(
 def _check_shapes(
     state: dict[str, Tensor], wanted: dict[str, Tensor], *, part: str, source: str
 ) -> None:
-    odd = sorted(wanted.keys() - state.keys()) or sorted(state.keys() - wanted.keys())
-    if odd:
-        what = "lacks" if odd[0] in wanted else "holds besides"
+    if what := misfit(state, wanted):
         raise InputError(
-            f"the {part} tower of {source} does not fit: it {what} {odd[0]}; choose a tower of the "
-            "same kind, or copy the file again"
+            f"the {part} tower of {source} does not fit: {what}; choose a tower of the same kind, "
+            "or copy the file again"
         )
-    for name, tensor in wanted.items():
-        if state[name].shape != tensor.shape:
-            raise InputError(
-                f"the {part} tower of {source} does not fit: {name} has the shape "
-                f"{tuple(state[name].shape)} there and {tuple(tensor.shape)} here"
-            )
 
 
 def start_text(
-    tower: TextTransformer, source: str, *, interpolate: bool, log: logging.Logger
+    tower: TextTransformer,
+    source: str,
+    *,
+    interpolate: bool,
+    tokenizer: Any,
+    log: logging.Logger,
 ) -> None:
     """Give a text tower the weights of a run's; the projection stays as it is.
+
+    Args:
+        tower: ours.
+        source: a run directory or checkpoint.
+        interpolate: whether positions may be brought to another length.
+        tokenizer: of the new run, which must make the ids of the old one.
+        log: told what was taken.
 
     Raises:
         InputError: if the run has no such text tower; nothing is changed then.
@@ -179,7 +176,9 @@ def start_text(
     theirs = getattr(recipe.model, "text", None)
     if not isinstance(theirs, TextTower):
         raise InputError(f"the run {source} trained no text tower of Frugal's; give another one")
-    _compare(theirs, tower.config, _FREE_OF_TEXTS, part="text", source=source)
+    what = f"the text tower of {source}"
+    refuse_other_function(theirs, tower.config, part="model.text", what=what, log=log)
+    refuse_other_tokens(recipe, checkpoint.folder.parent.parent, tokenizer, what=what, log=log)
     prefix = "model.text."
     weights = load_weights(checkpoint)
     state = without_prefix(weights, prefix)

@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.interop.stored_files import part_with, state_in, why_unreadable
+from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.flax_names import flax_blocks, flax_norm
 from frugal.common.models.weight_names import OPEN_CLIP, Rule, State, read_names
 
@@ -106,7 +108,9 @@ def read_published(path: Path) -> Published:
     for names in _groups(weights.names):
         theirs = {_open_clip_name(name): weights.read(name) for name in names}
         state |= read_names(theirs, OPEN_CLIP, source=str(file))
-    return Published({name: tensor.float() for name, tensor in state.items()}, heads=None)
+    state = {name: tensor.float() for name, tensor in state.items()}
+    refuse_not_finite(state, source=str(file))
+    return Published(state, heads=None)
 
 
 _PREFERRED = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
@@ -143,15 +147,11 @@ def _open_torch(path: Path) -> _Weights:
     try:
         content = _load_torch(path)
     except Exception as error:  # noqa: BLE001 - torch.load raises errors of every kind
-        reason = str(error).strip().partition("\n")[0]
+        reason = why_unreadable(path, error)
         raise InputError(
             f"{path} cannot be read as a PyTorch file of plain tensors: {reason}"
         ) from None
-    while isinstance(content, dict) and "state_dict" in content:
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise InputError(f"{path} holds no state_dict; give the weights of a model")
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = part_with(state_in(content, source=str(path)), "logit_scale", source=path)
     return _Weights(list(tensors), tensors.__getitem__)
 
 
@@ -201,6 +201,7 @@ def _read_npz(path: Path) -> Published:
             state |= from_big_vision(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read as an npz of arrays: {error}") from None
+    refuse_not_finite(state, source=str(path))
     return Published(state, heads=(heads["img"], heads["txt"]) if len(heads) == 2 else None)
 
 

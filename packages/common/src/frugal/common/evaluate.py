@@ -33,7 +33,7 @@ def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
     import torch
 
-    found = look(options.checkpoint, options.model)
+    found = look(options.checkpoint, options.model, options.weights_key)
     options, url = _with_data(options)
     tasks = chosen_tasks(options, found.recipe)
     for task in tasks:

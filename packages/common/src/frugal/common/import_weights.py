@@ -32,6 +32,9 @@ class Options:
     model: str | None = None
     """Of a file of weights: open_clip's name of the model, such as ViT-B-16; openai for a state
     dict of OpenAI's; or timm's name of an image tower, such as vit_base_patch16_224."""
+    weights_key: str | None = None
+    """Of a file that holds several sets of weights: the keys that lead to the one to take, such as
+    model_ema, or what stands in front of its names, such as momentum_encoder."""
 
 
 def import_weights(options: Options) -> Imported:
@@ -47,7 +50,7 @@ def import_weights(options: Options) -> Imported:
     from frugal.common.interop.run_directory import refuse_taken, write_converted
 
     refuse_taken(options.out)
-    found = read(options.source, name=options.model)
+    found = read(options.source, name=options.model, key=options.weights_key)
     write_converted(options.out, found.recipe, found.state, step=0)
     return found
 

@@ -171,12 +171,13 @@ class Found:
         return found
 
 
-def look(path: Path, name: str | None) -> Found:
+def look(path: Path, name: str | None, key: str | None = None) -> Found:
     """The model of a path, of which no weight of ours is read yet.
 
     Args:
         path: a run, a checkpoint, or a file or folder of another library.
         name: of a file of weights: its model, as ``--model`` gives it.
+        key: which of several sets of weights in a file, as ``--weights-key`` gives it.
 
     Raises:
         InputError: if there is none, or the name does not belong to it.
@@ -185,9 +186,9 @@ def look(path: Path, name: str | None) -> Found:
     from frugal.common.interop.imported import tower_library
 
     if is_foreign(path) and (library := tower_library(path, name)):
-        return _look_at_tower(path, name, library)
+        return _look_at_tower(path, name, key, library)
     if is_foreign(path):
-        foreign = load_foreign(path, name=name)
+        foreign = load_foreign(path, name=name, key=key)
 
         def load(recipe: Recipe) -> Trained:
             from frugal.common.train import open_run
@@ -198,11 +199,12 @@ def look(path: Path, name: str | None) -> Found:
             return Trained(recipe, run, model, None, library=foreign.library)
 
         return Found(foreign.recipe(_beside(path)), load, name or foreign.library)
-    if name is not None:
-        raise InputError(
-            f"--model {name} is for a file of weights of another library, but {path} is "
-            "none; leave it out"
-        )
+    for flag, value in (("--model", name), ("--weights-key", key)):
+        if value is not None:
+            raise InputError(
+                f"{flag} {value} is for a file of weights of another library, but {path} is none; "
+                "leave it out"
+            )
     checkpoint, recipe = _find(path)
     return Found(
         recipe,
@@ -212,11 +214,11 @@ def look(path: Path, name: str | None) -> Found:
     )
 
 
-def _look_at_tower(path: Path, name: str | None, library: str) -> Found:
+def _look_at_tower(path: Path, name: str | None, key: str | None, library: str) -> Found:
     """An image tower of timm or transformers."""
     from frugal.common.interop.imported import read
 
-    imported = read(path, name=name)
+    imported = read(path, name=name, key=key)
     recipe = replace(imported.recipe, run=replace(imported.recipe.run, dir=_beside(path)))
 
     def load(recipe: Recipe) -> Trained:

@@ -211,6 +211,7 @@ def _read(
     import torch
     from tqdm import tqdm
 
+    from frugal.common.models.finite import refuse_not_finite
     from frugal.flip.published_weights import (
         IMAGE_TABLE,
         LOGIT_SCALE,
@@ -239,6 +240,7 @@ def _read(
     # in the order of the archive: an index is then read from its beginning to its end
     for name in tqdm([name for name in arrays if name in views], unit="array", disable=None):
         arrays[name].read_into(views[name].numpy().reshape(arrays[name].shape))
+    refuse_not_finite(state, source=archive.name)
     return state
 
 

@@ -211,6 +211,7 @@ def _write_file(source: Path, out: Path) -> None:
     from safetensors.torch import save_file
 
     from frugal.common.checkpoint.store import find_checkpoint
+    from frugal.common.models.finite import refuse_not_finite
     from frugal.milan.published_weights import to_published, to_published_moments
 
     checkpoint = find_checkpoint(source)
@@ -222,6 +223,7 @@ def _write_file(source: Path, out: Path) -> None:
     for name in names:
         kind, _, rest = name.partition("/")
         parts.setdefault(kind, {})[rest.removeprefix("model.")] = read(name)
+    refuse_not_finite(parts["weight"], source=str(source))
     model = to_published(parts["weight"], recipe.model)
     samples = checkpoint.step * recipe.batch_size
     content: dict[str, Any] = {"model": model, "epoch": max(samples // _epoch(recipe) - 1, 0)}

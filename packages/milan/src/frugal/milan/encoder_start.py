@@ -17,16 +17,20 @@ from frugal.common.checkpoint.store import BEST, find_checkpoint
 from frugal.common.errors import InputError
 from frugal.common.interop.encoder_weights import EncoderWeights, read_encoder
 from frugal.common.models.config import ImageTower
+from frugal.common.models.in_words import some
 from frugal.common.models.positions import image_table
+from frugal.common.models.same_function import refuse_other_function
 
 if TYPE_CHECKING:
     from frugal.milan.classifier import VisionClassifier
 
-_SHAPE = (
-    "patch_size", "width", "depth", "mlp_width", "patch_bias", "class_token", "pre_norm",
-)  # fmt: skip
-_UNSAID = ("heads", "activation", "norm_epsilon")
-"""What weights alone do not say: of a file it is a guess."""
+_FREE = {
+    "pooling": "what is on top of the tower is new, or compared by its shape",
+    "norm_after_pooling": "what is on top of the tower is new, or compared by its shape",
+    "projector_width": "a projector is left behind",
+    "projector_outputs": "a projector is left behind",
+}
+"""What an encoder may do differently from the classifier that starts from it, and why."""
 _LEFT_OUT = ("projection.",)
 """Of a tower: leads into the space that it shares with texts."""
 
@@ -51,7 +55,15 @@ def start_encoder(
     """
     is_best = source.name == BEST and source.is_file()
     found = read_encoder(find_checkpoint(source).folder if is_best else source)
-    _compare(found, model.config.image, source, log)
+    refuse_other_function(
+        found.tower,
+        model.config.image,
+        part="model.image",
+        what=f"the encoder of {source}",
+        log=log,
+        guessed=found.guessed,
+        free=_FREE,
+    )
     notes = [str(source)]
     if found.tower.grid != model.config.image.grid:
         notes.append(_resized(found.tower, model.config.image, source, interpolate=interpolate))
@@ -62,7 +74,7 @@ def start_encoder(
     wanted = model.image.state_dict()
     if missing := sorted(wanted.keys() - state.keys()):
         raise InputError(
-            f"the encoder of {source} has no {missing[0]}, which this model needs"
+            f"the encoder of {source} has no {some(missing)}, which this model needs"
             + (
                 "; its features were pooled by a mean, set --model.image.pooling mean and "
                 "--model.image.norm-after-pooling to do so too"
@@ -72,7 +84,7 @@ def start_encoder(
         )
     if unknown := sorted(state.keys() - wanted.keys()):
         raise InputError(
-            f"the encoder of {source} has {unknown[0]}, which this model has not; fine-tune a "
+            f"the encoder of {source} has {some(unknown)}, which this model has not; fine-tune a "
             "model of the same kind"
         )
     for name, tensor in wanted.items():
@@ -99,26 +111,6 @@ def start_head(model: VisionClassifier, found: EncoderWeights, *, log: logging.L
             fresh.append(f"{name} (of another shape there)" if stored else name)
     if fresh:
         log.info("with new weights: %s", ", ".join(fresh))
-
-
-def _compare(found: EncoderWeights, here: ImageTower, source: Path, log: logging.Logger) -> None:
-    """Refuse a tower that computes something else than the model's."""
-    guessed = _UNSAID if source.is_file() and source.name != BEST else ()
-    for name in (*_SHAPE, *_UNSAID):
-        theirs, ours = getattr(found.tower, name), getattr(here, name)
-        if theirs != ours and name not in guessed:
-            flag = name.replace("_", "-")
-            raise InputError(
-                f"the encoder of {source} has {name} {theirs}, but model.image.{name} is {ours}; "
-                f"choose the recipe of its size, or give --model.image.{flag} {theirs}"
-            )
-    for name in (*guessed, "mean", "std"):
-        theirs, ours = getattr(found.tower, name), getattr(here, name)
-        if theirs != ours:
-            log.warning(
-                "the encoder of %s seems to have been trained with %s %s, here it is %s",
-                source, name, theirs, ours,
-            )  # fmt: skip
 
 
 def _resized(there: ImageTower, here: ImageTower, source: Path, *, interpolate: bool) -> str:

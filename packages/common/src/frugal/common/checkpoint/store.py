@@ -30,6 +30,7 @@ from torch import Tensor
 
 from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, find_tensors
 from frugal.common.errors import InputError
+from frugal.common.models.finite import refuse_not_finite_parts
 from frugal.common.run import Run
 
 FORMAT = 1
@@ -215,11 +216,14 @@ def copy_weights(checkpoint: Checkpoint, folder: Path, *, average: bool = True) 
         The checkpoint's folder.
 
     Raises:
-        InputError: if it cannot be written; the folder holds nothing new then.
+        InputError: if a number is not finite, or it cannot be written; the folder holds nothing
+            new then.
     """
     stored = checkpoint.tensor_bytes()
     names = checkpoint.weights(average=average)
     tensors = {f"weight/{name}": stored[source] for name, source in names.items()}
+    for name, source in names.items():
+        refuse_not_finite_parts(stored[source].parts(), name, source=str(checkpoint.folder))
     return _save_alone(folder, checkpoint.step, tensors, lambda path: copy_tensors(tensors, path))
 
 

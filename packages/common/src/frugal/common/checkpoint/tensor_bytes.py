@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 _AT_ONCE = 1 << 22
 """Bytes in memory at a time."""
+_FLOATS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
 _ALIGNED = 8
 """Every tensor starts at a multiple of this many bytes, as safetensors writes them."""
 
@@ -40,6 +46,13 @@ class TensorBytes:
             while left and (block := file.read(min(left, _AT_ONCE))):
                 left -= len(block)
                 yield block
+
+    def parts(self) -> Iterator[Tensor]:
+        """Its numbers in portions of a few MiB, without their shape; none where they are whole."""
+        dtype = _FLOATS.get(self.dtype)
+        if dtype is not None:
+            for block in self.read():
+                yield torch.frombuffer(bytearray(block), dtype=dtype)
 
     def equals(self, other: TensorBytes) -> bool:
         """Whether both have the same type, shape and bits."""

@@ -51,6 +51,9 @@ class Options:
     model: str | None = None
     """Of a file of weights: open_clip's name of the model, such as ViT-B-16; openai for a state
     dict of OpenAI's."""
+    weights_key: str | None = None
+    """Of a file that holds several sets of weights: the keys that lead to the one to take, such as
+    model_ema, or what stands in front of its names, such as momentum_encoder."""
     data: Path | None = None
     """A scenes folder, class-per-folder images, clip_benchmark's webdataset layout, or SugarCrepe's
     JSON files; the URL of a folder in clip_benchmark's layout; for a suite the folder of its tasks'

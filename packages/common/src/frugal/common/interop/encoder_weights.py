@@ -22,6 +22,7 @@ from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
 from frugal.common.interop.stored_files import (
     State,
+    part_with,
     read_content,
     state_in,
     weights_in,
@@ -76,6 +77,8 @@ class EncoderWeights:
     """What the file holds besides: a decoder, a head."""
     preparation: Preparation | None = None
     """How its library prepares an image for it, where a folder of a library was read."""
+    guessed: tuple[str, ...] = ()
+    """Fields of the tower that the source does not say."""
 
     @property
     def embed_dim(self) -> int | None:
@@ -145,13 +148,16 @@ def read_encoder(
         if (path / _OPEN_CLIP).is_file():
             return _agreeing(_open_clip_folder(path), source, activation, heads)
         if exported:
-            return _agreeing(_library_folder(path), source, activation, heads)
+            found = _library_folder(path)
+            if found.preparation is not None and found.preparation.is_default:
+                found = replace(found, guessed=("mean", "std"))
+            return _agreeing(found, source, activation, heads)
         raise InputError(
             f"the folder {path} holds no model; give a run directory, or a folder with a "
             "config.json or open_clip_config.json"
         )
     content = read_content(path)
-    stored = state_in(content, source=str(path))
+    stored = _one_tower(state_in(content, source=str(path)), str(path))
     state = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
     if "visual.conv1.weight" in state:
         keeps_training = isinstance(content, Mapping) and bool(
@@ -164,8 +170,39 @@ def read_encoder(
                 "%s is taken for %s model, whose activation is %s",
                 path, "OpenAI's" if is_openai else "open_clip's", chosen,
             )  # fmt: skip
-        return _clip_state(state, activation=chosen, heads=heads, source=str(path))
-    return encoder_of_state(state, activation=activation or "gelu", heads=heads, source=str(path))
+        found = _clip_state(state, activation=chosen, heads=heads, source=str(path))
+        unsaid: tuple[str, ...] = () if "input_resolution" in stored else _UNSAID
+    else:
+        found = encoder_of_state(
+            state, activation=activation or "gelu", heads=heads, source=str(path)
+        )
+        unsaid = (*_UNSAID, *_UNSAID_POOLING)
+    given = {"activation": activation, "heads": heads}
+    return replace(found, guessed=tuple(name for name in unsaid if given.get(name) is None))
+
+
+_UNSAID = ("heads", "activation", "norm_epsilon", "mean", "std")
+"""What the weights of CLIP's image towers do not say, unless OpenAI's numbers are beside them."""
+_UNSAID_POOLING = ("pooling", "norm_after_pooling")
+"""What those of plain vision transformers do not say either."""
+_LANDMARKS = (
+    "visual.conv1.weight", "visual.patch_embed.proj.weight", "patch_embed.proj.weight",
+)  # fmt: skip
+"""Names by which the towers that are known here are recognised."""
+
+
+def _one_tower(state: State, source: str) -> State:
+    """The tensors of the one model in a file that has an image tower of a known kind."""
+    if any(landmark in state for landmark in _LANDMARKS):
+        return state
+    for landmark in _LANDMARKS:
+        found = part_with(state, landmark, source=source)
+        if found is not state:
+            return found
+    if {"conv1.weight", "class_embedding"} <= state.keys():  # CLIP's image tower alone
+        return {f"visual.{name}": tensor for name, tensor in state.items()}
+    found = part_with(state, "class_embedding", source=source)
+    return state if found is state else _one_tower(found, source)
 
 
 def _library_folder(folder: Path) -> EncoderWeights:

@@ -16,7 +16,8 @@ from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieva
 from frugal.common.interop.foreign_wrapped import WrappedModel
 from frugal.common.models.config import DualEncoderConfig
 from frugal.common.models.dual_encoder import DualEncoder
-from frugal.common.models.preparation import describe
+from frugal.common.models.fit import misfit
+from frugal.common.models.in_words import in_words
 from frugal.common.objectives.config import Contrastive
 from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
 from frugal.common.reduction.image import KeepAll
@@ -47,7 +48,7 @@ class Foreign:
     @property
     def described(self) -> str:
         """What its weights do not say, in one line."""
-        return describe(self.config.image, self.crop, told_by=self.told_by)
+        return in_words(self.config, self.crop, told_by=self.told_by)
 
     def recipe(self, folder: Path) -> Recipe:
         """What evaluations read of a recipe; nothing is known of how the model was trained.
@@ -82,17 +83,8 @@ def fill(config: DualEncoderConfig, state: Mapping[str, Tensor], *, source: str)
         InputError: if the state is not of these towers.
     """
     model = config.build()
-    wanted = model.state_dict()
-    if wanted.keys() != state.keys():
-        missing, more = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-        what = f"it lacks our {missing[0]}" if missing else f"it has our {more[0]} besides"
+    if what := misfit(state, model.state_dict()):
         raise InputError(f"the weights of {source} are not of the model it is said to be: {what}")
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            raise InputError(
-                f"the weights of {source} are not of the model it is said to be: our {name} would "
-                f"have the shape {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
-            )
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return model.eval()
 
@@ -100,39 +92,58 @@ def fill(config: DualEncoderConfig, state: Mapping[str, Tensor], *, source: str)
 def is_foreign(path: Path) -> bool:
     """Whether a path holds a model of another library and not a run or checkpoint of ours."""
     if path.is_file():
-        return path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt")
+        endings = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt", ".index.json")
+        return path.name.endswith(endings)
     if (path / "state.json").exists() or (path / "checkpoints").is_dir():
         return False
     return (path / OPEN_CLIP_CONFIG).is_file() or (path / "config.json").is_file()
 
 
-def load_foreign(path: Path, *, name: str | None = None) -> Foreign:
+def load_foreign(path: Path, *, name: str | None = None, key: str | None = None) -> Foreign:
     """The model of a folder of open_clip or transformers, or of a file of weights.
 
     Args:
         path: the folder or file.
         name: an open_clip model name, or ``openai``, for a file that does not say what it holds.
+        key: which of several sets of weights in a file.
 
     Raises:
         InputError: if it cannot be read, is of a kind that is not known, or needs a name.
     """
     from frugal.common.interop import foreign_open_clip, foreign_openai, foreign_transformers
+    from frugal.common.interop.stored_files import read_weights
     from frugal.common.interop.torchscript import is_torchscript
 
     if path.is_dir():
-        if name is not None:
-            raise InputError(
-                f"--model {name} is for a file that does not say what it holds, but {path} is a "
-                "folder, which does; leave it out"
-            )
+        refuse_for_folder(path, name, key)
         if (path / OPEN_CLIP_CONFIG).is_file():
             return foreign_open_clip.load_folder(path)
         return foreign_transformers.load(path)
     if name == OPENAI or (name is None and path.is_file() and is_torchscript(path)):
-        return foreign_openai.load(path)
+        return foreign_openai.load(path, key=key)
     if name is None:
+        if path.suffix != ".npz" and foreign_openai.is_openai(read_weights(path, key=key)):
+            return foreign_openai.load(path, key=key)
         raise InputError(
             f"{path} does not say which model its weights are of; give --model with open_clip's "
             f"name of it, such as ViT-B-16, or --model {OPENAI} for a file of OpenAI's"
         )
-    return foreign_open_clip.load_named(name, path)
+    return foreign_open_clip.load_named(name, path, key=key)
+
+
+def refuse_for_folder(folder: Path, name: str | None, key: str | None) -> None:
+    """Refuse what only a file of weights leaves open.
+
+    Raises:
+        InputError: if a name or a key is given.
+    """
+    if name is not None:
+        raise InputError(
+            f"--model {name} is for a file that does not say what it holds, but {folder} is a "
+            "folder, which does; leave it out"
+        )
+    if key is not None:
+        raise InputError(
+            f"--weights-key {key} is for a file that holds several sets of weights, but {folder} "
+            "is a folder; leave it out, or give the file in it with --model"
+        )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
-from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, Foreign, fill
+from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, OPENAI, Foreign, fill
+from frugal.common.interop.foreign_openai import NUMBERS, is_openai
 from frugal.common.interop.foreign_wrapped import (
     RowTokenizer,
     Wrapped,
@@ -21,7 +25,13 @@ from frugal.common.interop.foreign_wrapped import (
     WrappedModel,
     WrappedText,
 )
-from frugal.common.interop.stored_files import read_weights
+from frugal.common.interop.stored_files import (
+    State,
+    part_with,
+    read_content,
+    state_in,
+    weights_in,
+)
 from frugal.common.models.config import (
     Activation,
     DualEncoderConfig,
@@ -29,10 +39,14 @@ from frugal.common.models.config import (
     ImageTower,
     TextTower,
 )
+from frugal.common.models.dual_encoder import DualEncoder
+from frugal.common.models.finite import refuse_not_finite
+from frugal.common.models.fit import misfit
 from frugal.common.models.preparation import Preparation, of_open_clip
-from frugal.common.models.weight_names import from_open_clip
+from frugal.common.models.weight_names import from_open_clip, to_open_clip
 
 LIBRARY = "open_clip"
+_LOG = logging.getLogger("frugal")
 _WEIGHTS = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth",
@@ -73,14 +87,17 @@ def load_folder(folder: Path) -> Foreign:
         raise InputError(
             f"{path} does not describe a model ({reason_of(error)}); copy it again"
         ) from None
-    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise InputError(f"{folder} holds no weights; it needs one of {', '.join(_WEIGHTS[:3])}")
+    weights = weights_in(folder, _WEIGHTS)
     return _load(config, preprocess, weights, folder=folder, name=f"local-dir:{folder}")
 
 
-def load_named(name: str, path: Path) -> Foreign:
+def load_named(name: str, path: Path, *, key: str | None = None) -> Foreign:
     """A checkpoint file as the model of this name, prepared as open_clip prepares such a file.
+
+    Args:
+        name: open_clip's, of the model.
+        path: the file.
+        key: which of several sets of weights in it.
 
     Raises:
         InputError: if open_clip knows no such model, or the file is of another one.
@@ -94,7 +111,7 @@ def load_named(name: str, path: Path) -> Foreign:
             f"open_clip has no model called {name!r}; python -c 'import open_clip; "
             f"print(open_clip.list_models())' lists them{f', such as {near}' if near else ''}"
         )
-    return _load(config, {}, path, folder=None, name=name)
+    return _load(config, {}, path, folder=None, name=name, key=key)
 
 
 def _load(
@@ -104,18 +121,33 @@ def _load(
     *,
     folder: Path | None,
     name: str,
+    key: str | None = None,
 ) -> Foreign:
+    content = None if weights.suffix == ".npz" else read_content(weights)
+    state: State = {}
+    if content is not None:
+        state = state_in(content, source=str(weights), key=key)
+        state = part_with(state, "logit_scale", source=weights)
+        _refuse_contradiction(state, config, name, weights)
+        state = {name: tensor for name, tensor in state.items() if name not in NUMBERS}
     source = name if folder is None else str(folder / OPEN_CLIP_CONFIG)
     size = image_size(config, source)
     prepared = of_open_clip(preprocess, size=size, source=source)
     tokenizer = _tokenizer(config, folder, name)
     ours = None if tokenizer is None else _towers(config, prepared, tokenizer, source=name)
     if ours is None:
-        return _wrapped(name, weights, size, prepared)
-    state = {
-        n.removeprefix("text.") if _is_text(n) else n: t for n, t in read_weights(weights).items()
-    }
-    model = fill(ours, from_open_clip(_fitting(state, ours), ours), source=str(weights))
+        plain = content is None or _open_clip_reads(content, state)
+        return _wrapped(name, weights, None if plain else state, size, prepared)
+    state = {n.removeprefix("text.") if _is_text(n) else n: t for n, t in state.items()}
+    state = _fitting(state, ours)
+    with torch.device("meta"):
+        wanted = to_open_clip(DualEncoder(ours).state_dict(), ours)
+    if what := misfit(state, wanted):
+        said = f"open_clip's {name}" if folder is None else f"{folder / OPEN_CLIP_CONFIG} says"
+        raise InputError(
+            f"the weights of {weights} are not of the model it is said to be ({said}): {what}"
+        )
+    model = fill(ours, from_open_clip(state, ours), source=str(weights))
     return Foreign(
         model=model,
         config=ours,
@@ -124,6 +156,48 @@ def _load(
         told_by=prepared.told_by,
         library=LIBRARY,
     )
+
+
+def _refuse_contradiction(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], name: str, path: Path
+) -> None:
+    """Refuse to compute with plain GELU what was trained with quick GELU.
+
+    Raises:
+        InputError: if the file is OpenAI's and the name of another activation.
+    """
+    if config.get("quick_gelu"):
+        return
+    if name.startswith("local-dir:"):
+        way = f"set quick_gelu to true in model_cfg of its {OPEN_CLIP_CONFIG}"
+    else:
+        way = f"give --model {_with_quick_gelu(name)}"
+    if is_openai(state):
+        raise InputError(
+            f"{path} is a file of OpenAI's (it holds input_resolution), whose activation is quick "
+            f"GELU, but that of {name} is plain GELU; {way}"
+        )
+    if any(tensor.dtype == torch.float16 for tensor in state.values()):
+        _LOG.warning(
+            "%s is in half precision, as OpenAI's files are, whose activation is quick GELU; %s "
+            "computes with plain GELU: if the file is OpenAI's, %s", path, name, way,
+        )  # fmt: skip
+
+
+def _with_quick_gelu(name: str) -> str:
+    """The name of the same model with OpenAI's activation."""
+    import open_clip
+
+    quick = f"{name}-quickgelu"
+    known = open_clip.get_model_config(quick.replace("/", "-")) is not None
+    return quick if known else OPENAI
+
+
+def _open_clip_reads(content: Mapping[str, Any], state: State) -> bool:
+    """Whether open_clip's own reader finds these tensors in a file, and nothing else."""
+    read = content.get("state_dict", content)
+    names = {name.removeprefix("module."): tensor for name, tensor in read.items()}
+    return names.keys() == state.keys() and all(names[n] is state[n] for n in state)
 
 
 def _is_text(name: str) -> bool:
@@ -285,8 +359,22 @@ def _transformer(part: Any, heads: int) -> dict[str, Any]:
     }
 
 
-def _wrapped(name: str, weights: Path, size: tuple[int, int], prepared: Preparation) -> Foreign:
-    """open_clip's own model, built without fetching anything and filled from the file."""
+def _wrapped(
+    name: str,
+    weights: Path,
+    state: State | None,
+    size: tuple[int, int],
+    prepared: Preparation,
+) -> Foreign:
+    """open_clip's own model, built without fetching anything and filled from the file.
+
+    Args:
+        name: of the model.
+        weights: the file.
+        state: what of the file is meant, where open_clip would read something else.
+        size: (height, width) in pixels of what its image tower takes.
+        prepared: how images are prepared.
+    """
     import open_clip
     from open_clip.factory import load_checkpoint
 
@@ -294,9 +382,13 @@ def _wrapped(name: str, weights: Path, size: tuple[int, int], prepared: Preparat
         model = open_clip.create_model(
             name, load_weights=False, pretrained_image=False, pretrained_text=False
         )
-        if weights.suffix != ".npz":
-            read_weights(weights)  # says what is wrong with a file that cannot be read
-        load_checkpoint(model, str(weights), weights_only=True)
+        with tempfile.TemporaryDirectory() as aside:
+            file = weights
+            if state is not None:
+                file = Path(aside) / "state.pt"
+                torch.save(state, file)
+            load_checkpoint(model, str(file), weights_only=True)
+        refuse_not_finite(model.state_dict(), source=str(weights))
         tokenize = open_clip.get_tokenizer(name)
     except InputError:
         raise

@@ -17,7 +17,7 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.interop.foreign_models import Foreign, fill
 from frugal.common.interop.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
-from frugal.common.interop.stored_files import read_weights
+from frugal.common.interop.stored_files import part_with, read_content, state_in
 from frugal.common.models.config import (
     CLIP_MEAN,
     CLIP_STD,
@@ -29,16 +29,34 @@ from frugal.common.models.weight_names import from_open_clip
 
 LIBRARY = "OpenAI's CLIP"
 _HEAD = 64
-_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+NUMBERS = ("input_resolution", "context_length", "vocab_size")
+"""What OpenAI's files hold among their weights: three integers."""
 
 
-def load(path: Path) -> Foreign:
+def is_openai(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state holds the numbers that OpenAI's files alone have among their weights."""
+    return "input_resolution" in state
+
+
+def load(path: Path, *, key: str | None = None) -> Foreign:
     """The model of a file: a vision transformer in our towers, a ResNet as open_clip's model.
+
+    Args:
+        path: the file.
+        key: which of several sets of weights in it.
 
     Raises:
         InputError: if the file cannot be read or holds another model.
     """
-    state = {n: t.float() for n, t in read_weights(path).items() if n not in _NOT_WEIGHTS}
+    content = read_content(path)
+    stored = part_with(state_in(content, source=str(path), key=key), "logit_scale", source=path)
+    if not is_openai(stored) and {"epoch", "state_dict"} <= set(content):
+        raise InputError(
+            f"{path} was saved by open_clip's trainer (it holds epoch and state_dict), whose "
+            "models compute otherwise than OpenAI's unless their name ends with quickgelu; give "
+            "--model with open_clip's name of it, such as ViT-B-16 or ViT-B-16-quickgelu"
+        )
+    state = {n: t.float() for n, t in stored.items() if n not in NUMBERS}
     needed = ("text_projection", "positional_embedding", "token_embedding.weight")
     if missing := [name for name in needed if name not in state]:
         raise InputError(

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from frugal.common.data.tokenizers import HuggingFace, Tokenizer
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of
+from frugal.common.files import read_json_object, reason_of
 from frugal.common.interop.foreign_models import Foreign, fill
 from frugal.common.interop.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
 from frugal.common.interop.transformers_folder import ACTIVATIONS
 from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.preparation import Preparation, of_transformers, transformers_file
 from frugal.common.models.weight_names import from_transformers_clip
 from frugal.common.quiet_transformers import quietly
@@ -22,6 +23,8 @@ from frugal.common.quiet_transformers import quietly
 LIBRARY = "transformers"
 _KINDS = ("clip", "siglip", "vision-text-dual-encoder")
 _OURS: dict[str, Activation] = {theirs: ours for ours, theirs in ACTIVATIONS.items()}  # type: ignore[misc]
+_HIGHEST = 2
+"""As the end-of-text token of a CLIP configuration: the highest id of the caption."""
 _MANY_TOKENS = 512
 """No text tower of these takes more."""
 
@@ -37,12 +40,14 @@ def load(folder: Path) -> Foreign:
     tokenizer = HuggingFace(name=str(folder))
     loaded = tokenizer.load()
     image, prepared = _image(config, folder)
-    text = WrappedText(length=_length(config))
+    text = WrappedText(length=_length(config, folder))
     ours = _towers(config, image, loaded) if config.model_type == "clip" else None
     if ours is not None:
         state = from_transformers_clip(theirs.state_dict(), ours)
         model: Any = fill(ours, state, source=str(folder))
         return _foreign(model, ours, tokenizer, prepared)
+    if config.model_type == "vision-text-dual-encoder":
+        _refuse_unpooled(theirs, folder)
     wrapped = WrappedModel(library=LIBRARY, image=image, text=text)
     sees_padding = config.model_type == "siglip"
     model = Wrapped(
@@ -114,6 +119,7 @@ def _model(folder: Path) -> Any:
                 f"the weights of {folder} are not of the model its config.json describes: "
                 f"{len(wrong)} {kind.replace('_', ' ')}, the first {wrong[0]}"
             )
+    refuse_not_finite(model.state_dict(), source=str(folder))
     return model.eval()
 
 
@@ -134,13 +140,33 @@ def _image(config: Any, folder: Path) -> tuple[WrappedImage, Preparation]:
     return image, prepared
 
 
-def _length(config: Any) -> int:
-    """Slots of the text tower, as far as a caption may fill them."""
+@torch.no_grad()
+def _refuse_unpooled(model: Any, folder: Path) -> None:
+    """Refuse a text model that makes no vector of a caption, as transformers itself cannot use it.
+
+    Raises:
+        InputError: if there is nothing that its projection could take.
+    """
+    try:
+        made = model.get_text_features(input_ids=torch.zeros(1, 1, dtype=torch.int64))
+    except (AttributeError, TypeError):
+        made = None
+    if made is None:
+        raise InputError(
+            f"the text model of {folder} ({model.config.text_config.model_type}) pools nothing, so "
+            "that transformers makes no vectors of captions with it; give a model with a pooler"
+        )
+
+
+def _length(config: Any, folder: Path) -> int:
+    """Slots of the text tower, as far as a caption may fill them and its tokenizer lets it."""
     text = config.text_config
     slots = getattr(text, "max_position_embeddings", _MANY_TOKENS)
     if text.model_type in ("roberta", "xlm-roberta", "camembert"):
         slots -= text.pad_token_id + 1  # their first positions stand for padding
-    return min(slots, _MANY_TOKENS)
+    about = folder / "tokenizer_config.json"
+    longest = read_json_object(about).get("model_max_length") if about.is_file() else None
+    return min(slots, _MANY_TOKENS, int(longest) if longest else _MANY_TOKENS)
 
 
 def _towers(config: Any, image: WrappedImage, tokenizer: Tokenizer) -> DualEncoderConfig | None:
@@ -149,9 +175,12 @@ def _towers(config: Any, image: WrappedImage, tokenizer: Tokenizer) -> DualEncod
     if vision.hidden_act not in _OURS or text.hidden_act not in _OURS:
         return None
     end = tokenizer.end_id
-    # 2 stands for "the highest id" in the oldest configurations
-    highest = text.eos_token_id == 2 and end == tokenizer.vocab_size - 1
-    if end is None or end in tokenizer.prefix or not (text.eos_token_id == end or highest):
+    if end is None or end in tokenizer.prefix:
+        return None
+    # in the oldest configurations 2 stands for "the first of the highest id", padding included,
+    # whatever the end of a caption is
+    highest = end == tokenizer.vocab_size - 1 and tokenizer.pad_id <= end
+    if not (highest if text.eos_token_id == _HIGHEST else text.eos_token_id == end):
         return None
     return DualEncoderConfig(
         image=ImageTower(

@@ -19,13 +19,20 @@ from frugal.common.evaluation.config import LinearProbe
 from frugal.common.files import read_json_object
 from frugal.common.interop import timm_weights
 from frugal.common.interop.encoder_weights import EncoderWeights, encoder_of_state, read_encoder
-from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, OPENAI, Foreign, load_foreign
+from frugal.common.interop.foreign_models import (
+    OPEN_CLIP_CONFIG,
+    OPENAI,
+    Foreign,
+    load_foreign,
+    refuse_for_folder,
+)
+from frugal.common.interop.foreign_openai import is_openai
 from frugal.common.interop.imported_encoder import ImportedEncoder, TrainedElsewhere
-from frugal.common.interop.stored_files import State, read_weights
+from frugal.common.interop.stored_files import State, part_with, read_weights
 from frugal.common.interop.torchscript import is_torchscript
 from frugal.common.models.config import DualEncoderConfig, ImagePositions, ImageTower
+from frugal.common.models.in_words import in_words
 from frugal.common.models.positions import image_table
-from frugal.common.models.preparation import describe
 from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine
 from frugal.common.reduction.image import KeepAll
 
@@ -49,12 +56,13 @@ class Imported:
     """Names that have no place here."""
 
 
-def read(source: Path, *, name: str | None = None) -> Imported:
+def read(source: Path, *, name: str | None = None, key: str | None = None) -> Imported:
     """The model of a file or folder that another library wrote.
 
     Args:
         source: the file or folder; no code in it is ever run.
         name: of the model, for a file that does not say what it holds.
+        key: which of several sets of weights in a file.
 
     Raises:
         InputError: if there is none, it cannot be read, or it is of a kind that is not known here.
@@ -62,9 +70,11 @@ def read(source: Path, *, name: str | None = None) -> Imported:
     if not source.exists():
         raise InputError(f"there is no file or folder {source}; check the path")
     if name is not None and source.is_file() and _is_timm(name):
-        found = timm_weights.read_named(name, source)
+        found = timm_weights.read_named(name, source, key=key)
         return _encoder(found.weights, found.crop)
-    return _folder(source, name) if source.is_dir() else _file(source, name)
+    if source.is_dir():
+        return _folder(source, name, key)
+    return _file(source, name, key)
 
 
 def tower_library(path: Path, name: str | None) -> str | None:
@@ -108,7 +118,7 @@ def _is_timm(name: str) -> bool:
     return timm.is_model(name) and open_clip.get_model_config(name) is None
 
 
-def _folder(folder: Path, name: str | None) -> Imported:
+def _folder(folder: Path, name: str | None, key: str | None) -> Imported:
     exported = any((folder / file).is_file() for file in (OPEN_CLIP_CONFIG, "config.json"))
     own = [folder / part for part in ("checkpoints", "state.json")]
     if any(path.exists() for path in own) or folder.name == "checkpoints":
@@ -121,17 +131,13 @@ def _folder(folder: Path, name: str | None) -> Imported:
             f"the folder {folder} holds no model that is known here: it has neither "
             f"{OPEN_CLIP_CONFIG} nor config.json{_elsewhere()}"
         )
+    refuse_for_folder(folder, name, key)
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        return _two_towers(load_foreign(folder, name=name), folder)
+        return _two_towers(load_foreign(folder), folder)
     about = read_json_object(folder / "config.json")
     kind = about.get("model_type")
     if kind in _TWO_TOWERS:
-        return _two_towers(load_foreign(folder, name=name), folder)
-    if name is not None:
-        raise InputError(
-            f"--model {name} is for a file that does not say what it holds, but {folder} is a "
-            "folder, which does; leave it out"
-        )
+        return _two_towers(load_foreign(folder), folder)
     if "architecture" in about:
         found = timm_weights.read_folder(folder)
         return _encoder(found.weights, found.crop)
@@ -145,16 +151,17 @@ def _folder(folder: Path, name: str | None) -> Imported:
     )
 
 
-def _file(path: Path, name: str | None) -> Imported:
+def _file(path: Path, name: str | None, key: str | None) -> Imported:
     if name is not None or is_torchscript(path):
-        return _two_towers(load_foreign(path, name=name), path)
-    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
+        return _two_towers(load_foreign(path, name=name, key=key), path)
+    if not path.name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".index.json")):
         raise InputError(f"{path} is no file of weights that is known here{_elsewhere()}")
-    state = read_weights(path)
-    if {"input_resolution", "context_length", "vocab_size"} <= state.keys():
-        return _two_towers(load_foreign(path, name=OPENAI), path)
-    if "text_projection" in state or "text.text_projection" in state:
-        return _two_towers(load_foreign(path, name=None), path)  # which says what is missing
+    state = read_weights(path, key=key)
+    if is_openai(state):
+        return _two_towers(load_foreign(path, name=OPENAI, key=key), path)
+    if any(name.endswith("text_projection") for name in state):
+        return _two_towers(load_foreign(path), path)  # which says what is missing
+    state = part_with(state, "patch_embed.proj.weight", source=str(path))
     if "patch_embed.proj.weight" in state:
         return _encoder(_plain(path, state), CenterCrop())
     raise InputError(
@@ -184,7 +191,7 @@ def _two_towers(foreign: Foreign, source: Path) -> Imported:
     described = (
         f"{foreign.library}'s {_words(image)}; text tower {text.width} wide, {text.depth} blocks, "
         f"{text.length} tokens, pooled by {text.pooling}; {_count(state)} parameters; "
-        f"{describe(image, foreign.crop, told_by=foreign.told_by)}"
+        f"{in_words(recipe.model, foreign.crop, told_by=foreign.told_by)}"
     )
     return Imported(recipe, state, described)
 
@@ -271,7 +278,7 @@ def _encoder(found: EncoderWeights, crop: CenterCrop) -> Imported:
     told_by = found.preparation.told_by if found.preparation else _NOT_SAID
     described = (
         f"{_words(tower)}{head}; {_count(named)} parameters; "
-        f"{describe(tower, crop, told_by=told_by)}"
+        f"{in_words(recipe.model, crop, told_by=told_by)}"
     )
     left = sorted({name.split(".")[0] for name in rest})
     return Imported(recipe, named, described, tuple(left))

@@ -14,14 +14,17 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
 from frugal.common.interop.encoder_weights import EncoderWeights
-from frugal.common.interop.stored_files import read_weights, weights_in
+from frugal.common.interop.stored_files import part_with, read_weights, weights_in
 from frugal.common.models.config import Activation, ImageTower
+from frugal.common.models.fit import misfit
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.preparation import Pixels, of_timm, pixels_of_timm, timm_settings
 from frugal.common.models.weight_names import from_timm
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _ACTIVATIONS: dict[str, Activation] = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh"}
+_LANDMARK = "patch_embed.proj.weight"
+"""A name that every vision transformer of timm's has."""
 _LARGEST_DIFFERENCE = 1e-4
 """Between timm's tower and ours, over the largest number, where that is above 1."""
 
@@ -56,13 +59,18 @@ def read_folder(folder: Path) -> TimmWeights:
     return _read(weights, name, args, settings, source=str(path))
 
 
-def read_named(name: str, path: Path) -> TimmWeights:
+def read_named(name: str, path: Path, *, key: str | None = None) -> TimmWeights:
     """A file of weights as the model that timm calls so.
+
+    Args:
+        name: as timm knows it.
+        path: the file.
+        key: which of several sets of weights in it.
 
     Raises:
         InputError: if it cannot be read, or is of another model.
     """
-    return _read(path, name, {}, None, source=f"timm's {name}")
+    return _read(path, name, {}, None, source=f"timm's {name}", key=key)
 
 
 def _read(
@@ -72,11 +80,13 @@ def _read(
     settings: Mapping[str, Any] | None,
     *,
     source: str,
+    key: str | None = None,
 ) -> TimmWeights:
     """The weights of a file; without settings, images are prepared as timm does for the name."""
     import timm
 
-    state = {n: t.float() for n, t in read_weights(path).items()}
+    stored = part_with(read_weights(path, key=key), _LANDMARK, source=str(path))
+    state = {n: t.float() for n, t in stored.items()}
     classes = len(state["head.weight"]) if "head.weight" in state else 0
     try:
         with torch.device("meta"):
@@ -85,12 +95,9 @@ def _read(
     except Exception as error:  # noqa: BLE001 - an unknown name, an option of another version
         reason = reason_of(error, last_line=True)
         raise InputError(f"timm cannot build {name!r} as a vision transformer: {reason}") from None
-    try:
-        theirs.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path} does not hold timm's {name}: {reason_of(error, last_line=True)}"
-        ) from None
+    if what := misfit(state, theirs.state_dict()):
+        raise InputError(f"{path} does not hold timm's {name}: {what}")
+    theirs.load_state_dict(state, strict=True, assign=True)
     if settings is None:
         settings = usual if isinstance(usual, Mapping) else vars(usual)
     tower = _tower(theirs, name, pixels_of_timm(settings, source=source))

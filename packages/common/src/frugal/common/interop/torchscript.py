@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -107,7 +108,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             return dict(_walk(_Unpickler(archive, root).load(), ""))
     except Exception as error:  # noqa: BLE001 - an altered pickle fails in any way
         raise InputError(
-            f"{path} cannot be read as TorchScript ({type(error).__name__}: {error}); copy it again"
+            f"{path} cannot be read as TorchScript ({reason_of(error)}); copy it again"
         ) from None
 
 

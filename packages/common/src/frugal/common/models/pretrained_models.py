@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
+from frugal.common.models.finite import refuse_not_finite
+from frugal.common.models.in_words import some
 from frugal.common.models.pretrained import (
     TimmImage,
     TransformersImage,
@@ -20,6 +23,8 @@ from frugal.common.models.pretrained import (
     transformers_config,
 )
 from frugal.common.quiet_transformers import quietly
+
+_LOG = logging.getLogger("frugal")
 
 
 class Probe(NamedTuple):
@@ -222,13 +227,14 @@ def stored_state(config: Any) -> dict[str, Tensor]:
         ) from None
     tower = _tower_of(made, config)
     needed = {id(tensor) for tensor in (*tower.parameters(), *tower.buffers())}
+    refuse_not_finite(tower.state_dict(), source=config.name)
     missing = [n for n in sorted(report["missing_keys"]) if _is_needed(made, n, needed)]
     if missing:
         hint = ""
         if all(name.startswith("pooler.") for name in missing):
             hint = ", which were never trained with a pooler: choose another pooling, or"
         raise InputError(
-            f"the weights of {config.name} lack {missing[0]}{hint or ', so that they are of'} "
+            f"the weights of {config.name} lack {some(missing)}{hint or ', so that they are of'} "
             "another model"
         )
     return tower.state_dict()
@@ -257,7 +263,7 @@ def _stored_timm(config: TimmImage) -> dict[str, Tensor]:
         file = next((path for path in found if path.is_file()), None)
         if file is None:
             raise InputError(f"the folder {config.name} holds none of {', '.join(_TIMM_FILES)}")
-    model, missing = _make_timm(config), []
+    model, missing, left = _make_timm(config), [], []
     try:
         if file is None:
             options: dict[str, Any] = {}
@@ -265,8 +271,12 @@ def _stored_timm(config: TimmImage) -> dict[str, Tensor]:
                 options["img_size"] = config.image_size
             model = timm.create_model(config.name, pretrained=True, num_classes=0, **options)
         else:
-            found = load_checkpoint(model, str(file), strict=False, weights_only=True)
+            # the plain weights, as everywhere else; timm itself would prefer averaged ones
+            found = load_checkpoint(
+                model, str(file), use_ema=False, strict=False, weights_only=True
+            )
             missing = list(getattr(found, "missing_keys", []))
+            left = list(getattr(found, "unexpected_keys", []))
     except Exception as error:  # noqa: BLE001 - files and downloads raise errors of every kind
         reason = reason_of(error)
         raise InputError(
@@ -275,8 +285,11 @@ def _stored_timm(config: TimmImage) -> dict[str, Tensor]:
         ) from None
     if missing:
         raise InputError(
-            f"the weights in {file} lack {missing[0]}, so that they are not of {config.name}"
+            f"the weights in {file} lack {some(missing)}, so that they are not of {config.name}"
         )
+    if left:
+        _LOG.info("of %s what %s does not have is left: %s", file, config.name, some(left))
+    refuse_not_finite(model.state_dict(), source=str(file or config.name))
     return model.state_dict()
 
 

@@ -73,6 +73,7 @@ class Contrastive:
             seed=recipe.run.seed,
             samples=recipe.schedule.samples,
             colour=getattr(recipe.data, "colour", NO_CHANGE),
+            tokenizer=getattr(recipe.data, "tokenizer", None),
         )
 
     def _kind(self) -> type[ContrastiveObjective]:

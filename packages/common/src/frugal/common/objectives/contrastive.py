@@ -59,6 +59,7 @@ class ContrastiveObjective(nn.Module):
         seed: int,
         samples: int | None = None,
         colour: ColourJitter = NO_CHANGE,
+        tokenizer: Any = None,
     ) -> None:
         """Take the model and train it.
 
@@ -69,8 +70,10 @@ class ContrastiveObjective(nn.Module):
             seed: the run's.
             samples: that the run trains on, for reductions that change on the way.
             colour: how the colours of images change; drawn from seed and sample too.
+            tokenizer: of the data, in its configuration: weights go with the ids of one.
         """
         super().__init__()
+        self.tokenizer = tokenizer
         self.model = model
         self._config = config
         self.reduction = reduction
