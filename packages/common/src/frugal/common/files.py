@@ -167,6 +167,26 @@ def reason_of(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def refuse_exhaustion(error: Exception) -> None:
+    """Stop where a file cannot be opened for a reason that is not the file's.
+
+    Raises:
+        InputError: if too many files are open, or the memory is used up.
+    """
+    number = getattr(error, "errno", None)
+    # safetensors tells the number in words
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
+        raise InputError(
+            f"too many files are open ({reason_of(error)}); allow more with `ulimit -n 65536`, or "
+            "have fewer loader processes (--data.workers)"
+        ) from None
+    if number == errno.ENOMEM:
+        raise InputError(
+            f"the memory of this machine is used up ({reason_of(error)}); have fewer loader "
+            "processes (--data.workers), or smaller batches"
+        ) from None
+
+
 def cannot_write(path: Path, error: OSError) -> InputError:
     """The sentence for a file that cannot be written, to be raised."""
     room = ""

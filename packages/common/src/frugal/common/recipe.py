@@ -413,7 +413,14 @@ def with_measured(wanted: Recipe, saved: Recipe) -> Recipe:
     return dataclasses.replace(wanted, reduction=dataclasses.replace(wanted.reduction, image=image))
 
 
-_MAY_CHANGE = ("engine.", "run.", "evaluation", "data.workers")
+_MAY_CHANGE = (
+    "engine.",
+    "run.",
+    "evaluation",
+    "data.workers",
+    "data.max_damaged",
+    "data.timeout_minutes",
+)
 """What a resumed run may do differently: none of it changes the samples or the mathematics."""
 _MUST_STAY = ("engine.accumulate", "engine.ema_decay", "run.seed", "run.start_from")
 

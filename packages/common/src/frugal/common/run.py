@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -66,6 +68,21 @@ def make_logger(rank: int) -> logging.Logger:
 
 
 _LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed", b"accelerate")
+
+
+def allow_many_files() -> None:
+    """Let this process open as many files as the system lets it, which shells often set lower.
+
+    What loader processes hand over, and shards that stay open, take a file each.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+_FILES = 65536
 
 
 class LauncherChain:

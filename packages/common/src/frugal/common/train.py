@@ -25,7 +25,7 @@ from frugal.common.recipe import (
     to_json,
     with_measured,
 )
-from frugal.common.run import Run, launcher_ranks, lock_run_dir, make_logger
+from frugal.common.run import Run, allow_many_files, launcher_ranks, lock_run_dir, make_logger
 
 if TYPE_CHECKING:
     from io import TextIOWrapper
@@ -227,6 +227,7 @@ def open_run(recipe: Recipe) -> Run:
     import torch
 
     rank, world_size, local_rank = launcher_ranks()
+    allow_many_files()
     device = _device(recipe, local_rank)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

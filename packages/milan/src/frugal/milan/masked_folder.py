@@ -19,6 +19,7 @@ from frugal.common.data.decoding import open_image
 from frugal.common.data.folders import image_files
 from frugal.common.data.samples import StringTable
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of, refuse_exhaustion
 
 IGNORED = 255
 """The label of pixels that count nowhere."""
@@ -74,7 +75,8 @@ class MaskedFolder:
             encoded = self.image_path(index).read_bytes()
             encoded_mask = self.mask_path(index).read_bytes()
         except OSError as error:
-            raise Damaged("unreadable", str(error)) from None
+            refuse_exhaustion(error)
+            raise Damaged("unreadable", reason_of(error)) from None
         image, mask = open_image(encoded), _decode_mask(encoded_mask)
         if fault := self._fault(index, image, mask, num_classes):
             raise Misfit(fault)

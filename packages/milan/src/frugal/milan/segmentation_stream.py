@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from frugal.common.contracts import Stream
-from frugal.common.data.damage import Damaged
+from frugal.common.contracts import DamageNote, Stream
+from frugal.common.data.damage import Damaged, note_of
 from frugal.common.data.order import GlobalOrder
 from frugal.common.data.stream import IndexedStream, Share
 from frugal.common.errors import InputError
@@ -120,6 +120,8 @@ class MaskedCrops(Dataset[dict[str, Any]]):
         valid = np.zeros(len(numbers), np.bool_)
         keys: list[str] = []
         damage: Counter[str] = Counter()
+        notes: list[DamageNote] = []
+        sources: Counter[int] = Counter()
         places = zip(*(found.tolist() for found in self._order.locate(numbers)), strict=True)
         for slot, (shard, index) in enumerate(places):
             folder = self._folders[shard]
@@ -127,8 +129,10 @@ class MaskedCrops(Dataset[dict[str, Any]]):
             try:
                 images[slot], labels[slot] = self._crop(folder, index, int(numbers[slot]))
                 valid[slot] = True
+                sources[shard] += 1
             except Damaged as damaged:
                 damage[damaged.kind] += 1
+                notes.append(note_of(keys[-1], damaged, source=shard))
         return {
             "images": torch.from_numpy(images),
             "labels": torch.from_numpy(labels),
@@ -136,6 +140,8 @@ class MaskedCrops(Dataset[dict[str, Any]]):
             "valid": torch.from_numpy(valid),
             "keys": keys,
             "damage": dict(damage),
+            "damage_notes": notes,
+            "sources": dict(sources),
         }
 
     def _crop(self, folder: MaskedFolder, index: int, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 from frugal.common.data.damage import Damaged
 from frugal.common.data.samples import Fields, RawSample, StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import read_json
+from frugal.common.files import read_json, reason_of, refuse_exhaustion
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class FileList:
         try:
             image = Path(self.base, file).read_bytes()
         except OSError as error:
-            raise Damaged("unreadable", str(error)) from None
+            refuse_exhaustion(error)
+            raise Damaged("unreadable", reason_of(error)) from None
         return RawSample(
             image=image,
             captions=self.captions(index),

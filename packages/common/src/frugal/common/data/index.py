@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from frugal.common.data.damage import Damaged, Kind
 from frugal.common.data.samples import StringTable
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of, refuse_exhaustion
 
 SUFFIX = ".index.safetensors"
 _VERSION = "1"
@@ -73,7 +74,8 @@ class ShardIndex:
         try:
             content = os.pread(descriptor, length, int(self.offsets[member]))
         except OSError as error:
-            raise Damaged("unreadable", str(error)) from None
+            refuse_exhaustion(error)
+            raise Damaged("unreadable", reason_of(error)) from None
         if len(content) < length:
             raise Damaged("truncated", f"{len(content)} of {length} bytes")
         if zlib.crc32(content) != self.checksums[member]:
@@ -159,6 +161,7 @@ def _open(shard: Path) -> tuple[Path, dict[str, str]]:
         with safe_open(place, framework="numpy") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
+        refuse_exhaustion(error)
         raise InputError(f"the index {place} cannot be read ({error}); {rebuild}") from None
     if metadata.get("version") != _VERSION:
         raise InputError(f"the index {place} was written by another version; {rebuild}")

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import as_bytes
 from frugal.common.data.folders import FileList, find_objectnet, named_folders
 from frugal.common.data.index import load_index
+from frugal.common.data.loader import Loader
 from frugal.common.data.pairs import Shelf
 from frugal.common.data.samples import Fields, Reader
 from frugal.common.data.sources import find_files, index_missing, open_source
@@ -124,11 +125,7 @@ class _Images(Dataset[dict[str, Any]]):
             min(groups * part // world_size * GROUP, len(self)) for part in (rank, rank + 1)
         )
         parts = [range(at, min(at + batch_size, stop)) for at in range(start, stop, batch_size)]
-        loader = DataLoader(self, sampler=parts, batch_size=None, num_workers=workers)
-        for fields in loader:
-            if "mistake" in fields:
-                raise InputError(fields["mistake"])
-            yield fields
+        yield from Loader(self, sampler=parts, workers=workers)
 
 
 def _size(path: Path) -> int:

@@ -8,7 +8,6 @@ many samples of that shard were used: it opens the shard again and passes over t
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import tarfile
 import zlib
@@ -17,61 +16,127 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.gopen import gopen
+from torch.utils.data import IterableDataset, get_worker_info
 
 from frugal.common.contracts import Batch
 from frugal.common.data.damage import Damaged, Kind
+from frugal.common.data.loader import Loader
 from frugal.common.data.pairs import BatchBuilder, Preparation
 from frugal.common.data.samples import Fields, RawSample, assemble
-from frugal.common.data.stream import PREFETCHED, Share, own_generator
+from frugal.common.data.stream import Share
 from frugal.common.data.tars import StrictHeader, split_name
+from frugal.common.data.url_stream import Patience, UrlStream
+from frugal.common.files import reason_of, refuse_exhaustion
 from frugal.common.randomness import sample_generator
 
 Streamed = tuple[str, dict[str, bytes] | Damaged]
 """``shard/key`` and the members of a sample by extension, or what is wrong with it."""
 
+_BUFFER = 1 << 16
+"""Bytes of an archive that are read at a time."""
+_DRAINED = 1 << 20
+"""Bytes behind the end of an archive that are looked at; tars are padded with fewer zeros."""
 
-def stream_tar(url: str) -> Iterator[Streamed]:
+
+class ShardSizes:
+    """Samples of the shards that one reader has read whole: what one lost of others."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
+
+    def learn(self, url: str, samples: int) -> None:
+        """A shard was read whole."""
+        self._sizes[url] = samples
+
+    def lost(self, url: str, read: int) -> tuple[int, str]:
+        """(samples lost, in words) of a shard that ends with its ``read``-th, which is damaged.
+
+        By what it held when it was read whole; otherwise by what the others hold on average.
+        """
+        done = f"sample {read} is damaged" if read > 1 else "no sample was read"
+        if url in self._sizes:
+            whole = self._sizes[url]
+            return max(whole - read, 0), f"{done}, it held {whole}"
+        if self._sizes:
+            mean = round(sum(self._sizes.values()) / len(self._sizes))
+            return max(mean - read, 0), f"{done}, others hold {mean} on average"
+        return 0, f"{done}, and nobody knows how many it holds"
+
+
+def stream_tar(
+    url: str, *, patience: Patience | None = None, sizes: ShardSizes | None = None
+) -> Iterator[Streamed]:
     """The samples of a tar in the order of the file; at least one, if only a damaged one.
 
-    A shard that cannot be opened or goes on unreadably counts as one damaged sample, and so does
-    the last sample of a shard that ends without an end-of-archive marker.
+    A shard that cannot be opened or goes on unreadably counts as one damaged sample with the
+    number of those that were lost with it, and so does the last sample of a shard that ends
+    without an end-of-archive marker. So does a whole archive whose command failed.
+
+    Args:
+        url: a path, ``pipe:`` with a command, or a URL.
+        patience: limits the waiting; ten minutes by default.
+        sizes: of other shards, and of this one when it was read before.
+
+    Raises:
+        InputError: if nothing comes at all.
     """
+    sizes = sizes or ShardSizes()
     try:
-        stream = gopen(url)
+        stream = UrlStream(url, patience or Patience(600.0))
     except (OSError, ValueError) as error:
-        yield url, Damaged("unreadable", str(error))
+        refuse_exhaustion(error)
+        lost, _ = sizes.lost(url, 1)
+        yield url, Damaged("unreadable", reason_of(error), lost=lost)
         return
     try:
-        yield from _samples(url, stream)
+        yield from _samples(url, stream, sizes)
     finally:
-        # a command behind pipe: complains if its output is not read to the end
-        with contextlib.suppress(OSError):
-            stream.close()
+        stream.close()
 
 
-def _samples(url: str, stream: Any) -> Iterator[Streamed]:
-    key = ""
+def _samples(url: str, stream: UrlStream, sizes: ShardSizes) -> Iterator[Streamed]:
+    key, read = "", 0
     members: dict[str, bytes] = {}
     damage: Kind | None = None
     end: Kind | None = None
+    reason = ""
+    file: Any = stream  # all that tarfile calls of a file is read
     try:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictHeader) as archive:
+        with tarfile.open(
+            fileobj=file, mode="r|*", tarinfo=StrictHeader, bufsize=_BUFFER
+        ) as archive:
             for (new_key, extension), content in _members(archive):
                 if key and new_key != key:
+                    read += 1
                     yield f"{url}/{key}", Damaged(damage) if damage else members
                     members, damage = {}, None
                 key = new_key
                 damage = "duplicate" if extension in members else damage
                 members[extension] = content
-    except (OSError, tarfile.TarError, EOFError, zlib.error):
+            reason = _behind(archive, stream)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         end = "truncated" if key else "unreadable"
-    if not key:
-        yield url, Damaged(end or "unreadable", "no sample")
-    else:
-        kind = end or damage
-        yield f"{url}/{key}", Damaged(kind) if kind else members
+        reason = stream.failure() or reason_of(error)
+    read += 1
+    if end or not key:
+        reason = reason or "it holds no sample"
+        lost, words = sizes.lost(url, read)
+        detail = f"{reason}; {words}"
+        where = f"{url}/{key}" if key else url
+        yield where, Damaged(end or "unreadable", detail, lost=lost)
+        return
+    sizes.learn(url, read)
+    yield f"{url}/{key}", Damaged(damage) if damage else members
+    if reason:
+        yield url, Damaged("truncated", reason)
+
+
+def _behind(archive: tarfile.TarFile, stream: UrlStream) -> str:
+    """What is wrong behind the end of an archive that was read whole; usually nothing."""
+    assert archive.fileobj is not None
+    if archive.fileobj.read(_DRAINED).strip(b"\0"):
+        return "there are bytes behind its end-of-archive marker, which are not read"
+    return stream.failure()
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[tuple[str, str], bytes]]:
@@ -110,34 +175,58 @@ class ShardDraws:
 
     def url(self, lane: str, draw: int) -> str:
         """The shard of a draw."""
+        return self.shard(lane, draw)[1]
+
+    def shard(self, lane: str, draw: int) -> tuple[int, str]:
+        """The source of a draw, by its place, and its shard."""
         generator = sample_generator(self._seed, f"shard of lane {lane}", draw)
         source = int(np.searchsorted(self._bounds, generator.random(), side="right"))
-        urls = self._urls[min(source, len(self._urls) - 1)]
-        return urls[int(generator.integers(len(urls)))]
+        source = min(source, len(self._urls) - 1)
+        urls = self._urls[source]
+        return source, urls[int(generator.integers(len(urls)))]
 
 
 class Lane:
     """An endless row of samples."""
 
-    def __init__(self, url_of: Callable[[int], str], draw: int = 0, taken: int = 0) -> None:
+    def __init__(
+        self,
+        shard_of: Callable[[int], tuple[int, str]],
+        draw: int = 0,
+        taken: int = 0,
+        *,
+        patience: Patience,
+        sizes: ShardSizes,
+    ) -> None:
         """Continue a row.
 
         Args:
-            url_of: the shard of a draw.
+            shard_of: source and shard of a draw.
             draw: number of the draw to begin with.
             taken: samples of that shard to pass over.
+            patience: limits the waiting.
+            sizes: what is known of shards.
         """
-        self._url_of = url_of
+        self._shard_of = shard_of
+        self._patience = patience
+        self._sizes = sizes
         self.draw = draw
         self.taken = taken
-        self._samples: Iterator[Streamed] = itertools.islice(stream_tar(url_of(draw)), taken, None)
+        self.source = 0
+        self._samples: Iterator[Streamed] = itertools.islice(self._open(), taken, None)
+
+    def _open(self) -> Iterator[Streamed]:
+        self.source, url = self._shard_of(self.draw)
+        return stream_tar(url, patience=self._patience, sizes=self._sizes)
 
     def take(self) -> Streamed:
-        """The next sample."""
+        """The next sample; it is of ``source``."""
         while (sample := next(self._samples, None)) is None:
             self.draw, self.taken = self.draw + 1, 0
-            self._samples = stream_tar(self._url_of(self.draw))
+            self._samples = self._open()
         self.taken += 1
+        if not isinstance(sample[1], Damaged):
+            self._patience.rewarded()
         return sample
 
 
@@ -153,6 +242,7 @@ class _Resampled(IterableDataset[dict[str, Any]]):
         *,
         state: dict[str, Any],
         num_lanes: int,
+        limit: float,
     ) -> None:
         self._draws = draws
         self._fields = fields
@@ -160,15 +250,18 @@ class _Resampled(IterableDataset[dict[str, Any]]):
         self._share = share
         self._state = state
         self._num_lanes = num_lanes
+        self._limit = limit
 
     def _lanes(self, worker: int) -> list[Lane]:
         saved = self._state["workers"].get(str(worker), [])
         lanes = []
+        patience, sizes = Patience(self._limit), ShardSizes()
         for number in range(self._num_lanes):
             # a run that continues on other ranks draws afresh: its lanes have another origin
             name = f"{self._state['origin']}/{self._share.rank}/{worker}/{number}"
             place = saved[number] if number < len(saved) else (0, 0)
-            lanes.append(Lane(partial(self._draws.url, name), *place))
+            shard_of = partial(self._draws.shard, name)
+            lanes.append(Lane(shard_of, *place, patience=patience, sizes=sizes))
         return lanes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -180,11 +273,12 @@ class _Resampled(IterableDataset[dict[str, Any]]):
         for micro_batch in itertools.count(number, count):
             builder = BatchBuilder(self._preparation, self._share.numbers(micro_batch))
             for slot in range(len(builder.numbers)):
-                key, sample = lanes[slot % len(lanes)].take()
+                lane = lanes[slot % len(lanes)]
+                key, sample = lane.take()
                 try:
-                    builder.add(key, self._raw(sample))
+                    builder.add(key, self._raw(sample), source=lane.source)
                 except Damaged as damaged:
-                    builder.skip(key, damaged)
+                    builder.skip(key, damaged, source=lane.source)
             progress = [(lane.draw, lane.taken) for lane in lanes]
             yield builder.fields() | {"worker": worker, "progress": progress}
 
@@ -209,6 +303,7 @@ class ResampledStream:
         open_shards: int,
         workers: int,
         pin_memory: bool,
+        limit: float,
     ) -> None:
         """Stream shards.
 
@@ -222,6 +317,7 @@ class ResampledStream:
             open_shards: shards whose samples this process mixes, where there are as many.
             workers: loader processes; 0 loads in this process.
             pin_memory: put the tensors where a GPU can fetch them.
+            limit: seconds to wait for data.
         """
         self.epoch_samples = epoch_samples
         self._state = state or {"origin": share.first_sample, "workers": {}}
@@ -232,15 +328,9 @@ class ResampledStream:
             share,
             state=self._state,
             num_lanes=max(min(open_shards, draws.num_shards) // max(workers, 1), 1),
+            limit=limit,
         )
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=PREFETCHED if workers else None,
-            pin_memory=pin_memory,
-            generator=own_generator(),
-        )
+        self._loader = Loader(dataset, workers=workers, pin_memory=pin_memory, limit=limit)
 
     def __iter__(self) -> Iterator[Batch]:
         for fields in self._loader:

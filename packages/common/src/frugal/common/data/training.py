@@ -23,6 +23,7 @@ from frugal.common.data.sources import (
 )
 from frugal.common.data.stream import IndexedStream, Share
 from frugal.common.data.tokenizers import Tokenizer
+from frugal.common.data.url_stream import can_read
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -47,14 +48,23 @@ def build_stream(
     order = make_order(data, sources, seed=recipe.run.seed)
     shards = [shard for source in sources for shard in source.shards]
     run.log.info("data: %s samples in %s shards", f"{order.samples:,}", f"{len(shards):,}")
-    pairs = Pairs(Shelf(shards, data.fields), order, preparation)
+    shelf = Shelf(shards, data.fields, sources=entries_of(sources))
+    pairs = Pairs(shelf, order, preparation)
     return IndexedStream(
         pairs,
         share,
         epoch_samples=order.samples,
         workers=data.workers,
         pin_memory=pin_memory,
+        limit=60 * data.timeout_minutes,
     )
+
+
+def entries_of(sources: list[Source]) -> list[int]:
+    """The entry of ``data.train`` that each shard is of; empty where there is one."""
+    if len(sources) == 1:
+        return []
+    return [entry for entry, source in enumerate(sources) for _ in source.shards]
 
 
 def make_share(recipe: Recipe, run: Run, *, first_sample: int) -> Share:
@@ -78,6 +88,12 @@ def _resampled(
 ) -> ResampledStream:
     assert data.resampled_samples is not None
     urls = [find_streams(pattern) for pattern in data.train]
+    odd = next((url for part in urls for url in part if not can_read(url)), None)
+    if odd is not None:
+        raise InputError(
+            f"data.train names {odd}, and there is no command for URLs of this kind; give one "
+            f"yourself, such as 'pipe:aws s3 cp {odd} -'"
+        )
     run.log.info(
         "data: %s samples to an epoch, drawn with replacement from %s shards",
         f"{data.resampled_samples:,}",
@@ -94,6 +110,7 @@ def _resampled(
         open_shards=data.shuffle_shards,
         workers=data.workers,
         pin_memory=pin_memory,
+        limit=60 * data.timeout_minutes,
     )
 
 

@@ -10,17 +10,17 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.contracts import Batch, PreparedReduction, Stream
-from frugal.common.data.damage import DamageCounter
+from frugal.common.data.damage import DamageCounter, warning
 from frugal.common.engine.backend import Engine
 from frugal.common.engine.saving import WeightAverage, collect, gather_values
-from frugal.common.engine.termination import Agreement, Termination
+from frugal.common.engine.termination import Agreement, Termination, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.engine.unread import Step, Values, read
 from frugal.common.engine.watch import Watch
@@ -29,6 +29,9 @@ from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import seed_step
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
+
+_GRACE = 10.0
+"""Seconds that data may still come in after one of several processes was asked to stop."""
 
 
 @dataclass(kw_only=True)
@@ -64,11 +67,17 @@ class Training:
     _started: float = field(default_factory=time.perf_counter)
 
     def share_damage(self) -> None:
-        """Bring ``damage`` up to date on every process."""
-        mine = self.unshared.state()
-        self.unshared.load_state({})
+        """Bring ``damage`` up to date on every process, and tell of what is new in kind."""
+        mine = replace(self.unshared)
+        self.unshared.clear()
         for part in gather_values(mine, self.run.world_size):
-            self.damage.add(part["kinds"], part["read"])
+            for note in self.damage.add_counter(part):
+                self.run.log.warning("%s", warning(note, self.source_names))
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The entries of ``data.train``."""
+        return tuple(getattr(self.recipe.data, "train", ()))
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
@@ -111,10 +120,17 @@ def train(training: Training) -> None:
     meter = Meter(run.device)
     peak = matmul_peak(run.device, training.engine.dtype)
     agreement = Agreement(run)
-    with Termination() as termination:
+    # alone there is nobody to stop together with
+    with Termination(grace=0.0 if run.world_size == 1 else _GRACE) as termination:
         for step in range(training.first_step, recipe.steps):
             seed_step(recipe.run.seed, step, run.rank)
-            micro_batches = _read(batches, recipe, run, meter)
+            micro_batches: list[Batch] = []
+            try:
+                with termination.interrupts():
+                    _read(micro_batches, batches, recipe, meter)
+            except (InputError, WaitInterrupted) as reason:
+                _give_up(training, step, meter, termination, reason, read=len(micro_batches))
+            micro_batches = [batch.to(run.device) for batch in micro_batches]
             stop = agreement.reached(asked=termination.asked)
             training.unread.append(_step(training, step, micro_batches))
             training.watch.advance()
@@ -127,10 +143,15 @@ def train(training: Training) -> None:
                 _settle(training, meter)
             if logs:
                 _log(training, done, meter, peak)
+            too_much = logs and training.damage.is_too_much
+            saves = saves or too_much
             if done % recipe.run.picture_every == 0 or step == 0:
                 training.draw(micro_batches[0], done)
             if saves:
                 training.save(done)
+            if too_much:
+                remedy = f": the same command then continues from step {done}"
+                raise InputError(training.damage.sentence(remedy))
             if stop and done < recipe.steps:
                 raise RunStopped(
                     f"stopped by {termination.name} after step {done}, with a checkpoint in "
@@ -173,10 +194,49 @@ def measure_what_was_missed(training: Training) -> None:
         measure(training, step)
 
 
-def _read(batches: Iterator[Batch], recipe: Recipe, run: Run, meter: Meter) -> list[Batch]:
+def _read(
+    micro_batches: list[Batch], batches: Iterator[Batch], recipe: Recipe, meter: Meter
+) -> None:
+    """Put the micro-batches of a step into a list, which holds those that came if one does not."""
     with meter.waiting():
-        micro_batches = [next(batches) for _ in range(recipe.engine.accumulate)]
-    return [batch.to(run.device) for batch in micro_batches]
+        for _ in range(recipe.engine.accumulate):
+            micro_batches.append(next(batches))
+
+
+def _give_up(
+    training: Training,
+    step: int,
+    meter: Meter,
+    termination: Termination,
+    reason: InputError | WaitInterrupted,
+    *,
+    read: int,
+) -> NoReturn:
+    """End a run for which there is no data, with a checkpoint of the steps taken where it can be.
+
+    Other processes may wait for this one in the middle of the step, and cannot help to write one;
+    neither can a stream be continued of whose step a part was read.
+
+    Raises:
+        InputError: why there is no data.
+        RunStopped: if this process was asked to stop.
+    """
+    saved = training.run.world_size == 1 and step > training.first_step
+    saved = saved and not (read and training.stream.state())
+    if saved:
+        _settle(training, meter)
+        training.save(step)
+    newest = f"a checkpoint of step {step}" if saved else "the checkpoints it had"
+    if isinstance(reason, InputError):
+        raise InputError(
+            f"{reason} (the run stopped after step {step}, with {newest} in "
+            f"{training.store.folder})"
+        ) from None
+    raise RunStopped(
+        f"stopped by {termination.name} after step {step} while waiting for data, with {newest} "
+        f"in {training.store.folder}; the same command continues from there",
+        exit_code=termination.exit_code,
+    ) from None
 
 
 def _step(training: Training, step: int, micro_batches: list[Batch]) -> Step:
@@ -190,7 +250,8 @@ def _step(training: Training, step: int, micro_batches: list[Batch]) -> Step:
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         parts.append(_accumulate(engine, recipe, batch, share, last=last))
-        training.unshared.add(batch.damage, len(batch))
+        notes, sources = batch.damage_notes, batch.sources
+        training.unshared.add(batch.damage, len(batch), notes=notes, sources=sources)
     norm = engine.step(rate)
     stepped = norm.isfinite()
     engine.clamp(engine.objective.bounds(), stepped=stepped)
@@ -257,8 +318,11 @@ def _skipped(training: Training, step: Step, loss: float) -> None:
 def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
     recipe, run = training.recipe, training.run
     means, step_seconds, wait = meter.take()
-    training.share_damage()
     damage = training.damage
+    before = damage.damaged + damage.lost
+    training.share_damage()
+    if damage.damaged + damage.lost > before:
+        training.run.log.warning("step %d: %s", step, damage.describe(training.source_names))
     flops = training.engine.objective.step_flops(means) * recipe.batch_size
     tokens = means.get("image_tokens", 0.0) + means.get("text_tokens", 0.0)
     samples = step * recipe.batch_size
@@ -279,10 +343,19 @@ def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
             "read_samples": damage.read,
             "trained_samples": damage.read - damage.damaged,
             "damaged": dict(damage.kinds),
+            **_of_sources(training),
         },
     )
-    damage.check()
     _remark(training, step, means)
+
+
+def _of_sources(training: Training) -> dict[str, Any]:
+    """What else is logged of the data, where there is anything to tell."""
+    damage, names = training.damage, training.source_names
+    found: dict[str, Any] = {"lost_samples": damage.lost} if damage.lost else {}
+    if len(names) > 1:
+        found["source_shares"] = {names[n]: share for n, share in damage.shares().items()}
+    return found
 
 
 def _remark(training: Training, step: int, means: Values) -> None:
