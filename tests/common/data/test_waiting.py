@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from frugal.common.data import loader as loader_module
-from frugal.common.data.damage import Damaged, DamageCounter, note_of, warning
+from frugal.common.data.damage import DamageCounter, Damaged, note_of, warning
 from frugal.common.data.loader import Loader
 from frugal.common.data.resampled import ShardSizes, stream_tar
 from frugal.common.data.url_stream import Patience, UrlStream

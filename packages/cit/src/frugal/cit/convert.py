@@ -170,7 +170,9 @@ def _write_released(options: Options) -> None:
 
 def main() -> None:
     """The body of ``python -m frugal.cit.convert``."""
-    run_politely(lambda: convert(tyro.cli(Options, prog="python -m frugal.cit.convert")))
+    run_politely(
+        lambda: convert(tyro.cli(Options, prog="python -m frugal.cit.convert")), alone=True
+    )
 
 
 if __name__ == "__main__":

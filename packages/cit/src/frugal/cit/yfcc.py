@@ -279,7 +279,7 @@ def main() -> None:
             commands, prog="python -m frugal.cit.yfcc", sort_subcommands=False
         )
 
-    run_politely(command)
+    run_politely(command, alone=True)
 
 
 if __name__ == "__main__":

@@ -78,13 +78,13 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Samples ``start`` to ``stop`` of this batch; damage stays with the whole."""
-        whole = {"damage": {}, "damage_notes": [], "sources": {}}
-        part = {
+        whole: dict[str, Any] = {"damage": {}, "damage_notes": [], "sources": {}}
+        part: dict[str, Any] = {
             f.name: value[start:stop]
             for f in fields(self)
             if f.name not in whole and (value := getattr(self, f.name)) is not None
         }
-        return replace(self, **whole, **part)
+        return replace(self, **(whole | part))
 
     def __len__(self) -> int:
         """Samples, damaged ones included."""

@@ -269,7 +269,9 @@ def report(options: Options) -> None:
 
 def main() -> None:
     """The body of ``python -m frugal.common.report``."""
-    run_politely(lambda: report(tyro.cli(Options, prog="python -m frugal.common.report")))
+    run_politely(
+        lambda: report(tyro.cli(Options, prog="python -m frugal.common.report")), alone=True
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from frugal.common.data.sources import build_index, find_files, needs_index, ope
 from frugal.common.data.tars import TarReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
+from frugal.common.exits import exit_politely
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _SHOWN = 10
@@ -292,13 +293,11 @@ def _say(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit code."""
     commands: dict[str, Callable[..., int]] = {"index": index, "check": check, "convert": convert}
-    try:
-        return tyro.extras.subcommand_cli_from_dict(
+    return exit_politely(
+        lambda: tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m frugal.common.shards", args=arguments, sort_subcommands=False
         )
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from frugal.common.commands import Recipes, read_command_line, run_politely
 from frugal.common.contracts import Batch, PreparedReduction
 from frugal.common.errors import InputError
+from frugal.common.launchers import Ranks, launcher_ranks, meet, settle
 from frugal.common.recipe import (
     Recipe,
     difference,
@@ -25,7 +26,7 @@ from frugal.common.recipe import (
     to_json,
     with_measured,
 )
-from frugal.common.run import Run, allow_many_files, launcher_ranks, lock_run_dir, make_logger
+from frugal.common.run import Run, allow_many_files, lock_run_dir, make_logger
 
 if TYPE_CHECKING:
     from io import TextIOWrapper
@@ -226,15 +227,16 @@ def open_run(recipe: Recipe) -> Run:
     """
     import torch
 
-    rank, world_size, local_rank = launcher_ranks()
+    log = make_logger(launcher_ranks().rank)
+    rank, world_size, local_rank = settle(log)
     allow_many_files()
     device = _device(recipe, local_rank)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
         torch.set_num_threads(recipe.engine.threads or _threads(on_this_machine))
     assert recipe.run.dir is not None
-    return Run(recipe.run.dir, rank, world_size, local_rank, device, make_logger(rank))
+    return Run(recipe.run.dir, rank, world_size, local_rank, device, log)
 
 
 def _threads(processes: int) -> int:
@@ -267,8 +269,26 @@ def _device(recipe: Recipe, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def join(run: Run) -> None:
+    """Meet the other processes of a run, where there are any.
+
+    Raises:
+        InputError: if some do not come.
+    """
+    backend = "nccl" if run.device.type == "cuda" else "gloo"
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if run.device.type == "cuda" and shards:
+        backend = "cuda:nccl,cpu:gloo"  # as Accelerate has it, where parts may be on the host
+    meet(Ranks(run.rank, run.world_size, run.local_rank), backend, run.log)
+
+
 def make_engine(objective: Any, recipe: Recipe, run: Run) -> Engine:
-    """DeepSpeed if the recipe names a file for it, else Accelerate."""
+    """DeepSpeed if the recipe names a file for it, else Accelerate; all processes have met then.
+
+    Raises:
+        InputError: if some processes do not come.
+    """
+    join(run)
     if recipe.engine.deepspeed_config is not None:
         from frugal.common.engine.deepspeed_backend import DeepSpeedEngine
 

@@ -245,7 +245,9 @@ def _write_file(source: Path, out: Path) -> None:
 
 def main() -> None:
     """The body of ``python -m frugal.milan.convert``."""
-    run_politely(lambda: convert(tyro.cli(Options, prog="python -m frugal.milan.convert")))
+    run_politely(
+        lambda: convert(tyro.cli(Options, prog="python -m frugal.milan.convert")), alone=True
+    )
 
 
 if __name__ == "__main__":

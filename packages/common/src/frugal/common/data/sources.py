@@ -18,7 +18,7 @@ from frugal.common.data.records import RecordShard, index_records
 from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.tars import TarShard, index_tar
 from frugal.common.errors import InputError
-from frugal.common.run import launcher_ranks
+from frugal.common.launchers import launcher_ranks
 
 _STREAM = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 _RECORDS = (".tfrecord", ".tfrecords")
@@ -196,7 +196,7 @@ def _processes() -> tuple[int, int, int]:
 
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1, 0
-    return dist.get_rank(), dist.get_world_size(), launcher_ranks()[2]
+    return dist.get_rank(), dist.get_world_size(), launcher_ranks().local_rank
 
 
 def _wait(world_size: int) -> None:
