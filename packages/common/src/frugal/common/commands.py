@@ -164,8 +164,15 @@ def run_politely(command: Callable[[], None], *, alone: bool = False) -> NoRetur
         if (sentence := of_system(error)) is None:
             raise
         _say(sentence, exit_code=2)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _LOST):
+    except Exception as error:
+        words = str(error)
+        if any(part in words for part in _UNWRITTEN):
+            reason = words.strip().partition("\n")[0]
+            _say(
+                f"a file cannot be written ({reason}); make room, or choose another place",
+                exit_code=2,
+            )
+        if not (isinstance(error, RuntimeError) and any(part in words for part in _LOST)):
             raise
         _say(
             "another process of this run has ended, and says why in its own words; the same "
@@ -180,6 +187,12 @@ _LOST = (
     "remote process exited", "ncclRemoteError",
 )  # fmt: skip
 """In the words of gloo and NCCL when another process is gone."""
+_UNWRITTEN = (
+    "No space left on device (os error",
+    "PytorchStreamWriter failed writing",
+    "os error 27)",
+)
+"""In the words of safetensors and torch.save when a disk is full or a file may not grow."""
 
 
 def _say(sentence: str, *, exit_code: int) -> NoReturn:

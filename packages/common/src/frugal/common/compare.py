@@ -6,7 +6,6 @@ come from drawing the images anew with replacement (bootstrap), the same draws f
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +16,7 @@ import tyro
 
 from frugal.common.commands import run_politely
 from frugal.common.errors import InputError
+from frugal.common.files import write_file, write_json
 
 if TYPE_CHECKING:
     from frugal.common.evaluation.comparison import Row
@@ -75,15 +75,9 @@ def compare(options: Options) -> Path:
         "seed": options.seed,
         "numbers": comparison.content(rows),
     }
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "compare.json").write_text(json.dumps(content, indent=2) + "\n")
-        path = options.out / "compare.html"
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{options.out} cannot be written ({error.strerror}); choose another --out"
-        ) from None
+    write_json(options.out / "compare.json", content)
+    path = options.out / "compare.html"
+    write_file(path, page)
     _print(rows)
     sys.stdout.write(f"\nThe comparison is {path}; open it in a browser.\n")
     return path

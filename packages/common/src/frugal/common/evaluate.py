@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from frugal.common.evaluation.asked import Options, asked_programs, chosen_tasks
 from frugal.common.evaluation.config import ImageEvaluation, LinearProbe
 from frugal.common.evaluation.programs import Program, installed
 from frugal.common.evaluation.suites import SUITES
+from frugal.common.files import write_json
 from frugal.common.loading import Trained, look
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -195,7 +195,7 @@ def _report_suites(options: Options, scores: Mapping[str, float], out: Path) -> 
             own = {name: scores[name] for name in SUITES[word] if name in scores}
             numbers = suite_numbers(word, own, SUITES[word])
             path = out / f"{word.replace('-', '_')}.json"
-            path.write_text(json.dumps(numbers, indent=2) + "\n")
+            write_json(path, numbers)
             _print(numbers)
 
 

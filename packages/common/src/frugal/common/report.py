@@ -23,6 +23,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation import sections
 from frugal.common.evaluation.page import PAGE, STYLE
 from frugal.common.evaluation.sections import Command
+from frugal.common.files import write_file, write_json
 from frugal.common.recipe import load_recipe
 from frugal.common.run import make_logger
 
@@ -105,10 +106,9 @@ def write_report(
         summary=f'<p class="summary">{escape(summary)}</p>' if summary else "",
         body="\n".join(part for part in body if part),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "report.json", finite)
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_file(path, page)
     return path
 
 

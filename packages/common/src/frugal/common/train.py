@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from frugal.common.commands import Recipes, read_command_line, run_politely
 from frugal.common.contracts import Batch, PreparedReduction
 from frugal.common.errors import InputError
+from frugal.common.files import write_json
 from frugal.common.launchers import Ranks, launcher_ranks, meet, settle
 from frugal.common.recipe import (
     Recipe,
@@ -59,6 +61,7 @@ def train_recipe(recipe: Recipe) -> None:
         RunStopped: if the run ended early for a reason that is no bug.
     """
     assert recipe.run.dir is not None
+    make_logger(launcher_ranks().rank)
     recipe = _check_run_dir(recipe)
     from frugal.common.checkpoint.store import CheckpointStore
     from frugal.common.checkpoint.warm_start import warm_start
@@ -104,7 +107,7 @@ def train_recipe(recipe: Recipe) -> None:
         patience=min(DamageCounter.patience, stream.epoch_samples),
     )
     damage.load_state(state.get("damage", {}))
-    _write_run_files(recipe, run, engine)
+    _write_run_files(recipe, run, engine, begins=checkpoint is None)
     if run.is_main and lock is None:
         lock = lock_run_dir(run.dir, patience=0.0, log=run.log)
     watch = Watch(run, first_step=first_step, steps=recipe.steps)
@@ -201,20 +204,29 @@ def _first_views(recipe: Recipe, run: Run, engine: Engine, *, images: int) -> It
 
 def _check_run_dir(recipe: Recipe) -> Recipe:
     """The recipe, completed from the run that is in its directory; refuses another run's."""
-    assert recipe.run.dir is not None
-    saved = recipe.run.dir / "recipe.json"
-    if recipe.run.dir.exists() and not recipe.run.dir.is_dir():
-        raise InputError(f"run.dir {recipe.run.dir} is a file; give a folder")
-    if not saved.exists():
+    from frugal.common.checkpoint.store import recipe_of_run
+
+    folder = recipe.run.dir
+    assert folder is not None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run.dir {folder} is a file; give a folder")
+    before = recipe_of_run(folder)
+    if before is None:
+        if (folder / "recipe.json").exists():
+            logging.getLogger("frugal").info(
+                "%s holds what a run left that never wrote a checkpoint; it is replaced", folder
+            )
         return recipe
-    before = load_recipe(saved)
     recipe = with_measured(recipe, before)
     changes = difference(before, recipe)
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        remedy = "or give the same recipe to continue that run"
+        if changes[0].startswith("schedule."):
+            remedy = f"with --run.start-from {folder} to train on from its weights"
         raise InputError(
-            f"{recipe.run.dir} holds a run of another recipe ({changes[0]}{more}); choose another "
-            "--run.dir, or give the same recipe to continue that run"
+            f"{folder} holds a run of another recipe ({changes[0]}{more}); choose another "
+            f"--run.dir, {remedy}"
         )
     return recipe
 
@@ -298,18 +310,29 @@ def make_engine(objective: Any, recipe: Recipe, run: Run) -> Engine:
     return AccelerateEngine(objective, recipe, run)
 
 
-def _write_run_files(recipe: Recipe, run: Run, engine: Engine) -> None:
-    """recipe.json, environment.json and the tokenizer; the recipe only where none stands."""
+def _write_run_files(recipe: Recipe, run: Run, engine: Engine, *, begins: bool) -> None:
+    """recipe.json, environment.json and the tokenizer.
+
+    A run that goes on keeps its recipe; what one left that never wrote a checkpoint is replaced.
+    """
     if not run.is_main:
         return
-    run.dir.mkdir(parents=True, exist_ok=True)
     environment = _environment(run, engine)
-    (run.dir / "environment.json").write_text(json.dumps(environment, indent=2))
+    write_json(run.dir / "environment.json", environment)
     save_tokenizer = getattr(recipe.data, "save_tokenizer", None)
     if save_tokenizer is not None:
         save_tokenizer(run.dir / "tokenizer")
-    if not (run.dir / "recipe.json").exists():
-        (run.dir / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2))
+    path = run.dir / "recipe.json"
+    if begins or not _is_recipe(path):
+        write_json(path, to_json(recipe))
+
+
+def _is_recipe(path: Path) -> bool:
+    try:
+        load_recipe(path)
+    except InputError:
+        return False
+    return True
 
 
 def _environment(run: Run, engine: Engine) -> dict[str, Any]:
@@ -397,12 +420,16 @@ def evaluate_all(
     if not run.is_main:
         return together
     folder = run.dir / "evaluation"
-    folder.mkdir(exist_ok=True)
     for name, numbers in results.items():
         if not numbers:
             continue  # this evaluation was given no data
         content = {"step": step, "samples": step * recipe.batch_size, **numbers}
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
+        try:
+            write_json(folder / f"{name}.json", content)
+        except InputError as error:
+            if step == recipe.steps:
+                raise
+            run.log.warning("%s; training goes on", error)
         watch.numbers(step, numbers)
     return together
 
@@ -419,7 +446,7 @@ def _last_evaluated(recipe: Recipe, run: Run) -> float:
             continue
         try:
             steps.append(json.loads(file.read_text())["step"])
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             steps.append(-1)  # cut in two by a crash
     return min(steps)
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from frugal.common.contracts import DamageNote, Stream
+from frugal.common.data.agreement import check_same_data
 from frugal.common.data.damage import Damaged, note_of
 from frugal.common.data.order import GlobalOrder
 from frugal.common.data.stream import IndexedStream, Share
@@ -31,6 +32,7 @@ def build_stream(data: SegmentationData, recipe: Recipe, run: Run, *, first_samp
     """See :meth:`frugal.milan.segmentation_data.SegmentationData.build`."""
     folders = open_folders(data, num_classes=recipe.model.num_classes)
     counts = [len(folder) for folder in folders]
+    check_same_data(zip(data.train, counts, strict=True), run, what="data.train")
     order = GlobalOrder(counts, seed=recipe.run.seed, window=len(counts))
     run.log.info("data: %s pictures with masks", f"{order.samples:,}")
     samples = MaskedCrops(

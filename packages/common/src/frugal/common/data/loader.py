@@ -148,7 +148,7 @@ class Loader:
             started, voice = time.monotonic(), _VOICE
 
 
-def _unchanged(fields: dict[str, Any]) -> dict[str, Any]:
+def _unchanged(fields: Any) -> Any:
     return fields
 
 

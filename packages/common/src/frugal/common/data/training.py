@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from frugal.common.contracts import Stream
+from frugal.common.data.agreement import check_same_data
 from frugal.common.data.config import StoredData
 from frugal.common.data.damage import Damaged
 from frugal.common.data.folders import FileList
@@ -88,6 +89,8 @@ def _resampled(
 ) -> ResampledStream:
     assert data.resampled_samples is not None
     urls = [find_streams(pattern) for pattern in data.train]
+    seen = [(url, 0) for part in urls for url in part]
+    check_same_data(seen, run, what="data.train")
     odd = next((url for part in urls for url in part if not can_read(url)), None)
     if odd is not None:
         raise InputError(
@@ -185,6 +188,8 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
         open_source(pattern, data.fields, found)
         for pattern, found in zip(data.train, files, strict=True)
     ]
+    seen = [(shard.name, shard.num_samples) for source in sources for shard in source.shards]
+    check_same_data(seen, run, what="data.train")
     for note in (note for source in sources for note in source.notes):
         run.log.warning("%s; what lies behind that is lost", note)
     if num_classes is not None:

@@ -6,7 +6,6 @@ stays on the device until a log line, a checkpoint or an evaluation needs it.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.engine.unread import Step, Values, read
 from frugal.common.engine.watch import Watch
 from frugal.common.errors import InputError, RunStopped
+from frugal.common.files import write_json
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import seed_step
 from frugal.common.recipe import Recipe, to_json
@@ -306,7 +306,10 @@ def _skipped(training: Training, step: Step, loss: float) -> None:
     listing = training.run.dir / "not_finite.json"
     if training.run.is_main:
         content = {"step": step.number, "learning_rate": rate, "keys": keys}
-        listing.write_text(json.dumps(content))
+        try:
+            write_json(listing, content)
+        except InputError as error:
+            training.run.log.warning("%s", error)
     raise RunStopped(
         f"the loss was not finite for {training.skipped_in_row} steps in a row up to step "
         f"{step.number}, at a learning rate of {rate:.3g}, on the samples {', '.join(keys[:4])} "

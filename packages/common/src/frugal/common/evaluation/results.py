@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from frugal.common.contracts import EvaluationTask
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
 from frugal.common.evaluation.contrasts import CATEGORIES
 from frugal.common.evaluation.outcomes import Outcomes
+from frugal.common.files import reason_of, write_json
 from frugal.common.recipe import to_json
 
 OUTCOMES = ".outcomes.safetensors"
@@ -73,14 +76,20 @@ def write(
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = out / f"{task.name}.json"
-        file.write_text(json.dumps(content, indent=2) + "\n")
-        if outcomes is not None:
-            outcomes.save(out / f"{task.name}{OUTCOMES}")
-            # safetensors writes for its owner alone
-            (out / f"{task.name}{OUTCOMES}").chmod(file.stat().st_mode)
-    except OSError as error:
+        aside = out / f".{task.name}{OUTCOMES}.{os.getpid()}"
+        try:
+            if outcomes is not None:
+                outcomes.save(aside)  # first: the numbers of a run never stand beside another's
+            write_json(file, content)
+            if outcomes is not None:
+                # safetensors writes for its owner alone
+                aside.chmod(file.stat().st_mode)
+                aside.replace(out / f"{task.name}{OUTCOMES}")
+        finally:
+            aside.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{out} cannot be written ({error.strerror}); choose another --out"
+            f"{out} cannot be written ({reason_of(error)}); choose another --out"
         ) from None
 
 
