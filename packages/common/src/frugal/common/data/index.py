@@ -161,7 +161,7 @@ def _open(shard: Path) -> tuple[Path, dict[str, str]]:
         with safe_open(place, framework="numpy") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        refuse_exhaustion(error)
+        _refuse_exhaustion_at(place)
         raise InputError(f"the index {place} cannot be read ({error}); {rebuild}") from None
     if metadata.get("version") != _VERSION:
         raise InputError(f"the index {place} was written by another version; {rebuild}")
@@ -172,6 +172,14 @@ def _open(shard: Path) -> tuple[Path, dict[str, str]]:
             f"was cut or replaced; restore it, or, if it is meant to be so, {rebuild}"
         )
     return place, metadata
+
+
+def _refuse_exhaustion_at(place: Path) -> None:
+    """Stop where too many files are open, which safetensors may call a missing file."""
+    try:
+        place.open("rb").close()
+    except OSError as error:
+        refuse_exhaustion(error)
 
 
 def read_summary(shard: Path) -> ShardSummary:
