@@ -64,7 +64,7 @@ def test_a_toy_method_from_another_folder_trains_and_saves_itself(
         "--reduction.image.columns=2",
     ]  # fmt: skip
     environment = os.environ | {
-        "PYTHONPATH": str(tmp_path / "somewhere"),
+        "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{tmp_path / 'somewhere'}",
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
     result = subprocess.run(

@@ -155,7 +155,11 @@ def test_damaged_samples_are_counted_and_nothing_is_lost(scenes: Path, tmp_path:
     assert sum(spoiled.values()) == 4  # of 40
     run = tmp_path / "run"
     words = (f"--data.train={shard}", "--batch-size=20", "--schedule.samples=80")
-    train(zero(1), run, *words, "--schedule.warmup-samples=0", "--data.max-damaged=0.2")
+    output = train(zero(1), run, *words, "--schedule.warmup-samples=0", "--data.max-damaged=0.2")
+    for kind in spoiled:  # the first of each kind with its place, and how many at the end
+        assert output.count(f": {kind}") == 1, output
+    assert f"damaged sample {shard}/" in output
+    assert "step 4: 8 of 80 samples damaged so far (image 4, no caption 4): 10.00%" in output
     line = metrics(run)[-1]
     assert line["damaged"] == {kind: 2 * count for kind, count in spoiled.items()}  # two epochs
     assert line["read_samples"] == 80
@@ -166,6 +170,11 @@ def test_damaged_samples_are_counted_and_nothing_is_lost(scenes: Path, tmp_path:
     )  # fmt: skip
     assert "data.max_damaged" in output
     assert "Traceback" not in output
+    # it left a checkpoint, from which it goes on with a higher limit
+    assert newest(tmp_path / "strict").name in ("step_000000001", "step_000000002")
+    words += ("--schedule.warmup-samples=0", "--data.max-damaged=0.2")
+    assert "continuing" in train(zero(1), tmp_path / "strict", *words)
+    assert losses(tmp_path / "strict") == losses(run)
 
 
 @pytest.mark.parametrize("launcher", [PYTHON, deepspeed(2)], ids=lambda launcher: launcher.name)

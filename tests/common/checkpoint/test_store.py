@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +183,71 @@ def test_a_large_tensor_that_was_written_wrongly_is_noticed_in_any_row(
     with pytest.raises(InputError, match="weight/a reads back differently"):
         save_weights(tmp_path / "checkpoints", {"a": tensor}, step=1)
     assert not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut state", "no state", "missing file", "deep state"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_and_that_is_told(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = store_in(tmp_path)
+    save(store, 10)
+    state = save(store, 20) / "state.json"
+    if damage == "no state":
+        state.unlink()
+    elif damage == "missing file":
+        (state.parent / "tensors-00000-of-00001.safetensors").unlink()
+    else:
+        cut = state.read_text()[:40]
+        state.write_text(cut if damage == "cut state" else "[" * 100_000)
+    for found in (store.newest(), find_checkpoint(tmp_path)):
+        assert found is not None
+        assert found.step == 10
+    assert "step_000000020" in caplog.text and "taking" in caplog.text
+    with pytest.raises(InputError):  # asked for by name, nothing else will do
+        find_checkpoint(state.parent / "state.json" if damage == "no state" else state.parent)
+
+
+@pytest.mark.parametrize("content", [bytes(range(128, 255)), b"", b"../../etc", b"step\0x", b"\n"])
+def test_a_pointer_to_nothing_is_no_reason_to_stop(tmp_path: Path, content: bytes) -> None:
+    store = store_in(tmp_path)
+    save(store, 10)
+    (tmp_path / "checkpoints" / "latest").write_bytes(content)
+    newest = store.newest()
+    assert newest is not None
+    assert newest.step == 10
+
+
+@pytest.mark.parametrize("fits", ["nothing", "the tensors"])
+def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(tmp_path: Path, fits: str) -> None:
+    """In a process whose files may not grow beyond some bytes."""
+    (written,) = save(store_in(tmp_path), 10).glob("*.safetensors")
+    bytes_allowed = 0 if fits == "nothing" else written.stat().st_size
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_allowed, bytes_allowed))
+        try:
+            state = {"step": 20, "long": "x" * 1000}
+            store_in(tmp_path).save(tensors(20), state, gather=lambda value: [value])
+        except InputError as error:
+            told = "step 20 could not be written" in str(error)
+            os._exit(7 if told and "older checkpoints are untouched" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    newest = store_in(tmp_path).newest()
+    assert newest is not None
+    assert newest.step == 10
+    assert not [f for f in (tmp_path / "checkpoints").iterdir() if f.name.startswith(".")]
+
+
+def test_a_folder_that_cannot_be_made_stops_every_process_alike(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("no folder")
+    asked: list[Any] = []
+
+    def gather(value: Any) -> list[Any]:
+        asked.append(value)
+        return ["", value]
+
+    with pytest.raises(InputError, match="could not be written"):
+        store_in(tmp_path).save(tensors(1), {"step": 1}, gather=gather)
+    assert len(asked) == 1  # the others are told instead of left waiting

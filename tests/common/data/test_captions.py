@@ -14,7 +14,7 @@ import pytest
 from frugal.cit.texts import TextChoice
 from frugal.common import shards
 from frugal.common.data.captions import caption_lines, caption_text, caption_texts
-from frugal.common.data.damage import Damaged
+from frugal.common.data.damage import DamageCounter, Damaged, warning
 from frugal.common.data.records import RecordReader, crc32c, mask_checksum
 from frugal.common.data.resampled import stream_tar
 from frugal.common.data.samples import Fields, assemble, decode_classes, decode_label
@@ -227,20 +227,23 @@ def test_check_and_convert_count_samples_whose_json_is_bad(tmp_path, write_tar, 
 
 @pytest.mark.parametrize("options", [{}, {"resampled_samples": 12, "shuffle_shards": 1}])
 def test_training_uses_and_tells_samples_whose_json_is_bad(
-    tmp_path, write_tar, pair, open_stream, caplog, options
+    tmp_path, write_tar, pair, open_stream, options
 ):
     members = [m for n in range(12) for m in pair(n) if not m[0].endswith("json")]
     broken = [
         item for n in range(12) for item in (*members[2 * n : 2 * n + 2], (f"{n:09d}.json", b"{"))
     ]
     write_tar(tmp_path / "d/0.tar", broken)
-    with caplog.at_level("WARNING", logger="frugal"):
-        stream = open_stream(tmp_path / "d/0.tar", batch_size=12, **options)
-        batch = next(iter(stream))
+    stream = open_stream(tmp_path / "d/0.tar", batch_size=12, **options)
+    batch = next(iter(stream))
     assert batch.valid.all() and not batch.damage
-    told = [m for m in caplog.messages if "repaired so far" in m]
-    assert [message.partition(" ")[0] for message in told] == ["1", "10"]
-    assert f"{tmp_path}/d/0.tar/00000000" in told[0] and "its JSON cannot be read" in told[0]
+    counter = DamageCounter(0.0)
+    counter.add(batch.damage, len(batch), notes=batch.damage_notes, sources=batch.sources)
+    assert (counter.repaired, counter.damaged, counter.lost) == (12, 0, 0)
+    (note,) = counter.notes.values()
+    told = warning(note, ("d",))
+    assert f"{tmp_path}/d/0.tar/00000000" in told and "its JSON cannot be read" in told
+    assert counter.state()["repaired"] == 12
 
 
 def test_a_number_of_thousands_of_digits_hides_no_caption(tmp_path, write_tar):

@@ -14,6 +14,7 @@ import torch
 from evaluated import multi_label_tars, recipe, telling
 from PIL import Image
 
+from frugal.common.data.agreement import agree
 from frugal.common.data.labelled import CaptionedImages, LabelledImages, MultiLabelledImages
 from frugal.common.data.writing import NewSample, write_tars
 from frugal.common.errors import InputError
@@ -23,7 +24,6 @@ from frugal.common.evaluation.compositional import Contrasts
 from frugal.common.evaluation.config import LinearProbe, ZeroShot
 from frugal.common.evaluation.identity import config_digest, weights_digest
 from frugal.common.evaluation.outcomes import Measure, Outcomes
-from frugal.common.evaluation.ranks import agree
 from frugal.common.run import Run
 
 WORDS = ["one", "two", "three", "four", "five", "six"]
@@ -278,7 +278,11 @@ def test_processes_notice_copies_that_differ_in_one_picture(
 def test_a_process_that_sees_other_data_is_named_in_one_sentence() -> None:
     seen = ["x", "x", "y", "x", "z"]
     with pytest.raises(InputError) as caught:
-        agree("x", "data of the evaluation 'zero_shot'", lambda _: seen)
+        agree(
+            "x",
+            "data of the evaluation 'zero_shot'",
+            lambda own: [(value, *own[1:]) for value in seen],
+        )
     assert "process 2, 4 of 5 see another copy than process 0" in str(caught.value)
     agree("x", "data", lambda value: [value] * 3)
 

@@ -174,7 +174,8 @@ def main() -> None:
     run_politely(
         lambda: convert(
             tyro.cli(Options, args=command_words(), prog="python -m frugal.cit.convert")
-        )
+        ),
+        alone=True,
     )
 
 

@@ -20,7 +20,7 @@ from frugal.cit.features import TextFeatures
 from frugal.cit.pool import Pool, open_pool
 from frugal.cit.texts import TextChoice
 from frugal.common.contracts import Batch, Stream
-from frugal.common.data.pairs import Pairs, Shelf
+from frugal.common.data.pairs import Pairs
 from frugal.common.data.samples import RawSample
 from frugal.common.data.stream import IndexedStream
 from frugal.common.data.training import make_share
@@ -125,7 +125,7 @@ class CuratedStream:
         self._next_unit = 0
         self._restore(state)
         # with files of its own: in the background it reads beside what is trained on
-        scanned = replace(pool, shelf=Shelf(pool.shards, data.fields))
+        scanned = replace(pool, shelf=pool.shelf.again())
         curator = Curator(data, scanned, classes, run, first_unit=self._next_unit)
         self._chooser = _Chooser(curator, pool, recipe, run, engine, background=data.background)
 
@@ -215,6 +215,7 @@ class CuratedStream:
             workers=self._data.workers,
             pin_memory=self._run.device.type == "cuda",
             micro_batches=(start + len(chosen) - sample) // micro_batch,
+            limit=60 * self._data.timeout_minutes,
         )
         return iter(stream)
 

@@ -23,7 +23,8 @@ from frugal.cit.features import TextFeatures
 from frugal.cit.metadata import WantedClass
 from frugal.cit.pool import NO_TEXT, UNREADABLE, Pool, UnitReader, UnitTexts
 from frugal.cit.selection import Collection, class_features, nearest_class, select
-from frugal.common.data.damage import DamageCounter
+from frugal.common.contracts import DamageNote
+from frugal.common.data.damage import DamageCounter, warning
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
 from frugal.common.run import Run
@@ -187,7 +188,10 @@ class Curator:
         self._run = run
         self._log = run.log
         self._damage = DamageCounter(data.max_damaged, patience=min(256, pool.samples))
-        self._reader = UnitReader(pool, run, first=first_unit, workers=data.workers)
+        self._told: set[str] = set()
+        self._reader = UnitReader(
+            pool, run, first=first_unit, workers=data.workers, limit=60 * data.timeout_minutes
+        )
 
     def curate(
         self, period: int, first_unit: int, wanted: int, *, features: TextFeatures, gather: Gather
@@ -232,6 +236,7 @@ class Curator:
         scores = torch.zeros(3, self._pool.scan, dtype=torch.int32)
         if mine >= before:  # else it was counted in the curation before this one
             texts = self._reader.take()
+            self._tell_of(texts.damage_notes)
             scores = _score(mine, texts, features, classes).pack()
         for unit, part in enumerate(gather(scores), first):
             if unit >= before and not search.is_over:
@@ -239,8 +244,17 @@ class Curator:
         if texts is not None and mine >= search.facts.next_unit:
             self._reader.give_back(texts)
 
+    def _tell_of(self, notes: Sequence[DamageNote]) -> None:
+        """Warn of the first text of every kind that this process cannot read."""
+        for note in notes:
+            if note.kind not in self._told:
+                self._told.add(note.kind)
+                self._log.warning("while curating: %s", warning(note, self._data.train))
+
     def _count_damage(self, unreadable: int) -> None:
         self._damage.add({"text": unreadable} if unreadable else {}, self._pool.scan)
+        if unreadable:
+            self._log.warning("while curating: %s", self._damage.describe(()))
         self._damage.check()
 
     def _examples(self, search: _Search, count: int = 8) -> list[Example]:

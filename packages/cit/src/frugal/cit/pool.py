@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from frugal.cit.curated_data import CuratedData
 from frugal.cit.texts import TextChoice
+from frugal.common.contracts import DamageNote
+from frugal.common.data.agreement import check_same_data
 from frugal.common.data.contents import Contents, contents_of
-from frugal.common.data.damage import Damaged
+from frugal.common.data.damage import Damaged, note_of
+from frugal.common.data.loader import WAIT, Loader
 from frugal.common.data.order import Order
 from frugal.common.data.pairs import Preparation, Shelf
 from frugal.common.data.samples import Shard
-from frugal.common.data.stream import PREFETCHED, Guarded, own_generator
 from frugal.common.data.tokenizers import text_length
-from frugal.common.data.training import make_order, make_preparation, open_sources
+from frugal.common.data.training import entries_of, make_order, make_preparation, open_sources
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -40,6 +42,8 @@ class UnitTexts:
     """(B,) int64: tokens before the padding."""
     texts: Tensor
     """(B,) int16: which text of its sample each is, :data:`NO_TEXT` or :data:`UNREADABLE`."""
+    damage_notes: list[DamageNote] = field(default_factory=list)
+    """What is wrong with those that are unreadable."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def open_pool(data: CuratedData, recipe: Recipe, run: Run) -> Pool:
         )
     preparation = make_preparation(data, recipe)
     sources = open_sources(data, run)
+    contents = contents_of(sources)
+    check_same_data(contents, run)
     order = make_order(data, sources, seed=recipe.run.seed)
     wanted = min(data.period, recipe.steps) * recipe.batch_size
     if order.samples < wanted:
@@ -110,12 +116,12 @@ def open_pool(data: CuratedData, recipe: Recipe, run: Run) -> Pool:
     run.log.info("pool: %s pairs in %s shards", f"{order.samples:,}", f"{len(shards):,}")
     return Pool(
         shards=shards,
-        shelf=Shelf(shards, data.fields),
+        shelf=Shelf(shards, data.fields, sources=entries_of(sources)),
         order=order,
         choice=TextChoice(seed=recipe.run.seed, tags=data.tag_places),
         preparation=preparation,
         scan=data.scan,
-        contents=contents_of(sources),
+        contents=contents,
     )
 
 
@@ -129,21 +135,30 @@ class _Texts(Dataset[dict[str, Any]]):
         numbers = self._pool.numbers(unit)
         texts = np.full(len(numbers), NO_TEXT, np.int16)
         tokens: list[list[int]] = [[] for _ in numbers]
+        notes: list[DamageNote] = []
         shards, indices = (found.tolist() for found in self._pool.order.locate(numbers))
         tokenizer, length = self._pool.preparation.tokenizer, self._pool.preparation.text_length
         assert tokenizer is not None
         for row, number in enumerate(numbers.tolist()):
             try:
                 drawn = self._pool.text_at(shards[row], indices[row], number)
-            except Damaged:
+            except Damaged as damaged:
                 texts[row] = UNREADABLE
+                shelf, shard = self._pool.shelf, shards[row]
+                key = f"{shelf.name(shard)}/{indices[row]}"
+                notes.append(note_of(key, damaged, source=shelf.source(shard)))
                 continue
             if drawn is not None:
                 texts[row] = drawn[0]
                 ids = tokenizer.assemble(tokenizer.encode(drawn[1]), length)
                 tokens[row] = ids[: text_length(ids, tokenizer)]
         token_ids, lengths = padded(tokens, pad_id=tokenizer.pad_id)
-        return {"token_ids": token_ids, "lengths": lengths, "texts": torch.from_numpy(texts)}
+        return {
+            "token_ids": token_ids,
+            "lengths": lengths,
+            "texts": torch.from_numpy(texts),
+            "damage_notes": notes,
+        }
 
 
 def padded(tokens: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -169,7 +184,9 @@ class _Turns(Sampler[int]):
 class UnitReader:
     """The units of this process one after the other, read in the background."""
 
-    def __init__(self, pool: Pool, run: Run, *, first: int, workers: int) -> None:
+    def __init__(
+        self, pool: Pool, run: Run, *, first: int, workers: int, limit: float = WAIT
+    ) -> None:
         """Start reading.
 
         Args:
@@ -177,26 +194,18 @@ class UnitReader:
             run: says which units are this process's.
             first: no unit before this one is read.
             workers: processes that read; 0 reads in this process.
+            limit: seconds to wait for a unit.
         """
-        loader = DataLoader(
-            Guarded(_Texts(pool)),
-            sampler=_Turns(first, run),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=PREFETCHED if workers else None,
-            generator=own_generator(),
+        self._units = iter(
+            Loader(_Texts(pool), sampler=_Turns(first, run), workers=workers, limit=limit)
         )
-        self._units = iter(loader)
         self._returned: list[UnitTexts] = []
 
     def take(self) -> UnitTexts:
         """The next unit."""
         if self._returned:
             return self._returned.pop()
-        fields = next(self._units)
-        if "mistake" in fields:
-            raise InputError(fields["mistake"])
-        return UnitTexts(**fields)
+        return UnitTexts(**next(self._units))
 
     def give_back(self, unit: UnitTexts) -> None:
         """Have the unit that was taken last come once more."""

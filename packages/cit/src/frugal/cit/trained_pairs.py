@@ -234,7 +234,7 @@ def main() -> None:
         if code:
             sys.exit(code)
 
-    run_politely(command)
+    run_politely(command, alone=True)
 
 
 if __name__ == "__main__":

@@ -287,7 +287,7 @@ def main() -> None:
             commands, args=command_words(), prog="python -m frugal.cit.yfcc", sort_subcommands=False
         )
 
-    run_politely(command)
+    run_politely(command, alone=True)
 
 
 if __name__ == "__main__":

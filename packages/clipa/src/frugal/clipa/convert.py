@@ -145,7 +145,7 @@ def main() -> None:
         )
         convert(options, make_logger(0))
 
-    run_politely(command)
+    run_politely(command, alone=True)
 
 
 if __name__ == "__main__":

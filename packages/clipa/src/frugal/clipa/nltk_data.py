@@ -13,6 +13,7 @@ import tyro
 
 from frugal.clipa.part_of_speech import SENTENCE_SPLITTER, TAGGER, load_language_data
 from frugal.common.errors import InputError
+from frugal.common.exits import exit_politely
 from frugal.common.words import command_words
 
 
@@ -76,13 +77,8 @@ def _download(package: str, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
-    try:
-        return tyro.cli(
-            fetch, prog="python -m frugal.clipa.nltk_data", args=command_words(arguments)
-        )
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    program = "python -m frugal.clipa.nltk_data"
+    return exit_politely(lambda: tyro.cli(fetch, prog=program, args=command_words(arguments)))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from frugal.common.data.sources import (
     open_shard,
 )
 from frugal.common.errors import InputError
+from frugal.common.exits import exit_politely
 from frugal.common.words import command_words
 
 _THRESHOLDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
@@ -188,13 +189,8 @@ def _describe(found: WordCounts, content: Mapping[str, Any], out: Path) -> list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
-    try:
-        return tyro.cli(
-            count_words, prog="python -m frugal.clipa.word_counts", args=command_words(arguments)
-        )
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    program = "python -m frugal.clipa.word_counts"
+    return exit_politely(lambda: tyro.cli(count_words, prog=program, args=command_words(arguments)))
 
 
 if __name__ == "__main__":

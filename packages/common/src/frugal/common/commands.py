@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,8 +17,9 @@ import tyro
 
 from frugal.common.contracts import ImageReduction, TextReduction
 from frugal.common.errors import InputError, RunStopped
+from frugal.common.exits import of_system
+from frugal.common.launchers import launcher_ranks, work_alone
 from frugal.common.recipe import Recipe, load_recipe
-from frugal.common.run import launcher_ranks
 from frugal.common.words import command_words
 
 Recipes = Mapping[str, Callable[[], Recipe]]
@@ -133,33 +137,80 @@ def without_local_rank(words: list[str]) -> list[str]:
     return kept
 
 
-def run_politely(command: Callable[[], None]) -> NoReturn:
+def run_politely(command: Callable[[], None], *, alone: bool = False) -> NoReturn:
     """Run a command; a user's mistake becomes one sentence and exit code 2.
 
     Every process of a run meets most mistakes alike. The first speaks; the others wait for it,
     and speak only if they are still alive then, which means that the mistake was theirs alone.
+    Ctrl-C and a reader of the output that has gone are no mistakes and need no words.
+
+    Args:
+        command: what to run.
+        alone: it is the work of one process, whatever launchers left in the environment.
     """
+    if alone:
+        work_alone()
     try:
         command()
+        sys.stdout.flush()
     except InputError as error:
         _say(str(error), exit_code=2)
     except RunStopped as stopped:
         _say(str(stopped), exit_code=stopped.exit_code)
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
+    except BrokenPipeError:
+        _leave(128 + signal.SIGPIPE)
+    except OSError as error:
+        if (sentence := of_system(error)) is None:
+            raise
+        _say(sentence, exit_code=2)
+    except Exception as error:
+        words = str(error)
+        if any(part in words for part in _UNWRITTEN):
+            reason = words.strip().partition("\n")[0]
+            _say(
+                f"a file cannot be written ({reason}); make room, or choose another place",
+                exit_code=2,
+            )
+        if not (isinstance(error, RuntimeError) and any(part in words for part in _LOST)):
+            raise
+        _say(
+            "another process of this run has ended, and says why in its own words; the same "
+            "command continues from the last checkpoint",
+            exit_code=1,
+        )
     sys.exit(0)
 
 
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "gloo/transport/tcp",
+    "remote process exited", "ncclRemoteError",
+)  # fmt: skip
+"""In the words of gloo and NCCL when another process is gone."""
+_UNWRITTEN = (
+    "No space left on device (os error",
+    "PytorchStreamWriter failed writing",
+    "os error 27)",
+)
+"""In the words of safetensors and torch.save when a disk is full or a file may not grow."""
+
+
 def _say(sentence: str, *, exit_code: int) -> NoReturn:
-    rank, _, _ = launcher_ranks()
+    try:
+        rank = launcher_ranks().rank
+    except InputError:  # which may be the sentence
+        rank = 0
     if rank > 0:
         time.sleep(5)
-    sys.stderr.write(f"error: {sentence}\n" if exit_code != 143 else f"{sentence}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"error: {sentence}\n" if exit_code != 143 else f"{sentence}\n")
+        sys.stderr.flush()
     # other processes may wait in a collective; leaving without clean-up lets the launcher end them
     _leave(exit_code)
 
 
 def _leave(exit_code: int) -> NoReturn:
-    import os
-
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit(exit_code)

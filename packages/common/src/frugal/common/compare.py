@@ -131,7 +131,7 @@ def main() -> None:
     def command() -> None:
         compare(tyro.cli(Options, args=command_words(), prog="python -m frugal.common.compare"))
 
-    run_politely(command)
+    run_politely(command, alone=True)
 
 
 if __name__ == "__main__":

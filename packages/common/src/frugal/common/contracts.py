@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import logging
@@ -22,6 +22,20 @@ if TYPE_CHECKING:
     from frugal.common.recipe import Recipe
     from frugal.common.reduction.text import Placed
     from frugal.common.run import Run
+
+
+class DamageNote(NamedTuple):
+    """One damaged or repaired sample, as a person finds and understands it."""
+
+    kind: str
+    key: str
+    """Where it is: ``shard/key``, a path or a URL."""
+    detail: str
+    """What is wrong with it, such as an exit status or the words of the decoder."""
+    source: int
+    """Which entry of ``data.train`` it is of."""
+    lost: int
+    """Samples that were lost with it and have no slot in any batch: the rest of its shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +62,11 @@ class Batch:
     """Where each sample comes from: ``shard/key``."""
     damage: dict[str, int] = field(default_factory=dict)
     """Damaged samples of this batch by kind."""
+    damage_notes: list[DamageNote] = field(default_factory=list)
+    """Each of them, with the reason; empty where a stream tells none. Also valid samples that were
+    repaired, of the kind ``repaired``."""
+    sources: dict[int, int] = field(default_factory=dict)
+    """Valid samples by entry of ``data.train``; empty where there is one."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device`` (without waiting, from pinned memory)."""
@@ -60,12 +79,13 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Samples ``start`` to ``stop`` of this batch; damage stays with the whole."""
-        part = {
+        whole: dict[str, Any] = {"damage": {}, "damage_notes": [], "sources": {}}
+        part: dict[str, Any] = {
             f.name: value[start:stop]
             for f in fields(self)
-            if f.name != "damage" and (value := getattr(self, f.name)) is not None
+            if f.name not in whole and (value := getattr(self, f.name)) is not None
         }
-        return replace(self, damage={}, **part)
+        return replace(self, **(whole | part))
 
     def __len__(self) -> int:
         """Samples, damaged ones included."""

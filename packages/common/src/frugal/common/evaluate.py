@@ -33,6 +33,8 @@ def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
     import torch
 
+    from frugal.common.train import join
+
     found = look(options.checkpoint, options.model, options.weights_key)
     options, url = _with_data(options)
     tasks = chosen_tasks(options, found.recipe)
@@ -45,7 +47,7 @@ def evaluate(options: Options) -> None:
     scores: dict[str, float] = {}
     for load, part in found.loads(tasks).items():
         trained = load(recipe)
-        _join(trained.run)
+        join(trained.run)
         scores |= _measure_all(part, trained, found.pretrained, options, url)
         if trained.run.is_main:
             _report_suites(options, scores, _out(options, trained.run), _head(trained))
@@ -84,13 +86,6 @@ def _train_and_measure(word: str, options: Options, recipe: Recipe) -> None:
     )
     asked = {key: getattr(options, key) for key in ("csv", "workers", "device", "precision")}
     evaluate(replace(plain, **asked))
-
-
-def _join(run: Run) -> None:
-    import torch
-
-    if run.world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
 
 
 def _out(options: Options, run: Run) -> Path:

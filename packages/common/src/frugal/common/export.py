@@ -217,7 +217,7 @@ def _command() -> None:
 
 def main() -> None:
     """The body of ``python -m frugal.common.export``."""
-    run_politely(_command)
+    run_politely(_command, alone=True)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def _command() -> None:
 
 def main() -> None:
     """The body of ``python -m frugal.common.import_weights``."""
-    run_politely(_command)
+    run_politely(_command, alone=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.asked import has_text
 from frugal.common.evaluation.config import LinearProbe
 from frugal.common.models.config import DualEncoderConfig, ImageTower
-from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
 if TYPE_CHECKING:
@@ -54,11 +54,12 @@ def load_trained(path: Path, *, device: Literal["auto", "cpu", "cuda"] = "auto")
 
 def _find(path: Path) -> tuple[Checkpoint, Recipe]:
     """A checkpoint and the recipe of its run, with the folder where that lies now."""
-    from frugal.common.checkpoint.store import find_checkpoint
+    from frugal.common.checkpoint.store import find_checkpoint, recipe_of_run
 
     checkpoint = find_checkpoint(path)
     folder = checkpoint.folder.parent.parent
-    recipe = load_recipe(folder / "recipe.json")
+    recipe = recipe_of_run(folder)
+    assert recipe is not None  # it has a checkpoint
     return checkpoint, replace(recipe, run=replace(recipe.run, dir=folder))
 
 

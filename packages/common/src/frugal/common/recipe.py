@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import types
 import typing
@@ -25,6 +24,7 @@ from frugal.common.contracts import (
     PreparedReduction,
 )
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json, reason_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,13 +392,13 @@ def load_recipe(path: Path) -> Recipe:
         InputError: if there is none, or it cannot be read.
     """
     try:
-        encoded = json.loads(path.read_text())
+        encoded = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError(
             f"there is no recipe at {path}; give a run directory's recipe.json"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not a recipe: {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a recipe ({reason_of(error)})") from None
     recipe = from_json(encoded, source=str(path))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{path} does not hold a recipe")
@@ -439,7 +439,14 @@ def with_measured(wanted: Recipe, saved: Recipe) -> Recipe:
     return dataclasses.replace(wanted, reduction=dataclasses.replace(wanted.reduction, image=image))
 
 
-_MAY_CHANGE = ("engine.", "run.", "evaluation", "data.workers")
+_MAY_CHANGE = (
+    "engine.",
+    "run.",
+    "evaluation",
+    "data.workers",
+    "data.max_damaged",
+    "data.timeout_minutes",
+)
 """What a resumed run may do differently: none of it changes the samples or the mathematics."""
 _MUST_STAY = ("engine.accumulate", "engine.ema_decay", "run.seed", "run.start_from")
 

@@ -322,7 +322,8 @@ def main() -> None:
     run_politely(
         lambda: report(
             tyro.cli(Options, args=command_words(), prog="python -m frugal.common.report")
-        )
+        ),
+        alone=True,
     )
 
 

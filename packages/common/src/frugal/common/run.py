@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frugal.common.errors import InputError
+from frugal.common.files import cannot_write
+from frugal.common.launchers import parent_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,24 +35,6 @@ class Run:
     def is_main(self) -> bool:
         """True on the one process that writes files and speaks."""
         return self.rank == 0
-
-
-def launcher_ranks() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as deepspeed, torchrun, accelerate or SLURM announce them."""
-    environment = os.environ
-    if "RANK" in environment:
-        return (
-            int(environment["RANK"]),
-            int(environment.get("WORLD_SIZE", "1")),
-            int(environment.get("LOCAL_RANK", "0")),
-        )
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-        return (
-            int(environment["SLURM_PROCID"]),
-            int(environment["SLURM_NTASKS"]),
-            int(environment.get("SLURM_LOCALID", "0")),
-        )
-    return 0, 1, 0
 
 
 def make_logger(rank: int) -> logging.Logger:
@@ -78,22 +62,14 @@ class LauncherChain:
     def __init__(self) -> None:
         self._links: list[tuple[int, int]] = []
         child = os.getpid()
-        while (parent := _parent(child)) > 1 and _is_launcher(parent):
+        while (parent := parent_of(child)) > 1 and _is_launcher(parent):
             self._links.append((child, parent))
             child = parent
 
     @property
     def is_broken(self) -> bool:
         """True once a launcher has ended before its processes."""
-        return any(_parent(child) != parent for child, parent in self._links)
-
-
-def _parent(pid: int) -> int:
-    try:
-        # the name of the program, in brackets, may hold anything
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
+        return any(parent_of(child) != parent for child, parent in self._links)
 
 
 def _is_launcher(pid: int) -> bool:
@@ -121,7 +97,10 @@ def lock_run_dir(folder: Path, *, patience: float, log: logging.Logger) -> TextI
     Raises:
         InputError: if another run still holds the lock after that.
     """
-    file = (folder / ".lock").open("a")
+    try:
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise cannot_write(folder, error) from None
     deadline = time.monotonic() + patience
     said = False
     while True:

@@ -40,6 +40,7 @@ from frugal.common.data.sources import (
 from frugal.common.data.tars import TarReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
+from frugal.common.exits import exit_politely
 from frugal.common.words import command_words
 
 _PERCENTILES = (0, 5, 50, 95, 100)
@@ -439,16 +440,14 @@ def _say(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit code."""
     commands: dict[str, Callable[..., int]] = {"index": index, "check": check, "convert": convert}
-    try:
-        return tyro.extras.subcommand_cli_from_dict(
+    return exit_politely(
+        lambda: tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="python -m frugal.common.shards",
             args=command_words(arguments),
             sort_subcommands=False,
         )
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from frugal.common.commands import Recipes, read_command_line, run_politely
 from frugal.common.contracts import Batch, PreparedReduction
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object, write_json
+from frugal.common.files import raise_open_files_limit, read_json_object, write_json
+from frugal.common.launchers import Ranks, launcher_ranks, meet, settle
 from frugal.common.recipe import (
     Recipe,
     difference,
@@ -26,7 +28,7 @@ from frugal.common.recipe import (
     to_json,
     with_measured,
 )
-from frugal.common.run import Run, launcher_ranks, lock_run_dir, make_logger
+from frugal.common.run import Run, lock_run_dir, make_logger
 
 if TYPE_CHECKING:
     from io import TextIOWrapper
@@ -60,6 +62,7 @@ def train_recipe(recipe: Recipe) -> None:
         RunStopped: if the run ended early for a reason that is no bug.
     """
     assert recipe.run.dir is not None
+    make_logger(launcher_ranks().rank)
     recipe = _check_run_dir(recipe)
     from frugal.common.checkpoint.store import CheckpointStore
     from frugal.common.checkpoint.warm_start import warm_start
@@ -100,6 +103,7 @@ def train_recipe(recipe: Recipe) -> None:
         state=_stream_state(recipe, run, state.get("stream", [])),
         engine=engine,
     )
+    evaluated = gather_values(_last_evaluated(recipe, run), run.world_size)[0]
     if first_step < recipe.steps:
         keep_contents(
             run,
@@ -113,7 +117,7 @@ def train_recipe(recipe: Recipe) -> None:
         patience=min(DamageCounter.patience, stream.epoch_samples),
     )
     damage.load_state(state.get("damage", {}))
-    _write_run_files(recipe, run, engine)
+    _write_run_files(recipe, run, engine, begins=checkpoint is None)
     if run.is_main and lock is None:
         lock = lock_run_dir(run.dir, patience=0.0, log=run.log)
     watch = Watch(run, first_step=first_step, steps=recipe.steps)
@@ -127,7 +131,7 @@ def train_recipe(recipe: Recipe) -> None:
         watch=watch,
         average=average,
         evaluate=lambda step: evaluate_all(recipe, run, engine, average, watch, step),
-        evaluated=gather_values(_last_evaluated(recipe, run), run.world_size)[0],
+        evaluated=evaluated,
         draw=lambda batch, step: _draw(batch, step, engine, watch),
         first_step=first_step,
         seconds=state.get("seconds", 0.0),
@@ -210,20 +214,29 @@ def _first_views(recipe: Recipe, run: Run, engine: Engine, *, images: int) -> It
 
 def _check_run_dir(recipe: Recipe) -> Recipe:
     """The recipe, completed from the run that is in its directory; refuses another run's."""
-    assert recipe.run.dir is not None
-    saved = recipe.run.dir / "recipe.json"
-    if recipe.run.dir.exists() and not recipe.run.dir.is_dir():
-        raise InputError(f"run.dir {recipe.run.dir} is a file; give a folder")
-    if not saved.exists():
+    from frugal.common.checkpoint.store import recipe_of_run
+
+    folder = recipe.run.dir
+    assert folder is not None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run.dir {folder} is a file; give a folder")
+    before = recipe_of_run(folder)
+    if before is None:
+        if (folder / "recipe.json").exists():
+            logging.getLogger("frugal").info(
+                "%s holds what a run left that never wrote a checkpoint; it is replaced", folder
+            )
         return recipe
-    before = load_recipe(saved)
     recipe = with_measured(recipe, before)
     changes = difference(before, recipe)
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        remedy = "or give the same recipe to continue that run"
+        if changes[0].startswith("schedule."):
+            remedy = f"with --run.start-from {folder} to train on from its weights"
         raise InputError(
-            f"{recipe.run.dir} holds a run of another recipe ({changes[0]}{more}); choose another "
-            "--run.dir, or give the same recipe to continue that run"
+            f"{folder} holds a run of another recipe ({changes[0]}{more}); choose another "
+            f"--run.dir, {remedy}"
         )
     return recipe
 
@@ -236,14 +249,16 @@ def open_run(recipe: Recipe) -> Run:
     """
     import torch
 
-    rank, world_size, local_rank = launcher_ranks()
+    log = make_logger(launcher_ranks().rank)
+    rank, world_size, local_rank = settle(log)
+    raise_open_files_limit()  # what loader processes hand over takes a file each
     device = _device(recipe, local_rank)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
         torch.set_num_threads(recipe.engine.threads or _threads(on_this_machine))
     assert recipe.run.dir is not None
-    return Run(recipe.run.dir, rank, world_size, local_rank, device, make_logger(rank))
+    return Run(recipe.run.dir, rank, world_size, local_rank, device, log)
 
 
 def _threads(processes: int) -> int:
@@ -276,8 +291,26 @@ def _device(recipe: Recipe, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def join(run: Run) -> None:
+    """Meet the other processes of a run, where there are any.
+
+    Raises:
+        InputError: if some do not come.
+    """
+    backend = "nccl" if run.device.type == "cuda" else "gloo"
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if run.device.type == "cuda" and shards:
+        backend = "cuda:nccl,cpu:gloo"  # as Accelerate has it, where parts may be on the host
+    meet(Ranks(run.rank, run.world_size, run.local_rank), backend, run.log)
+
+
 def make_engine(objective: Any, recipe: Recipe, run: Run) -> Engine:
-    """DeepSpeed if the recipe names a file for it, else Accelerate."""
+    """DeepSpeed if the recipe names a file for it, else Accelerate; all processes have met then.
+
+    Raises:
+        InputError: if some processes do not come.
+    """
+    join(run)
     if recipe.engine.deepspeed_config is not None:
         from frugal.common.engine.deepspeed_backend import DeepSpeedEngine
 
@@ -287,18 +320,29 @@ def make_engine(objective: Any, recipe: Recipe, run: Run) -> Engine:
     return AccelerateEngine(objective, recipe, run)
 
 
-def _write_run_files(recipe: Recipe, run: Run, engine: Engine) -> None:
-    """recipe.json, environment.json and the tokenizer; the recipe only where none stands."""
+def _write_run_files(recipe: Recipe, run: Run, engine: Engine, *, begins: bool) -> None:
+    """recipe.json, environment.json and the tokenizer.
+
+    A run that goes on keeps its recipe; what one left that never wrote a checkpoint is replaced.
+    """
     if not run.is_main:
         return
-    run.dir.mkdir(parents=True, exist_ok=True)
     environment = _environment(run, engine)
-    (run.dir / "environment.json").write_text(json.dumps(environment, indent=2))
+    write_json(run.dir / "environment.json", environment)
     save_tokenizer = getattr(recipe.data, "save_tokenizer", None)
     if save_tokenizer is not None:
         save_tokenizer(run.dir / "tokenizer")
-    if not (run.dir / "recipe.json").exists():
-        (run.dir / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2))
+    path = run.dir / "recipe.json"
+    if begins or not _is_recipe(path):
+        write_json(path, to_json(recipe))
+
+
+def _is_recipe(path: Path) -> bool:
+    try:
+        load_recipe(path)
+    except InputError:
+        return False
+    return True
 
 
 def _environment(run: Run, engine: Engine) -> dict[str, Any]:
@@ -389,7 +433,12 @@ def evaluate_all(
         if not (numbers := results[task.name]):
             continue  # this evaluation was given no data
         head = {"step": step, "samples": step * recipe.batch_size, "data": _data_of(task)}
-        write_json(run.dir / "evaluation" / f"{task.name}.json", {**head, **numbers})
+        try:
+            write_json(run.dir / "evaluation" / f"{task.name}.json", {**head, **numbers})
+        except InputError as error:
+            if step == recipe.steps:
+                raise
+            run.log.warning("%s; training goes on", error)
         watch.numbers(step, numbers)
     return together
 
@@ -402,7 +451,7 @@ def _last_evaluated(recipe: Recipe, run: Run) -> float:
     """
     steps: list[float] = [math.inf]  # none is given data: nothing is missed
     saved = run.dir / "recipe.json"
-    first = load_recipe(saved).evaluation if saved.exists() else ()
+    first = load_recipe(saved).evaluation if _is_recipe(saved) else ()
     trained_on = {task.name: _data_of(task) for task in first}
     for number, task in enumerate(recipe.evaluation):
         if task.folder() is None:

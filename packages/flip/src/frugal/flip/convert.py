@@ -273,7 +273,7 @@ def main() -> None:
         options = tyro.cli(Options, args=command_words(), prog="python -m frugal.flip.convert")
         convert(options, make_logger(0))
 
-    run_politely(command)
+    run_politely(command, alone=True)
 
 
 if __name__ == "__main__":

@@ -251,7 +251,8 @@ def main() -> None:
     run_politely(
         lambda: convert(
             tyro.cli(Options, args=command_words(), prog="python -m frugal.milan.convert")
-        )
+        ),
+        alone=True,
     )
 
 

@@ -23,7 +23,7 @@ from frugal.common.data.image_walk import image_files
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import read_lines, reason_of
+from frugal.common.files import read_lines, reason_of, refuse_exhaustion
 
 _LOG = logging.getLogger("frugal")
 IGNORED = 255
@@ -92,7 +92,8 @@ class MaskedFolder:
             encoded = self.image_path(index).read_bytes()
             encoded_mask = self.mask_path(index).read_bytes()
         except OSError as error:
-            raise Damaged("unreadable", str(error)) from None
+            refuse_exhaustion(error)
+            raise Damaged("unreadable", reason_of(error)) from None
         image, mask = open_image(encoded), _decode_mask(encoded_mask)
         if fault := self._fault(index, image, mask, num_classes):
             raise Misfit(fault)

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from frugal.common.contracts import Show
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import Window, resize_window
+from frugal.common.data.loader import Loader
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating
 from frugal.common.evaluation.pictures import example_places
@@ -312,9 +313,7 @@ class _Pictures(Dataset[dict[str, Any]]):
     def of(self, ranks: Ranks, *, workers: int) -> Iterator[tuple[int, list[Tensor], Tensor]]:
         """This process's part: the place, the views and the labels of one picture after another."""
         places = range(ranks.rank, len(self._data), ranks.world_size)
-        for fields in DataLoader(self, sampler=places, batch_size=None, num_workers=workers):
-            if "mistake" in fields:
-                raise InputError(fields["mistake"])
+        for fields in Loader(self, sampler=places, workers=workers):
             yield fields["place"], fields["views"], fields["labels"]
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from frugal.common.contracts import Stream
+from frugal.common.contracts import DamageNote, Stream
+from frugal.common.data.agreement import check_same_data
 from frugal.common.data.contents import Part, digest_of
-from frugal.common.data.damage import Damaged
+from frugal.common.data.damage import Damaged, note_of
 from frugal.common.data.order import GlobalOrder
 from frugal.common.data.stream import IndexedStream, Share
 from frugal.common.errors import InputError
@@ -32,6 +33,8 @@ def build_stream(data: SegmentationData, recipe: Recipe, run: Run, *, first_samp
     """See :meth:`frugal.milan.segmentation_data.SegmentationData.build`."""
     folders = open_folders(data, num_classes=recipe.model.num_classes)
     counts = [len(folder) for folder in folders]
+    contents = [[Part(".", len(folder), digest_of(folder.names))] for folder in folders]
+    check_same_data(contents, run)
     order = GlobalOrder(counts, seed=recipe.run.seed, window=len(counts))
     run.log.info("data: %s pictures with masks", f"{order.samples:,}")
     samples = MaskedCrops(
@@ -54,7 +57,7 @@ def build_stream(data: SegmentationData, recipe: Recipe, run: Run, *, first_samp
         epoch_samples=order.samples,
         workers=data.workers,
         pin_memory=run.device.type == "cuda",
-        contents=[[Part(".", len(folder), digest_of(folder.names))] for folder in folders],
+        contents=contents,
     )
 
 
@@ -122,6 +125,8 @@ class MaskedCrops(Dataset[dict[str, Any]]):
         valid = np.zeros(len(numbers), np.bool_)
         keys: list[str] = []
         damage: Counter[str] = Counter()
+        notes: list[DamageNote] = []
+        sources: Counter[int] = Counter()
         places = zip(*(found.tolist() for found in self._order.locate(numbers)), strict=True)
         for slot, (shard, index) in enumerate(places):
             folder = self._folders[shard]
@@ -129,8 +134,10 @@ class MaskedCrops(Dataset[dict[str, Any]]):
             try:
                 images[slot], labels[slot] = self._crop(folder, index, int(numbers[slot]))
                 valid[slot] = True
+                sources[shard] += 1
             except Damaged as damaged:
                 damage[damaged.kind] += 1
+                notes.append(note_of(keys[-1], damaged, source=shard))
         return {
             "images": torch.from_numpy(images),
             "labels": torch.from_numpy(labels),
@@ -138,6 +145,8 @@ class MaskedCrops(Dataset[dict[str, Any]]):
             "valid": torch.from_numpy(valid),
             "keys": keys,
             "damage": dict(damage),
+            "damage_notes": notes,
+            "sources": dict(sources),
         }
 
     def _crop(self, folder: MaskedFolder, index: int, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,9 @@ writing is spread over the processes, so that none ever holds all moments of a l
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -30,9 +32,12 @@ from torch import Tensor
 
 from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, find_tensors
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json, reason_of, write_file
 from frugal.common.models.finite import refuse_not_finite_parts
+from frugal.common.recipe import Recipe, from_json, load_recipe
 from frugal.common.run import Run
 
+_LOG = logging.getLogger("frugal")
 FORMAT = 1
 BEST = "best.json"
 """Beside the checkpoints, names the one with the highest number of an evaluation."""
@@ -132,24 +137,29 @@ class CheckpointStore:
         rank, world_size = self.run.rank, self.run.world_size
         final = self.folder / _name(state["step"])
         aside = _aside(final)
+        path = aside / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
+        try:
+            # nobody writes before the folder is there
+            _refuse(gather(_attempt(_make_anew, aside) if self.run.is_main else ""), final)
+            files = gather(_write_file(path, tensors))
+            _refuse_failures(files, final)
+            failure = ""
+            if self.run.is_main:
+                failure = _attempt(_complete, aside, final, state, files)
+            _refuse(gather(failure), final)  # nobody trains on before the checkpoint counts
+        except InputError:
+            if self.run.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
         if self.run.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        gather(None)  # nobody writes before the folder is there
-        entry = _write_file(aside / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors", tensors)
-        files = gather(entry)
-        _refuse_failures(files, final)
-        if self.run.is_main:
-            _complete(aside, final, state, files)
             self._remove_old()
-        gather(None)  # nobody trains on before the checkpoint counts
         return final
 
     def _remove_old(self) -> None:
         best = _read_best(self.folder)
         for folder in self.whole()[: -self.keep]:
             if folder.name != best.get("checkpoint"):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
         for leftover in self.folder.glob(".*.writing"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -164,7 +174,7 @@ class CheckpointStore:
         if math.isnan(value) or not beaten:
             return False
         best = {"checkpoint": _name(step), "number": number, "value": value}
-        _write_synced(self.folder / BEST, json.dumps(best) + "\n")
+        write_file(self.folder / BEST, json.dumps(best) + "\n")
         return True
 
     def whole(self) -> list[Path]:
@@ -233,17 +243,31 @@ def _save_alone(
     """A checkpoint of one file without optimiser state; ``write`` says what went wrong."""
     final = folder / _name(step)
     aside = _aside(final)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     path = aside / "tensors-00000-of-00001.safetensors"
-    files = [_entry(path, names, failure=write(path))]
+    state = {"step": step, "weights_only": True}
     try:
+        _refuse([_attempt(_make_anew, aside)], final)
+        files = [_entry(path, names, failure=write(path))]
         _refuse_failures(files, final)
+        _refuse([_attempt(_complete, aside, final, state, files)], final)
     except InputError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _complete(aside, final, {"step": step, "weights_only": True}, files)
     return final
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _attempt(action: Callable[..., None], *arguments: Any) -> str:
+    """Do something with files; what went wrong, or nothing."""
+    try:
+        action(*arguments)
+    except (OSError, InputError) as error:
+        return reason_of(error)
+    return ""
 
 
 def _name(step: int) -> str:
@@ -272,8 +296,12 @@ def _entry(path: Path, names: Iterable[str], *, failure: str) -> dict[str, Any]:
 
 
 def _refuse_failures(files: list[dict[str, Any]], final: Path) -> None:
-    failed = [failure for file in files if (failure := file.pop("failure"))]
-    if failed:
+    _refuse([file.pop("failure") for file in files], final)
+
+
+def _refuse(failures: Iterable[str], final: Path) -> None:
+    """Stop, on every process alike, if any of them failed."""
+    if failed := [failure for failure in failures if failure]:
         raise InputError(
             f"the checkpoint of step {int(final.name.removeprefix('step_'))} could not be written "
             f"to {final.parent}: {failed[0]}; older checkpoints are untouched"
@@ -283,11 +311,11 @@ def _refuse_failures(files: list[dict[str, Any]], final: Path) -> None:
 def _complete(aside: Path, final: Path, state: dict[str, Any], files: list[dict[str, Any]]) -> None:
     """Make a checkpoint whose files are written the newest one."""
     whole = state | {"format": FORMAT, "files": files}
-    _write_synced(aside / "state.json", json.dumps(whole, indent=1))
+    write_file(aside / "state.json", json.dumps(whole, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     _sync_folder(final.parent)
-    _write_synced(final.parent / "latest", final.name + "\n")
+    write_file(final.parent / "latest", final.name + "\n")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -303,7 +331,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
                     if not found.equal(expected) and not expected.isnan().any():
                         return f"{path.name}: {name} reads back differently"
     except (OSError, SafetensorError) as error:
-        return f"{path.name}: {error}"
+        return f"{path.name}: {reason_of(error)}"
     return ""
 
 
@@ -342,14 +370,6 @@ def _sync_folder(path: Path) -> None:
     os.close(descriptor)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text)
-    _sync(aside)
-    aside.replace(path)
-
-
 def _read_best(folder: Path) -> dict[str, Any]:
     """What ``best.json`` says of a checkpoint that is still there; {} otherwise."""
     try:
@@ -360,14 +380,54 @@ def _read_best(folder: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint that ``latest`` points at, or the newest whole one."""
-    pointer = folder / "latest"
-    names = [pointer.read_text().strip()] if pointer.exists() else []
-    names += sorted((f.name for f in folder.glob("step_*")), reverse=True)
+    """The checkpoint that ``latest`` points at, or the newest whole one.
+
+    One that is damaged is passed over, and that is said.
+
+    Raises:
+        InputError: if all are damaged.
+    """
+    names = sorted((f.name for f in folder.glob("step_*") if f.is_dir()), reverse=True)
+    with contextlib.suppress(OSError):
+        pointed = (folder / "latest").read_bytes().strip().decode("utf-8", "replace")
+        names.sort(key=lambda name: name != pointed)
+    damage: list[InputError] = []
     for name in names:
-        if (folder / name / "state.json").exists():
-            return open_checkpoint(folder / name)
+        if not any((folder / name).iterdir()):
+            continue
+        try:
+            found = open_checkpoint(folder / name)
+        except InputError as error:
+            damage.append(error)
+            continue
+        for passed in damage:
+            _LOG.warning("%s: taking %s", passed, found.folder)
+        return found
+    if damage:
+        raise damage[0]
     return None
+
+
+def recipe_of_run(folder: Path) -> Recipe | None:
+    """The recipe that the run in a directory was trained with; None before its first checkpoint.
+
+    Where ``recipe.json`` is gone or damaged it is that of the newest checkpoint, and that is said.
+
+    Raises:
+        InputError: if no recipe can be read.
+    """
+    checkpoints = [f for f in (folder / "checkpoints").glob("step_*") if any(f.iterdir())]
+    if not checkpoints:
+        return None
+    path = folder / "recipe.json"
+    try:
+        return load_recipe(path)
+    except InputError as error:
+        newest = newest_checkpoint(folder / "checkpoints")
+        if newest is None or "recipe" not in newest.state:
+            raise
+        _LOG.warning("%s: taking the recipe of %s", error, newest.folder)
+        return from_json(newest.state["recipe"], source=str(newest.folder / "state.json"))
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -398,11 +458,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         InputError: naming the file that is missing, truncated or altered.
     """
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = parse_json((folder / "state.json").read_bytes())
         files = state["files"]
-    except (OSError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else reason_of(error)
         raise InputError(
-            f"{folder / 'state.json'} is damaged ({error}); use an older checkpoint"
+            f"{folder / 'state.json'} is damaged ({reason}); use an older checkpoint"
         ) from None
     if state.get("format") != FORMAT:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,9 @@ class StoredData(DataConfig):
     """Read with replacement, this many samples to an epoch; the only way to read URLs."""
     workers: int = 4
     """Loader processes per process of the run; 0 loads in the process itself."""
+    timeout_minutes: float = 10.0
+    """Without any data for so long the run ends with a sentence. A URL or command that gives
+    nothing for half as long counts as a damaged shard."""
 
     if TYPE_CHECKING:  # fields of one kind of data, and the same for all data of another
 
@@ -54,6 +58,10 @@ class StoredData(DataConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"data.{name} is {value}, must be at least {least}")
+        if not 0 < self.timeout_minutes < math.inf:
+            raise InputError(
+                f"data.timeout_minutes is {self.timeout_minutes}, must be a number above 0"
+            )
         if not 0 <= self.max_damaged <= 1:
             raise InputError(f"data.max_damaged is {self.max_damaged}, must lie between 0 and 1")
         if self.weights and len(self.weights) != len(self.train):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
+from frugal.common.contracts import DamageNote
 from frugal.common.errors import InputError
 
 Kind = Literal[
@@ -24,12 +27,34 @@ caption that is not UTF-8.
 """
 
 
+REPAIRED = "repaired"
+"""In place of a kind: a sample that is used, though a part of it could not be read and another was
+taken for it."""
+_OBJECT = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")
+
+
 class Damaged(Exception):  # noqa: N818 - a state of the sample, not an error of the program
     """One sample cannot be used; the run goes on without it."""
 
-    def __init__(self, kind: Kind, detail: str = "") -> None:
+    def __init__(self, kind: Kind, detail: str = "", *, lost: int = 0) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
+        self.detail = detail
+        self.lost = lost
+        """Samples that are lost with this one: the rest of a shard."""
+
+
+def note_of(key: str, damaged: Damaged, *, source: int = 0) -> DamageNote:
+    """What a batch tells of a damaged sample.
+
+    Args:
+        key: where it is.
+        damaged: what is wrong with it.
+        source: the entry of ``data.train`` that it is of.
+    """
+    # libraries put objects into their words: cannot identify image file <_io.BytesIO ... at 0x..>
+    detail = _OBJECT.sub("", damaged.detail).strip()
+    return DamageNote(damaged.kind, key, detail, source, damaged.lost)
 
 
 @dataclass
@@ -45,6 +70,17 @@ class DamageCounter:
     """Samples to read before the fraction is judged."""
     read: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
+    """Samples that were lost with parts of shards and took no slot of a batch."""
+    repaired: int = 0
+    """Samples trained on of which a part could not be read and another was taken for it."""
+    trained_of: dict[int, int] = field(default_factory=dict)
+    """Samples trained on by entry of ``data.train``; empty where there is one."""
+    damaged_of: dict[int, int] = field(default_factory=dict)
+    """Damaged and lost samples by entry of ``data.train``."""
+    notes: dict[tuple[str, int], DamageNote] = field(default_factory=dict)
+    """The first sample of each kind and entry that was damaged, or repaired, since this process
+    started."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_damaged <= 1:
@@ -58,34 +94,149 @@ class DamageCounter:
         """Damaged samples of every kind."""
         return sum(self.kinds.values())
 
-    def add(self, damage: Mapping[str, int], samples: int) -> None:
-        """Count one batch of ``samples`` samples, the damaged ones included."""
+    def add(
+        self,
+        damage: Mapping[str, int],
+        samples: int,
+        *,
+        notes: Iterable[DamageNote] = (),
+        sources: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """Count one batch of ``samples`` samples, the damaged ones included.
+
+        Args:
+            damage: damaged samples by kind.
+            samples: all of them.
+            notes: what is known of the damaged ones, and of those that were repaired.
+            sources: valid samples by entry of ``data.train``.
+        """
         self.read += samples
-        for kind, count in damage.items():
-            self.kinds[kind] = self.kinds.get(kind, 0) + count
+        _add(self.kinds, damage)
+        _add(self.trained_of, sources)
+        for note in notes:
+            self.notes.setdefault((note.kind, note.source), note)
+            if note.kind == REPAIRED:
+                self.repaired += 1
+                continue
+            self.lost += note.lost
+            _add(self.damaged_of, {note.source: 1 + note.lost})
+
+    def add_counter(self, other: DamageCounter) -> list[DamageNote]:
+        """Count what another process counted; what it was the first to meet is returned."""
+        self.read += other.read
+        self.lost += other.lost
+        self.repaired += other.repaired
+        _add(self.kinds, other.kinds)
+        _add(self.trained_of, other.trained_of)
+        _add(self.damaged_of, other.damaged_of)
+        new = [note for place, note in other.notes.items() if place not in self.notes]
+        self.notes = other.notes | self.notes
+        return new
+
+    def shares(self) -> dict[int, float]:
+        """Fraction of the samples trained on by entry of ``data.train``; {} where there is one."""
+        total = sum(self.trained_of.values())
+        entries = sorted(self.trained_of.keys() | self.damaged_of.keys())
+        return {n: self.trained_of.get(n, 0) / total for n in entries} if total else {}
+
+    @property
+    def is_too_much(self) -> bool:
+        """Whether at least ``patience`` samples were read and too many of them were damaged.
+
+        Samples that were lost with parts of shards count as read and damaged.
+        """
+        read, damaged = self.read + self.lost, self.damaged + self.lost
+        return read >= self.patience and damaged > self.max_damaged * read
+
+    def sentence(self, remedy: str = "") -> str:
+        """Why a run with too much damage stops; ``remedy`` follows how to raise the limit."""
+        lost = f" and {self.lost} more were lost with parts of shards" if self.lost else ""
+        return (
+            f"{self.damaged} of the {self.read} samples read so far are damaged ({self.listing()})"
+            f"{lost}, more than data.max_damaged = {self.max_damaged} allows; look at the shards "
+            "with `python -m frugal.common.shards check` (shards that were replaced need a new "
+            "index), or raise the limit with --data.max-damaged" + remedy
+        )
 
     def check(self) -> None:
         """Stop the run if too much was damaged.
 
         Raises:
-            InputError: if at least ``patience`` samples were read and more than ``max_damaged``
-                of them were damaged.
+            InputError: if it :attr:`is_too_much`.
         """
-        if self.read < self.patience or self.damaged <= self.max_damaged * self.read:
-            return
-        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items()))
-        raise InputError(
-            f"{self.damaged} of the {self.read} samples read so far are damaged ({kinds}), more "
-            f"than data.max_damaged = {self.max_damaged} allows; look at the shards with `python "
-            "-m frugal.common.shards check` (shards that were replaced need a new index), or "
-            "raise the limit"
-        )
+        if self.is_too_much:
+            raise InputError(self.sentence())
+
+    def listing(self) -> str:
+        """Damaged samples by kind, in words."""
+        return ", ".join(f"{kind} {count}" for kind, count in sorted(self.kinds.items()))
+
+    def describe(self, sources: Sequence[str]) -> str:
+        """One line of what is damaged so far, of which entry of ``data.train``.
+
+        Args:
+            sources: the entries of ``data.train``.
+        """
+        share = (self.damaged + self.lost) / max(self.read + self.lost, 1)
+        line = f"{self.damaged} of {self.read} samples damaged so far ({self.listing()})"
+        if self.lost:
+            line += f", and {self.lost} lost with parts of shards"
+        line += f": {share:.2%}"
+        if self.repaired:
+            line += f"; {self.repaired} repaired"
+        if len(sources) > 1:
+            parts = [
+                f"{sources[n]}: {self.damaged_of.get(n, 0)} damaged, "
+                f"{fraction:.1%} of what is trained on"
+                for n, fraction in self.shares().items()
+                if n < len(sources)
+            ]
+            line += f" ({'; '.join(parts)})" if parts else ""
+        return line
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (JSON)."""
-        return {"read": self.read, "kinds": dict(self.kinds)}
+        found: dict[str, Any] = {"read": self.read, "kinds": dict(self.kinds)}
+        if self.lost:
+            found["lost"] = self.lost
+        if self.repaired:
+            found["repaired"] = self.repaired
+        for name, counts in (("trained_of", self.trained_of), ("damaged_of", self.damaged_of)):
+            if counts:
+                found[name] = {str(entry): count for entry, count in sorted(counts.items())}
+        return found
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue counting where :meth:`state` was taken; an empty state starts at zero."""
         self.read = int(state.get("read", 0))
+        self.lost = int(state.get("lost", 0))
+        self.repaired = int(state.get("repaired", 0))
         self.kinds = {str(kind): int(count) for kind, count in state.get("kinds", {}).items()}
+        self.trained_of = {int(n): int(count) for n, count in state.get("trained_of", {}).items()}
+        self.damaged_of = {int(n): int(count) for n, count in state.get("damaged_of", {}).items()}
+
+    def clear(self) -> None:
+        """Start at zero."""
+        self.load_state({})
+        self.notes = {}
+
+
+def warning(note: DamageNote, sources: Sequence[str]) -> str:
+    """What a person is told of the first damage of a kind, or of the first repair."""
+    detail = f": {note.detail}" if note.detail else ""
+    lost = f", with it about {note.lost} more samples of its shard" if note.lost else ""
+    where = f" (of {sources[note.source]})" if len(sources) > 1 else ""
+    if note.kind == REPAIRED:
+        return (
+            f"repaired sample {note.key}{where}: its caption is of another field than the first"
+            f"{detail}; others like it are too: the counts are in the log"
+        )
+    return (
+        f"damaged sample {note.key}{where}: {note.kind}{detail}{lost}; it is left out, and so is "
+        "what follows like it: the counts are in the log"
+    )
+
+
+def _add(counts: dict[Any, int], more: Mapping[Any, int]) -> None:
+    for name, count in more.items():
+        counts[name] = counts.get(name, 0) + count

@@ -17,7 +17,7 @@ from frugal.common.data.lists_beside import refuse_lists, refuse_texts_of_images
 from frugal.common.data.passed_over import PassedOver, shortened
 from frugal.common.data.samples import Fields, RawSample, StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of
+from frugal.common.files import reason_of, refuse_exhaustion
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class FileList:
         try:
             image = Path(self.base, file).read_bytes()
         except (OSError, ValueError) as error:  # the latter for a NUL in its name
+            refuse_exhaustion(error)
             raise Damaged("unreadable", reason_of(error)) from None
         return RawSample(
             image=image,

@@ -100,6 +100,7 @@ class ShardIndex:
         try:
             content = os.pread(descriptor, length, int(self.offsets[member]))
         except OSError as error:
+            refuse_exhaustion(error)
             raise Damaged("unreadable", reason_of(error)) from None
         if len(content) < length:
             raise Damaged("truncated", f"{len(content)} of {length} bytes")

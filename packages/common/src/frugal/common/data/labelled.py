@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from frugal.common.data.class_folders import find_objectnet, read_class_names
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import as_bytes
 from frugal.common.data.folders import FileList
 from frugal.common.data.index import load_index
+from frugal.common.data.loader import Loader
 from frugal.common.data.pairs import Shelf
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields, RawSample, Reader, decode_classes
@@ -172,10 +173,7 @@ class _Images(Dataset[dict[str, Any]]):
             range(at, min(at + batch_size, own.stop))
             for at in range(own.start, own.stop, batch_size)
         ]
-        loader = DataLoader(self, sampler=parts, batch_size=None, num_workers=workers)
-        for fields in loader:
-            if "mistake" in fields:
-                raise InputError(fields["mistake"])
+        for fields in Loader(self, sampler=parts, workers=workers):
             self._contents[fields["places"]] = fields["contents"]
             yield fields
 

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from frugal.common.contracts import TextReduction
-from frugal.common.data.damage import Damaged
+from frugal.common.contracts import DamageNote, TextReduction
+from frugal.common.data.damage import REPAIRED, Damaged, note_of
 from frugal.common.data.grouping import describe_members
 from frugal.common.data.order import Order
-from frugal.common.data.repairs import FIELD
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard
 from frugal.common.data.tokenizers import text_length
 from frugal.common.data.transforms import Augmentation
@@ -28,11 +27,25 @@ _OPEN_SHARDS = 64
 class Shelf:
     """Many shards, of which this process keeps a few open."""
 
-    def __init__(self, shards: Sequence[Shard], fields: Fields) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], fields: Fields, *, sources: Sequence[int] = ()
+    ) -> None:
+        """Read shards.
+
+        Args:
+            shards: by number.
+            fields: where images and captions are in a sample.
+            sources: the entry of ``data.train`` that each shard is of; all of the first by default.
+        """
         self._shards = shards
         self._fields = fields
+        self._sources = sources
         self._readers: OrderedDict[int, Reader] = OrderedDict()
         raise_open_files_limit()
+
+    def again(self) -> Shelf:
+        """The same shards with files of their own, to be read at the same time."""
+        return Shelf(self._shards, self._fields, sources=self._sources)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_readers": OrderedDict()}
@@ -60,6 +73,10 @@ class Shelf:
     def name(self, shard: int) -> str:
         """The path of a shard."""
         return self._shards[shard].name
+
+    def source(self, shard: int) -> int:
+        """The entry of ``data.train`` that a shard is of."""
+        return self._sources[shard] if self._sources else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +139,8 @@ class BatchBuilder:
     """(B,) int64."""
     keys: list[str] = field(default_factory=list)
     damage: Counter[str] = field(default_factory=Counter)
-    repaired: list[tuple[str, str]] = field(default_factory=list)
-    """Keys of valid samples, and what is wrong with a part of them that was passed over."""
+    notes: list[DamageNote] = field(default_factory=list)
+    sources: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         count, preparation = len(self.numbers), self.preparation
@@ -139,8 +156,11 @@ class BatchBuilder:
         if preparation.num_classes is not None:
             self.labels = np.zeros(count, np.int64)
 
-    def add(self, key: str, raw: RawSample) -> None:
-        """Prepare a sample and put it into the next slot; raises ``Damaged`` if it cannot be."""
+    def add(self, key: str, raw: RawSample, *, source: int = 0) -> None:
+        """Prepare a sample and put it into the next slot; raises ``Damaged`` if it cannot be.
+
+        ``source`` is the entry of ``data.train`` that it comes from.
+        """
         slot = len(self.keys)
         number = int(self.numbers[slot])
         tokens: list[int] | Placed | None = None
@@ -154,8 +174,9 @@ class BatchBuilder:
             self._add_text(slot, tokens)
         self.valid[slot] = True
         self.keys.append(key)
+        self.sources[source] += 1
         if raw.repaired:
-            self.repaired.append((key, raw.repaired))
+            self.notes.append(DamageNote(REPAIRED, key, raw.repaired, source, 0))
 
     def _add_text(self, slot: int, tokens: list[int] | Placed) -> None:
         ids = tokens.ids if isinstance(tokens, Placed) else tokens
@@ -172,19 +193,22 @@ class BatchBuilder:
             self.labels = np.full(len(self.numbers), -1, np.int64)
         self.labels[slot] = label
 
-    def skip(self, key: str, damaged: Damaged) -> None:
+    def skip(self, key: str, damaged: Damaged, *, source: int = 0) -> None:
         """Leave the next slot empty."""
         self.keys.append(key)
         self.damage[damaged.kind] += 1
+        self.notes.append(note_of(key, damaged, source=source))
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a ``Batch``, and what was repaired, for :class:`Repairs`."""
+        """The fields of a ``Batch``."""
         fields: dict[str, Any] = {
             "images": torch.from_numpy(self.images),  # (B, 3, H, W)
             "sample_numbers": torch.from_numpy(self.numbers),  # (B,)
             "valid": torch.from_numpy(self.valid),  # (B,)
             "keys": self.keys,
             "damage": dict(self.damage),
+            "damage_notes": self.notes,
+            "sources": dict(self.sources),
         }
         if self.preparation.tokenizer is not None:
             fields["token_ids"] = torch.from_numpy(self.token_ids)  # (B, T)
@@ -195,8 +219,6 @@ class BatchBuilder:
             slots = self.positions.shape[1]
             fields["token_ids"] = fields["token_ids"][:, :slots].contiguous()  # (B, K)
             fields["text_positions"] = torch.from_numpy(self.positions)  # (B, K)
-        if self.repaired:
-            fields[FIELD] = self.repaired
         return fields
 
 
@@ -231,12 +253,13 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
         for number, shard, index in zip(
             numbers.tolist(), shards.tolist(), indices.tolist(), strict=True
         ):
-            key = f"{self._shelf.name(shard)}/{index}"
+            key, source = f"{self._shelf.name(shard)}/{index}", self._shelf.source(shard)
             try:
                 reader = self._shelf.reader(shard)
                 key = reader.key(index)
                 raw = reader.read(index)
-                builder.add(key, raw if self._choose is None else self._choose(raw, number))
+                raw = raw if self._choose is None else self._choose(raw, number)
+                builder.add(key, raw, source=source)
             except Damaged as damaged:
-                builder.skip(key, damaged)
+                builder.skip(key, damaged, source=source)
         return builder.fields()

@@ -28,7 +28,7 @@ from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.tars import TarShard, index_tar
 from frugal.common.errors import InputError
 from frugal.common.files import is_system_name
-from frugal.common.run import launcher_ranks
+from frugal.common.launchers import launcher_ranks
 
 _STREAM = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 _KIND_OF_NAME = {
@@ -273,7 +273,7 @@ def _processes() -> tuple[int, int, int]:
 
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1, 0
-    return dist.get_rank(), dist.get_world_size(), launcher_ranks()[2]
+    return dist.get_rank(), dist.get_world_size(), launcher_ranks().local_rank
 
 
 def _wait(world_size: int) -> None:

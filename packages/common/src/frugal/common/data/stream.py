@@ -8,24 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from frugal.common.contracts import Batch
 from frugal.common.data.contents import Contents
-from frugal.common.data.repairs import Repairs
-from frugal.common.errors import InputError
-
-PREFETCHED = 2
-"""Batches that each loader process keeps ready."""
-
-
-def own_generator() -> torch.Generator:
-    """For a loader, which otherwise draws a seed from the generator of the model's noise.
-
-    It does so whenever an iteration begins, as where a run is continued.
-    """
-    return torch.Generator()
+from frugal.common.data.loader import WAIT, Loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +49,6 @@ class _Numbers(Sampler[np.ndarray]):
         return map(self._share.numbers, itertools.islice(endless, self._micro_batches))
 
 
-class Guarded(Dataset[dict[str, Any]]):
-    """Hands a user's mistake found in a loader process over as a value.
-
-    The loader would wrap it into an exception whose message holds a whole stack trace.
-    """
-
-    def __init__(self, samples: Dataset[dict[str, Any]]) -> None:
-        self._samples = samples
-
-    def __getitem__(self, numbers: np.ndarray) -> dict[str, Any]:
-        try:
-            return self._samples[numbers]
-        except InputError as error:
-            return {"mistake": str(error)}
-
-
 class IndexedStream:
     """Micro-batches of samples that can be read in any order."""
 
@@ -91,6 +62,7 @@ class IndexedStream:
         pin_memory: bool,
         micro_batches: int | None = None,
         contents: Contents = (),
+        limit: float = WAIT,
     ) -> None:
         """Stream a data set.
 
@@ -102,25 +74,21 @@ class IndexedStream:
             pin_memory: put the tensors where a GPU can fetch them.
             micro_batches: after which the stream ends; endless without it.
             contents: what it is read from.
+            limit: seconds to wait for a batch.
         """
         self.contents = contents
         self.epoch_samples = epoch_samples
-        self._repairs = Repairs()
-        self._loader = DataLoader(
-            Guarded(samples),
+        self._loader = Loader(
+            samples,
             sampler=_Numbers(share, micro_batches),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=PREFETCHED if workers else None,
+            workers=workers,
             pin_memory=pin_memory,
-            generator=own_generator(),
+            limit=limit,
         )
 
     def __iter__(self) -> Iterator[Batch]:
         for fields in self._loader:
-            if "mistake" in fields:
-                raise InputError(fields["mistake"])
-            yield Batch(**self._repairs.take(fields))
+            yield Batch(**fields)
 
     def state(self) -> dict[str, Any]:
         """Nothing: the sample number says it all."""

@@ -24,6 +24,10 @@ _APART = (
 )
 
 
+_BUFFER = 1 << 16
+"""Bytes that are read at a time."""
+
+
 class _Header(tarfile.TarInfo):
     """A tar header that tells its archive of what is none."""
 
@@ -86,7 +90,7 @@ class StreamedTar:
             OSError, tarfile.TarError, EOFError, zlib.error: if the stream goes on unreadably or
                 ends too soon; ``pending`` is then the sample that may lack a member.
         """
-        opened = _Archive.open(fileobj=self._stream, mode="r|*", ignore_zeros=True)
+        opened = _Archive.open(fileobj=self._stream, mode="r|*", ignore_zeros=True, bufsize=_BUFFER)
         with opened as archive:
             assert isinstance(archive, _Archive)
             for member in archive:

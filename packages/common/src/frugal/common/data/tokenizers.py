@@ -22,6 +22,7 @@ from frugal.common.data.vocabularies import (
     read_entries,
 )
 from frugal.common.errors import InputError
+from frugal.common.files import write_json
 
 _DESCRIPTION = "tokenizer_description.json"
 _KINDS: dict[str, type[BytePairs] | type[Transformers] | type[WordPieces]] = {
@@ -86,7 +87,6 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write everything :func:`load_tokenizer` needs into a folder, made if missing."""
-        folder.mkdir(parents=True, exist_ok=True)
         self._vocabulary.save(folder)
         kind = next(name for name, kind in _KINDS.items() if isinstance(self._vocabulary, kind))
         description = {
@@ -96,7 +96,7 @@ class Tokenizer:
             "prefix": self.prefix,
             "suffix": self.suffix,
         }
-        (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        write_json(folder / _DESCRIPTION, description)
 
 
 def text_length(ids: Sequence[int], tokenizer: Any) -> int:

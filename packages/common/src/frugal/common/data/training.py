@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from frugal.common.contracts import Stream
+from frugal.common.data.agreement import check_same_data
 from frugal.common.data.class_matching import keep_classes
 from frugal.common.data.config import StoredData
 from frugal.common.data.contents import contents_of, streamed_contents
@@ -28,6 +29,7 @@ from frugal.common.data.sources import (
 )
 from frugal.common.data.stream import IndexedStream, Share
 from frugal.common.data.tokenizers import Tokenizer
+from frugal.common.data.url_stream import can_read
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -49,20 +51,31 @@ def build_stream(
     if data.resampled_samples is not None:
         return _resampled(data, run, preparation, share, state, pin_memory=pin_memory)
     sources = open_sources(data, run, num_classes=preparation.num_classes)
+    contents = contents_of(sources)
+    check_same_data(contents, run)
+    order = make_order(data, sources, seed=recipe.run.seed)
     if preparation.num_classes is not None:
         _keep_classes(sources, recipe, run, is_resumed=first_sample > 0)
-    order = make_order(data, sources, seed=recipe.run.seed)
     shards = [shard for source in sources for shard in source.shards]
     run.log.info("data: %s samples in %s shards", f"{order.samples:,}", f"{len(shards):,}")
-    pairs = Pairs(Shelf(shards, data.fields), order, preparation)
+    shelf = Shelf(shards, data.fields, sources=entries_of(sources))
+    pairs = Pairs(shelf, order, preparation)
     return IndexedStream(
         pairs,
         share,
         epoch_samples=order.samples,
         workers=data.workers,
         pin_memory=pin_memory,
-        contents=contents_of(sources),
+        contents=contents,
+        limit=60 * data.timeout_minutes,
     )
+
+
+def entries_of(sources: list[Source]) -> list[int]:
+    """The entry of ``data.train`` that each shard is of; empty where there is one."""
+    if len(sources) == 1:
+        return []
+    return [entry for entry, source in enumerate(sources) for _ in source.shards]
 
 
 def make_share(recipe: Recipe, run: Run, *, first_sample: int) -> Share:
@@ -87,6 +100,14 @@ def _resampled(
     assert data.resampled_samples is not None
     passed_over = PassedOver()
     urls = [find_streams(pattern, passed_over) for pattern in data.train]
+    contents = streamed_contents(urls)
+    check_same_data(contents, run)
+    odd = next((url for part in urls for url in part if not can_read(url)), None)
+    if odd is not None:
+        raise InputError(
+            f"data.train names {odd}, and there is no command for URLs of this kind; give one "
+            f"yourself, such as 'pipe:aws s3 cp {odd} -'"
+        )
     for line in passed_over.lines():
         run.log.warning("data: %s", line)
     run.log.info(
@@ -105,7 +126,8 @@ def _resampled(
         open_shards=data.shuffle_shards,
         workers=data.workers,
         pin_memory=pin_memory,
-        contents=streamed_contents(urls),
+        contents=contents,
+        limit=60 * data.timeout_minutes,
     )
 
 

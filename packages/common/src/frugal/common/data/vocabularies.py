@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from frugal.common.errors import InputError
+from frugal.common.files import write_file
 
 _CACHED_WORDS = 1 << 17
 """Words whose ids are remembered; the words of captions repeat."""
@@ -167,7 +168,7 @@ class BytePairs:
     def save(self, folder: Path) -> None:
         """Write ``merges.txt``."""
         text = "\n".join(["#version: 0.2", *self._merges, ""])
-        (folder / "merges.txt").write_text(text, encoding="utf-8")
+        write_file(folder / "merges.txt", text)
 
     @classmethod
     def load(cls, folder: Path) -> BytePairs:
@@ -430,7 +431,7 @@ class WordPieces:
 
     def save(self, folder: Path) -> None:
         """Write ``vocab.txt``."""
-        (folder / "vocab.txt").write_text("\n".join([*self._entries, ""]), encoding="utf-8")
+        write_file(folder / "vocab.txt", "\n".join([*self._entries, ""]))
 
     @classmethod
     def load(cls, folder: Path) -> WordPieces:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
+from frugal.common.launchers import launcher_ranks
 from frugal.common.recipe import Recipe
-from frugal.common.run import Run, launcher_ranks
+from frugal.common.run import Run
 
 
 class Engine(ABC):
@@ -179,7 +180,7 @@ def check_world_size(seen: int, engine: str) -> None:
     Raises:
         InputError: if the launcher announced another number of processes than the engine sees.
     """
-    announced = launcher_ranks()[1]
+    announced = launcher_ranks().world_size
     if seen != announced:
         raise InputError(
             f"the launcher announced {announced} processes but {engine} sees {seen}, so they would "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +32,7 @@ from frugal.common.engine.optimizers import (
     skip_unless_finite,
 )
 from frugal.common.errors import InputError
+from frugal.common.launchers import free_port
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -54,7 +54,7 @@ class DeepSpeedEngine(Engine):
         _announce_single_process()
         _leave_out_shared_memory_operator()
         backend = "nccl" if run.device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         check_world_size(torch.distributed.get_world_size(), "DeepSpeed")
         objective.to(run.device)
         config = fill_config(recipe.engine.deepspeed_config, recipe, run.world_size)
@@ -220,11 +220,12 @@ def _announce_single_process() -> None:
     if "RANK" in os.environ:
         os.environ.setdefault("LOCAL_RANK", "0")
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
     )
 
 

@@ -6,29 +6,32 @@ stays on the device until a log line, a checkpoint or an evaluation needs it.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.contracts import Batch, PreparedReduction, Stream
-from frugal.common.data.damage import DamageCounter
+from frugal.common.data.damage import DamageCounter, warning
 from frugal.common.engine.backend import Engine
 from frugal.common.engine.saving import WeightAverage, collect, gather_values
-from frugal.common.engine.termination import Agreement, Termination
+from frugal.common.engine.termination import Agreement, Termination, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.engine.unread import Step, Values, read
 from frugal.common.engine.watch import Watch
 from frugal.common.errors import InputError, RunStopped
+from frugal.common.files import write_json
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import seed_step
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
+
+_GRACE = 10.0
+"""Seconds that data may still come in after one of several processes was asked to stop."""
 
 
 @dataclass(kw_only=True)
@@ -62,13 +65,41 @@ class Training:
     unread: list[Step] = field(default_factory=list)
     """Steps whose numbers are still on the device."""
     _started: float = field(default_factory=time.perf_counter)
+    _told: tuple[int, int] = field(init=False)
+    """Samples lost and repaired when the log last told of them."""
+
+    def __post_init__(self) -> None:
+        self._told = self._odd_samples()
+
+    def _odd_samples(self) -> tuple[int, int]:
+        return self.damage.damaged + self.damage.lost, self.damage.repaired
+
+    def tell_damage(self, step: int) -> None:
+        """Log how much is damaged, wherever that has grown, and what is repaired by powers of ten.
+
+        ``damage`` must be up to date.
+        """
+        (lost_before, before), (lost, repaired) = self._told, self._odd_samples()
+        if lost > lost_before:
+            self.run.log.warning("step %d: %s", step, self.damage.describe(self.source_names))
+        elif repaired and (not before or len(str(repaired)) > len(str(before))):
+            self.run.log.warning("step %d: %s samples repaired so far", step, f"{repaired:,}")
+        else:
+            return
+        self._told = lost, repaired
 
     def share_damage(self) -> None:
-        """Bring ``damage`` up to date on every process."""
-        mine = self.unshared.state()
-        self.unshared.load_state({})
+        """Bring ``damage`` up to date on every process, and tell of what is new in kind."""
+        mine = replace(self.unshared)
+        self.unshared.clear()
         for part in gather_values(mine, self.run.world_size):
-            self.damage.add(part["kinds"], part["read"])
+            for note in self.damage.add_counter(part):
+                self.run.log.warning("%s", warning(note, self.source_names))
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The entries of ``data.train``."""
+        return tuple(getattr(self.recipe.data, "train", ()))
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
@@ -111,10 +142,17 @@ def train(training: Training) -> None:
     meter = Meter(run.device)
     peak = matmul_peak(run.device, training.engine.dtype)
     agreement = Agreement(run)
-    with Termination() as termination:
+    # alone there is nobody to stop together with
+    with Termination(grace=0.0 if run.world_size == 1 else _GRACE) as termination:
         for step in range(training.first_step, recipe.steps):
             seed_step(recipe.run.seed, step, run.rank)
-            micro_batches = _read(batches, recipe, run, meter)
+            micro_batches: list[Batch] = []
+            try:
+                with termination.interrupts():
+                    _read(micro_batches, batches, recipe, meter)
+            except (InputError, WaitInterrupted) as reason:
+                _give_up(training, step, meter, termination, reason, read=len(micro_batches))
+            micro_batches = [batch.to(run.device) for batch in micro_batches]
             stop = agreement.reached(asked=termination.asked)
             training.unread.append(_step(training, step, micro_batches))
             training.watch.advance()
@@ -127,10 +165,15 @@ def train(training: Training) -> None:
                 _settle(training, meter)
             if logs:
                 _log(training, done, meter, peak)
+            too_much = logs and training.damage.is_too_much
+            saves = saves or too_much
             if done % recipe.run.picture_every == 0 or step == 0:
                 training.draw(micro_batches[0], done)
             if saves:
                 training.save(done)
+            if too_much:
+                remedy = f": the same command then continues from step {done}"
+                raise InputError(training.damage.sentence(remedy))
             if stop and done < recipe.steps:
                 raise RunStopped(
                     f"stopped by {termination.name} after step {done}, with a checkpoint in "
@@ -173,10 +216,49 @@ def measure_what_was_missed(training: Training) -> None:
         measure(training, step)
 
 
-def _read(batches: Iterator[Batch], recipe: Recipe, run: Run, meter: Meter) -> list[Batch]:
+def _read(
+    micro_batches: list[Batch], batches: Iterator[Batch], recipe: Recipe, meter: Meter
+) -> None:
+    """Put the micro-batches of a step into a list, which holds those that came if one does not."""
     with meter.waiting():
-        micro_batches = [next(batches) for _ in range(recipe.engine.accumulate)]
-    return [batch.to(run.device) for batch in micro_batches]
+        for _ in range(recipe.engine.accumulate):
+            micro_batches.append(next(batches))
+
+
+def _give_up(
+    training: Training,
+    step: int,
+    meter: Meter,
+    termination: Termination,
+    reason: InputError | WaitInterrupted,
+    *,
+    read: int,
+) -> NoReturn:
+    """End a run for which there is no data, with a checkpoint of the steps taken where it can be.
+
+    Other processes may wait for this one in the middle of the step, and cannot help to write one;
+    neither can a stream be continued of whose step a part was read.
+
+    Raises:
+        InputError: why there is no data.
+        RunStopped: if this process was asked to stop.
+    """
+    saved = training.run.world_size == 1 and step > training.first_step
+    saved = saved and not (read and training.stream.state())
+    if saved:
+        _settle(training, meter)
+        training.save(step)
+    newest = f"a checkpoint of step {step}" if saved else "the checkpoints it had"
+    if isinstance(reason, InputError):
+        raise InputError(
+            f"{reason} (the run stopped after step {step}, with {newest} in "
+            f"{training.store.folder})"
+        ) from None
+    raise RunStopped(
+        f"stopped by {termination.name} after step {step} while waiting for data, with {newest} "
+        f"in {training.store.folder}; the same command continues from there",
+        exit_code=termination.exit_code,
+    ) from None
 
 
 def _step(training: Training, step: int, micro_batches: list[Batch]) -> Step:
@@ -190,7 +272,8 @@ def _step(training: Training, step: int, micro_batches: list[Batch]) -> Step:
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         parts.append(_accumulate(engine, recipe, batch, share, last=last))
-        training.unshared.add(batch.damage, len(batch))
+        notes, sources = batch.damage_notes, batch.sources
+        training.unshared.add(batch.damage, len(batch), notes=notes, sources=sources)
     norm = engine.step(rate)
     stepped = norm.isfinite()
     engine.clamp(engine.objective.bounds(), stepped=stepped)
@@ -245,7 +328,10 @@ def _skipped(training: Training, step: Step, loss: float) -> None:
     listing = training.run.dir / "not_finite.json"
     if training.run.is_main:
         content = {"step": step.number, "learning_rate": rate, "keys": keys}
-        listing.write_text(json.dumps(content))
+        try:
+            write_json(listing, content)
+        except InputError as error:
+            training.run.log.warning("%s", error)
     raise RunStopped(
         f"the loss was not finite for {training.skipped_in_row} steps in a row up to step "
         f"{step.number}, at a learning rate of {rate:.3g}, on the samples {', '.join(keys[:4])} "
@@ -257,8 +343,9 @@ def _skipped(training: Training, step: Step, loss: float) -> None:
 def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
     recipe, run = training.recipe, training.run
     means, step_seconds, wait = meter.take()
-    training.share_damage()
     damage = training.damage
+    training.share_damage()
+    training.tell_damage(step)
     flops = training.engine.objective.step_flops(means) * recipe.batch_size
     tokens = means.get("image_tokens", 0.0) + means.get("text_tokens", 0.0)
     samples = step * recipe.batch_size
@@ -279,10 +366,20 @@ def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
             "read_samples": damage.read,
             "trained_samples": damage.read - damage.damaged,
             "damaged": dict(damage.kinds),
+            **_of_sources(training),
         },
     )
-    damage.check()
     _remark(training, step, means)
+
+
+def _of_sources(training: Training) -> dict[str, Any]:
+    """What else is logged of the data, where there is anything to tell."""
+    damage, names = training.damage, training.source_names
+    odd = {"lost_samples": damage.lost, "repaired_samples": damage.repaired}
+    found: dict[str, Any] = {name: count for name, count in odd.items() if count}
+    if len(names) > 1:
+        found["source_shares"] = {names[n]: share for n, share in damage.shares().items()}
+    return found
 
 
 def _remark(training: Training, step: int, means: Values) -> None:

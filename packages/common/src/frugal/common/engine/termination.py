@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -11,11 +14,26 @@ import torch.distributed as dist
 
 from frugal.common.run import LauncherChain, Run
 
+_LOOK = 1.0
+"""Seconds of waiting between two looks whether this process is to stop."""
+
+
+class WaitInterrupted(BaseException):
+    """This process was told to stop while it waited for data; no library catches this one."""
+
 
 class Termination:
     """Turns SIGTERM, the first SIGINT and the loss of the launcher into a wish of the loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, grace: float = 0.0) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            grace: seconds that data may still come in after this process was asked to stop, so
+                that all processes stop after the same step.
+        """
+        self._grace = grace
+        self._asked_at: float | None = None
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
         self._launchers = LauncherChain()
@@ -43,9 +61,34 @@ class Termination:
         # a second Ctrl-C means it
         signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """Around waiting for data, which may never come.
+
+        Raises:
+            WaitInterrupted: if this process was asked to stop and nothing came in the grace.
+        """
+        signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        """Every second of waiting."""
+        del number, frame
+        if not self.asked:
+            return
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        if now - self._asked_at >= self._grace:
+            raise WaitInterrupted
+
     def __enter__(self) -> Termination:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
+        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
         return self
 
     def __exit__(self, *exception: object) -> None:

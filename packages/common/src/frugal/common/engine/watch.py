@@ -3,18 +3,63 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from frugal.common.errors import InputError
+from frugal.common.files import finite, reason_of, write_file
 from frugal.common.run import Run
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+def _quiet_writer_threads() -> None:
+    """Have TensorBoard's thread not print a stack trace where it cannot write: we say it."""
+    shown = threading.excepthook
+
+    def show(failed: threading.ExceptHookArgs) -> None:
+        is_writer = type(failed.thread).__name__ == "_AsyncWriterThread"
+        if not (is_writer and issubclass(failed.exc_type, OSError)):
+            shown(failed)
+
+    threading.excepthook = show
+
+
+class _Log:
+    """A place for scalars and pictures. Training goes on without it where it cannot be written."""
+
+    def __init__(self, path: Path, log: logging.Logger, open_log: Callable[[], Any]) -> None:
+        self._path = path
+        self._log = log
+        self._log_file: Any = None
+        self._do(open_log, keep=True)
+
+    def write(self, write: Callable[[Any], Any]) -> None:
+        """Call a function with what was opened."""
+        if self._log_file is not None:
+            self._do(lambda: write(self._log_file))
+
+    def _do(self, action: Callable[[], Any], *, keep: bool = False) -> None:
+        try:
+            done = action()
+            if keep:
+                self._log_file = done
+        except (OSError, ValueError, InputError) as error:  # ValueError: closed by its own thread
+            self._log_file = None
+            self._log.warning(
+                "%s is not written any more (%s); training goes on without it",
+                self._path,
+                reason_of(error),
+            )
 
 
 class Watch:
@@ -27,11 +72,18 @@ class Watch:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = run.dir / "metrics.jsonl"
-        _drop_after(self._path, first_step)
-        self._lines = self._path.open("a", buffering=1)
+        path, folder = run.dir / "metrics.jsonl", run.dir / "tensorboard"
+
+        def open_lines() -> Any:
+            _drop_after(path, first_step)
+            return path.open("a", buffering=1)
+
+        _quiet_writer_threads()
+        self._lines = _Log(path, run.log, open_lines)
         # a resumed run draws over what it had drawn beyond its checkpoint
-        self._board = SummaryWriter(str(run.dir / "tensorboard"), purge_step=first_step + 1)
+        self._board = _Log(
+            folder, run.log, lambda: SummaryWriter(str(folder), purge_step=first_step + 1)
+        )
         self._steps = steps
         self._bar = tqdm(
             total=steps,
@@ -50,20 +102,17 @@ class Watch:
         """Log one line: to the file, to tensorboard and to the screen."""
         if not self._main:
             return
-        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3)} | values) + "\n")
-        for name, value in values.items():
-            if isinstance(value, dict):
-                for kind, count in value.items():
-                    self._board.add_scalar(f"{name}/{kind}", count, step)
-            elif value is not None:
-                self._board.add_scalar(name, value, step)
-        self._board.flush()
+        line = finite({"step": step, "time": round(time.time(), 3)} | values)
+        self._lines.write(lambda lines: lines.write(json.dumps(line) + "\n"))
+        self._board.write(lambda board: _draw_scalars(board, step, values))
         shown = {
             "loss": f"{values.get('loss', math.nan):.4f}",
             "samples/s": f"{values['samples_per_second']:.0f}",
             "wait": f"{values['data_wait']:.0%}",
             "lr": f"{values['learning_rate']:.2e}",
         }
+        if damaged := sum(values.get("damaged", {}).values()) + values.get("lost_samples", 0):
+            shown["damaged"] = f"{damaged:,}"
         if self._bar.disable:
             words = ", ".join(f"{name} {value}" for name, value in shown.items())
             remaining = values["eta_seconds"]
@@ -77,27 +126,37 @@ class Watch:
         """The numbers of an evaluation, in tensorboard and in the log."""
         if not self._main:
             return
-        for name, value in values.items():
-            self._board.add_scalar(f"evaluation/{name}", value, step)
+        drawn = {f"evaluation/{name}": value for name, value in values.items()}
+        self._board.write(lambda board: _draw_scalars(board, step, drawn))
         words = ", ".join(f"{name} {_number(name, value)}" for name, value in values.items())
         self._log.info("evaluation after step %d: %s", step, words)
 
     def text(self, name: str, words: str) -> None:
         """A text in tensorboard."""
         if self._main:
-            self._board.add_text(name, words)
+            self._board.write(lambda board: board.add_text(name, words))
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """A (3, H, W) uint8 picture in tensorboard."""
         if self._main:
-            self._board.add_image(name, image, step)
+            self._board.write(lambda board: board.add_image(name, image, step))
 
     def close(self) -> None:
         """Flush and close everything."""
         if self._main:
             self._bar.close()
-            self._lines.close()
-            self._board.close()
+            self._lines.write(lambda lines: lines.close())
+            self._board.write(lambda board: board.close())
+
+
+def _draw_scalars(board: Any, step: int, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            for kind, count in value.items():
+                board.add_scalar(f"{name}/{kind}", count, step)
+        elif value is not None:
+            board.add_scalar(name, value, step)
+    board.flush()
 
 
 def _number(name: str, value: float) -> str:
@@ -109,16 +168,16 @@ def _number(name: str, value: float) -> str:
 
 def _drop_after(path: Path, step: int) -> None:
     """Remove the lines of steps that a resumed run will take again."""
-    if not path.exists():
+    if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue  # the line a crash cut in two
-    path.write_text("".join(line + "\n" for line in kept))
+    write_file(path, b"".join(line + b"\n" for line in kept))
 
 
 def _clock(seconds: float) -> str:

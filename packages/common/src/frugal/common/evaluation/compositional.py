@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from frugal.common.contracts import Show
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import as_bytes
 from frugal.common.data.labelled import GROUP
+from frugal.common.data.loader import Loader
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional
@@ -151,8 +152,7 @@ class Contrasts(Dataset[dict[str, Any]]):
             for rows in Ranks(rank, world_size).turns(len(self), GROUP)
             for start in range(rows.start, rows.stop, batch_size)
         ]
-        loader = DataLoader(self, sampler=parts, batch_size=None, num_workers=workers)
-        for fields in map(_checked, loader):
+        for fields in Loader(self, sampler=parts, workers=workers):
             self._contents[fields["places"]] = fields["contents"]
             yield fields["images"], fields["places"]
 

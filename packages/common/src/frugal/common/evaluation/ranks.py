@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from frugal.common.errors import InputError
+from frugal.common.data.agreement import agree
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Ranks:
             InputError: on every process, if one sees other data.
         """
         if self.world_size > 1:
-            agree((len(data), data.listing()), f"data of the evaluation {name!r}", self.gather)
+            what, words = f"data of the evaluation {name!r}", f"{len(data):,} images"
+            agree((len(data), data.listing()), what, self.gather, words=words)
 
     def turns(self, count: int, chunk: int) -> Iterator[slice]:
         """The rows of ``count`` that are this process's: chunks taken in turn, the last shorter."""
@@ -79,27 +80,6 @@ class Ranks:
         for rows in self.turns(count, chunk):
             table[rows] = fill(rows)
         return self.sum(table)
-
-
-def agree(value: Any, what: str, gather: Callable[[Any], list[Any]]) -> None:
-    """Refuse to work on something that the processes see differently.
-
-    Args:
-        value: compared; equal where the processes see the same.
-        what: it stands for, such as ``data of the run``.
-        gather: collects the value of every process, in rank order, on all of them.
-
-    Raises:
-        InputError: on every process alike, naming those that differ from process 0.
-    """
-    found = gather(value)
-    if odd := [str(rank) for rank, other in enumerate(found) if other != found[0]]:
-        first = ", ".join(odd[:8]) + (" and others" if len(odd) > 8 else "")
-        raise InputError(
-            f"the {what} is not the same everywhere: process {first} of {len(found)} "
-            f"{'sees' if len(odd) == 1 else 'see'} another copy than process 0; give every machine "
-            "the same files under the same path"
-        )
 
 
 def check_delivery(delivered: Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from frugal.common.errors import InputError
+from frugal.common.exits import exit_politely
 from frugal.common.scenes.settings import Settings
 from frugal.common.scenes.writing import write
 from frugal.common.words import command_words
@@ -15,17 +15,17 @@ from frugal.common.words import command_words
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the data set; returns the exit code."""
-    try:
-        settings = tyro.cli(
-            Settings,
-            prog="python -m frugal.common.scenes",
-            description="Draw the embedded data set: captioned scenes as webdataset shards.",
-            args=command_words(arguments),
-        )
-        sys.stdout.write(write(settings) + "\n")
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return exit_politely(lambda: _draw(arguments))
+
+
+def _draw(arguments: Sequence[str] | None) -> int:
+    settings = tyro.cli(
+        Settings,
+        prog="python -m frugal.common.scenes",
+        description="Draw the embedded data set: captioned scenes as webdataset shards.",
+        args=command_words(arguments),
+    )
+    sys.stdout.write(write(settings) + "\n")
     return 0
 
 

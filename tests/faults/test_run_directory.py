@@ -1,0 +1,103 @@
+"""What is in a run directory decides what may be continued there, and it is told."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from forks import fork
+from frugal.common.checkpoint.store import CheckpointStore
+from frugal.common.errors import InputError
+from frugal.common.recipe import Recipe, to_json
+from frugal.common.run import Run
+from frugal.common.train import _check_run_dir
+from frugal.flip.recipes import RECIPES
+from support import DDP, ROOT
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    plain = RECIPES["demo"]()
+    return replace(plain, run=replace(plain.run, dir=tmp_path / "run"))
+
+
+def write_run(recipe: Recipe, *, step: int | None) -> Path:
+    """What a run leaves behind, with a checkpoint or without."""
+    folder = recipe.run.dir
+    assert folder is not None
+    folder.mkdir()
+    (folder / "recipe.json").write_text(json.dumps(to_json(recipe)))
+    if step is not None:
+        run = Run(folder, 0, 1, 0, torch.device("cpu"), logging.getLogger("test"))
+        state = {"step": step, "recipe": to_json(recipe)}
+        CheckpointStore(run, keep=2).save(
+            {"weight/a": torch.ones(2)}, state, gather=lambda value: [value]
+        )
+    return folder
+
+
+def test_a_run_that_never_wrote_a_checkpoint_does_not_block_the_corrected_command(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(recipe, step=None)
+    corrected = replace(recipe, batch_size=2 * recipe.batch_size)
+    logging.getLogger("frugal").propagate = True
+    assert _check_run_dir(corrected) == corrected
+    (folder / "recipe.json").write_text("{cut")
+    assert _check_run_dir(corrected) == corrected
+
+
+def test_more_samples_point_to_start_from(recipe: Recipe) -> None:
+    folder = write_run(recipe, step=5)
+    longer = replace(recipe, schedule=replace(recipe.schedule, samples=10**9))
+    with pytest.raises(InputError, match=rf"schedule\.samples.*--run\.start-from {folder}"):
+        _check_run_dir(longer)
+
+
+def test_the_limit_of_damage_and_of_waiting_may_be_raised(recipe: Recipe) -> None:
+    write_run(recipe, step=5)
+    patient = replace(recipe, data=replace(recipe.data, max_damaged=0.9, timeout_minutes=99.0))
+    assert _check_run_dir(patient) == patient
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{cut", bytes(range(256)), b"[1]"])
+def test_without_its_recipe_a_run_is_known_by_its_checkpoint(
+    recipe: Recipe, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_run(recipe, step=5)
+    (folder / "recipe.json").unlink()
+    if content is not None:
+        (folder / "recipe.json").write_bytes(content)
+    assert _check_run_dir(recipe) == recipe
+    with pytest.raises(InputError, match="batch_size was"):
+        _check_run_dir(replace(recipe, batch_size=2 * recipe.batch_size))
+
+
+SEES = """
+import logging, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from frugal.common.commands import run_politely
+from frugal.common.data.agreement import check_same_data
+from frugal.common.data.contents import Part, streamed_contents
+from frugal.common.run import Run
+rank = int(sys.argv[1])
+dist.init_process_group("gloo")
+run = Run(Path("."), rank, 2, rank, torch.device("cpu"), logging.getLogger("test"))
+check_same_data(streamed_contents([["/disk%d/0.tar" % rank]]), run)
+other = [[Part("0.tar", 5 + rank, "")]]
+run_politely(lambda: check_same_data(other, run))
+"""
+
+
+def test_a_process_that_sees_other_data_is_named(tmp_path: Path) -> None:
+    script, log = tmp_path / "sees.py", tmp_path / "log"
+    script.write_text(SEES)
+    process = fork(str(script), ["{rank}"], log=log, cwd=ROOT, environments=DDP.environments())
+    assert process.wait(timeout=60) == 2
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error")]
+    assert "process 1 of 2 sees another copy than process 0 (6 samples in 1 shards" in line
+    assert "where there are 5 samples in 1 shards" in line and "process 1 is on" in line
