@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -22,17 +23,16 @@ SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 
 
 @pytest.fixture
-def announce(monkeypatch):
-    for name in list(os.environ):
+def announce() -> Iterator[Callable[[dict[str, str]], None]]:
+    """Announces processes, and nothing else; afterwards the environment is what it was."""
+    before = dict(os.environ)
+    for name in before:
         if name.startswith(("SLURM_", "OMPI_", "PMI_", "MASTER_")) or name.endswith("RANK"):
-            monkeypatch.delenv(name)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-
-    def announced(variables: dict[str, str]) -> None:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return announced
+            del os.environ[name]
+    os.environ.pop("WORLD_SIZE", None)
+    yield os.environ.update
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize(
