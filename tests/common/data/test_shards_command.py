@@ -62,12 +62,12 @@ def test_check_says_what_a_set_contains(tmp_path, write_tar, pair, capsys):
     members += pair(4)
     path = write_tar(tmp_path / "d" / "0.tar", members)
     code, out, _ = run(capsys, "check", path, "--decode", "all")
-    assert code == 0
+    assert code == 1
     assert f"5 samples, {path.stat().st_size:,} bytes" in out
     assert "members: jpg 4, json 4, png 1, txt 4" in out
     assert "captions per image: 0 (1), 1 (3), 2 (1)" in out
     assert "width at 0/5/50/95/100 %: 24/24/26/28/28" in out
-    assert "decoded 5 images" in out and "damage: none" in out
+    assert "decoded 5 images" in out and "damage: no caption 1" in out
 
 
 def test_check_decodes_a_spread_of_images(tmp_path, write_pairs, capsys):

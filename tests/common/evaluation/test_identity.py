@@ -18,7 +18,7 @@ from frugal.common.data.agreement import agree
 from frugal.common.data.labelled import CaptionedImages, LabelledImages, MultiLabelledImages
 from frugal.common.data.writing import NewSample, write_tars
 from frugal.common.errors import InputError
-from frugal.common.evaluation.comparison import Measured
+from frugal.common.evaluation.comparison import Measured, refusals
 from frugal.common.evaluation.comparison import compare as compare_models
 from frugal.common.evaluation.compositional import Contrasts
 from frugal.common.evaluation.config import LinearProbe, ZeroShot
@@ -253,6 +253,20 @@ def test_models_that_were_measured_on_other_images_are_named() -> None:
     (row,) = compare_models(models, times=20, confidence=0.9, seed=0)
     assert [entry.difference is None for entry in row.entries] == [True, False, True]
     assert [entry.other_images for entry in row.entries] == [False, False, True]
+
+
+def test_models_of_which_one_was_measured_before_data_were_told_by_bytes_are_not_compared() -> None:
+    old = {"zero_shot": {"weights_sha256": "f"}}
+    new = {"zero_shot": {"weights_sha256": "f", "config_sha256": "c"}}
+    first, second, third = (
+        replace(measured(name, "x"), facts=facts)
+        for name, facts in (("a", new), ("b", old), ("c", new))
+    )
+    rows = compare_models([first, second, third], times=20, confidence=0.9, seed=0)
+    assert [entry.earlier for entry in rows[0].entries] == [False, True, False]
+    assert [entry.difference is None for entry in rows[0].entries] == [True, True, False]
+    (line,) = refusals(rows)
+    assert line.startswith("zero_shot: it cannot be told whether b and a were measured on the same")
 
 
 @pytest.mark.parametrize(

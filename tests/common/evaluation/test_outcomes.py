@@ -150,7 +150,11 @@ def leave(folder: Path, outcomes: Outcomes, task: str = "zero_shot") -> Path:
     """An evaluation folder with one task."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes.save(folder / f"{task}.outcomes.safetensors")
-    facts = {"checkpoint": f"<{folder.name}>", "weights_sha256": "f" * 64}
+    facts = {
+        "checkpoint": f"<{folder.name}>",
+        "weights_sha256": "f" * 64,
+        "config_sha256": "c" * 64,
+    }
     (folder / f"{task}.json").write_text(json.dumps({f"{task}_measured": facts}))
     return folder
 

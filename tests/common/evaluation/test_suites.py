@@ -93,6 +93,7 @@ def test_class_features_are_those_that_were_recorded() -> None:
 
     class Recorded:
         width, device = 12, torch.device("cpu")
+        tokenizer, context_length, shorten = None, 77, str  # what stays of a text is its own matter
 
         def texts(self, texts):
             return torch.nn.functional.normalize(torch.stack([rows[t] for t in texts]), dim=1)

@@ -80,6 +80,8 @@ def compare(options: Options) -> Path:
     write_json(options.out / "compare.json", content)
     write_file(path, page)
     _print(rows)
+    for line in comparison.refusals(rows):
+        sys.stdout.write(f"\n{line}\n")
     sys.stdout.write(f"\nThe comparison is {path}; open it in a browser.\n")
     return path
 

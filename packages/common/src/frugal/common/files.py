@@ -10,6 +10,8 @@ import os
 import re
 import resource
 import shutil
+import stat
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,25 @@ def is_system_name(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
+def open_file(path: Path) -> FileIO:
+    """A file opened for reading, unbuffered; never something that may hold one up without end.
+
+    Raises:
+        OSError: if it cannot be opened, or is a folder, a pipe, a socket or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file but a folder, a pipe or a device")
+    return FileIO(descriptor)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds; raises ``OSError`` as :func:`open_file` does."""
+    with open_file(path) as file:
+        return file.readall()
+
+
 def read_text(path: Path) -> str:
     r"""A small text file: UTF-8, without a byte-order mark, its lines ended by ``\n`` alone.
 
@@ -73,7 +94,7 @@ def read_text(path: Path) -> str:
         InputError: if the file cannot be read or is not UTF-8.
     """
     try:
-        encoded = path.read_bytes()
+        encoded = read_bytes(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({reason_of(error)}); check the path") from None
     try:
@@ -125,7 +146,7 @@ def read_json(path: Path) -> Any:
         InputError: if it cannot be read, or is no JSON.
     """
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_bytes(path))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read as JSON ({reason_of(error)}); copy it again"

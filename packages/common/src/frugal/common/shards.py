@@ -30,6 +30,7 @@ from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.records import RecordReader
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard, assemble
 from frugal.common.data.sources import (
+    EMPTY,
     build_index,
     find_files,
     find_streams,
@@ -112,10 +113,14 @@ class Contents:
     decoded: int = 0
     damage: Counter[str] = field(default_factory=Counter)
     details: list[str] = field(default_factory=list)
+    num_details: int = 0
+    """How many there are beside those."""
     passed_over: PassedOver = field(default_factory=PassedOver)
     remarks: PassedOver = field(default_factory=PassedOver)
     repaired: Counter[str] = field(default_factory=Counter)
     """Samples by what is wrong with a part of them that another part makes up for."""
+    without_caption: list[str] = field(default_factory=list)
+    """The first images without a caption, by their keys."""
     told: list[str] = field(default_factory=list)
     """What lists hold, and what was passed over or guessed."""
 
@@ -128,8 +133,17 @@ class Contents:
         self.decoded += other.decoded
         self.details += other.details
         self.told += other.told
+        self.without_caption += other.without_caption
         for name in ("members", "captions", "sizes", "damage", "repaired"):
             getattr(self, name).update(getattr(other, name))
+
+    def count_without_caption(self) -> None:
+        """Count images without a caption as training does; where none has one, none is meant to."""
+        without = self.captions[0]
+        if without and self.captions.total() > without:
+            self.damage["no caption"] += without
+            self.details += [f"{key}: no caption" for key in self.without_caption[:_SHOWN]]
+            self.num_details += max(without - _SHOWN, 0)
 
     def describe(self) -> Iterator[str]:
         """The report, line by line."""
@@ -150,8 +164,8 @@ class Contents:
         yield from _repaired(self.repaired)
         yield from self.told
         yield from self.details[:_SHOWN]
-        if len(self.details) > _SHOWN:
-            yield f"... and {len(self.details) - _SHOWN:,} more"
+        if (more := len(self.details[_SHOWN:]) + self.num_details) > 0:
+            yield f"... and {more:,} more"
 
     def describe_shard(self, name: str) -> str | None:
         """One line on a shard of which something was left out; None on the others."""
@@ -196,13 +210,14 @@ def check(
             contents.add(one)
             if line := one.describe_shard(str(shard)):
                 odd.append(line)
+    contents.count_without_caption()
     _say(f"{len(shards):,} shards")
     for line in contents.describe():
         _say(line)
     if len(shards) > 1:
         for line in _first_of(odd):
             _say(line)
-    return 1 if contents.damage else 0
+    return 1 if contents.damage or not contents.samples else 0
 
 
 def _first_of(lines: list[str]) -> list[str]:
@@ -238,11 +253,15 @@ def _check_file(path: Path, contents: Contents, *, fields: Fields, decode: int |
     contents.remarks.update(summary.remarks)
     contents.told += _told(shard)
     contents.samples = shard.num_samples
+    if not shard.num_samples:
+        contents.remarks.add(EMPTY, str(path))
     contents.bytes = path.stat().st_size if path.is_file() else 0
     every = max(-(-shard.num_samples // decode), 1) if decode else 1
     for number in range(shard.num_samples):
         try:
-            _check_sample(reader, number, contents, decode=decode != 0 and number % every == 0)
+            decodes = decode != 0 and number % every == 0
+            raw = _read_all(reader, number, contents)
+            _check_raw(reader.key(number), raw, contents, decode=decodes)
         except Damaged as damaged:
             contents.damage[damaged.kind] += 1
             contents.details.append(f"{reader.key(number)}: {damaged}")
@@ -260,7 +279,8 @@ def _check_stream(url: str, contents: Contents, *, fields: Fields, decode: int |
             contents.members.update(members.keys())
             contents.bytes += sum(map(len, members.values()))
             raw = assemble(fields, members, members.__getitem__)
-            _check_raw(raw, contents, decode=decode is None or contents.decoded < decode)
+            decodes = decode is None or contents.decoded < decode
+            _check_raw(key, raw, contents, decode=decodes)
         except Damaged as damaged:
             contents.damage[damaged.kind] += 1
             contents.details.append(f"{key}: {damaged}")
@@ -278,7 +298,8 @@ def _repaired(repaired: Counter[str]) -> Iterator[str]:
         yield f"repaired: {count:,} samples, of another field than the first ({reason})"
 
 
-def _check_sample(reader: Reader, number: int, contents: Contents, *, decode: bool) -> None:
+def _read_all(reader: Reader, number: int, contents: Contents) -> RawSample:
+    """A sample, with all of its members read; raises ``Damaged``."""
     if isinstance(reader, TarReader):
         members = reader.members(number)
         contents.members.update(members.keys())
@@ -286,10 +307,10 @@ def _check_sample(reader: Reader, number: int, contents: Contents, *, decode: bo
             reader.content(member)
     elif isinstance(reader, RecordReader):
         contents.members.update(reader.features(number).keys())
-    _check_raw(reader.read(number), contents, decode=decode)
+    return reader.read(number)
 
 
-def _check_raw(raw: RawSample, contents: Contents, *, decode: bool) -> None:
+def _check_raw(key: str, raw: RawSample, contents: Contents, *, decode: bool) -> None:
     image = open_image(raw.image)
     if decode:
         decode_rgb(image)
@@ -297,6 +318,8 @@ def _check_raw(raw: RawSample, contents: Contents, *, decode: bool) -> None:
     if raw.repaired:
         contents.repaired[raw.repaired] += 1
     contents.captions[len(raw.captions)] += 1
+    if not raw.captions and len(contents.without_caption) < _SHOWN:
+        contents.without_caption.append(key)
     contents.sizes[image.size] += 1
 
 
@@ -309,7 +332,8 @@ def convert(
 ) -> int:
     """Write TFRecords, CSV lists, class folders or tars as tars in img2dataset's layout.
 
-    Damaged samples are left out and counted.
+    Damaged samples are left out and counted. Pictures are copied as they are, and decoded by
+    `check` only: one that is cut in the middle stays, and counts as damaged in training.
 
     Args:
         patterns: what to convert, as data.train takes it.
@@ -329,11 +353,13 @@ def convert(
         _say(line)
     for line in [*_repaired(found.repaired), *found.told]:
         _say(line)
+    if without := found.captions[0]:
+        _say(f"{without:,} of the samples written have no caption")
     _say(
         f"wrote {written:,} samples in {number:,} shards to {out}; left out: "
         f"{_listed(found.damage)} (of {found.samples:,} samples in {len(paths):,} shards)"
     )
-    return 1 if found.damage or found.details else 0
+    return 1 if found.damage or found.details or not written else 0
 
 
 def _undamaged(paths: Sequence[Path], fields: Fields, found: Contents) -> Iterator[NewSample]:
@@ -341,6 +367,8 @@ def _undamaged(paths: Sequence[Path], fields: Fields, found: Contents) -> Iterat
     for path in paths:
         shard, summary = open_shard(path, fields)
         found.samples += shard.num_samples
+        if not shard.num_samples:
+            found.remarks.add(EMPTY, shard.name)
         found.details += summary.lines(path)
         found.passed_over.update(summary.passed_over)
         found.remarks.update(summary.remarks)
@@ -358,6 +386,7 @@ def _undamaged(paths: Sequence[Path], fields: Fields, found: Contents) -> Iterat
                 continue
             if raw.repaired:
                 found.repaired[raw.repaired] += 1
+            found.captions[len(raw.captions)] += 1
             yield sample
         reader.close()
         if damage:

@@ -23,7 +23,7 @@ from frugal.common.data.image_walk import image_files
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import read_lines, reason_of, refuse_exhaustion
+from frugal.common.files import read_bytes, read_lines, reason_of, refuse_exhaustion
 
 _LOG = logging.getLogger("frugal")
 IGNORED = 255
@@ -74,7 +74,7 @@ class MaskedFolder:
         for index in self._some():
             for path in (self.image_path(index), self.mask_path(index)):
                 with contextlib.suppress(OSError):  # told when it is read
-                    found.update(path.read_bytes())
+                    found.update(read_bytes(path))
         return found.hexdigest()
 
     def _some(self) -> list[int]:
@@ -89,8 +89,8 @@ class MaskedFolder:
             Damaged: if one of the two cannot be read, or they do not fit together.
         """
         try:
-            encoded = self.image_path(index).read_bytes()
-            encoded_mask = self.mask_path(index).read_bytes()
+            encoded = read_bytes(self.image_path(index))
+            encoded_mask = read_bytes(self.mask_path(index))
         except OSError as error:
             refuse_exhaustion(error)
             raise Damaged("unreadable", reason_of(error)) from None

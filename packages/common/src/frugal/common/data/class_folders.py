@@ -36,7 +36,7 @@ class ClassFolders:
 
 def is_bare_number(name: str) -> bool:
     """Whether a class folder is called by its number, which says nothing about its images."""
-    return name.isascii() and name.isdecimal()
+    return name.isdecimal()
 
 
 def is_wordnet_id(name: str) -> bool:
@@ -60,6 +60,8 @@ def read_class_folders(
     refuse_misspelt_names(folder)
     folders = subfolders(folder, passed_over)
     chosen = _chosen_folders(folder)
+    if chosen is not None and (folder / _TEXT).is_file():
+        passed_over.add(f"lists of class names beside {chosen[0].name}", f"{folder / _TEXT}")
     if chosen is not None:
         source, by_folder = chosen
         if missing := sorted(by_folder.keys() - set(folders)):
@@ -82,10 +84,21 @@ def read_class_folders(
     for name in empty if classes else ():
         passed_over.add("folders without images, which are no classes", f"{folder}/{name}")
     if lines is None:
-        names = {name: name.replace("_", " ") for name in classes}
+        names = {name: _in_words(folder, name) for name in classes}
     else:
         names = dict(zip(classes, lines, strict=True))
     return ClassFolders(names, images, lines is not None, empty, tuple(texts))
+
+
+def _in_words(folder: Path, name: str) -> str:
+    """What the class of a folder is called where no file says it."""
+    words = name.replace("_", " ").strip()
+    if not words:
+        raise InputError(
+            f"a class folder of {folder} is called {name!r}, which is no name; rename it, or write "
+            f"the name of each class by its folder in {folder / _JSON}"
+        )
+    return words
 
 
 def _classes(

@@ -12,12 +12,13 @@ import numpy as np
 from frugal.common.data.captions import caption_text
 from frugal.common.data.class_folders import is_bare_number, is_wordnet_id, read_class_folders
 from frugal.common.data.damage import Damaged
+from frugal.common.data.grouping import printable
 from frugal.common.data.image_walk import images_below, pass_over_files
 from frugal.common.data.lists_beside import refuse_lists, refuse_texts_of_images
 from frugal.common.data.passed_over import PassedOver, shortened
 from frugal.common.data.samples import Fields, RawSample, StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of, refuse_exhaustion
+from frugal.common.files import read_bytes, reason_of, refuse_exhaustion
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class FileList:
         if not file:
             raise Damaged("no image")
         try:
-            image = Path(self.base, file).read_bytes()
+            image = read_bytes(Path(self.base, file))
         except (OSError, ValueError) as error:  # the latter for a NUL in its name
             refuse_exhaustion(error)
             raise Damaged("unreadable", reason_of(error)) from None
@@ -164,14 +165,19 @@ def _is_no_word(name: str) -> bool:
     return is_bare_number(name) or is_wordnet_id(name)
 
 
-def tell_classes(shard: FileList, log: logging.Logger) -> None:
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
+
+def tell_classes(shard: FileList, log: Log) -> None:
     """Say which classes a folder has: how many, the first and the last, and those without images.
 
     The order of the class numbers is seen by these two.
     """
     if not shard.class_folders:
         return
-    first, last = (f"{shard.class_folders[n]} -> {shard.class_names[n]!r}" for n in (0, -1))
+    first, last = (
+        f"{printable(shard.class_folders[n])} -> {shard.class_names[n]!r}" for n in (0, -1)
+    )
     log.info("%s: %d classes, %s to %s", shard.name, len(shard.class_folders), first, last)
     if without := shard.classes_without_images:
         log.warning("%s: no image of %s", shard.name, shortened(without))

@@ -37,7 +37,8 @@ SEVERAL = (
 REPEATED = "samples have the key of an earlier one of the same tar, as where two tars were joined"
 UNPAIRED = (
     "samples are an image alone or lack one, and no sample holds an image and anything else: the "
-    "names before the first dot differ; give an image and its text the same name and folder"
+    "names before the first dot differ, perhaps in capitals or in how accents are written; give "
+    "an image and its text the same name and folder"
 )
 
 
@@ -58,12 +59,19 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
+def is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether the bytes of a member lie in the tar as they are, one after the other."""
+    return member.isreg() and not member.issparse()
+
+
 def reason_without_sample(member: tarfile.TarInfo) -> str | None:
     """Why a member that is no file, or that :func:`split_name` does not split, is left out.
 
     None for folders.
     """
     name = member.name
+    if member.issparse():
+        return "sparse members, which only a stream of the tar can read; write it without --sparse"
     if not member.isreg():
         return None if member.isdir() else "links and other members that are no files"
     if name.rpartition("/")[2].startswith("."):

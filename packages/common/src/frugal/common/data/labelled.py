@@ -32,7 +32,23 @@ from frugal.common.files import read_lines
 GROUP = 64
 """Images that stay together on one process, so that a model can take the same ones at a time
 whatever the number of processes: what it computes depends on them in the last bits."""
-_LOG = logging.getLogger("frugal")
+
+
+class _Once(logging.LoggerAdapter[logging.Logger]):
+    """Says nothing twice: a run opens the data of its evaluations at every one of them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.getLogger("frugal"))
+        self._said: set[tuple[object, ...]] = set()
+
+    def log(self, level: int, msg: object, *args: object, **options: Any) -> None:
+        """See :meth:`logging.Logger.log`."""
+        if (msg, *args) not in self._said:
+            self._said.add((msg, *args))
+            super().log(level, msg, *args, **options)
+
+
+_LOG = _Once()
 
 
 class _Images(Dataset[dict[str, Any]]):

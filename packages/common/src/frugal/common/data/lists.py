@@ -10,6 +10,7 @@ a quote that is never closed costs one row, not those behind it.
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from frugal.common.data.folders import FileList
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields, StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of
+from frugal.common.files import open_file, reason_of
 
 _SEPARATORS = ("\t", ",", ";", "|")
 _MOST_LINES = 256
@@ -44,7 +45,7 @@ def open_list(path: Path, fields: Fields) -> FileList:
     """
     rows = _Rows()
     try:
-        with path.open("rb") as file:
+        with io.BufferedReader(open_file(path)) as file:
             lines = _decoded(file)
             layout = _read_header(path, next(lines, None), fields)
             for number, columns in layout.rows(rows.counted(lines)):

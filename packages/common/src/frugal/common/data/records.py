@@ -6,6 +6,7 @@ CRC-32C checksums, and its data is a ``tf.train.Example`` protocol buffer.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -32,6 +33,7 @@ from frugal.common.data.samples import (
     select_captions,
 )
 from frugal.common.errors import InputError
+from frugal.common.files import open_file
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -58,7 +60,7 @@ def index_records(shard: Path) -> ShardIndex:
         InputError: if the file cannot be read, is empty or holds no TFRecords.
     """
     try:
-        with shard.open("rb") as file:
+        with io.BufferedReader(open_file(shard)) as file:
             return _index_open_records(file, shard)
     except OSError as error:
         raise unreadable_shard(shard, error) from None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from frugal.common.data.folders import FileList, open_image_folder, tell_classes
+from frugal.common.data.folders import FileList, Log, open_image_folder, tell_classes
 from frugal.common.data.image_walk import KNOWN_FILES, has_image, subfolders
 from frugal.common.data.index import (
     SUFFIX,
@@ -27,7 +26,7 @@ from frugal.common.data.records import RecordShard, index_records
 from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.tars import TarShard, index_tar
 from frugal.common.errors import InputError
-from frugal.common.files import is_system_name
+from frugal.common.files import is_system_name, reason_of
 from frugal.common.launchers import launcher_ranks
 
 _STREAM = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
@@ -41,6 +40,7 @@ _KIND_OF_NAME = {
 """What a file holds, by its name; TensorFlow's data sets end in ``.tfrecord-00000-of-00010``."""
 _LIKE_SHARDS = re.compile(r"\.(tar|tgz|tfrecords?)(\.|$)", re.IGNORECASE)
 """Shards that were compressed, or whose download was not finished."""
+EMPTY = "shards or lists hold no sample"
 _SPLITS = ("train", "val", "validation", "test")
 _KINDS = "tars, TFRecords, CSV files, or folders of one of these or of class folders with images"
 
@@ -120,9 +120,36 @@ def _known(path: Path) -> Path:
     return path
 
 
-def _is_data_set(folder: Path) -> bool:
-    """Whether a sub-folder is a split or a set of shards rather than a class."""
-    return folder.name.lower() in _SPLITS or any(_is_shard(path) for path in folder.iterdir())
+def _find_data_set(folder: Path, below: list[str], extensions: tuple[str, ...]) -> str | None:
+    """A sub-folder that is a split or a set of shards rather than a class; None if none is.
+
+    CIFAR-100 and COCO have a class "train": beside other classes it holds images and no folders.
+    """
+    others = [name for name in below if name.lower() not in _SPLITS]
+    for name in below:
+        if any(map(_is_shard, _inside(folder / name))):
+            return name
+        if name in others:
+            continue
+        is_flat = not subfolders(folder / name)
+        if not is_flat or not any(has_image(folder / other, extensions) for other in others):
+            return name
+    return None
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What a folder holds, in order.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"the folder {folder} cannot be read ({reason_of(error)}); make it readable, or move "
+            "it away"
+        ) from None
 
 
 def _is_shard(path: Path) -> bool:
@@ -137,7 +164,7 @@ def _files_of_folder(
 ) -> list[Path]:
     below = subfolders(folder)
     files = sorted(
-        (path for path in folder.iterdir() if path.is_file() and not is_system_name(path.name)),
+        (path for path in _inside(folder) if path.is_file() and not is_system_name(path.name)),
         key=lambda path: natural_key(path.name),
     )
     kinds = {
@@ -151,7 +178,7 @@ def _files_of_folder(
         _refuse_class_folders_beside(folder, kind, paths, below, extensions)
         _pass_over(folder, kind, paths, passed_over)
         return paths
-    if split := next((name for name in below if _is_data_set(folder / name)), None):
+    if split := _find_data_set(folder, below, extensions):
         raise InputError(f"{folder} holds several data sets; give one of them, such as {split}")
     if any(has_image(folder / name, extensions) for name in below):
         return [folder]
@@ -194,9 +221,9 @@ def _pass_over(folder: Path, kind: str, shards: list[Path], passed_over: PassedO
     if passed_over is None:
         return
     own = {path.stem for path in shards}
-    for path in sorted(folder.iterdir()):
+    for path in _inside(folder):
         if path.is_dir():
-            if any(_is_shard(inside) for inside in path.iterdir()):
+            if any(map(_is_shard, _inside(path))):
                 passed_over.add(f"folders with shards beside {kind}", str(path))
             elif needs_index(path):
                 passed_over.add("folders that are called as shards", str(path))
@@ -233,7 +260,7 @@ def build_index(path: Path, *, rebuild: bool = False) -> Path:
     return write_index(path, index_tar(path, None if rebuild else load_earlier_index(path)))
 
 
-def index_missing(paths: Sequence[Path], log: logging.Logger) -> None:
+def index_missing(paths: Sequence[Path], log: Log) -> None:
     """Index every shard that is not indexed yet.
 
     Where ``torch.distributed`` runs, its processes share the work, and all of them must call this.
@@ -304,7 +331,7 @@ class Source:
         """Samples of every shard."""
         return [shard.num_samples for shard in self.shards]
 
-    def tell(self, log: logging.Logger) -> None:
+    def tell(self, log: Log) -> None:
         """Say once what is odd, and what is left out."""
         for note in self.notes:
             log.warning("%s; what is missing there is lost", note)
@@ -339,6 +366,8 @@ def open_source(pattern: str, fields: Fields, files: Sequence[Path] | None = Non
             source.notes.append(f"{shard.name} is {summary.note}")
         if summary.behind:
             source.behind.append(f"{shard.name}: {summary.behind}")
+        if not summary.num_samples:
+            source.remarks.add(EMPTY, shard.name)
         source.digests.append(summary.digest)
         source.passed_over.update(summary.passed_over)
         source.remarks.update(summary.remarks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 import zlib
@@ -17,6 +18,7 @@ from frugal.common.data.foreign import foreign_content, refuse_empty, unreadable
 from frugal.common.data.grouping import (
     describe_members,
     group_members,
+    is_plain,
     printable,
     reason_without_sample,
     split_name,
@@ -31,6 +33,7 @@ from frugal.common.data.samples import (
     assemble_captions,
 )
 from frugal.common.errors import InputError
+from frugal.common.files import open_file
 
 _CHUNK = 1 << 24
 _MAGIC, _MAGIC_PLACE = b"ustar", 257
@@ -86,7 +89,7 @@ def walk_tar(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Break]:
             archive = tarfile.TarFile(fileobj=file, mode="r", tarinfo=StrictHeader)
             for member in archive:
                 yield member
-                if member.isreg() and member.offset_data + member.size > size:
+                if is_plain(member) and member.offset_data + member.size > size:
                     fault = f"the file ends in the middle of {printable(member.name)}"
                     break
             # a size that is wrong must not hide what lies behind its header
@@ -181,7 +184,7 @@ def index_tar(shard: Path, known: ShardIndex | None = None) -> ShardIndex:
         InputError: if the file cannot be read, is empty, compressed or no tar.
     """
     try:
-        with shard.open("rb") as file:
+        with io.BufferedReader(open_file(shard)) as file:
             refuse_empty(file, shard)
             found = _Found(file, known)
             try:
@@ -226,7 +229,7 @@ class _Found:
         self.num_parts += 1
         if isinstance(part, Break):
             self._break_off(part)
-        elif not part.isreg() or split_name(part.name) is None:
+        elif not is_plain(part) or split_name(part.name) is None:
             if reason := reason_without_sample(part):
                 self._passed_over.add(reason, printable(part.name))
         else:

@@ -40,7 +40,9 @@ class NewSample:
             yield "txt", self.text.encode()
         if self.label is not None:
             yield "cls", str(self.label).encode()
-        yield "json", json.dumps({"key": key, **self.about}, ensure_ascii=False).encode()
+        described = json.dumps({"key": key, **self.about}, ensure_ascii=False)
+        # a path may hold bytes that are no text
+        yield "json", described.encode("utf-8", "backslashreplace")
 
 
 def new_folder(out: Path, *, samples_per_shard: int) -> None:

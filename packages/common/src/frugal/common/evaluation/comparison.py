@@ -63,6 +63,9 @@ class Entry:
     first model, and for one that was measured on other images."""
     other_images: bool = False
     """Whether it was measured on other images than the first model."""
+    earlier: bool = False
+    """Whether that cannot be known: one of the two was measured by an earlier version, which told
+    data by names and sizes and not by bytes."""
 
     @property
     def differs(self) -> bool:
@@ -112,11 +115,22 @@ def _row(
     entries = []
     for model, each, sample, value in zip(models, outcomes, drawn, values, strict=True):
         low, high = interval(sample, confidence)
-        difference, same = None, _same_images(each, first)
-        if each is not first and same:
+        difference, same = None, each is first or _same_images(each, first)
+        earlier = (
+            each is not first and same and any(_is_earlier(m, task) for m in (models[0], model))
+        )
+        if each is not first and same and not earlier:
             difference = (value - values[0], *interval(sample - drawn[0], confidence))
-        entries.append(Entry(model.name, value, low, high, difference, other_images=not same))
+        entries.append(
+            Entry(model.name, value, low, high, difference, other_images=not same, earlier=earlier)
+        )
     return Row(task, number, first.num_images, entries)
+
+
+def _is_earlier(model: Measured, task: str) -> bool:
+    """Whether a version measured it that told data by names and sizes; it kept no config digest."""
+    facts = model.facts.get(task, {})
+    return bool(facts) and "config_sha256" not in facts
 
 
 def _same_images(one: Outcomes, other: Outcomes) -> bool:
@@ -140,11 +154,23 @@ def content(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "interval": [entry.low, entry.high],
                     "difference": entry.difference,
                     "other_images": entry.other_images,
+                    "earlier_version": entry.earlier,
                 }
                 for entry in row.entries
             ],
         }
         for row in rows
+    ]
+
+
+def refusals(rows: Sequence[Row]) -> list[str]:
+    """Why there is no difference between models that may have been measured on the same images."""
+    tasks = {(row.task, entry.model): row for row in rows for entry in row.entries if entry.earlier}
+    return [
+        f"{task}: it cannot be told whether {name} and {row.entries[0].model} were measured on the "
+        "same images, because one of them was measured by an earlier version, which did not look "
+        "at the bytes; measure it again"
+        for (task, name), row in tasks.items()
     ]
 
 
@@ -241,6 +267,8 @@ def _cell(entry: Entry | None) -> str:
     more = ""
     if entry.other_images:
         more = '<br><span class="quiet">other images</span>'
+    if entry.earlier:
+        more = '<br><span class="quiet">perhaps other images (of an earlier version)</span>'
     if entry.difference is not None:
         value, low, high = (_signed(part) for part in entry.difference)
         words = f"{value} ({low} to {high})"
