@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
 from frugal.common.models.finite import refuse_not_finite
+from frugal.common.models.from_transformers import load_model
 from frugal.common.models.in_words import some
 from frugal.common.models.pretrained import (
     TimmImage,
@@ -122,7 +123,7 @@ def _make_timm(config: TimmImage) -> nn.Module:
     import timm
 
     about = config.about
-    options = dict(about["model_args"])
+    options = {n: value for n, value in about["model_args"].items() if n != "num_classes"}
     if "img_size" in inspect.signature(_timm_class(about["architecture"]).__init__).parameters:
         options["img_size"] = config.image_size
     try:
@@ -206,29 +207,12 @@ def stored_state(config: Any) -> dict[str, Tensor]:
     """
     if isinstance(config, TimmImage):
         return _stored_timm(config)
-    from transformers import AutoModel
-
-    try:
-        with quietly(), torch.random.fork_rng(devices=[]):
-            made, report = AutoModel.from_pretrained(
-                config.name,
-                config=_settings(config),
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 - files raise errors of every kind
-        reason = reason_of(error)
-        raise InputError(
-            f"the weights of {config.name} cannot be loaded: {reason}; copy the folder again, or "
-            "start from random weights with pretrained off"
-        ) from None
+    part = "text" if isinstance(config, TransformersText) else "image"
+    way_out = f"copy the folder again, or start at random with --model.{part}.no-pretrained"
+    made, unfound = load_model(config.name, config=_settings(config), way_out=way_out)
     tower = _tower_of(made, config)
     needed = {id(tensor) for tensor in (*tower.parameters(), *tower.buffers())}
-    refuse_not_finite(tower.state_dict(), source=config.name)
-    missing = [n for n in sorted(report["missing_keys"]) if _is_needed(made, n, needed)]
+    missing = [name for name in unfound if _is_needed(made, name, needed)]
     if missing:
         hint = ""
         if all(name.startswith("pooler.") for name in missing):
