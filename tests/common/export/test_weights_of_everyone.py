@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from frugal.common.interop.imported import read
 from frugal.common.interop.stored_files import read_weights
 from frugal.common.models.pretrained import TimmImage, TransformersImage, TransformersText
 from frugal.common.models.pretrained_models import stored_state
+from frugal.common.recipe import load_recipe
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -294,3 +296,47 @@ def test_text_towers_name_the_flag_that_starts_them_at_random(bert: Path, tmp_pa
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
     words = refusal(stored_state, TransformersText(name=str(tmp_path), length=8))
     assert words.endswith("start at random with --model.text.no-pretrained")
+
+
+# ------------------------------------------------------------------------------------------------
+# Towers of timm and transformers
+
+
+def test_of_several_sets_timm_s_choice_and_what_is_left_are_told(
+    vit: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "sets.pth"
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=16)
+    plain = model.state_dict()
+    averaged = {name: tensor + 1 for name, tensor in plain.items()}
+    torch.save({"model": plain, "model_ema": averaged, "optimizer": {"a": torch.ones(2)}}, file)
+    config = TimmImage(name="vit_tiny_patch16_224", weights=file, image_size=16)
+    with caplog.at_level(logging.WARNING, logger="frugal"):
+        assert stored_state(config)["cls_token"].equal(plain["cls_token"])
+    assert "model is taken, model_ema left" in caplog.text
+    torch.save({"model": plain, "args": Namespace(lr=1)}, file)
+    assert "of tensors and plain values alone; save its weights alone" in refusal(
+        stored_state, config
+    )
+    torch.save([plain], file)
+    assert "holds no weights by name" in refusal(stored_state, config)
+
+
+def test_the_positions_of_roberta_that_stand_for_padding_hold_no_token(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    about = {**TEXTS, "max_position_embeddings": 20, "pad_token_id": 1}
+    RobertaModel(RobertaConfig(**about)).save_pretrained(tmp_path)
+    words = refusal(stored_state, TransformersText(name=str(tmp_path), length=19))
+    assert words.endswith("give --model.text.length 18 or less")
+    assert stored_state(TransformersText(name=str(tmp_path), length=18))
+
+
+def test_recipes_that_are_none_are_sentences_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    for content, sentence in (
+        (b"[" * 100_000, "is not a recipe: it is nested too deeply"),
+        (b'{"type": "frugal.common.recipe.WarmupCosine"}', "it lacks samples"),
+    ):
+        file.write_bytes(content)
+        assert sentence in refusal(load_recipe, file)

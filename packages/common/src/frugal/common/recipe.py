@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import types
 import typing
@@ -25,6 +24,7 @@ from frugal.common.contracts import (
     PreparedReduction,
 )
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json, reason_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,8 +381,16 @@ def from_json(value: Any, *, source: str = "the recipe") -> Any:
         arguments[key] = _coerce(from_json(item, source=source), hints[key])
     try:
         return kind(**arguments)
-    except TypeError as error:
-        raise InputError(f"{source} does not describe a whole {value['type']}: {error}") from None
+    except TypeError:
+        needed = {f.name for f in dataclasses.fields(kind) if _has_no_default(f)}
+        lacking = ", ".join(sorted(needed - arguments.keys())) or "a value of the right kind"
+        raise InputError(
+            f"{source} does not describe a whole {value['type']}: it lacks {lacking}"
+        ) from None
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -392,13 +400,13 @@ def load_recipe(path: Path) -> Recipe:
         InputError: if there is none, or it cannot be read.
     """
     try:
-        encoded = json.loads(path.read_text())
+        encoded = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError(
             f"there is no recipe at {path}; give a run directory's recipe.json"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not a recipe: {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a recipe: {reason_of(error)}") from None
     recipe = from_json(encoded, source=str(path))
     if not isinstance(recipe, Recipe):
         raise InputError(f"{path} does not hold a recipe")

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, find_tensors
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of
 from frugal.common.models.finite import refuse_not_finite_parts
 from frugal.common.run import Run
 
@@ -402,7 +403,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         files = state["files"]
     except (OSError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(
-            f"{folder / 'state.json'} is damaged ({error}); use an older checkpoint"
+            f"{folder / 'state.json'} is damaged ({reason_of(error)}); use an older checkpoint"
         ) from None
     if state.get("format") != FORMAT:
         raise InputError(

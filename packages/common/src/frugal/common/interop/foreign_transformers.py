@@ -25,6 +25,7 @@ from frugal.common.models.config import Activation, DualEncoderConfig, ImageTowe
 from frugal.common.models.from_transformers import load_model
 from frugal.common.models.in_words import some
 from frugal.common.models.preparation import Preparation, of_transformers, transformers_file
+from frugal.common.models.pretrained_models import text_positions
 from frugal.common.models.weight_names import from_transformers_clip
 
 LIBRARY = "transformers"
@@ -166,9 +167,7 @@ def _refuse_unpooled(model: Any, folder: Path, image: WrappedImage) -> None:
 def _length(config: Any, folder: Path) -> int:
     """Slots of the text tower, as far as a caption may fill them and its tokenizer lets it."""
     text = config.text_config
-    slots = getattr(text, "max_position_embeddings", _MANY_TOKENS)
-    if text.model_type in ("roberta", "xlm-roberta", "camembert"):
-        slots -= text.pad_token_id + 1  # their first positions stand for padding
+    slots = text_positions(text) or _MANY_TOKENS
     about = folder / "tokenizer_config.json"
     longest = read_json_object(about).get("model_max_length") if about.is_file() else None
     return min(slots, _MANY_TOKENS, int(longest) if longest else _MANY_TOKENS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +171,7 @@ def _settings(config: TransformersImage | TransformersText) -> Any:
                 f"{config.image_size}; give --model.image.image-size {shown}"
             )
         return settings
-    most = getattr(settings, "max_position_embeddings", None)
+    most = text_positions(settings)
     if most is not None and 0 < most < config.length:
         raise InputError(
             f"{config.name} has {most} positions, fewer than model.text.length = {config.length}; "
@@ -184,6 +185,18 @@ def _settings(config: TransformersImage | TransformersText) -> Any:
         if "drop" in name and isinstance(value, float) and not name.startswith("classifier")
     }
     return type(settings)(**{**settings.to_dict(), **changed})
+
+
+_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
+"""Models whose first positions stand for padding."""
+
+
+def text_positions(settings: Any) -> int | None:
+    """Most tokens of a caption that a text model of transformers has positions for, if it says."""
+    most = getattr(settings, "max_position_embeddings", None)
+    if most is None or settings.model_type not in _FROM_PADDING:
+        return most
+    return most - (settings.pad_token_id + 1)
 
 
 def _tower_of(made: Any, config: TransformersImage | TransformersText) -> nn.Module:
@@ -216,7 +229,8 @@ def stored_state(config: Any) -> dict[str, Tensor]:
     if missing:
         hint = ""
         if all(name.startswith("pooler.") for name in missing):
-            hint = ", which were never trained with a pooler: choose another pooling, or"
+            others = "first, last or mean" if part == "text" else "first or mean"
+            hint = f", which were never trained with a pooler: --model.{part}.pooling {others}, or"
         raise InputError(
             f"the weights of {config.name} lack {some(missing)}{hint or ', so that they are of'} "
             "another model"
@@ -247,6 +261,8 @@ def _stored_timm(config: TimmImage) -> dict[str, Tensor]:
         file = next((path for path in found if path.is_file()), None)
         if file is None:
             raise InputError(f"the folder {config.name} holds none of {', '.join(_TIMM_FILES)}")
+    if file is not None:
+        _tell_other_sets(file)
     model, missing, left = _make_timm(config), [], []
     try:
         if file is None:
@@ -275,6 +291,38 @@ def _stored_timm(config: TimmImage) -> dict[str, Tensor]:
         _LOG.info("of %s what %s does not have is left: %s", file, config.name, some(left))
     refuse_not_finite(model.state_dict(), source=str(file or config.name))
     return model.state_dict()
+
+
+def _tell_other_sets(file: Path) -> None:
+    """Say which of several sets of weights timm takes: state_dict, then model, then what is bare.
+
+    Raises:
+        InputError: if the file holds more than tensors and plain values.
+    """
+    if file.suffix in (".safetensors", ".npz", ".npy"):
+        return
+    try:
+        mapped = zipfile.is_zipfile(file)  # so that no number is read twice
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception:  # noqa: BLE001 - torch.load raises errors of every kind
+        raise InputError(
+            f"{file} cannot be read as a file of tensors and plain values alone; save its weights "
+            "alone, torch.save(model.state_dict(), FILE)"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no weights by name; give the weights of a model")
+    sets = [name for name, part in content.items() if _holds_weights(name, part)]
+    taken = next((name for name in ("state_dict", "model") if name in content), None)
+    if others := [name for name in sets if name != taken]:
+        _LOG.warning(
+            "%s holds several sets of weights: %s is taken, %s left; save the one that is meant "
+            "alone to start from it", file, taken or "what stands in no set", ", ".join(others),
+        )  # fmt: skip
+
+
+def _holds_weights(name: Any, part: Any) -> bool:
+    is_state = isinstance(part, dict) and any(isinstance(t, Tensor) for t in part.values())
+    return is_state and "optim" not in str(name)
 
 
 # ------------------------------------------------------------------------------------------------
