@@ -230,7 +230,10 @@ def stored_state(config: Any) -> dict[str, Tensor]:
         hint = ""
         if all(name.startswith("pooler.") for name in missing):
             others = "first, last or mean" if part == "text" else "first or mean"
-            hint = f", which were never trained with a pooler: --model.{part}.pooling {others}, or"
+            hint = (
+                ", which were never trained with a pooler: choose another pooling with "
+                f"--model.{part}.pooling {others}, or"
+            )
         raise InputError(
             f"the weights of {config.name} lack {some(missing)}{hint or ', so that they are of'} "
             "another model"
