@@ -23,6 +23,7 @@ from frugal.cit.metadata import WantedClass
 from frugal.cit.pool import Pool
 from frugal.common.checkpoint.store import file_checksum
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of
 
 FOLDER = "curation"
 _ABOUT = b"frugal.cit"
@@ -157,7 +158,8 @@ def read_about(path: Path) -> tuple[Facts, list[Example]]:
         return Facts(**about), examples
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} is no file of a curation ({error}); give the run directory of a run of CiT"
+            f"{path} is no file of a curation ({reason_of(error)}); give the run directory of a "
+            "run of CiT"
         ) from None
 
 

@@ -25,9 +25,10 @@ from frugal.cit.published_vision import (
     vision_of_state,
 )
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object, reason_of
+from frugal.common.files import read_json_object
 from frugal.common.interop.stored_files import (
     State,
+    check_whole,
     read_content,
     state_in,
     weights_in,
@@ -35,7 +36,8 @@ from frugal.common.interop.stored_files import (
 )
 from frugal.common.models.config import ImageTower
 from frugal.common.models.dual_encoder import DualEncoder
-from frugal.common.models.finite import refuse_not_finite
+from frugal.common.models.from_transformers import load_model
+from frugal.common.models.in_words import some
 from frugal.common.models.pretrained import (
     PretrainedDualEncoderConfig,
     TransformersImage,
@@ -44,7 +46,6 @@ from frugal.common.models.pretrained import (
     transformers_config,
 )
 from frugal.common.models.weight_names import to_timm
-from frugal.common.quiet_transformers import quietly
 
 _HALF = (0.5, 0.5, 0.5)
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\..*")
@@ -203,18 +204,10 @@ def _transformers_folder(folder: Path, settings: Mapping[str, Any], *, length: i
             f"{folder} holds a model of type {settings.get('model_type')!r}, not a "
             "vision-text-dual-encoder; give a released model"
         )
-    from transformers import AutoModel
-
-    weights_in(folder, WEIGHT_FILES)
-    try:
-        with quietly():
-            theirs, report = AutoModel.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:  # noqa: BLE001 - files raise errors of every kind
-        raise InputError(f"{folder} cannot be loaded by transformers: {reason_of(error)}") from None
-    if report["missing_keys"]:
-        raise InputError(f"the weights in {folder} lack {sorted(report['missing_keys'])[0]}")
+    check_whole(weights_in(folder, WEIGHT_FILES))
+    theirs, missing = load_model(folder, way_out="copy them again")
+    if missing:
+        raise InputError(f"the weights in {folder} lack {some(missing)}")
     pixels = pixel_facts(str(folder), theirs.config.vision_config.model_type)
     image, text = (
         json.dumps({"name": str(folder), "config": part.to_dict(), "pixels": pixels}, default=str)
@@ -231,7 +224,6 @@ def _transformers_folder(folder: Path, settings: Mapping[str, Any], *, length: i
     ours[_IMAGE] = theirs.visual_projection.weight.detach()
     ours[_TEXT] = theirs.text_projection.weight.detach()
     ours["logit_scale"] = theirs.logit_scale.detach().reshape(1)
-    refuse_not_finite(ours, source=str(folder))
     released = Released(model, ours, step=0)
     _check_whole(released, str(folder))
     return released

@@ -27,6 +27,7 @@ from frugal.common.data.samples import Fields, Reader
 from frugal.common.data.sources import build_index, needs_index, open_shard
 from frugal.common.data.writing import MOST_SAMPLES, NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
+from frugal.common.files import reason_of
 from frugal.common.recipe import from_json, load_recipe, to_json
 from frugal.common.shards import as_new_sample
 from frugal.common.words import command_words
@@ -170,7 +171,7 @@ def _open(path: Path) -> tuple[pq.ParquetFile, Fields]:
         described = json.loads((file.schema_arrow.metadata or {})[_ABOUT])
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(
-            f"{path} is no table of pairs ({error}); make one with `python -m "
+            f"{path} is no table of pairs ({reason_of(error)}); make one with `python -m "
             "frugal.cit.trained_pairs count RUN`"
         ) from None
     return file, from_json(described, source=str(path))

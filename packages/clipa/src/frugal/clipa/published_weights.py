@@ -24,7 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.interop.stored_files import part_with, state_in, why_unreadable
+from frugal.common.files import reason_of
+from frugal.common.interop.stored_files import (
+    part_with,
+    state_in,
+    why_no_safetensors,
+    why_unreadable,
+)
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.flax_names import flax_blocks, flax_norm
 from frugal.common.models.weight_names import OPEN_CLIP, Rule, State, read_names
@@ -139,7 +145,8 @@ def _open_safetensors(path: Path) -> _Weights:
     try:
         file = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {error}") from None
+        reason = why_no_safetensors(path, error)
+        raise InputError(f"{path} cannot be read as safetensors: {reason}") from None
     return _Weights(list(file.keys()), file.get_tensor)
 
 
@@ -200,7 +207,8 @@ def _read_npz(path: Path) -> Published:
                     heads[name.partition("/")[0]] = tensor.shape[1]
             state |= from_big_vision(arrays)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read as an npz of arrays: {error}") from None
+        reason = reason_of(error)
+        raise InputError(f"{path} cannot be read as an npz of arrays: {reason}") from None
     refuse_not_finite(state, source=str(path))
     return Published(state, heads=(heads["img"], heads["txt"]) if len(heads) == 2 else None)
 

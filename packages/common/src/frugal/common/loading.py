@@ -89,8 +89,8 @@ def load_exportable(path: Path) -> TrainedRun:
         return _load_two_towers(path, checkpoint)
     if not isinstance(getattr(recipe.model, "image", None), ImageTower):
         raise InputError(
-            f"{path} holds a {type(recipe.model).__name__}; only models with an image tower of "
-            "this library can be exported"
+            f"{path} holds a model without an image tower of this library; only models with one "
+            "can be exported"
         )
     return _load_tower(path, checkpoint, recipe)
 

@@ -381,8 +381,16 @@ def from_json(value: Any, *, source: str = "the recipe") -> Any:
         arguments[key] = _coerce(from_json(item, source=source), hints[key])
     try:
         return kind(**arguments)
-    except TypeError as error:
-        raise InputError(f"{source} does not describe a whole {value['type']}: {error}") from None
+    except TypeError:
+        needed = {f.name for f in dataclasses.fields(kind) if _has_no_default(f)}
+        lacking = ", ".join(sorted(needed - arguments.keys())) or "a value of the right kind"
+        raise InputError(
+            f"{source} does not describe a whole {value['type']}: it lacks {lacking}"
+        ) from None
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def load_recipe(path: Path) -> Recipe:

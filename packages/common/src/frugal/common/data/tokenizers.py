@@ -22,7 +22,7 @@ from frugal.common.data.vocabularies import (
     read_entries,
 )
 from frugal.common.errors import InputError
-from frugal.common.files import write_json
+from frugal.common.files import reason_of, write_json
 
 _DESCRIPTION = "tokenizer_description.json"
 _KINDS: dict[str, type[BytePairs] | type[Transformers] | type[WordPieces]] = {
@@ -128,7 +128,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
-            f"{path} does not describe a tokenizer ({error}); copy the folder from the run again"
+            f"{path} does not describe a tokenizer ({reason_of(error)}); copy the folder from the "
+            "run again"
         ) from None
     if tokenizer.vocab_size != size:
         raise InputError(

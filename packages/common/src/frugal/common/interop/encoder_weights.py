@@ -34,6 +34,7 @@ from frugal.common.models.config import (
     Activation,
     ImageTower,
 )
+from frugal.common.models.fit import misfit
 from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.positions import image_table, resample_grid
 from frugal.common.models.preparation import (
@@ -54,6 +55,8 @@ _LOG = logging.getLogger("frugal")
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
 """By width, where a head is not 64 wide: ViT-H, g and bigG."""
 _TABLE_TOLERANCE = 1e-5
+_ANY_SCALE = 1e-5
+"""What layer scales start from is of no account where they are read."""
 _WEIGHT_FILES = (
     "model.safetensors", "pytorch_model.bin",
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
@@ -86,11 +89,17 @@ class EncoderWeights:
         projection = self.state.get("projection.weight")
         return None if projection is None else len(projection)
 
+    def _needed(self) -> State:
+        with torch.device("meta"):
+            return ImageTransformer(self.tower, self.embed_dim).state_dict()
+
     def missing(self) -> list[str]:
         """Names that the tower needs and the file has not."""
-        with torch.device("meta"):
-            needed = ImageTransformer(self.tower, self.embed_dim).state_dict().keys()
-        return sorted(needed - self.state.keys())
+        return sorted(self._needed().keys() - self.state.keys())
+
+    def misfit(self) -> str | None:
+        """What of the weights is not of this tower, by name, count and shape; or None."""
+        return misfit(self.state, self._needed())
 
     def build(self) -> ImageTransformer:
         """The tower, on the CPU in float32.
@@ -103,11 +112,9 @@ class EncoderWeights:
         tower.to_empty(device="cpu")
         if self.tower.positions != "learned":
             tower.pos_embed.copy_(image_table(self.tower))
-        try:
-            tower.load_state_dict(self.state)
-        except RuntimeError as error:
-            reason = reason_of(error, last_line=True)
-            raise InputError(f"{self.source} does not hold one whole tower: {reason}") from None
+        if what := self.misfit():
+            raise InputError(f"{self.source} does not hold one whole tower: {what}")
+        tower.load_state_dict(self.state)
         return tower
 
     def for_images(self, size: tuple[int, int]) -> EncoderWeights:
@@ -313,6 +320,8 @@ def _open_clip_folder(folder: Path) -> EncoderWeights:
     path = folder / _OPEN_CLIP
     settings = read_json_object(path)
     model, preprocess = settings.get("model_cfg") or {}, settings.get("preprocess_cfg") or {}
+    if not isinstance(preprocess, Mapping):
+        raise InputError(f"{path} holds a preprocess_cfg that is no object; copy it again")
     prepared = of_open_clip(preprocess, size=image_size(model, str(path)), source=str(path))
     tower = image_tower(model, prepared, source=str(path))
     if tower is None:
@@ -340,14 +349,17 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
             f"{folder} holds a model of type {settings.get('model_type')!r}, not a CLIP model or a "
             "plain vision transformer; choose another one"
         )
-    # what a saved configuration leaves out has transformers' default
-    from transformers import CLIPVisionConfig
+    from transformers import CLIPConfig, CLIPVisionConfig
 
-    given = settings.get("vision_config", settings)
-    vision: Any = CLIPVisionConfig(**{k: v for k, v in given.items() if k != "model_type"})
+    # a whole CLIP's may say it twice, in vision_config_dict too
+    is_whole = not {"vision_config", "vision_config_dict"}.isdisjoint(settings)
+    made = _configured(CLIPConfig if is_whole else CLIPVisionConfig, settings, folder)
+    vision: Any = made.vision_config if is_whole else made
+    size, patch_size = _height_width(vision, folder), _patch_size(vision, folder)
     if vision.hidden_act not in _ACTIVATIONS:
         raise InputError(f"the activation {vision.hidden_act!r} of {folder} is not known here")
     state = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
+    state = part_with(state, "vision_model.embeddings.class_embedding", source=folder)
     if "embeddings.class_embedding" in state:  # CLIPVisionModel, as transformers 5 saves it
         state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
     kept = ("vision_model.", "visual_projection.")
@@ -357,12 +369,11 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
         if name.startswith(kept) and not name.endswith("position_ids")
     }
     ours = without_prefix(read_names(visual, TRANSFORMERS_CLIP, source=str(folder)), "image.")
-    size = (vision.image_size, vision.image_size)
     prepared = _prepared(folder, "clip", size)
     weights = _shaped(
         ours,
         str(folder),
-        patch_size=vision.patch_size,
+        patch_size=patch_size,
         heads=vision.num_attention_heads,
         activation=_ACTIVATIONS[vision.hidden_act],
         mean=prepared.pixels.mean,
@@ -370,6 +381,46 @@ def _transformers_folder(folder: Path) -> EncoderWeights:
         norm_epsilon=vision.layer_norm_eps,
     )
     return replace(weights, preparation=prepared)
+
+
+def _configured(kind: Any, settings: Mapping[str, Any], folder: Path) -> Any:
+    """A configuration of transformers, whose default takes the place of what is left out.
+
+    Raises:
+        InputError: if transformers refuses it.
+    """
+    try:
+        return kind(**{name: value for name, value in settings.items() if name != "model_type"})
+    except Exception as error:  # noqa: BLE001 - every model checks its settings in its own way
+        raise InputError(
+            f"the config.json of {folder} describes no model of transformers "
+            f"({reason_of(error, last_line=True)}); copy it again"
+        ) from None
+
+
+def _height_width(vit: Any, folder: Path) -> tuple[int, int]:
+    return _pair(vit.image_size, "image_size", folder)
+
+
+def _patch_size(vit: Any, folder: Path) -> int:
+    height, width = _pair(vit.patch_size, "patch_size", folder)
+    if height != width:
+        raise InputError(
+            f"the patches of {folder} have {height}x{width} pixels, but towers of this library "
+            "have square ones; choose another model"
+        )
+    return height
+
+
+def _pair(value: Any, name: str, folder: Path) -> tuple[int, int]:
+    """(height, width) of a number or a pair in a config.json."""
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(
+            f"the config.json of {folder} has {name} {value}, neither a number of pixels nor a "
+            "pair of them; copy it again"
+        )
+    return sides[0], sides[1]
 
 
 _BESIDE_A_VIT = ("classifier.", "pooler.", "vit.pooler.", "decoder.")
@@ -380,19 +431,18 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
     from transformers import ViTConfig, ViTMAEConfig
 
     kind = ViTConfig if settings["model_type"] == "vit" else ViTMAEConfig
-    vit: Any = kind(**{k: v for k, v in settings.items() if k != "model_type"})
+    vit = _configured(kind, settings, folder)
     if vit.hidden_act not in _ACTIVATIONS:
         raise InputError(f"the activation {vit.hidden_act!r} of {folder} is not known here")
-    size = vit.image_size
-    height_width = (size, size) if isinstance(size, int) else tuple(size)
-    prepared = _prepared(folder, settings["model_type"], height_width)
+    size = _height_width(vit, folder)
+    prepared = _prepared(folder, settings["model_type"], size)
     tower = ImageTower(
         width=vit.hidden_size,
         depth=vit.num_hidden_layers,
         heads=vit.num_attention_heads,
         mlp_width=vit.intermediate_size,
-        patch_size=vit.patch_size,
-        image_size=size if isinstance(size, int) else tuple(size),
+        patch_size=_patch_size(vit, folder),
+        image_size=size[0] if size[0] == size[1] else size,
         activation=_ACTIVATIONS[vit.hidden_act],
         norm_epsilon=vit.layer_norm_eps,
         mean=prepared.pixels.mean,
@@ -502,6 +552,7 @@ def _shaped(
         image_size=patch_size * side,
         patch_bias="patch_embed.bias" in state,
         pre_norm="norm_pre.weight" in state,
+        layer_scale=_ANY_SCALE if "blocks.0.ls1.gamma" in state else None,
         **options,
     )
     return EncoderWeights(tower, state, source)

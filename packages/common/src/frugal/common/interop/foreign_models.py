@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from frugal.common.data.config import PairData
+from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
@@ -87,6 +88,24 @@ def fill(config: DualEncoderConfig, state: Mapping[str, Tensor], *, source: str)
         raise InputError(f"the weights of {source} are not of the model it is said to be: {what}")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return model.eval()
+
+
+def refuse_unknown_ids(tokenizer: Tokenizer, rows: int, *, source: Path | str) -> None:
+    """Refuse a tokenizer that is another model's, as some of its ids would have no row.
+
+    Args:
+        tokenizer: of captions.
+        rows: of the table of tokens.
+        source: for messages.
+
+    Raises:
+        InputError: if it has more entries.
+    """
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size:,} entries, more than the "
+            f"{rows:,} rows of the table of tokens; give the tokenizer that belongs to the weights"
+        )
 
 
 def is_foreign(path: Path) -> bool:

@@ -16,7 +16,13 @@ from torch import Tensor
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
-from frugal.common.interop.foreign_models import OPEN_CLIP_CONFIG, OPENAI, Foreign, fill
+from frugal.common.interop.foreign_models import (
+    OPEN_CLIP_CONFIG,
+    OPENAI,
+    Foreign,
+    fill,
+    refuse_unknown_ids,
+)
 from frugal.common.interop.foreign_openai import NUMBERS, is_openai
 from frugal.common.interop.foreign_wrapped import (
     RowTokenizer,
@@ -83,6 +89,7 @@ def load_folder(folder: Path) -> Foreign:
     try:
         content = parse_json(path.read_bytes())
         config, preprocess = dict(content["model_cfg"]), dict(content.get("preprocess_cfg") or {})
+        int(config["embed_dim"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} does not describe a model ({reason_of(error)}); copy it again"
@@ -136,8 +143,7 @@ def _load(
     tokenizer = _tokenizer(config, folder, name)
     ours = None if tokenizer is None else _towers(config, prepared, tokenizer, source=name)
     if ours is None:
-        plain = content is None or _open_clip_reads(content, state)
-        return _wrapped(name, weights, None if plain else state, size, prepared)
+        return _wrapped(name, weights, None if content is None else state, size, prepared)
     state = {n.removeprefix("text.") if _is_text(n) else n: t for n, t in state.items()}
     state = _fitting(state, ours)
     with torch.device("meta"):
@@ -193,13 +199,6 @@ def _with_quick_gelu(name: str) -> str:
     return quick if known else OPENAI
 
 
-def _open_clip_reads(content: Mapping[str, Any], state: State) -> bool:
-    """Whether open_clip's own reader finds these tensors in a file, and nothing else."""
-    read = content.get("state_dict", content)
-    names = {name.removeprefix("module."): tensor for name, tensor in read.items()}
-    return names.keys() == state.keys() and all(names[n] is state[n] for n in state)
-
-
 def _is_text(name: str) -> bool:
     """Models with ``custom_text`` keep their text tower apart."""
     return name.startswith("text.")
@@ -217,6 +216,8 @@ def image_size(config: Mapping[str, Any], source: str) -> tuple[int, int]:
     try:
         size = config["vision_cfg"].get("image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
+        if not (isinstance(height, int) and isinstance(width, int)):
+            raise TypeError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f"{source} does not describe an image tower; copy it again") from None
     return height, width
@@ -264,6 +265,7 @@ def _towers(
     if image is None or any(misfits):
         return None
     loaded = tokenizer.load()
+    refuse_unknown_ids(loaded, text.vocab_size, source=source)
     if text.pool_type == "eos" and loaded.end_id != text.eos_id:
         return None
     words = TextTower(
@@ -317,7 +319,16 @@ def image_tower(
 def _part(kind: Any, config: Mapping[str, Any], name: str, source: str) -> Any:
     """The settings of one tower with open_clip's defaults."""
     try:
-        return kind(**config[name])
+        part = kind(**config[name])
+        for number in ("width", "head_width", "heads", "layers", "patch_size"):
+            value = getattr(part, number, 1)
+            is_stages = number == "layers" and isinstance(value, list | tuple)
+            if not (is_stages or (isinstance(value, int) and value > 0)):
+                raise InputError(
+                    f"the configuration of {source} has {number} {value!r} in {name}, which is no "
+                    "positive whole number; copy it again"
+                )
+        return part
     except (TypeError, KeyError) as error:
         raise InputError(
             f"the configuration of {source} is none of open_clip's: in {name} "
@@ -359,6 +370,19 @@ def _transformer(part: Any, heads: int) -> dict[str, Any]:
     }
 
 
+def _tell_resized(state: State, model: Any, weights: Path) -> None:
+    """Say which tables of positions open_clip resizes for a model of another size."""
+    wanted = model.state_dict()
+    for name, tensor in state.items():
+        if name.endswith("positional_embedding") and name in wanted:
+            here = wanted[name].shape
+            if tensor.shape != here:
+                _LOG.warning(
+                    "%s of %s has %s rows and is resized to %s, as open_clip does it",
+                    name, weights, len(tensor), here[0],
+                )  # fmt: skip
+
+
 def _wrapped(
     name: str,
     weights: Path,
@@ -371,7 +395,7 @@ def _wrapped(
     Args:
         name: of the model.
         weights: the file.
-        state: what of the file is meant, where open_clip would read something else.
+        state: what of the file is meant; None of a file that open_clip alone reads.
         size: (height, width) in pixels of what its image tower takes.
         prepared: how images are prepared.
     """
@@ -385,6 +409,7 @@ def _wrapped(
         with tempfile.TemporaryDirectory() as aside:
             file = weights
             if state is not None:
+                _tell_resized(state, model, weights)
                 file = Path(aside) / "state.pt"
                 torch.save(state, file)
             load_checkpoint(model, str(file), weights_only=True)

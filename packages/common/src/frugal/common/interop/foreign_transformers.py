@@ -11,20 +11,29 @@ from torch import Tensor
 from frugal.common.data.tokenizers import HuggingFace, Tokenizer
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
-from frugal.common.interop.foreign_models import Foreign, fill
-from frugal.common.interop.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
+from frugal.common.interop.foreign_models import Foreign, fill, refuse_unknown_ids
+from frugal.common.interop.foreign_wrapped import (
+    Wrapped,
+    WrappedImage,
+    WrappedModel,
+    WrappedText,
+    as_tensor,
+)
+from frugal.common.interop.stored_files import check_whole, weights_in
 from frugal.common.interop.transformers_folder import ACTIVATIONS
 from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
-from frugal.common.models.finite import refuse_not_finite
+from frugal.common.models.from_transformers import load_model
+from frugal.common.models.in_words import some
 from frugal.common.models.preparation import Preparation, of_transformers, transformers_file
+from frugal.common.models.pretrained_models import text_positions
 from frugal.common.models.weight_names import from_transformers_clip
-from frugal.common.quiet_transformers import quietly
 
 LIBRARY = "transformers"
 _KINDS = ("clip", "siglip", "vision-text-dual-encoder")
 _OURS: dict[str, Activation] = {theirs: ours for ours, theirs in ACTIVATIONS.items()}  # type: ignore[misc]
 _HIGHEST = 2
 """As the end-of-text token of a CLIP configuration: the highest id of the caption."""
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _MANY_TOKENS = 512
 """No text tower of these takes more."""
 
@@ -41,13 +50,13 @@ def load(folder: Path) -> Foreign:
     loaded = tokenizer.load()
     image, prepared = _image(config, folder)
     text = WrappedText(length=_length(config, folder))
+    refuse_unknown_ids(loaded, config.text_config.vocab_size, source=folder)
     ours = _towers(config, image, loaded) if config.model_type == "clip" else None
     if ours is not None:
         state = from_transformers_clip(theirs.state_dict(), ours)
         model: Any = fill(ours, state, source=str(folder))
         return _foreign(model, ours, tokenizer, prepared)
-    if config.model_type == "vision-text-dual-encoder":
-        _refuse_unpooled(theirs, folder)
+    _refuse_unpooled(theirs, folder, image)
     wrapped = WrappedModel(library=LIBRARY, image=image, text=text)
     sees_padding = config.model_type == "siglip"
     model = Wrapped(
@@ -89,37 +98,28 @@ def _text_masked(model: Any, token_ids: Tensor, lengths: Tensor) -> Any:
 
 
 def _model(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # noqa: BLE001 - transformers raises of all kinds
+        reason = reason_of(error, last_line=True)
         raise InputError(
-            f"{folder} is no folder of a model that transformers has ({reason_of(error)}); "
-            "models that bring their own code are not run"
+            f"{folder} is no folder of a model that transformers has ({reason}); models that bring "
+            "their own code are not run"
         ) from None
     if config.model_type not in _KINDS:
         raise InputError(
             f"{folder} holds a {config.model_type!r} of transformers; {', '.join(_KINDS)} can be "
             "measured, and clip_vision_model, vit and vit_mae by linear-probe"
         )
-    try:
-        with quietly():
-            model, report = AutoModel.from_pretrained(
-                folder, config=config, dtype=torch.float32, output_loading_info=True, **options
-            )
-    except Exception as error:  # noqa: BLE001 - a truncated file, a shape, a missing shard
+    check_whole(weights_in(folder, WEIGHT_FILES))
+    model, missing = load_model(folder, config=config, way_out="copy them again")
+    if missing:
         raise InputError(
-            f"the weights of {folder} cannot be loaded ({reason_of(error)}); copy them again"
-        ) from None
-    for kind in ("missing_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, report.get(kind) or ())):
-            raise InputError(
-                f"the weights of {folder} are not of the model its config.json describes: "
-                f"{len(wrong)} {kind.replace('_', ' ')}, the first {wrong[0]}"
-            )
-    refuse_not_finite(model.state_dict(), source=str(folder))
+            f"the weights of {folder} are not of the model its config.json describes: they lack "
+            f"{some(missing)}"
+        )
     return model.eval()
 
 
@@ -141,29 +141,33 @@ def _image(config: Any, folder: Path) -> tuple[WrappedImage, Preparation]:
 
 
 @torch.no_grad()
-def _refuse_unpooled(model: Any, folder: Path) -> None:
-    """Refuse a text model that makes no vector of a caption, as transformers itself cannot use it.
+def _refuse_unpooled(model: Any, folder: Path, image: WrappedImage) -> None:
+    """Refuse a tower that makes no vector of what it sees, as transformers itself cannot use it.
 
     Raises:
         InputError: if there is nothing that its projection could take.
     """
-    try:
-        made = model.get_text_features(input_ids=torch.zeros(1, 1, dtype=torch.int64))
-    except (AttributeError, TypeError):
-        made = None
-    if made is None:
-        raise InputError(
-            f"the text model of {folder} ({model.config.text_config.model_type}) pools nothing, so "
-            "that transformers makes no vectors of captions with it; give a model with a pooler"
-        )
+    made = {
+        "text": lambda: model.get_text_features(input_ids=torch.zeros(1, 1, dtype=torch.int64)),
+        "vision": lambda: model.get_image_features(torch.zeros(1, 3, *image.height_width)),
+    }
+    for part, seen in (("text", "captions"), ("vision", "images")):
+        try:
+            vectors = as_tensor(made[part]())
+        except (AttributeError, TypeError):
+            vectors = None
+        if vectors is None:
+            kind = getattr(model.config, f"{part}_config").model_type
+            raise InputError(
+                f"the {part} model of {folder} ({kind}) pools nothing, so that transformers makes "
+                f"no vectors of {seen} with it; give a model with a pooler"
+            )
 
 
 def _length(config: Any, folder: Path) -> int:
     """Slots of the text tower, as far as a caption may fill them and its tokenizer lets it."""
     text = config.text_config
-    slots = getattr(text, "max_position_embeddings", _MANY_TOKENS)
-    if text.model_type in ("roberta", "xlm-roberta", "camembert"):
-        slots -= text.pad_token_id + 1  # their first positions stand for padding
+    slots = text_positions(text) or _MANY_TOKENS
     about = folder / "tokenizer_config.json"
     longest = read_json_object(about).get("model_max_length") if about.is_file() else None
     return min(slots, _MANY_TOKENS, int(longest) if longest else _MANY_TOKENS)

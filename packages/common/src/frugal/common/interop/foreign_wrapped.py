@@ -99,13 +99,13 @@ class Wrapped(nn.Module):
         """(B, 3, H, W) uint8, or float32 that is normalised, to (B, E)."""
         if images.dtype == torch.uint8:
             images = (images / 255 - self.mean) / self.std
-        return _tensor(self._image(self.model, images))
+        return as_tensor(self._image(self.model, images))
 
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
         """(B, T) token ids and (B,) their lengths to (B, E)."""
-        return _tensor(self._text(self.model, token_ids, text_lengths))
+        return as_tensor(self._text(self.model, token_ids, text_lengths))
 
 
-def _tensor(made: Any) -> Tensor:
+def as_tensor(made: Any) -> Tensor:
     """Transformers 5 returns an object where version 4 returned the tensor in it."""
     return made if isinstance(made, Tensor) else made.pooler_output

@@ -256,8 +256,8 @@ def _encoder(found: EncoderWeights, crop: CenterCrop) -> Imported:
     weight = rest.pop("head.weight", None)
     bias = rest.pop("head.bias", None)
     tower, state = _with_fixed_positions(found.tower, state, "pos_embed")
-    if missing := sorted(set(replace(found, tower=tower, state=state).missing())):
-        raise InputError(f"{found.source} holds no {missing[0]}; it is no whole image tower")
+    if what := replace(found, tower=tower, state=state).misfit():
+        raise InputError(f"{found.source} does not hold one whole image tower: {what}")
     named = {f"image.{name}": tensor.clone() for name, tensor in state.items()}
     if weight is not None:
         named["head.weight"] = weight.clone()

@@ -7,6 +7,7 @@ and a momentum encoder. One is taken; which one, and what is left, is always sai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import pathlib
 import re
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -77,15 +78,16 @@ def read_content(path: Path, *, mapped: bool = False) -> Any:
     Raises:
         InputError: if it cannot be read, or holds more than tensors and plain values.
     """
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; check the path")
+    check_whole(path)
     if path.name.endswith(_INDEX):
         return _read_parts(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read as safetensors: {error}") from None
+            raise InputError(
+                f"{path} cannot be read as safetensors: {why_no_safetensors(path, error)}"
+            ) from None
     if is_torchscript(path):
         return read_torchscript(path)
     try:
@@ -99,6 +101,37 @@ def read_content(path: Path, *, mapped: bool = False) -> Any:
         ) from None
 
 
+def check_whole(path: Path) -> None:
+    """See that a file is there, all parts of an index too, and that none is a pointer of Git LFS.
+
+    Raises:
+        InputError: naming what is not.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; check the path")
+    is_index = path.name.endswith(_INDEX)
+    parts = _parts(path, _places(path)) if is_index else [path]
+    for part in parts:
+        with part.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise InputError(
+                    f"{part} is a pointer of Git LFS that stands for the file; fetch the file "
+                    "itself with git lfs pull"
+                )
+
+
+_POINTER = b"version https://git-lfs"
+
+
+def why_no_safetensors(path: Path, error: Exception) -> str:
+    """Why a file was not read as safetensors, and what to do."""
+    if zipfile.is_zipfile(path):
+        return "it is a PyTorch file by its content; call it .pt"
+    if isinstance(error, OSError):
+        return reason_of(error)
+    return "its header is damaged, or it is cut short; copy it again"
+
+
 def why_unreadable(path: Path, error: Exception) -> str:
     """Why torch did not read a file of tensors, and what to do."""
     found = re.search(r"(?:GLOBAL|global:?|Unsupported class)\s+([A-Za-z_][\w.]*\.\w+)", str(error))
@@ -109,6 +142,8 @@ def why_unreadable(path: Path, error: Exception) -> str:
         )
     if path.is_file() and path.stat().st_size == 0:
         return "it is empty; copy it again"
+    if _is_safetensors(path):
+        return "it is a safetensors file by its content; call it .safetensors"
     if "legacy .tar" in str(error):
         return "it was saved before torch 0.4; save it again with a newer torch"
     if isinstance(error, RuntimeError) and "zip archive" in str(error):
@@ -118,24 +153,41 @@ def why_unreadable(path: Path, error: Exception) -> str:
     return "it is none, or is cut short; copy it again"
 
 
-def _read_parts(index: Path) -> State:
-    """The tensors of all parts that an index names.
+def _is_safetensors(path: Path) -> bool:
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt"):
+        return True
+    return False
 
-    Raises:
-        InputError: if a part is missing, or does not hold what the index says.
-    """
+
+def _places(index: Path) -> dict[str, Any]:
+    """The part of every tensor by its name, as an index says."""
     places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index} has no weight_map, so that it is no index of weights")
-    state: State = {}
+    return places
+
+
+def _parts(index: Path, places: Mapping[str, Any]) -> list[Path]:
+    """The files of an index, all of which are there."""
     parts = sorted({str(part) for part in places.values()})
     if missing := [part for part in parts if not (index.parent / part).is_file()]:
         raise InputError(
             f"{index} names {len(parts)} files, of which {len(missing)} are missing, the first "
             f"{missing[0]}; copy them too"
         )
-    for part in parts:
-        state |= read_content(index.parent / part)
+    return [index.parent / part for part in parts]
+
+
+def _read_parts(index: Path) -> State:
+    """The tensors of all parts that an index names.
+
+    Raises:
+        InputError: if a part is missing, or does not hold what the index says.
+    """
+    places = _places(index)
+    state: State = {}
+    for part in _parts(index, places):
+        state |= read_content(part)
     if lost := sorted(places.keys() - state.keys()):
         raise InputError(
             f"the files of {index} lack {some(lost)}, which it says they hold; copy them again"
@@ -198,14 +250,26 @@ def state_in(content: Any, *, source: str, key: str | None = None) -> State:
     """
     sets = dict(_sets(content, ""))
     if not sets:
-        held = f"; it holds {some(list(map(str, content)))}" if isinstance(content, dict) else ""
-        raise InputError(f"{source} holds no state_dict{held}; give the weights of a model")
+        raise InputError(
+            f"{source} holds no state_dict{_held(content)}; give the weights of a model"
+        )
     chosen = _chosen(sets, source, key)
     state = _bare(sets[chosen], source)
     if key is not None and chosen != key:
-        state = without_prefix(state, f"{key}.")
+        state = without_prefix(state, f"{_inside(key, chosen)}.")
     refuse_not_finite(state, source=source)
     return state
+
+
+def _held(content: Any) -> str:
+    """What a file without tensors by name holds instead, to follow what it lacks."""
+    if not isinstance(content, Mapping):
+        return ""
+    if not content:
+        return ", but nothing at all"
+    arrays = any(isinstance(value, np.ndarray) for value in content.values())
+    kind = "arrays of NumPy and no tensors: " if arrays else ""
+    return f"; it holds {kind}{some(list(map(str, content)))}"
 
 
 def _sets(content: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -226,7 +290,9 @@ def _chosen(sets: Mapping[str, Mapping[str, Any]], source: str, key: str | None)
     usual.sort(key=lambda path: [_rank(part) for part in path.split(".")])
     taken = key
     if key is not None and key not in sets:
-        with_prefix = [p for p in (*usual, *sets) if any(_within(key, n) for n in sets[p])]
+        with_prefix = [
+            p for p in (*usual, *sets) if any(_within(_inside(key, p), n) for n in sets[p])
+        ]
         if not with_prefix:
             raise InputError(
                 f"{source} holds no weights under {key!r}; there are {some(_keys(sets))}"
@@ -253,6 +319,11 @@ def _chosen(sets: Mapping[str, Mapping[str, Any]], source: str, key: str | None)
 def _rank(part: str) -> int:
     """Of a key among the usual ones; what is not nested at all comes last."""
     return _NESTS.index(part) if part in _NESTS else len(_NESTS)
+
+
+def _inside(key: str, path: str) -> str:
+    """What stands in front of names in a set, where a key leads to the set too."""
+    return _clean(key.removeprefix(f"{path}.") if path else key)
 
 
 def _within(prefix: str, name: str) -> bool:

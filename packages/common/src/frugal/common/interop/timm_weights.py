@@ -54,8 +54,10 @@ def read_folder(folder: Path) -> TimmWeights:
     weights = weights_in(folder, _FILES)
     if "input_size" in settings:
         args.setdefault("img_size", tuple(settings["input_size"][1:]))
-    if "global_pool" in about:
-        args.setdefault("global_pool", about["global_pool"])
+    for said in (settings, about):
+        if said.get("global_pool"):
+            args.setdefault("global_pool", said["global_pool"])
+    args.pop("num_classes", None)  # the weights say how many
     return _read(weights, name, args, settings, source=str(path))
 
 
@@ -163,12 +165,11 @@ def _tower(theirs: Any, name: str, pixels: Pixels) -> ImageTower:
 def _compare(theirs: Any, weights: EncoderWeights, name: str) -> None:
     """Refuse what our tower computes otherwise, whatever option that is."""
     transformer = ImageTransformer(weights.tower)
-    try:
-        transformer.load_state_dict(weights.state)
-    except RuntimeError as error:
+    if what := misfit(weights.state, transformer.state_dict()):
         raise InputError(
-            f"timm's {name} is not whole: {reason_of(error, last_line=True)}"
-        ) from None
+            f"timm's {name} has an option that towers of this library do not have: {what}"
+        )
+    transformer.load_state_dict(weights.state)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn((2, 3, *weights.tower.height_width), generator=generator)
     ours = transformer.eval().forward_pooled(images)

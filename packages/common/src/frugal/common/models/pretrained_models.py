@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
 from frugal.common.models.finite import refuse_not_finite
+from frugal.common.models.from_transformers import load_model
 from frugal.common.models.in_words import some
 from frugal.common.models.pretrained import (
     TimmImage,
@@ -122,7 +124,7 @@ def _make_timm(config: TimmImage) -> nn.Module:
     import timm
 
     about = config.about
-    options = dict(about["model_args"])
+    options = {n: value for n, value in about["model_args"].items() if n != "num_classes"}
     if "img_size" in inspect.signature(_timm_class(about["architecture"]).__init__).parameters:
         options["img_size"] = config.image_size
     try:
@@ -169,7 +171,7 @@ def _settings(config: TransformersImage | TransformersText) -> Any:
                 f"{config.image_size}; give --model.image.image-size {shown}"
             )
         return settings
-    most = getattr(settings, "max_position_embeddings", None)
+    most = text_positions(settings)
     if most is not None and 0 < most < config.length:
         raise InputError(
             f"{config.name} has {most} positions, fewer than model.text.length = {config.length}; "
@@ -183,6 +185,18 @@ def _settings(config: TransformersImage | TransformersText) -> Any:
         if "drop" in name and isinstance(value, float) and not name.startswith("classifier")
     }
     return type(settings)(**{**settings.to_dict(), **changed})
+
+
+_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
+"""Models whose first positions stand for padding."""
+
+
+def text_positions(settings: Any) -> int | None:
+    """Most tokens of a caption that a text model of transformers has positions for, if it says."""
+    most = getattr(settings, "max_position_embeddings", None)
+    if most is None or settings.model_type not in _FROM_PADDING:
+        return most
+    return most - (settings.pad_token_id + 1)
 
 
 def _tower_of(made: Any, config: TransformersImage | TransformersText) -> nn.Module:
@@ -206,33 +220,20 @@ def stored_state(config: Any) -> dict[str, Tensor]:
     """
     if isinstance(config, TimmImage):
         return _stored_timm(config)
-    from transformers import AutoModel
-
-    try:
-        with quietly(), torch.random.fork_rng(devices=[]):
-            made, report = AutoModel.from_pretrained(
-                config.name,
-                config=_settings(config),
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 - files raise errors of every kind
-        reason = reason_of(error)
-        raise InputError(
-            f"the weights of {config.name} cannot be loaded: {reason}; copy the folder again, or "
-            "start from random weights with pretrained off"
-        ) from None
+    part = "text" if isinstance(config, TransformersText) else "image"
+    way_out = f"copy the folder again, or start at random with --model.{part}.no-pretrained"
+    made, unfound = load_model(config.name, config=_settings(config), way_out=way_out)
     tower = _tower_of(made, config)
     needed = {id(tensor) for tensor in (*tower.parameters(), *tower.buffers())}
-    refuse_not_finite(tower.state_dict(), source=config.name)
-    missing = [n for n in sorted(report["missing_keys"]) if _is_needed(made, n, needed)]
+    missing = [name for name in unfound if _is_needed(made, name, needed)]
     if missing:
         hint = ""
         if all(name.startswith("pooler.") for name in missing):
-            hint = ", which were never trained with a pooler: choose another pooling, or"
+            others = "first, last or mean" if part == "text" else "first or mean"
+            hint = (
+                ", which were never trained with a pooler: choose another pooling with "
+                f"--model.{part}.pooling {others}, or"
+            )
         raise InputError(
             f"the weights of {config.name} lack {some(missing)}{hint or ', so that they are of'} "
             "another model"
@@ -263,6 +264,8 @@ def _stored_timm(config: TimmImage) -> dict[str, Tensor]:
         file = next((path for path in found if path.is_file()), None)
         if file is None:
             raise InputError(f"the folder {config.name} holds none of {', '.join(_TIMM_FILES)}")
+    if file is not None:
+        _tell_other_sets(file)
     model, missing, left = _make_timm(config), [], []
     try:
         if file is None:
@@ -291,6 +294,38 @@ def _stored_timm(config: TimmImage) -> dict[str, Tensor]:
         _LOG.info("of %s what %s does not have is left: %s", file, config.name, some(left))
     refuse_not_finite(model.state_dict(), source=str(file or config.name))
     return model.state_dict()
+
+
+def _tell_other_sets(file: Path) -> None:
+    """Say which of several sets of weights timm takes: state_dict, then model, then what is bare.
+
+    Raises:
+        InputError: if the file holds more than tensors and plain values.
+    """
+    if file.suffix in (".safetensors", ".npz", ".npy"):
+        return
+    try:
+        mapped = zipfile.is_zipfile(file)  # so that no number is read twice
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception:  # noqa: BLE001 - torch.load raises errors of every kind
+        raise InputError(
+            f"{file} cannot be read as a file of tensors and plain values alone; save its weights "
+            "alone, torch.save(model.state_dict(), FILE)"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no weights by name; give the weights of a model")
+    sets = [name for name, part in content.items() if _holds_weights(name, part)]
+    taken = next((name for name in ("state_dict", "model") if name in content), None)
+    if others := [name for name in sets if name != taken]:
+        _LOG.warning(
+            "%s holds several sets of weights: %s is taken, %s left; save the one that is meant "
+            "alone to start from it", file, taken or "what stands in no set", ", ".join(others),
+        )  # fmt: skip
+
+
+def _holds_weights(name: Any, part: Any) -> bool:
+    is_state = isinstance(part, dict) and any(isinstance(t, Tensor) for t in part.values())
+    return is_state and "optim" not in str(name)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,79 @@
+"""Models of transformers with their weights: what does not fit, or is left, is said here."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from frugal.common.errors import InputError
+from frugal.common.files import reason_of
+from frugal.common.models.finite import quantised, refuse_not_finite
+from frugal.common.models.in_words import some
+from frugal.common.quiet_transformers import quietly
+
+_LOG = logging.getLogger("frugal")
+_WHOLE_NUMBERS = ("I8", "U8")
+"""What safetensors calls numbers of eight bits, which no table of places has."""
+
+
+def load_model(name: Path | str, *, config: Any = None, way_out: str) -> tuple[Any, list[str]]:
+    """The model that ``AutoModel`` makes of a folder or name, in float32; no code in it is run.
+
+    Args:
+        name: the folder, or a name on the hub.
+        config: what differs from its config.json.
+        way_out: what to do where its weights cannot be read.
+
+    Returns:
+        The model, and the names of weights that it did not find and made up.
+
+    Raises:
+        InputError: if they cannot be read, are of other shapes, quantised or not finite.
+    """
+    from transformers import AutoModel
+
+    _refuse_whole_numbers(Path(name))
+    given = {} if config is None else {"config": config}
+    try:
+        with quietly(), torch.random.fork_rng(devices=[]):
+            model, report = AutoModel.from_pretrained(
+                name,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are named
+                **given,
+            )
+    except Exception as error:  # noqa: BLE001 - files raise errors of every kind
+        raise InputError(
+            f"the weights of {name} cannot be loaded: {reason_of(error)}; {way_out}"
+        ) from None
+    if wrong := sorted(report["mismatched_keys"]):
+        shapes = [f"{n} has the shape {tuple(a)} there and {tuple(b)} here" for n, a, b in wrong]
+        raise InputError(
+            f"the weights of {name} are not of the model its config.json describes: "
+            f"{some(shapes, most=2)}"
+        )
+    if left := sorted(report["unexpected_keys"]):
+        _LOG.warning(
+            "of the weights of %s %s have no place in a %s and are left: %s",
+            name, f"{len(left):,}", model.config.model_type, some(left),
+        )  # fmt: skip
+    refuse_not_finite(model.state_dict(), source=str(name))
+    return model, sorted(map(str, report["missing_keys"]))
+
+
+def _refuse_whole_numbers(folder: Path) -> None:
+    """Refuse quantised weights, which transformers would take for weights without their scale."""
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    if file.get_slice(name).get_dtype() in _WHOLE_NUMBERS:
+                        raise quantised(name, "of whole numbers", source=str(folder))
+        except (OSError, SafetensorError):
+            continue  # said by whoever reads it
