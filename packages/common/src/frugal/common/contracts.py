@@ -160,6 +160,15 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class CountingObjective(Protocol):
+    """An objective whose loss is the mean over something else than the valid samples."""
+
+    def counted(self, batch: Batch) -> Tensor:
+        """(): how many things of a batch of this process its loss is the mean of."""
+        ...
+
+
+@runtime_checkable
 class ObjectiveConfig(Protocol):
     """The part of a recipe that builds the objective."""
 

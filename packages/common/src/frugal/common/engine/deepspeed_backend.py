@@ -83,6 +83,9 @@ class DeepSpeedEngine(Engine):
 
     @override
     def backward(self, loss: Tensor) -> None:
+        # a new tensor: DeepSpeed hooks what forward returns, and divides the gradient of that by
+        # its own accumulation steps unless it has met the tensor given here before
+        loss = loss.clone()
         if self._scale is not None:
             if self._stage == 0:
                 loss = loss * self._scale.scale

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from frugal.common.checkpoint.store import CheckpointStore
-from frugal.common.contracts import Batch, PreparedReduction, Stream
+from frugal.common.contracts import Batch, CountingObjective, PreparedReduction, Stream
 from frugal.common.data.damage import DamageCounter
 from frugal.common.engine.backend import Engine
 from frugal.common.engine.saving import WeightAverage, collect, gather_values
@@ -185,23 +186,56 @@ def _step(training: Training, step: int, micro_batches: list[Batch]) -> Step:
     rate = recipe.schedule.learning_rate(
         step * recipe.batch_size, peak=recipe.optimiser.peak(recipe.batch_size)
     )
-    share = 1.0 / len(micro_batches)
-    parts = []
-    for number, batch in enumerate(micro_batches):
-        last = number == len(micro_batches) - 1
-        parts.append(_accumulate(engine, recipe, batch, share, last=last))
+    for batch in micro_batches:
         training.unshared.add(batch.damage, len(batch))
+    parts, shares = accumulate(engine, recipe, micro_batches)
     norm = engine.step(rate)
     stepped = norm.isfinite()
     engine.clamp(engine.objective.bounds(), stepped=stepped)
     if training.average is not None:
         training.average.update(stepped)
     keys = [batch.keys for batch in micro_batches]
-    return Step.of(parts, number=step + 1, learning_rate=rate, norm=norm, keys=keys)
+    return Step.of(parts, shares, number=step + 1, learning_rate=rate, norm=norm, keys=keys)
+
+
+def accumulate(
+    engine: Engine, recipe: Recipe, micro_batches: list[Batch]
+) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """Forward and backward of every micro-batch of a step.
+
+    Returns:
+        The detached numbers that each reports, and (M,) float64: its share in the loss of the step.
+    """
+    shares = _shares(engine, micro_batches)
+    last = len(micro_batches) - 1
+    parts = [
+        _accumulate(engine, recipe, batch, shares[number], last=number == last)
+        for number, batch in enumerate(micro_batches)
+    ]
+    return parts, shares
+
+
+def _shares(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
+    """(M,) float64: the part that each micro-batch has in all that counts, over all processes.
+
+    So what counts weighs the same in a micro-batch with damaged samples as in one without.
+    """
+    if len(micro_batches) == 1:
+        return micro_batches[0].valid.new_ones(1, dtype=torch.float64)
+    counted = torch.stack([_counted(engine.objective, batch) for batch in micro_batches])
+    counted = engine.mean(counted.double())
+    return counted / counted.sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _counted(objective: nn.Module, batch: Batch) -> torch.Tensor:
+    """(): of how many things of a batch the loss is the mean."""
+    if isinstance(objective, CountingObjective):
+        return objective.counted(batch)
+    return batch.valid.sum()
 
 
 def _accumulate(
-    engine: Engine, recipe: Recipe, batch: Batch, share: float, *, last: bool
+    engine: Engine, recipe: Recipe, batch: Batch, share: torch.Tensor, *, last: bool
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of one micro-batch; the detached numbers it reports."""
     if recipe.engine.cache_chunk is not None:
