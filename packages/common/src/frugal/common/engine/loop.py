@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +50,7 @@ class Training:
     """Put pictures of a batch into tensorboard after a step."""
     first_step: int
     seconds: float = 0.0
-    """Time trained before this process started."""
+    """Spent on steps before this process started."""
     skipped_steps: int = 0
     skipped_in_row: int = 0
     damage: DamageCounter
@@ -62,7 +61,10 @@ class Training:
     """Whether the image reduction had something to say at the last log step."""
     unread: list[Step] = field(default_factory=list)
     """Steps whose numbers are still on the device."""
-    _started: float = field(default_factory=time.perf_counter)
+    meter: Meter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.run.device)
 
     def share_damage(self) -> None:
         """Bring ``damage`` up to date on every process."""
@@ -82,7 +84,7 @@ class Training:
             "damage": self.damage.state(),
             "stream": gather_values(self.stream.state(), self.run.world_size),
             "loss_scale": self.engine.scale_state(),
-            "seconds": self.seconds + time.perf_counter() - self._started,
+            "seconds": self.seconds + self.meter.seconds,
             "engine": self.engine.name,
             "world_size": self.run.world_size,
             "recipe": to_json(self.recipe),
@@ -90,12 +92,13 @@ class Training:
 
     def save(self, step: int) -> None:
         """Write a checkpoint; every process calls this."""
-        self.share_damage()
-        state = self.state(step)
-        tensors = collect(self.engine, self.average)
-        self.store.save(
-            tensors, state, gather=lambda value: gather_values(value, self.run.world_size)
-        )
+        with self.meter.paused("checkpoint"):
+            self.share_damage()
+            state = self.state(step)
+            tensors = collect(self.engine, self.average)
+            self.store.save(
+                tensors, state, gather=lambda value: gather_values(value, self.run.world_size)
+            )
 
 
 def train(training: Training) -> None:
@@ -105,12 +108,12 @@ def train(training: Training) -> None:
         RunStopped: after SIGTERM or SIGINT, with a checkpoint written; or when the loss was not
             finite for ``run.max_skipped`` steps in a row.
     """
-    recipe, run = training.recipe, training.run
+    recipe, run, meter = training.recipe, training.run, training.meter
     keeps_best = recipe.run.best is not None
     measure_what_was_missed(training)
+    with meter.paused("peak"):
+        peak = matmul_peak(run.device, training.engine.dtype)
     batches = iter(training.stream)
-    meter = Meter(run.device)
-    peak = matmul_peak(run.device, training.engine.dtype)
     agreement = Agreement(run)
     with Termination() as termination:
         for step in range(training.first_step, recipe.steps):
@@ -125,11 +128,12 @@ def train(training: Training) -> None:
             measured = _is_measured(recipe, done)
             saves = done % recipe.run.save_every == 0 or ends or (measured and keeps_best)
             if logs or saves or measured:
-                _settle(training, meter)
+                _settle(training)
             if logs:
-                _log(training, done, meter, peak)
+                _log(training, done, peak)
             if done % recipe.run.picture_every == 0 or step == 0:
-                training.draw(micro_batches[0], done)
+                with meter.paused("pictures"):
+                    training.draw(micro_batches[0], done)
             if saves:
                 training.save(done)
             if stop and done < recipe.steps:
@@ -140,6 +144,7 @@ def train(training: Training) -> None:
                 )
             if measured:
                 measure(training, done)
+    _tell_pauses(training)
 
 
 def _is_measured(recipe: Recipe, step: int) -> bool:
@@ -154,7 +159,8 @@ def measure(training: Training, step: int) -> None:
     Raises:
         InputError: if no evaluation knows the number that decides about that.
     """
-    numbers = training.evaluate(step)
+    with training.meter.paused("evaluation"):
+        numbers = training.evaluate(step)
     best = training.recipe.run.best
     if best is None or not numbers:  # none of the evaluations was given data
         return
@@ -246,7 +252,7 @@ def _accumulate(
     return metrics | {"loss": loss.detach()}
 
 
-def _settle(training: Training, meter: Meter) -> None:
+def _settle(training: Training) -> None:
     """Bring what is still on the device to the host, and draw the conclusions step by step.
 
     Raises:
@@ -261,7 +267,7 @@ def _settle(training: Training, meter: Meter) -> None:
             values = {name: value for name, value in values.items() if math.isfinite(value)}
         else:
             training.skipped_in_row = 0
-        meter.add(values | {"learning_rate": step.learning_rate})
+        training.meter.add(values | {"learning_rate": step.learning_rate})
 
 
 def _skipped(training: Training, step: Step, loss: float) -> None:
@@ -288,9 +294,10 @@ def _skipped(training: Training, step: Step, loss: float) -> None:
     )
 
 
-def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
+def _log(training: Training, step: int, peak: float) -> None:
     recipe, run = training.recipe, training.run
-    means, step_seconds, wait = meter.take()
+    line = training.meter.take()
+    means, step_seconds = line.means, line.step_seconds
     training.share_damage()
     damage = training.damage
     flops = training.engine.objective.step_flops(means) * recipe.batch_size
@@ -303,12 +310,13 @@ def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
             **means,
             "samples_per_second": recipe.batch_size / step_seconds,
             "tokens_per_second": tokens * recipe.batch_size / step_seconds,
-            "data_wait": wait,
+            "data_wait": line.wait,
             "flops_per_second": flops / step_seconds,
             "share_of_peak": flops / step_seconds / (peak * run.world_size),
             "memory_bytes": _peak_memory(run),
             "eta_seconds": (recipe.steps - step) * step_seconds,
             "skipped_steps": training.skipped_steps,
+            **{f"seconds/{name}": seconds for name, seconds in line.pauses.items()},
             **training.stream.scalars(),
             "read_samples": damage.read,
             "trained_samples": damage.read - damage.damaged,
@@ -317,6 +325,15 @@ def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
     )
     damage.check()
     _remark(training, step, means)
+
+
+def _tell_pauses(training: Training) -> None:
+    """What a run spent its time on beside its steps."""
+    training.run.log.info(
+        "%.1f s of steps; beside them %s",
+        training.meter.seconds,
+        ", ".join(f"{name} {sec:.1f} s" for name, sec in training.meter.paused_seconds.items()),
+    )
 
 
 def _remark(training: Training, step: int, means: Values) -> None:
