@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    ("errors", "files", "quiet_transformers", "randomness"),
+    ("errors", "files", "quiet_transformers", "randomness", "ranges"),
     ("contracts", "recipe", "run"),
     ("reduction",),
     ("data", "scenes"),
