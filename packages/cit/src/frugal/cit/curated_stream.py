@@ -160,7 +160,9 @@ class CuratedStream:
 
     def __iter__(self) -> Iterator[Batch]:
         sample = self._first_sample
-        while wanted := self._wanted(period := self._period_of(sample)):
+        while sample < self._recipe.steps * self._recipe.batch_size:
+            period = self._period_of(sample)
+            wanted = self._wanted(period)
             start = period * self._period_samples
             if self._current is None or self._current.curation.facts.period != period:
                 started = time.perf_counter()

@@ -178,7 +178,10 @@ class ObjectiveConfig(Protocol):
 
 
 class Stream(Protocol):
-    """The micro-batches of one process, endless, from any first sample number on."""
+    """The micro-batches of one process, from any first sample number on.
+
+    Endless, or to the end of the run: whoever wants more than the run has must expect fewer.
+    """
 
     epoch_samples: int
     """Samples of one epoch."""

@@ -259,8 +259,8 @@ class Recipe:
             self.model,
             self.data,
             self.reduction.image,
+            self.objective,  # which refuses a text reduction where no captions are read
             self.reduction.text,
-            self.objective,
         ):
             check = getattr(part, "check", None)
             if check is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from frugal.common.contracts import Show
+from frugal.common.contracts import PreparedReduction, Show
 from frugal.common.data.config import ImageData
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
@@ -82,6 +82,12 @@ def _check(recipe: Recipe) -> None:
         raise InputError(
             f"model.image.positions is {recipe.model.image.positions!r}, but a classifier has its "
             "positions as weights; choose learned, which starts from the encoder's table"
+        )
+    image = recipe.reduction.image
+    if isinstance(image, PreparedReduction) and image.images_to_see:
+        raise InputError(
+            f"reduction.image looks for its {image.measured[0]} on the first images of a run, "
+            f"which a classifier does not show; give --reduction.image.{image.measured[0]}"
         )
     if recipe.reduction.text is not None:
         raise InputError(

@@ -6,6 +6,7 @@ stays on the device until a log line, a checkpoint or an evaluation needs it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -182,7 +183,9 @@ def measure_what_was_missed(training: Training) -> None:
 
 def _read(batches: Iterator[Batch], recipe: Recipe, run: Run, meter: Meter) -> list[Batch]:
     with meter.waiting():
-        micro_batches = [next(batches) for _ in range(recipe.engine.accumulate)]
+        micro_batches = list(itertools.islice(batches, recipe.engine.accumulate))
+    if len(micro_batches) < recipe.engine.accumulate:
+        raise InputError("the training data ended before the run; look at what data.train names")
     return [batch.to(run.device) for batch in micro_batches]
 
 
