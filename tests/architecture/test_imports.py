@@ -9,7 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    ("errors", "exits", "files", "launchers", "quiet_transformers", "randomness", "words"),
+    (
+        "errors",
+        "exits",
+        "files",
+        "launchers",
+        "quiet_transformers",
+        "randomness",
+        "ranges",
+        "words",
+    ),
     ("contracts", "recipe", "run"),
     ("reduction",),
     ("data", "scenes"),

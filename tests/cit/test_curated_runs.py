@@ -180,3 +180,15 @@ def test_noise_of_the_model_is_the_same_where_a_run_goes_on_amid_a_period(
     train(ALONE, run, *noise, small=words(pool), module=MODULE)
     assert losses(whole) == losses(run)
     assert largest_difference(saved_tensors(run), saved_tensors(whole)) == 0.0
+
+
+def test_a_search_that_wants_more_images_than_the_run_has_ends(pool: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    output = train(
+        ALONE, run, "--reduction.image=frugal.cluster_masking.masking.ClusterMasking",
+        "--schedule.samples=72", "--schedule.warmup-samples=0", "--data.period=2",
+        small=words(pool), module=MODULE,
+    )  # fmt: skip
+    # the second of two periods is cut short by the end of the run
+    assert "wants to look at 4,096 images, of which the run does not have the last" in output
+    assert list(losses(run)) == [1, 2, 3]

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -204,7 +205,7 @@ def test_without_room_in_shared_memory_data_comes_through_pipes(what, monkeypatc
     if what == "memory":
         monkeypatch.setattr(loader_module, "SHARED_MEMORY", "/no/such/place")
     else:
-        open_now = len(os.listdir("/proc/self/fd"))
+        open_now = len(list(Path("/proc/self/fd").iterdir()))
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 40, hard))
     try:
         found = list(Loader(Numbers(), sampler=range(5), workers=2))

@@ -7,11 +7,12 @@ arXiv:2301.02241.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from frugal.cit.metadata import Metadata
 from frugal.common.data.config import PairData
 from frugal.common.errors import InputError
+from frugal.common.ranges import Count, Range
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from frugal.common.contracts import Stream
     from frugal.common.recipe import Recipe
     from frugal.common.run import Run
+
+
+_Cosine = Annotated[float, Range(least=-1, most=1, words="must be a cosine, between -1 and 1")]
+_LeastShare = Annotated[
+    float, Range(above=0, most=1, hint="leave it out to let the threshold alone decide")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +39,23 @@ class CuratedData(PairData):
     """
 
     metadata: Metadata = field(default_factory=Metadata)
-    period: int = 100
+    period: Count = 100
     """Updates between two curations."""
-    threshold: float = 0.55
+    threshold: _Cosine = 0.55
     """A caption is kept if its cosine with the nearest class is greater. Features are those of the
     text tower before its projection."""
-    min_ratio: float | None = None
+    min_ratio: _LeastShare | None = None
     """Least share kept of a unit: where fewer captions are above the threshold, this share of the
     nearest ones is kept in their place. Without it the threshold alone decides."""
     keep: Literal["set", "list"] = "set"
     """set: a pair comes once in a period; list: as often as it was met."""
-    scan: int = 2_048
+    scan: Count = 2_048
     """Captions of a unit, about which the least share is decided (published: twice the batch of a
     GPU); the same on any number of processes."""
     tags: tuple[str, ...] = ()
     """Entries of fields.caption that are comma-separated tags: whenever they are read, their order
     and what stands between them are drawn anew."""
-    max_scanned: int | None = None
+    max_scanned: Count | None = None
     """Captions that one curation may scan; without it ten times the pool."""
     when_short: Literal["stop", "best"] = "stop"
     """What to do where that is not enough. stop: end the run with the best similarity seen. best:
@@ -61,19 +68,6 @@ class CuratedData(PairData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("period", "scan", "max_scanned"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"data.{name} is {value}, must be at least 1")
-        if not -1 <= self.threshold <= 1:
-            raise InputError(
-                f"data.threshold is {self.threshold}, must be a cosine, between -1 and 1"
-            )
-        if self.min_ratio is not None and not 0 < self.min_ratio <= 1:
-            raise InputError(
-                f"data.min_ratio is {self.min_ratio}, must lie above 0 and be at most 1; leave it "
-                "out to let the threshold alone decide"
-            )
         if self.resampled_samples is not None:
             raise InputError(
                 "data.resampled_samples is given, but a curation reads captions at any place of a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -123,6 +124,8 @@ class CuratedStream:
         self._current: _Kept | None = None
         self._ahead: Callable[[], _Kept] | None = None
         self._next_unit = 0
+        self._seconds = 0.0
+        """That training waited for curations since it last asked for scalars."""
         self._restore(state)
         # with files of its own: in the background it reads beside what is trained on
         scanned = replace(pool, shelf=pool.shelf.again())
@@ -158,10 +161,14 @@ class CuratedStream:
 
     def __iter__(self) -> Iterator[Batch]:
         sample = self._first_sample
-        while wanted := self._wanted(period := self._period_of(sample)):
+        while sample < self._recipe.steps * self._recipe.batch_size:
+            period = self._period_of(sample)
+            wanted = self._wanted(period)
             start = period * self._period_samples
             if self._current is None or self._current.curation.facts.period != period:
+                started = time.perf_counter()
                 self._current = self._choose(period, wanted)
+                self._seconds += time.perf_counter() - started
             if sample == start and self._data.background:
                 self._choose_ahead(period + 1)
             yield from self._batches(self._current.curation.chosen, sample, start)
@@ -244,6 +251,8 @@ class CuratedStream:
         }
         if curation.seconds:
             found["captions_per_second"] = facts.scanned / curation.seconds
+        if self._seconds:
+            found["seconds/curation"], self._seconds = self._seconds, 0.0
         return found
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from frugal.common.errors import InputError
+from frugal.common.ranges import ShareBelowOne
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import PURPOSE
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class BlockMasking:
     """Keep one rectangle of the shape of the image at a place drawn uniformly."""
 
-    mask_ratio: float = 0.75
+    mask_ratio: ShareBelowOne = 0.75
     """Fraction of the patches that goes, up to the rounding of the rectangle's sides."""
 
     def __post_init__(self) -> None:

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from frugal.clipa.text_masking import check_length
 from frugal.common.data.vocabularies import clean_caption
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json
+from frugal.common.ranges import Range, check_ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,24 +77,29 @@ def join_words(text: str, spans: Sequence[tuple[int, int]], kept: Sequence[int])
     return "".join(parts)
 
 
+_CorpusShare = Annotated[
+    float,
+    Range(
+        above=0, most=1, words="must lie between 0 and 1; it is the share of the corpus up to "
+        "which a word always stays",
+    ),
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrequencyMasking:
     """Common words are dropped at random; what then is still too long is truncated."""
 
     counts: Path | None = None
     """File with the words of the corpus, written by ``python -m frugal.clipa.word_counts``."""
-    threshold: float = 1e-3
+    threshold: _CorpusShare = 1e-3
     """Share of the corpus up to which a word always stays; word_counts says how many words of a
     caption stay at several thresholds."""
     counts_checksum: str | None = None
     """Of the counts file, filled in when it is found: a resumed run refuses other counts."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise InputError(
-                f"reduction.text.threshold is {self.threshold}, must lie between 0 and 1; it is "
-                "the share of the corpus up to which a word always stays"
-            )
+        check_ranges(self, "reduction.text")
         if self.counts is not None and self.counts_checksum is None and self.counts.is_file():
             object.__setattr__(self, "counts_checksum", _checksum(_read(self.counts)))
 

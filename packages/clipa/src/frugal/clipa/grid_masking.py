@@ -8,9 +8,9 @@ not divide evenly are smaller and keep one patch too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from frugal.common.errors import InputError
+from frugal.common.ranges import Range, check_ranges
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import PURPOSE
 
@@ -18,19 +18,18 @@ if TYPE_CHECKING:
     from frugal.common.randomness import NoiseSource
 
 
+_Side = Annotated[int, Range(least=2, words="must be at least 2: one patch of every window stays")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GridMasking:
     """Keep one patch of every square window, drawn uniformly; windows do not overlap."""
 
-    window: int = 2
+    window: _Side = 2
     """Side of a window in patches; 2 keeps a quarter of the image."""
 
     def __post_init__(self) -> None:
-        if self.window < 2:
-            raise InputError(
-                f"reduction.image.window is {self.window}, must be at least 2: one patch of every "
-                "window stays"
-            )
+        check_ranges(self, "reduction.image")
 
     def keep(self, view: PatchView, *, noise: NoiseSource) -> Kept:
         """One patch per window, windows row by row.

@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from frugal.common.errors import InputError
+from frugal.common.ranges import Count, OpenShare, Positive, Range, check_ranges
 from frugal.common.reduction.image import Kept, PatchView
 
 if TYPE_CHECKING:
@@ -153,22 +154,45 @@ def cluster_mask(
     )
 
 
+_AnchorRatio = Annotated[
+    float,
+    Range(
+        above=0, most=1,
+        words="must be more than 0 and at most 1: without anchors nothing is masked",
+    ),
+]  # fmt: skip
+_Threshold = Annotated[
+    float,
+    Range(
+        least=-1, below=1, words="must lie in [-1, 1): no two patches are more alike than 1",
+        hint="leave it out to have it searched",
+    ),
+]  # fmt: skip
+_LeastRatio = Annotated[
+    float,
+    Range(
+        least=0, below=1,
+        words="must lie in [0, 1): it is the least share of the patches that is removed",
+    ),
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterMasking:
     """Keep what resembles none of some random patches, another number in every image."""
 
-    anchor_ratio: float = 0.03
+    anchor_ratio: _AnchorRatio = 0.03
     """Share of the patches that clusters grow around."""
-    threshold: float | None = None
+    threshold: _Threshold | None = None
     """Similarity from which on a patch belongs to an anchor's cluster; without it the one that
     masks the target ratio is searched on the first images of the run."""
-    target_mask_ratio: float | None = 0.5
+    target_mask_ratio: OpenShare | None = 0.5
     """Share of the patches that should go on average."""
-    min_mask_ratio: float = 0.3
+    min_mask_ratio: _LeastRatio = 0.3
     """Share of the patches that goes from every image, however little its clusters cover."""
-    tolerance: float = 0.05
+    tolerance: Positive = 0.05
     """Largest difference from the target ratio; beyond it the search refuses, training warns."""
-    search_images: int = 4096
+    search_images: Count = 4096
     """Images, over all processes, that the threshold is searched on."""
     use_embeddings: bool = False
     """Mix the similarity of patch embeddings in, with a weight that grows from 0 to 1 over the
@@ -178,24 +202,7 @@ class ClusterMasking:
     """Fields that a run fills in where they are None, and keeps with its recipe."""
 
     def __post_init__(self) -> None:
-        name = "reduction.image"
-        if not 0 < self.anchor_ratio <= 1:
-            raise InputError(
-                f"{name}.anchor_ratio is {self.anchor_ratio}, must be more than 0 and at most 1: "
-                "without anchors nothing is masked"
-            )
-        if not 0 <= self.min_mask_ratio < 1:
-            raise InputError(
-                f"{name}.min_mask_ratio is {self.min_mask_ratio}, must lie in [0, 1): it is the "
-                "least share of the patches that is removed"
-            )
-        if self.threshold is not None and not -1 <= self.threshold < 1:
-            raise InputError(
-                f"{name}.threshold is {self.threshold}, must lie in [-1, 1): no two patches are "
-                "more alike than 1; leave it out to have it searched"
-            )
-        if not self.tolerance > 0:
-            raise InputError(f"{name}.tolerance is {self.tolerance}, must be positive")
+        check_ranges(self, "reduction.image")
         self._check_target()
 
     def _check_target(self) -> None:
@@ -207,8 +214,6 @@ class ClusterMasking:
             )
         if target is None:
             return
-        if not 0 < target < 1:
-            raise InputError(f"{name}.target_mask_ratio is {target}, must lie between 0 and 1")
         if target < self.min_mask_ratio:
             raise InputError(
                 f"{name}.target_mask_ratio is {target}, less than {name}.min_mask_ratio = "

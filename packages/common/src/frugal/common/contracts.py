@@ -180,6 +180,15 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class CountingObjective(Protocol):
+    """An objective whose loss is the mean over something else than the valid samples."""
+
+    def counted(self, batch: Batch) -> Tensor:
+        """(): how many things of a batch of this process its loss is the mean of."""
+        ...
+
+
+@runtime_checkable
 class ObjectiveConfig(Protocol):
     """The part of a recipe that builds the objective."""
 
@@ -189,7 +198,10 @@ class ObjectiveConfig(Protocol):
 
 
 class Stream(Protocol):
-    """The micro-batches of one process, endless, from any first sample number on."""
+    """The micro-batches of one process, from any first sample number on.
+
+    Endless, or to the end of the run: whoever wants more than the run has must expect fewer.
+    """
 
     epoch_samples: int
     """Samples of one epoch."""

@@ -14,7 +14,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from frugal.common.contracts import (
     DataConfig,
@@ -25,6 +25,18 @@ from frugal.common.contracts import (
 )
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
+from frugal.common.ranges import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    OpenShare,
+    Positive,
+    PositiveShare,
+    Range,
+    Seed,
+    ShareBelowOne,
+    check_ranges,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,31 +50,30 @@ class Reductions:
     union in its type would take the fields of the reduction off the command line.)"""
 
 
+_ClipNorm = Annotated[float, Range(above=0, hint="leave it out to train without clipping")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimiser:
     """What the ways of stepping have in common."""
 
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """Peak learning rate; give this or --optimiser.learning-rate-per-256."""
-    learning_rate_per_256: float | None = None
+    learning_rate_per_256: NotNegative | None = None
     """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
-    clip_norm: float | None = None
+    clip_norm: _ClipNorm | None = None
     """Largest norm of the whole gradient."""
 
     moments: ClassVar[tuple[str, ...]] = ()
     """What a checkpoint holds of every trainable parameter beside its weights."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "optimiser")
         if (self.learning_rate is None) == (self.learning_rate_per_256 is None):
             raise InputError(
                 "give exactly one of optimiser.learning_rate "
                 f"({self.learning_rate}) and optimiser.learning_rate_per_256 "
                 f"({self.learning_rate_per_256})"
-            )
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise InputError(
-                f"optimiser.clip_norm is {self.clip_norm}, must be positive; leave it out to "
-                "train without clipping"
             )
 
     def peak(self, batch_size: int) -> float:
@@ -77,15 +88,15 @@ class Optimiser:
 class AdamW(Optimiser):
     """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.2
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    epsilon: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.2
     no_decay: tuple[str, ...] = ("bias", "norm", "position")
     """Which parameters are not decayed: bias, norm, position, class_token, logit_scale,
     embedding, vector (every parameter with fewer than two dimensions)."""
-    projection_weight_decay: float | None = None
+    projection_weight_decay: NotNegative | None = None
     """Of the projections of both towers into the shared space; without it as of all others."""
-    layer_decay: float | None = None
+    layer_decay: PositiveShare | None = None
     """Learning rate of every block over that of the block behind it; what stands behind the last
     block has the whole rate. Without it everything has."""
 
@@ -100,10 +111,6 @@ class AdamW(Optimiser):
             raise InputError(
                 f"optimiser.no_decay does not know {unknown[0]!r}; choose from {sorted(known)}"
             )
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise InputError(
-                f"optimiser.layer_decay is {self.layer_decay}, must lie above 0 and be at most 1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,34 +120,25 @@ class LARS(Optimiser):
     Vectors, such as biases, are neither scaled nor decayed.
     """
 
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    trust: float = 0.001
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NotNegative = 0.0
+    trust: Positive = 0.001
     """Norm of a gradient, after scaling, over the norm of its weights."""
 
     moments: ClassVar[tuple[str, ...]] = ("momentum",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"optimiser.momentum is {self.momentum}, must lie in [0, 1)")
-        if self.weight_decay < 0:
-            raise InputError(f"optimiser.weight_decay is {self.weight_decay}, must not be negative")
-        if self.trust <= 0:
-            raise InputError(f"optimiser.trust is {self.trust}, must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupCosine:
     """Linear warm-up, then half a cosine; a pure function of the samples seen before a step."""
 
-    samples: int
+    samples: Count
     """Samples the run trains on."""
-    warmup_samples: int = 0
+    warmup_samples: CountOrZero = 0
     """Samples until the peak is reached."""
-    start: float = 0.0
+    start: NotNegative = 0.0
     """Learning rate of the very first step."""
-    floor: float = 0.0
+    floor: NotNegative = 0.0
     """Learning rate at the end and beyond."""
 
     def __post_init__(self) -> None:
@@ -149,6 +147,7 @@ class WarmupCosine:
                 f"schedule.warmup_samples ({self.warmup_samples}) must lie between 0 and "
                 f"schedule.samples ({self.samples}), which must be positive"
             )
+        check_ranges(self, "schedule")
 
     def learning_rate(self, samples_seen: int, *, peak: float) -> float:
         """The learning rate of the step that starts after ``samples_seen`` samples."""
@@ -169,27 +168,27 @@ class EngineOptions:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the matrix products; weights and optimiser stay float32. auto: bfloat16 where the
     hardware has it, else float32."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches per step; each is a contrastive batch of its own."""
-    cache_chunk: int | None = None
+    cache_chunk: Count | None = None
     """Gradient caching: encode this many samples at a time, exact loss over the whole batch."""
     checkpoint_activations: bool = False
     """Recompute every block in the backward pass instead of storing it."""
     compile: bool = False
     """torch.compile the towers."""
-    ema_decay: float | None = None
+    ema_decay: OpenShare | None = None
     """Keep an exponential moving average of the weights with this decay per step."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads of each process; without it the cores are divided among the processes, and a
     process that runs alone takes OMP_NUM_THREADS where that is set."""
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise InputError(f"engine.accumulate is {self.accumulate}, must be at least 1")
-        if self.cache_chunk is not None and self.cache_chunk < 1:
-            raise InputError(f"engine.cache_chunk is {self.cache_chunk}, must be at least 1")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise InputError(f"engine.ema_decay is {self.ema_decay}, must lie between 0 and 1")
+        check_ranges(self, "engine")
+
+
+_EvaluateEvery = Annotated[
+    int, Range(least=1, hint="leave it out to evaluate after the last step only")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,16 +197,16 @@ class RunOptions:
 
     dir: Path | None = None
     """Run directory; an interrupted run found there is continued."""
-    seed: int = 0
-    log_every: int = 10
+    seed: Seed = 0
+    log_every: Count = 10
     """Steps between two log lines."""
-    picture_every: int = 500
+    picture_every: Count = 500
     """Steps between two pictures of a batch with its masks in tensorboard."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Steps between two checkpoints; the last step is always saved."""
-    keep: int = 2
+    keep: Count = 2
     """Newest checkpoints that stay on disk."""
-    evaluate_every: int | None = None
+    evaluate_every: _EvaluateEvery | None = None
     """Steps between two evaluations; without it only after the last step."""
     best: str | None = None
     """A number of the evaluations, such as accuracy_top1: the checkpoint with the highest one stays
@@ -218,18 +217,11 @@ class RunOptions:
     """Allow --run.start-from to resample position tables to another grid or length."""
     allow_changed_data: bool = False
     """Go on with a run although its data have changed since it began; other samples come then."""
-    max_skipped: int = 10
+    max_skipped: Count = 10
     """Steps in a row whose loss is not finite before the run stops; seen when a line is logged."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "picture_every", "save_every", "keep", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise InputError(f"run.{name} is {getattr(self, name)}, must be at least 1")
-        if self.evaluate_every is not None and self.evaluate_every < 1:
-            raise InputError(
-                f"run.evaluate_every is {self.evaluate_every}, must be at least 1; leave it out to "
-                "evaluate after the last step only"
-            )
+        check_ranges(self, "run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +239,7 @@ class Recipe:
     optimiser: Optimiser
     """How weights are stepped."""
     schedule: WarmupCosine
-    batch_size: int
+    batch_size: Count
     """Samples per optimiser step, over all processes."""
     engine: EngineOptions = field(default_factory=EngineOptions)
     run: RunOptions = field(default_factory=RunOptions)
@@ -255,8 +247,7 @@ class Recipe:
     """What the finished model is measured on."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}, must be at least 1")
+        check_ranges(self)
         if self.batch_size % self.engine.accumulate:
             raise InputError(
                 f"batch_size {self.batch_size} does not divide into engine.accumulate = "
@@ -270,8 +261,8 @@ class Recipe:
             self.model,
             self.data,
             self.reduction.image,
+            self.objective,  # which refuses a text reduction where no captions are read
             self.reduction.text,
-            self.objective,
         ):
             check = getattr(part, "check", None)
             if check is not None:

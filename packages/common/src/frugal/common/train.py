@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from frugal.common.contracts import Batch, PreparedReduction
 from frugal.common.errors import InputError
 from frugal.common.files import raise_open_files_limit, read_json_object, write_json
 from frugal.common.launchers import Ranks, launcher_ranks, meet, settle
+from frugal.common.objectives.config import Contrastive
 from frugal.common.recipe import (
     Recipe,
     difference,
@@ -69,12 +71,14 @@ def train_recipe(recipe: Recipe) -> None:
     from frugal.common.data.contents import keep_contents
     from frugal.common.data.damage import DamageCounter
     from frugal.common.engine.loop import Training, measure_what_was_missed, train
+    from frugal.common.engine.rehearsal import rehearse
     from frugal.common.engine.saving import WeightAverage, gather_values, restore
     from frugal.common.engine.watch import Watch
     from frugal.common.models.positions import resample_table
 
     run = open_run(recipe)
     recipe.local_batch(run.world_size)  # refuse before anything is written
+    _check_strangers(recipe)
     store = CheckpointStore(run, keep=recipe.run.keep)
     objective = recipe.objective.build(recipe)
     if not store.whole():
@@ -94,6 +98,8 @@ def train_recipe(recipe: Recipe) -> None:
     if checkpoint is not None:
         restore(engine, checkpoint, average)
     recipe = _prepared(recipe, run, engine, checkpoint)
+    if checkpoint is None:
+        rehearse(engine, recipe, run)
     state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0}
     first_step = state["step"]
     stream = recipe.data.build(
@@ -103,6 +109,7 @@ def train_recipe(recipe: Recipe) -> None:
         state=_stream_state(recipe, run, state.get("stream", [])),
         engine=engine,
     )
+    _warn_of_twins(recipe, run, stream.epoch_samples)
     evaluated = gather_values(_last_evaluated(recipe, run), run.world_size)[0]
     if first_step < recipe.steps:
         keep_contents(
@@ -151,6 +158,31 @@ def train_recipe(recipe: Recipe) -> None:
         lock.close()
 
 
+def _check_strangers(recipe: Recipe) -> None:
+    """Refuse to train where no pair has another to be told apart from.
+
+    Such a recipe can still be read: it may describe a model that was trained elsewhere.
+    """
+    if isinstance(recipe.objective, Contrastive) and recipe.batch_size == recipe.engine.accumulate:
+        raise InputError(
+            f"a batch_size of {recipe.batch_size} with engine.accumulate = "
+            f"{recipe.engine.accumulate} compares one pair with itself, whose loss teaches "
+            "nothing; make micro-batches larger, or use --engine.cache-chunk instead"
+        )
+
+
+def _warn_of_twins(recipe: Recipe, run: Run, samples: int) -> None:
+    """Tell where a pair is bound to meet itself among the pairs it is told apart from."""
+    micro_batch = recipe.batch_size // recipe.engine.accumulate
+    if isinstance(recipe.objective, Contrastive) and samples < micro_batch:
+        run.log.warning(
+            "the data has %s pairs, fewer than the %s that are told apart at a time: some are "
+            "compared with themselves as if they were others; lower batch_size, or give more data",
+            f"{samples:,}",
+            f"{micro_batch:,}",
+        )
+
+
 def _claim(run: Run, store: CheckpointStore) -> tuple[TextIOWrapper | None, Checkpoint | None]:
     """Wait until nobody else writes to the run directory; the checkpoint to continue from.
 
@@ -192,17 +224,31 @@ def _prepared(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint |
         return recipe
     if image.images_to_see:
         gather = partial(gather_values, world_size=run.world_size)
-        seen = _first_views(recipe, run, engine, images=image.images_to_see)
-        image = image.prepared(seen, gather=gather, log=run.log)
+        # curated data writes what it chose, here for nobody
+        with tempfile.TemporaryDirectory() as folder:
+            elsewhere = replace(run, dir=Path(folder))
+            seen = _first_views(recipe, elsewhere, engine, images=image.images_to_see)
+            image = image.prepared(seen, gather=gather, log=run.log)
     engine.objective.reduction = image
     return replace(recipe, reduction=replace(recipe.reduction, image=image))
 
 
 def _first_views(recipe: Recipe, run: Run, engine: Engine, *, images: int) -> Iterator[Any]:
-    """The first images that this process will train on, damaged ones left out, and their noise."""
+    """The first images that this process will train on, damaged ones left out, and their noise.
+
+    Raises:
+        InputError: if the objective shows none.
+    """
+    if not hasattr(engine.objective, "look"):
+        raise InputError(
+            "reduction.image looks for its settings on the first images of a run, which this "
+            "objective does not show; give them on the command line"
+        )
     stream = recipe.data.build(recipe, run, first_sample=0, state={}, engine=engine)
     micro_batch = recipe.batch_size // recipe.engine.accumulate
-    for batch in islice(stream, math.ceil(images / micro_batch)):
+    missing = math.ceil(images / micro_batch)
+    for batch in islice(stream, missing):
+        missing -= 1
         stays = batch.valid
         whole = Batch(
             images=batch.images[stays],
@@ -210,6 +256,13 @@ def _first_views(recipe: Recipe, run: Run, engine: Engine, *, images: int) -> It
             valid=stays[stays],
         )
         yield engine.objective.look(whole.to(run.device))
+    if missing > 0:
+        run.log.warning(
+            "reduction.image wants to look at %s images, of which the run does not have the last "
+            "%s",
+            f"{images:,}",
+            f"{missing * micro_batch:,}",
+        )
 
 
 def _check_run_dir(recipe: Recipe) -> Recipe:

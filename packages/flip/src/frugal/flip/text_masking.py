@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from frugal.common.errors import InputError
+from frugal.common.ranges import ShareBelowOne
 from frugal.common.reduction.text import Placed
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class TextMasking:
     slot that FLIP's text tower reads its vector from, in training as in evaluation.
     """
 
-    mask_ratio: float = 0.5
+    mask_ratio: ShareBelowOne = 0.5
     """Fraction of the slots that goes."""
     order: Order = "random"
     """random: a slot of padding is as likely to go as a word. padding_first: words go only when

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,12 +22,16 @@ from PIL import Image, ImageOps
 from frugal.common.data.decoding import Interpolation, Window, as_bytes, open_image, resize_window
 from frugal.common.data.transforms import RandomResizedCrop, check_crop
 from frugal.common.errors import InputError
+from frugal.common.ranges import Positive, PositiveShare, Probability, Range, check_ranges
 
 _POLICY = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3a|3aw))*")
 _TRANSLATION = 0.45
 """Largest translation in pixels over the shorter side, for policies that count in pixels."""
 
 Picture = Image.Image
+
+
+_Level = Annotated[int, Range(least=0, most=255, words="must lie in 0 to 255")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class RandAugmentedCrop:
     """In timm's words: two operations (-n2), each with probability 0.5 (-p0.5), at a strength drawn
     from a normal distribution around 9 (-m9) with a deviation of 0.5 (-mstd0.5), and operations
     that all grow with it (-inc1)."""
-    fill: tuple[int, int, int] = (124, 116, 104)
+    fill: tuple[_Level, _Level, _Level] = (124, 116, 104)
     """Red, green and blue of what moves into the picture; ImageNet's mean."""
 
     def __post_init__(self) -> None:
@@ -50,8 +54,7 @@ class RandAugmentedCrop:
                 f"data.augmentation.policy is {self.policy!r}; write it as timm does, such as "
                 "rand-m9-mstd0.5-inc1"
             )
-        if not all(0 <= level <= 255 for level in self.fill):
-            raise InputError(f"data.augmentation.fill is {self.fill}, must lie in 0 to 255")
+        check_ranges(self, "data.augmentation")
 
     def decode(
         self, encoded: bytes, *, size: tuple[int, int], generator: np.random.Generator
@@ -116,11 +119,11 @@ class SingleDrawCrop:
     second time.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0)
     """Least and largest share of the image's area, before it is cut off."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Least and largest width over height; drawn log-uniformly."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of mirroring left and right."""
     interpolation: Interpolation = "bicubic"
     """As that of a training crop."""
@@ -128,7 +131,7 @@ class SingleDrawCrop:
     """Decode JPEG at a reduced scale where the crop is shrunk that much anyway."""
 
     def __post_init__(self) -> None:
-        check_crop(self.scale, self.ratio, self.flip)
+        check_crop(self)
 
     def decode(
         self, encoded: bytes, *, size: tuple[int, int], generator: np.random.Generator

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from frugal.common.contracts import Show
+from frugal.common.contracts import PreparedReduction, Show
 from frugal.common.data.config import ImageData
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.models.config import ImageTower
 from frugal.common.randomness import weight_generator
+from frugal.common.ranges import Count, Range, check_ranges
 from frugal.common.recipe import Recipe
 from frugal.milan.mixing import Mixing, RandomErasing
 
@@ -37,26 +38,27 @@ def pooled(tower: ImageTower, pooling: Pooling) -> ImageTower:
     return replace(tower, pooling=pooling, norm_after_pooling=pooling != "class")
 
 
+_Classes = Annotated[
+    int,
+    Range(
+        least=2,
+        words="must be at least 2: with fewer classes there is nothing to tell apart",
+    ),
+]
+_HeadStd = Annotated[float, Range(above=0, hint="the released code uses 0.02, MAE's 2e-5")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
     """A vision transformer and a linear layer on what it pools."""
 
     image: ImageTower
-    num_classes: int = 1000
-    head_init_std: float = 0.02
+    num_classes: _Classes = 1000
+    head_init_std: _HeadStd = 0.02
     """Standard deviation of the linear layer's first weights."""
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2:
-            raise InputError(
-                f"model.num_classes is {self.num_classes}, must be at least 2: with fewer classes "
-                "there is nothing to tell apart"
-            )
-        if self.head_init_std <= 0:
-            raise InputError(
-                f"model.head_init_std is {self.head_init_std}, must be positive; the released code "
-                "uses 0.02, MAE's 2e-5"
-            )
+        check_ranges(self, "model")
 
     def build(self, generator: torch.Generator) -> VisionClassifier:
         """The model, on the CPU in float32, with weights drawn from ``generator``."""
@@ -82,6 +84,12 @@ def _check(recipe: Recipe) -> None:
             f"model.image.positions is {recipe.model.image.positions!r}, but a classifier has its "
             "positions as weights; choose learned, which starts from the encoder's table"
         )
+    image = recipe.reduction.image
+    if isinstance(image, PreparedReduction) and image.images_to_see:
+        raise InputError(
+            f"reduction.image looks for its {image.measured[0]} on the first images of a run, "
+            f"which a classifier does not show; give --reduction.image.{image.measured[0]}"
+        )
     if recipe.reduction.text is not None:
         raise InputError(
             "reduction.text is given, but a classifier reads no captions; leave it out"
@@ -102,11 +110,14 @@ def _built(recipe: Recipe) -> VisionClassifier:
     return model
 
 
+_Smoothing = Annotated[float, Range(least=0, below=1, words="must be at least 0 and less than 1")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Classification:
     """Tell the class of an image; every weight is trained."""
 
-    smoothing: float = 0.0
+    smoothing: _Smoothing = 0.0
     """Share of every label that is spread over all classes."""
     erasing: RandomErasing = field(default_factory=lambda: RandomErasing(probability=0.0))
     """Noise in a random rectangle; by default none."""
@@ -116,10 +127,7 @@ class Classification:
     """Train random weights, without --run.start-from."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.smoothing < 1:
-            raise InputError(
-                f"objective.smoothing is {self.smoothing}, must be at least 0 and less than 1"
-            )
+        check_ranges(self, "objective")
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that does not train a classifier."""
@@ -178,15 +186,10 @@ class Accuracy(FolderEvaluation):
     """First part of the name of every number."""
     crop: CenterCrop = field(default_factory=lambda: CenterCrop(share=0.875))
     """Which part of an image the model sees."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images read at a time; the model takes 64 at a time whatever this is."""
 
     _part: ClassVar[str] = "zero_shot"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise InputError(f"Accuracy.batch_size is {self.batch_size}, must be at least 1")
 
     def check_classes(self, trained: Sequence[str]) -> None:
         """Refuse data with class folders that training does not have; calls for no model.

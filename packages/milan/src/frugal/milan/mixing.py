@@ -13,6 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from frugal.common.errors import InputError
 from frugal.common.randomness import SampleNoise
+from frugal.common.ranges import (
+    CountOrZero,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Share,
+    check_ranges,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,24 +59,21 @@ class Boxes(NamedTuple):
 class RandomErasing:
     """Put noise into one random rectangle of an image."""
 
-    probability: float = 0.25
+    probability: Share = 0.25
     """Of an image to lose a rectangle."""
-    area: tuple[float, float] = (0.02, 1 / 3)
+    area: tuple[PositiveShare, PositiveShare] = (0.02, 1 / 3)
     """Least and largest share of the image's area."""
-    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    ratio: tuple[Positive, Positive] = (0.3, 1 / 0.3)
     """Least and largest height over width; drawn log-uniformly."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise InputError(
-                f"objective.erasing.probability is {self.probability}, must lie between 0 and 1"
-            )
-        if not 0 < self.area[0] <= self.area[1] <= 1:
+        check_ranges(self, "objective.erasing")
+        if self.area[0] > self.area[1]:
             raise InputError(
                 f"objective.erasing.area is {self.area}; give the least and the largest share of "
                 "the area, between 0 and 1"
             )
-        if not 0 < self.ratio[0] <= self.ratio[1]:
+        if self.ratio[0] > self.ratio[1]:
             raise InputError(
                 f"objective.erasing.ratio is {self.ratio}; give the least and the largest height "
                 "over width"
@@ -117,26 +122,17 @@ class Mixing:
     is as random as the reversed batch of timm, but does not depend on how samples are shared out.
     """
 
-    mixup: float = 0.8
+    mixup: NotNegative = 0.8
     """Both parameters of the beta distribution of the share that an image keeps; 0 for no mixup."""
-    cutmix: float = 1.0
+    cutmix: NotNegative = 1.0
     """The same for CutMix; 0 for none."""
-    cutmix_probability: float = 0.5
+    cutmix_probability: Share = 0.5
     """Of CutMix, where there are both."""
-    together: int = 128
+    together: CountOrZero = 128
     """Consecutive samples that share one draw: the batch of one process in published runs."""
 
     def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise InputError(
-                    f"objective.mixing.{name} is {getattr(self, name)}, must not be negative"
-                )
-        if not 0 <= self.cutmix_probability <= 1:
-            raise InputError(
-                f"objective.mixing.cutmix_probability is {self.cutmix_probability}, must lie "
-                "between 0 and 1"
-            )
+        check_ranges(self, "objective.mixing")
         if self.together < 2 or self.together % 2:
             raise InputError(
                 f"objective.mixing.together is {self.together}, must be even: samples are mixed in "

@@ -7,10 +7,11 @@ not on its own, and leaves whole grey levels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from frugal.common.data.colour import Changes, change_colours
+from frugal.common.data.colour import Changes, HueShare, change_colours
 from frugal.common.errors import InputError
+from frugal.common.ranges import NotNegative, Probability, Range, check_ranges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,42 +23,33 @@ PURPOSE = "photometric distortion"
 _DRAWS = 9
 
 
+_GreyLevels = Annotated[float, Range(least=0, most=255, words="must lie in 0 to 255")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhotometricDistortion:
     """Change brightness, contrast, saturation and hue, the contrast before or after the colours."""
 
-    probability: float = 0.5
+    probability: Probability = 0.5
     """Of each change."""
-    brightness: float = 32.0
+    brightness: _GreyLevels = 32.0
     """Most grey levels that are added or taken away."""
-    contrast: tuple[float, float] = (0.5, 1.5)
+    contrast: tuple[NotNegative, NotNegative] = (0.5, 1.5)
     """Least and largest factor of all grey levels."""
-    saturation: tuple[float, float] = (0.5, 1.5)
+    saturation: tuple[NotNegative, NotNegative] = (0.5, 1.5)
     """Least and largest factor of the saturation; the brightest channel stays."""
-    hue: float = 0.1
+    hue: HueShare = 0.1
     """Hues turn by at most this share of the colour circle, either way: OpenCV's 18 of 180."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise InputError(
-                f"objective.distortion.probability is {self.probability}, must be a probability"
-            )
-        if not 0 <= self.brightness <= 255:
-            raise InputError(
-                f"objective.distortion.brightness is {self.brightness}, must lie in 0 to 255"
-            )
+        check_ranges(self, "objective.distortion")
         for name in ("contrast", "saturation"):
             low, high = getattr(self, name)
-            if not 0 <= low <= high:
+            if low > high:
                 raise InputError(
                     f"objective.distortion.{name} is {(low, high)}; give the least and the largest "
                     "factor, neither negative"
                 )
-        if not 0 <= self.hue <= 0.5:
-            raise InputError(
-                f"objective.distortion.hue is {self.hue}, must lie between 0 and 0.5, half of the "
-                "circle"
-            )
 
     def apply(self, images: Tensor, *, noise: NoiseSource) -> Tensor:
         """(B, 3, H, W) uint8 images in other colours; ``noise`` has one row per image."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from frugal.common.contracts import Show
 from frugal.common.data.samples import image_extensions
@@ -16,6 +16,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.models.config import ImageTower
 from frugal.common.randomness import weight_generator
+from frugal.common.ranges import Count, Positive, PositiveShare, Range, ShareBelowOne, check_ranges
 from frugal.common.recipe import Recipe, WarmupCosine
 from frugal.common.reduction.image import KeepAll
 from frugal.milan.masked_folder import MOST_CLASSES, open_masked_folder
@@ -34,28 +35,28 @@ def even_taps(depth: int) -> tuple[int, int, int, int]:
     return round(depth / 3), depth // 2, round(2 * depth / 3), depth
 
 
+_Classes = Annotated[int, Range(least=2, most=MOST_CLASSES)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SegmenterConfig:
     """A vision transformer whose blocks put out four levels of features, and UperNet on them."""
 
     image: ImageTower
-    num_classes: int = 150
+    num_classes: _Classes = 150
     taps: tuple[int, int, int, int]
     """Blocks, counted from 1, whose outputs are the levels, finest first; the last is the last."""
-    width: int | None = None
+    width: Count | None = None
     """Channels of UperNet; without it as many as the tower has."""
-    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    pool_scales: tuple[Count, ...] = (1, 2, 3, 6)
     """Sides of what UperNet pools the coarsest level to."""
-    auxiliary_width: int = 256
+    auxiliary_width: Count = 256
     """Channels of the convolution on the third level, which only training reads."""
-    dropout: float = 0.1
+    dropout: ShareBelowOne = 0.1
     """Share of the channels that are dropped before each of the two classifiers."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_classes <= MOST_CLASSES:
-            raise InputError(
-                f"model.num_classes is {self.num_classes}, must lie between 2 and {MOST_CLASSES}"
-            )
+        check_ranges(self, "model")
         object.__setattr__(self, "taps", tuple(self.taps))
         if len(self.taps) != 4 or sorted({*self.taps, 0}) != [0, *self.taps]:
             raise InputError(
@@ -73,17 +74,11 @@ class SegmenterConfig:
                 f"{self.image.grid[0]}x{self.image.grid[1]} patches, too few for the coarsest "
                 "level; use larger images or smaller patches"
             )
-        for name in ("width", "auxiliary_width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"model.{name} is {value}, must be at least 1")
-        if not self.pool_scales or min(self.pool_scales) < 1:
+        if not self.pool_scales:
             raise InputError(
                 f"model.pool_scales are {self.pool_scales}; give sides of at least 1, such as "
                 "1 2 3 6"
             )
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"model.dropout is {self.dropout}, must lie in [0, 1)")
 
     def build(self, generator: torch.Generator) -> Segmenter:
         """The model, on the CPU in float32, with weights drawn from ``generator``."""
@@ -109,7 +104,7 @@ class WarmupLinear(WarmupCosine):
 class Segmentation:
     """Tell the class of every pixel; every weight is trained."""
 
-    auxiliary_weight: float = 0.4
+    auxiliary_weight: Positive = 0.4
     """Of the loss of the auxiliary head, which looks at the third level alone."""
     distortion: PhotometricDistortion = field(default_factory=PhotometricDistortion)
     """Random changes of colour, made on the device."""
@@ -117,10 +112,7 @@ class Segmentation:
     """Train random weights, without --run.start-from."""
 
     def __post_init__(self) -> None:
-        if not self.auxiliary_weight > 0:
-            raise InputError(
-                f"objective.auxiliary_weight is {self.auxiliary_weight}, must be positive"
-            )
+        check_ranges(self, "objective")
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that does not train a segmenter."""
@@ -190,15 +182,15 @@ class MeanIoU(FolderEvaluation):
     """sliding: the picture, resized to fit 4 times 1 windows, is seen through windows of the size
     that the model was trained on, and scores are averaged where they overlap. whole: it is
     stretched to that size."""
-    stride: float = 2 / 3
+    stride: PositiveShare = 2 / 3
     """From one window to the next, over the side of a window: 341 pixels of 512. The public
     configuration of MAE has one half."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[Positive, ...] = (1.0,)
     """Sizes of the picture, over that of published single-scale numbers; probabilities are
     averaged. 0.5, 0.75, ... 1.75 for multi-scale numbers."""
     flip: bool = False
     """Average with the mirrored picture."""
-    windows: int = 8
+    windows: Count = 8
     """Windows that the model takes at a time."""
     image_extensions: tuple[str, ...] = image_extensions()
     """Of the pictures."""
@@ -207,16 +199,12 @@ class MeanIoU(FolderEvaluation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.stride <= 1:
-            raise InputError(f"MeanIoU.stride is {self.stride}, must lie above 0 and be at most 1")
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales:
             raise InputError(f"MeanIoU.scales are {self.scales}; give positive factors")
         if self.view == "whole" and self.scales != (1.0,):
             raise InputError(
                 f"MeanIoU.scales are {self.scales}, but view=whole has one size; use view=sliding"
             )
-        if self.windows < 1:
-            raise InputError(f"MeanIoU.windows is {self.windows}, must be at least 1")
 
     def folder(self) -> Path | None:
         """Where the pictures are read from.

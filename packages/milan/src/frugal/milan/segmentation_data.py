@@ -7,7 +7,7 @@ ADE20K.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,15 @@ from frugal.common.contracts import DataConfig
 from frugal.common.data.decoding import Window, resize_window
 from frugal.common.data.samples import image_extensions
 from frugal.common.errors import InputError
+from frugal.common.ranges import (
+    CountOrZero,
+    Positive,
+    PositiveShare,
+    Probability,
+    Range,
+    Share,
+    check_ranges,
+)
 from frugal.milan.masked_folder import IGNORED, PADDING
 
 if TYPE_CHECKING:
@@ -78,6 +87,9 @@ def _nearest(old: int, new: int, start: int, count: int) -> np.ndarray:
     return (2 * np.arange(start, start + count) + 1) * old // (2 * new)
 
 
+_Tries = Annotated[int, Range(least=0, words="must be at least 0, which takes the first rectangle")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScaledCrop:
     """A rectangle of the picture at a random scale, perhaps mirrored.
@@ -86,35 +98,24 @@ class ScaledCrop:
     result's size is cut out of it, or less where it is smaller: the rest is padding.
     """
 
-    scale: tuple[float, float] = (0.5, 2.0)
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
     """Least and largest size of the picture over that at which its shorter side is the result's."""
-    largest_share: float = 0.75
+    largest_share: PositiveShare = 0.75
     """Rectangles are drawn again while one class has more of the labelled pixels than this."""
-    tries: int = 10
+    tries: _Tries = 10
     """How often at most; then the last one stays."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of mirroring left and right."""
     reduced_decoding: bool = True
     """Decode JPEG at a reduced scale where the picture is shrunk that much anyway."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1]:
+        check_ranges(self, "data.augmentation")
+        if self.scale[0] > self.scale[1]:
             raise InputError(
                 f"data.augmentation.scale is {self.scale}; give the least and the largest factor, "
                 "both positive"
             )
-        if not 0 < self.largest_share <= 1:
-            raise InputError(
-                f"data.augmentation.largest_share is {self.largest_share}, must lie above 0 and be "
-                "at most 1"
-            )
-        if self.tries < 0:
-            raise InputError(
-                f"data.augmentation.tries is {self.tries}, must be at least 0, which takes the "
-                "first rectangle"
-            )
-        if not 0 <= self.flip <= 1:
-            raise InputError(f"data.augmentation.flip is {self.flip}, must be a probability")
 
     def draw(
         self, labels: np.ndarray, *, size: tuple[int, int], generator: np.random.Generator
@@ -177,16 +178,13 @@ class SegmentationData(DataConfig):
     augmentation: ScaledCrop = field(default_factory=ScaledCrop)
     image_extensions: tuple[str, ...] = image_extensions()
     """Of the pictures."""
-    max_damaged: float = 0.05
+    max_damaged: Share = 0.05
     """Fraction of damaged samples at which the run stops."""
-    workers: int = 4
+    workers: CountOrZero = 4
     """Loader processes per process of the run; 0 loads in the process itself."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise InputError(f"data.workers is {self.workers}, must be at least 0")
-        if not 0 <= self.max_damaged <= 1:
-            raise InputError(f"data.max_damaged is {self.max_damaged}, must lie between 0 and 1")
+        check_ranges(self, "data")
         if not self.image_extensions:
             raise InputError("data.image_extensions is empty; name at least one, e.g. jpg")
 

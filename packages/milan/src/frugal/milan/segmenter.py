@@ -221,6 +221,12 @@ class SegmentationObjective(nn.Module):
         }
         return main_loss + self._config.auxiliary_weight * auxiliary_loss, metrics
 
+    def counted(self, batch: Batch) -> Tensor:
+        """(): the pixels that have a class."""
+        assert batch.labels is not None
+        has_class = (batch.labels != PADDING) & (batch.labels != IGNORED)  # (B, H, W)
+        return (has_class & batch.valid[:, None, None]).sum()
+
     def _seen(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Normalised images (B, 3, H, W) and labels (B, H, W) int64 of the samples that count."""
         assert batch.labels is not None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from frugal.common.errors import InputError
+from frugal.common.ranges import ShareBelowOne
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import PURPOSE, RandomMasking
 
@@ -26,7 +27,7 @@ _SMALLEST_WAIT = 2.0**-25
 class SemanticSampling:
     """Draw the patches that stay one by one, each in proportion to its importance."""
 
-    mask_ratio: float = 0.75
+    mask_ratio: ShareBelowOne = 0.75
     """Fraction of the patches that goes."""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from frugal.common.errors import InputError
 from frugal.common.models.config import Activation, ImageTower
+from frugal.common.ranges import Count, check_ranges
 from frugal.common.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -28,10 +29,13 @@ class DecoderConfig:
     kind: Literal["prompting", "plain"] = "prompting"
     """prompting: encoded tokens stay as they are and hidden ones gather from them (MILAN). plain:
     all tokens change in ordinary blocks (MAE)."""
-    width: int = 512
-    depth: int = 8
+    width: Count = 512
+    depth: Count = 8
     """Blocks."""
-    heads: int = 16
+    heads: Count = 16
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model.decoder")
 
     def tower(self, image: ImageTower) -> ImageTower:
         """The shape of the decoder's blocks and positions, on the grid of an encoder.
@@ -91,13 +95,16 @@ class Teacher:
     normalisation: Literal["student", "own"] = "student"
     """student: pixels are normalised as the student's, by ImageNet's mean and std (published).
     own: as the teacher was trained."""
-    image_size: int | tuple[int, int] | None = None
+    image_size: Count | tuple[Count, Count] | None = None
     """Side of the images that it is shown, or (height, width), in pixels, if not the student's;
     its position table is interpolated to that size."""
     activation: Activation | None = None
     """Of its blocks, where the file does not say and is not to be guessed."""
-    heads: int | None = None
+    heads: Count | None = None
     """Attention heads, where the file does not say; without it one per 64 channels."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "objective.teacher")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ rounding down to whole grey levels; what is drawn for an image is a function of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from frugal.common.errors import InputError
+from frugal.common.ranges import NotNegative, Probability, Range, check_ranges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,38 +27,30 @@ _CHUNK_NUMBERS = 1 << 22
 """Numbers changed at a time: temporaries of 16 MiB however large the batch."""
 
 
+HueShare = Annotated[
+    float, Range(least=0, most=0.5, words="must lie between 0 and 0.5, half of the circle")
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ColourJitter:
     """Change brightness, contrast, saturation and hue in a random order, then drop the colour."""
 
-    probability: float = 0.8
+    probability: Probability = 0.8
     """Of the four changes, all of them or none."""
-    brightness: float = 0.32
+    brightness: NotNegative = 0.32
     """Factors are drawn uniformly between 1 - this, but at least 0, and 1 + this."""
-    contrast: float = 0.32
+    contrast: NotNegative = 0.32
     """The same for the distance of every pixel from the mean grey level."""
-    saturation: float = 0.32
+    saturation: NotNegative = 0.32
     """The same for the distance of every pixel from its own grey level."""
-    hue: float = 0.08
+    hue: HueShare = 0.08
     """Hues turn by at most this share of the colour circle, either way."""
-    grey: float = 0.2
+    grey: Probability = 0.2
     """Probability of an image without colour."""
 
     def __post_init__(self) -> None:
-        for name in ("probability", "grey"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(
-                    f"data.colour.{name} is {getattr(self, name)}, must be a probability"
-                )
-        for name in ("brightness", "contrast", "saturation"):
-            if not getattr(self, name) >= 0:
-                raise InputError(
-                    f"data.colour.{name} is {getattr(self, name)}, must not be negative"
-                )
-        if not 0 <= self.hue <= 0.5:
-            raise InputError(
-                f"data.colour.hue is {self.hue}, must lie between 0 and 0.5, half of the circle"
-            )
+        check_ranges(self, "data.colour")
 
     def apply(self, images: Tensor, *, noise: NoiseSource) -> Tensor:
         """The images in other colours.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from frugal.common.contracts import DataConfig
 from frugal.common.data.colour import NO_CHANGE, ColourJitter
@@ -13,11 +12,15 @@ from frugal.common.data.samples import Fields, image_extensions
 from frugal.common.data.tokenizers import TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
 from frugal.common.errors import InputError
+from frugal.common.ranges import Count, CountOrZero, Positive, Range, Share, check_ranges
 
 if TYPE_CHECKING:
     from frugal.common.contracts import Stream
     from frugal.common.recipe import Recipe
     from frugal.common.run import Run
+
+
+_Weight = Annotated[float, Range(above=0, hint="leave out what is not to be read")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +30,19 @@ class StoredData(DataConfig):
     train: tuple[str, ...]
     """Where the samples are: tars as img2dataset writes them (a path, 'path/{00000..41407}.tar', a
     glob or a folder), TFRecords, CSV files, class folders with images, or pipe: and cloud URLs."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[_Weight, ...] = ()
     """Share of each entry of train in the samples read, in any unit; without them every sample is
     read once per epoch."""
     augmentation: Augmentation = field(default_factory=RandomResizedCrop)
-    shuffle_shards: int = 16
+    shuffle_shards: Count = 16
     """Shards whose samples are mixed with one another."""
-    max_damaged: float = 0.05
+    max_damaged: Share = 0.05
     """Fraction of damaged samples at which the run stops."""
-    resampled_samples: int | None = None
+    resampled_samples: Count | None = None
     """Read with replacement, this many samples to an epoch; the only way to read URLs."""
-    workers: int = 4
+    workers: CountOrZero = 4
     """Loader processes per process of the run; 0 loads in the process itself."""
-    timeout_minutes: float = 10.0
+    timeout_minutes: Positive = 10.0
     """Without any data for so long the run ends with a sentence. A URL or command that gives
     nothing for half as long counts as a damaged shard."""
 
@@ -54,16 +57,7 @@ class StoredData(DataConfig):
             """What makes tokens of captions; None reads images alone."""
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("shuffle_shards", 1), ("resampled_samples", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"data.{name} is {value}, must be at least {least}")
-        if not 0 < self.timeout_minutes < math.inf:
-            raise InputError(
-                f"data.timeout_minutes is {self.timeout_minutes}, must be a number above 0"
-            )
-        if not 0 <= self.max_damaged <= 1:
-            raise InputError(f"data.max_damaged is {self.max_damaged}, must lie between 0 and 1")
+        check_ranges(self, "data")
         if self.weights and len(self.weights) != len(self.train):
             raise InputError(
                 f"data.weights has {len(self.weights)} numbers for the {len(self.train)} entries "
@@ -71,11 +65,6 @@ class StoredData(DataConfig):
             )
         if len(self.weights) == 1:
             raise InputError("data.weights of a single source have no effect; leave them out")
-        if any(not weight > 0 for weight in self.weights):
-            raise InputError(
-                f"data.weights are {self.weights}, must be positive; leave out what is not to be "
-                "read"
-            )
 
     def build(
         self,

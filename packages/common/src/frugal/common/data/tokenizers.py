@@ -23,6 +23,7 @@ from frugal.common.data.vocabularies import (
 )
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of, write_json
+from frugal.common.ranges import Count, check_ranges
 
 _DESCRIPTION = "tokenizer_description.json"
 _KINDS: dict[str, type[BytePairs] | type[Transformers] | type[WordPieces]] = {
@@ -187,10 +188,13 @@ class WordPiece:
     vocab: Path | None = None
     """A file with one entry per line, or the folder of a Hugging Face BERT tokenizer; without it
     BERT's uncased vocabulary is fetched from the hub."""
-    entries: int | None = None
+    entries: Count | None = None
     """Lines the file must have: 30522 for BERT's uncased vocabulary; without it any number."""
     class_token: bool = False
     """Put [CLS] in front of the text; no published FLIP run did."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data.tokenizer")
 
     def load(self) -> Tokenizer:
         """The tokenizer.

@@ -142,6 +142,11 @@ def make_preparation(data: StoredData, recipe: Recipe) -> Preparation:
         tokenizer = data.tokenizer.load()
         _check_tokenizer(tokenizer, recipe)
         tokenizer.assemble((), recipe.model.text.length)  # refuses what leaves no room for words
+        if recipe.reduction.text is None:
+            raise InputError(
+                "reduction.text is None, but captions are read; choose what stays of them, such as "
+                "with --reduction.text frugal.common.reduction.text.Truncate"
+            )
         prepare = getattr(recipe.reduction.text, "prepare", None)
         if prepare is not None:
             prepare(tokenizer, length=recipe.model.text.length)

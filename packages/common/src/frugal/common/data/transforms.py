@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from frugal.common.data.decoding import (
     Interpolation,
@@ -19,6 +19,7 @@ from frugal.common.data.decoding import (
     resize_window,
 )
 from frugal.common.errors import InputError
+from frugal.common.ranges import Count, Positive, PositiveShare, Probability, check_ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,36 +94,36 @@ def clamped_window(height: int, width: int, *, ratio: tuple[float, float]) -> Wi
     )
 
 
-def check_crop(scale: tuple[float, float], ratio: tuple[float, float], flip: float) -> None:
-    """Refuse what no random crop can do.
+def check_crop(crop: Any) -> None:
+    """Refuse what no random crop can do: one with a scale and a ratio.
 
     Raises:
         InputError: naming the option, its value and what is allowed.
     """
-    if not 0 < scale[0] <= scale[1] <= 1:
+    check_ranges(crop, "data.augmentation")
+    if crop.scale[0] > crop.scale[1]:
         raise InputError(
-            f"data.augmentation.scale is {scale}; give the least and the largest share of the "
+            f"data.augmentation.scale is {crop.scale}; give the least and the largest share of the "
             "area, between 0 and 1"
         )
-    if not 0 < ratio[0] <= ratio[1]:
+    if crop.ratio[0] > crop.ratio[1]:
         raise InputError(
-            f"data.augmentation.ratio is {ratio}; give the least and the largest width over height"
+            f"data.augmentation.ratio is {crop.ratio}; give the least and the largest width over "
+            "height"
         )
-    if not 0 <= flip <= 1:
-        raise InputError(f"data.augmentation.flip is {flip}, must be a probability")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
     """A random rectangle of the image, resized and perhaps mirrored (FLIP, arXiv:2212.00794)."""
 
-    scale: tuple[float, float] = (0.5, 1.0)
+    scale: tuple[PositiveShare, PositiveShare] = (0.5, 1.0)
     """Least and largest share of the image's area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Least and largest width over height; drawn log-uniformly."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of mirroring left and right."""
-    tries: int = 10
+    tries: Count = 10
     """Rectangles drawn until one fits."""
     fallback: Literal["centre", "clamp"] = "centre"
     """If none fits. centre: FLIP's centred window with a margin of 32 pixels at the size of the
@@ -136,9 +137,7 @@ class RandomResizedCrop:
     kernels take every pixel."""
 
     def __post_init__(self) -> None:
-        check_crop(self.scale, self.ratio, self.flip)
-        if self.tries < 1:
-            raise InputError(f"data.augmentation.tries is {self.tries}, must be at least 1")
+        check_crop(self)
 
     def window(
         self, height: int, width: int, *, size: tuple[int, int], generator: np.random.Generator
@@ -191,7 +190,7 @@ class CenterCrop:
     """bicubic, bilinear, lanczos, box, hamming: with anti-aliasing (torchvision). nearest: one
     pixel each. tf1_bicubic, tf2_bicubic: TensorFlow's without anti-aliasing; the first is the one
     that FLIP's published accuracies were measured with."""
-    share: float = 1.0
+    share: PositiveShare = 1.0
     """With resize_first and stretch, side of what is cut out over that of the resized image;
     classifiers are mostly measured at 0.875, 224 of 256 pixels."""
     half_pixel: Literal["even", "down"] = "even"
@@ -199,8 +198,7 @@ class CenterCrop:
     next even one (torchvision, open_clip, timm). down: at the one before (transformers)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise InputError(f"crop.share is {self.share}, must lie above 0 and be at most 1")
+        check_ranges(self, "crop")
         if self.share < 1 and self.order == "crop_first":
             raise InputError(
                 f"crop.share is {self.share}, but crop.order=crop_first leaves nothing over; "

@@ -6,6 +6,7 @@ writing of weights and optimiser moments by parameter name. It knows nothing of 
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -37,6 +38,7 @@ class Engine(ABC):
             # inside the module, so that every wrapper around it computes alike
             autocast = torch.autocast(run.device.type, self.dtype)
             objective.forward = autocast(objective.forward)  # type: ignore[method-assign]
+        check_accelerate_environment(self.dtype)
         self._scale = LossScale(run.device) if self.dtype == torch.float16 else None
         self._updates = torch.zeros((), dtype=torch.int64, device=run.device)
 
@@ -186,6 +188,42 @@ def check_world_size(seen: int, engine: str) -> None:
             f"the launcher announced {announced} processes but {engine} sees {seen}, so they would "
             "train apart from each other; on CPU start them with torchrun or deepspeed"
         )
+
+
+def check_accelerate_environment(dtype: torch.dtype) -> None:
+    """Refuse what ``accelerate launch`` was configured for and the recipe decides.
+
+    Accelerate reads its configuration from the environment, where it would act, or be ignored,
+    without a word.
+
+    Raises:
+        InputError: naming the setting and the flag that stands for it.
+    """
+    given = {name: os.environ.get(f"ACCELERATE_{name}", "").lower() for name in _DECIDED}
+    precision = _PRECISIONS.get(given.pop("MIXED_PRECISION"), dtype)
+    if precision != dtype:
+        raise InputError(
+            "accelerate is configured for mixed_precision="
+            f"{os.environ['ACCELERATE_MIXED_PRECISION']}, but engine.precision decides and makes "
+            f"it {str(dtype).removeprefix('torch.')}; make them agree"
+        )
+    for name, value in given.items():
+        if value not in ("", "no", "0", "false", "1" if name.endswith("STEPS") else ""):
+            raise InputError(
+                f"accelerate is configured with ACCELERATE_{name}={value}, which the recipe "
+                f"decides; leave it out of accelerate's configuration and use {_DECIDED[name]}"
+            )
+
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+_DECIDED = {
+    "MIXED_PRECISION": "--engine.precision",
+    "DYNAMO_BACKEND": "--engine.compile",
+    "GRADIENT_ACCUMULATION_STEPS": "--engine.accumulate",
+    "USE_DEEPSPEED": "--engine.deepspeed-config",
+    "USE_MEGATRON_LM": "--engine.deepspeed-config",
+}
+"""Variables of Accelerate without their prefix, and the flags that do the same."""
 
 
 class LossScale:

@@ -83,6 +83,9 @@ class DeepSpeedEngine(Engine):
 
     @override
     def backward(self, loss: Tensor) -> None:
+        # a new tensor: DeepSpeed hooks what forward returns, and divides the gradient of that by
+        # its own accumulation steps unless it has met the tensor given here before
+        loss = loss.clone()
         if self._scale is not None:
             if self._stage == 0:
                 loss = loss * self._scale.scale
@@ -252,6 +255,22 @@ _NO_TIMERS = {"throughput": {"enabled": False}}
 """DeepSpeed's throughput, which nobody prints, would cost two waits for the device per step."""
 
 
+_WITHOUT_EFFECT = {
+    "activation_checkpointing": "the recipe decides by engine.checkpoint_activations",
+    "compile": "the recipe decides by engine.compile",
+    "amp": "the recipe decides by engine.precision",
+    "curriculum_learning": "has no effect here",
+    "data_efficiency": "has no effect here",
+    "data_sampling": "has no effect here",
+    "progressive_layer_drop": "has no effect here",
+    "elasticity": "would change the batch size, which the recipe decides",
+    "autotuning": "has no effect here",
+    "compression_training": "has no effect here",
+    "quantize_training": "has no effect here",
+}
+"""Sections that DeepSpeed would read, or pass over, without a word."""
+
+
 def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
     """The DeepSpeed file with what the recipe decides filled in.
 
@@ -272,6 +291,11 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
             f"the DeepSpeed file {path} has a section {section!r}, which the recipe decides by "
             f"{owner}; remove it from the file"
         )
+    for name, reason in _WITHOUT_EFFECT.items():
+        if config.get(name) not in (None, False, {}):
+            raise InputError(
+                f"the DeepSpeed file {path} has {name!r}, which {reason}; remove it from the file"
+            )
     backwards = backwards_per_step(recipe, world_size)
     per_backward = max(recipe.batch_size // (world_size * backwards), 1)
     decided = {

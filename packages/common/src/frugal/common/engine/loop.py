@@ -6,16 +6,17 @@ stays on the device until a log line, a checkpoint or an evaluation needs it.
 
 from __future__ import annotations
 
+import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from frugal.common.checkpoint.store import CheckpointStore
-from frugal.common.contracts import Batch, PreparedReduction, Stream
+from frugal.common.contracts import Batch, CountingObjective, PreparedReduction, Stream
 from frugal.common.data.damage import DamageCounter, warning
 from frugal.common.engine.backend import Engine
 from frugal.common.engine.saving import WeightAverage, collect, gather_values
@@ -53,7 +54,7 @@ class Training:
     """Put pictures of a batch into tensorboard after a step."""
     first_step: int
     seconds: float = 0.0
-    """Time trained before this process started."""
+    """Spent on steps before this process started."""
     skipped_steps: int = 0
     skipped_in_row: int = 0
     damage: DamageCounter
@@ -64,11 +65,12 @@ class Training:
     """Whether the image reduction had something to say at the last log step."""
     unread: list[Step] = field(default_factory=list)
     """Steps whose numbers are still on the device."""
-    _started: float = field(default_factory=time.perf_counter)
+    meter: Meter = field(init=False)
     _told: tuple[int, int] = field(init=False)
     """Samples lost and repaired when the log last told of them."""
 
     def __post_init__(self) -> None:
+        self.meter = Meter(self.run.device)
         self._told = self._odd_samples()
 
     def _odd_samples(self) -> tuple[int, int]:
@@ -112,7 +114,7 @@ class Training:
             "damage": self.damage.state(),
             "stream": gather_values(self.stream.state(), self.run.world_size),
             "loss_scale": self.engine.scale_state(),
-            "seconds": self.seconds + time.perf_counter() - self._started,
+            "seconds": self.seconds + self.meter.seconds,
             "engine": self.engine.name,
             "world_size": self.run.world_size,
             "recipe": to_json(self.recipe),
@@ -120,12 +122,13 @@ class Training:
 
     def save(self, step: int) -> None:
         """Write a checkpoint; every process calls this."""
-        self.share_damage()
-        state = self.state(step)
-        tensors = collect(self.engine, self.average)
-        self.store.save(
-            tensors, state, gather=lambda value: gather_values(value, self.run.world_size)
-        )
+        with self.meter.paused("checkpoint"):
+            self.share_damage()
+            state = self.state(step)
+            tensors = collect(self.engine, self.average)
+            self.store.save(
+                tensors, state, gather=lambda value: gather_values(value, self.run.world_size)
+            )
 
 
 def train(training: Training) -> None:
@@ -135,12 +138,12 @@ def train(training: Training) -> None:
         RunStopped: after SIGTERM or SIGINT, with a checkpoint written; or when the loss was not
             finite for ``run.max_skipped`` steps in a row.
     """
-    recipe, run = training.recipe, training.run
+    recipe, run, meter = training.recipe, training.run, training.meter
     keeps_best = recipe.run.best is not None
     measure_what_was_missed(training)
+    with meter.paused("peak"):
+        peak = matmul_peak(run.device, training.engine.dtype)
     batches = iter(training.stream)
-    meter = Meter(run.device)
-    peak = matmul_peak(run.device, training.engine.dtype)
     agreement = Agreement(run)
     # alone there is nobody to stop together with
     with Termination(grace=0.0 if run.world_size == 1 else _GRACE) as termination:
@@ -151,7 +154,7 @@ def train(training: Training) -> None:
                 with termination.interrupts():
                     _read(micro_batches, batches, recipe, meter)
             except (InputError, WaitInterrupted) as reason:
-                _give_up(training, step, meter, termination, reason, read=len(micro_batches))
+                _give_up(training, step, termination, reason, read=len(micro_batches))
             micro_batches = [batch.to(run.device) for batch in micro_batches]
             stop = agreement.reached(asked=termination.asked)
             training.unread.append(_step(training, step, micro_batches))
@@ -162,13 +165,14 @@ def train(training: Training) -> None:
             measured = _is_measured(recipe, done)
             saves = done % recipe.run.save_every == 0 or ends or (measured and keeps_best)
             if logs or saves or measured:
-                _settle(training, meter)
+                _settle(training)
             if logs:
-                _log(training, done, meter, peak)
+                _log(training, done, peak)
             too_much = logs and training.damage.is_too_much
             saves = saves or too_much
             if done % recipe.run.picture_every == 0 or step == 0:
-                training.draw(micro_batches[0], done)
+                with meter.paused("pictures"):
+                    training.draw(micro_batches[0], done)
             if saves:
                 training.save(done)
             if too_much:
@@ -182,6 +186,7 @@ def train(training: Training) -> None:
                 )
             if measured:
                 measure(training, done)
+    _tell_pauses(training)
 
 
 def _is_measured(recipe: Recipe, step: int) -> bool:
@@ -196,7 +201,8 @@ def measure(training: Training, step: int) -> None:
     Raises:
         InputError: if no evaluation knows the number that decides about that.
     """
-    numbers = training.evaluate(step)
+    with training.meter.paused("evaluation"):
+        numbers = training.evaluate(step)
     best = training.recipe.run.best
     if best is None or not numbers:  # none of the evaluations was given data
         return
@@ -221,14 +227,15 @@ def _read(
 ) -> None:
     """Put the micro-batches of a step into a list, which holds those that came if one does not."""
     with meter.waiting():
-        for _ in range(recipe.engine.accumulate):
-            micro_batches.append(next(batches))
+        for batch in itertools.islice(batches, recipe.engine.accumulate):
+            micro_batches.append(batch)
+    if len(micro_batches) < recipe.engine.accumulate:
+        raise InputError("the training data ended before the run; look at what data.train names")
 
 
 def _give_up(
     training: Training,
     step: int,
-    meter: Meter,
     termination: Termination,
     reason: InputError | WaitInterrupted,
     *,
@@ -246,7 +253,7 @@ def _give_up(
     saved = training.run.world_size == 1 and step > training.first_step
     saved = saved and not (read and training.stream.state())
     if saved:
-        _settle(training, meter)
+        _settle(training)
         training.save(step)
     newest = f"a checkpoint of step {step}" if saved else "the checkpoints it had"
     if isinstance(reason, InputError):
@@ -267,24 +274,57 @@ def _step(training: Training, step: int, micro_batches: list[Batch]) -> Step:
     rate = recipe.schedule.learning_rate(
         step * recipe.batch_size, peak=recipe.optimiser.peak(recipe.batch_size)
     )
-    share = 1.0 / len(micro_batches)
-    parts = []
-    for number, batch in enumerate(micro_batches):
-        last = number == len(micro_batches) - 1
-        parts.append(_accumulate(engine, recipe, batch, share, last=last))
+    for batch in micro_batches:
         notes, sources = batch.damage_notes, batch.sources
         training.unshared.add(batch.damage, len(batch), notes=notes, sources=sources)
+    parts, shares = accumulate(engine, recipe, micro_batches)
     norm = engine.step(rate)
     stepped = norm.isfinite()
     engine.clamp(engine.objective.bounds(), stepped=stepped)
     if training.average is not None:
         training.average.update(stepped)
     keys = [batch.keys for batch in micro_batches]
-    return Step.of(parts, number=step + 1, learning_rate=rate, norm=norm, keys=keys)
+    return Step.of(parts, shares, number=step + 1, learning_rate=rate, norm=norm, keys=keys)
+
+
+def accumulate(
+    engine: Engine, recipe: Recipe, micro_batches: list[Batch]
+) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """Forward and backward of every micro-batch of a step.
+
+    Returns:
+        The detached numbers that each reports, and (M,) float64: its share in the loss of the step.
+    """
+    shares = _shares(engine, micro_batches)
+    last = len(micro_batches) - 1
+    parts = [
+        _accumulate(engine, recipe, batch, shares[number], last=number == last)
+        for number, batch in enumerate(micro_batches)
+    ]
+    return parts, shares
+
+
+def _shares(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
+    """(M,) float64: the part that each micro-batch has in all that counts, over all processes.
+
+    So what counts weighs the same in a micro-batch with damaged samples as in one without.
+    """
+    if len(micro_batches) == 1:
+        return micro_batches[0].valid.new_ones(1, dtype=torch.float64)
+    counted = torch.stack([_counted(engine.objective, batch) for batch in micro_batches])
+    counted = engine.mean(counted.double())
+    return counted / counted.sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _counted(objective: nn.Module, batch: Batch) -> torch.Tensor:
+    """(): of how many things of a batch the loss is the mean."""
+    if isinstance(objective, CountingObjective):
+        return objective.counted(batch)
+    return batch.valid.sum()
 
 
 def _accumulate(
-    engine: Engine, recipe: Recipe, batch: Batch, share: float, *, last: bool
+    engine: Engine, recipe: Recipe, batch: Batch, share: torch.Tensor, *, last: bool
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of one micro-batch; the detached numbers it reports."""
     if recipe.engine.cache_chunk is not None:
@@ -295,7 +335,7 @@ def _accumulate(
     return metrics | {"loss": loss.detach()}
 
 
-def _settle(training: Training, meter: Meter) -> None:
+def _settle(training: Training) -> None:
     """Bring what is still on the device to the host, and draw the conclusions step by step.
 
     Raises:
@@ -310,7 +350,7 @@ def _settle(training: Training, meter: Meter) -> None:
             values = {name: value for name, value in values.items() if math.isfinite(value)}
         else:
             training.skipped_in_row = 0
-        meter.add(values | {"learning_rate": step.learning_rate})
+        training.meter.add(values | {"learning_rate": step.learning_rate})
 
 
 def _skipped(training: Training, step: Step, loss: float) -> None:
@@ -340,9 +380,10 @@ def _skipped(training: Training, step: Step, loss: float) -> None:
     )
 
 
-def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
+def _log(training: Training, step: int, peak: float) -> None:
     recipe, run = training.recipe, training.run
-    means, step_seconds, wait = meter.take()
+    line = training.meter.take()
+    means, step_seconds = line.means, line.step_seconds
     damage = training.damage
     training.share_damage()
     training.tell_damage(step)
@@ -356,12 +397,13 @@ def _log(training: Training, step: int, meter: Meter, peak: float) -> None:
             **means,
             "samples_per_second": recipe.batch_size / step_seconds,
             "tokens_per_second": tokens * recipe.batch_size / step_seconds,
-            "data_wait": wait,
+            "data_wait": line.wait,
             "flops_per_second": flops / step_seconds,
             "share_of_peak": flops / step_seconds / (peak * run.world_size),
             "memory_bytes": _peak_memory(run),
             "eta_seconds": (recipe.steps - step) * step_seconds,
             "skipped_steps": training.skipped_steps,
+            **{f"seconds/{name}": seconds for name, seconds in line.pauses.items()},
             **training.stream.scalars(),
             "read_samples": damage.read,
             "trained_samples": damage.read - damage.damaged,
@@ -380,6 +422,15 @@ def _of_sources(training: Training) -> dict[str, Any]:
     if len(names) > 1:
         found["source_shares"] = {names[n]: share for n, share in damage.shares().items()}
     return found
+
+
+def _tell_pauses(training: Training) -> None:
+    """What a run spent its time on beside its steps."""
+    training.run.log.info(
+        "%.1f s of steps; beside them %s",
+        training.meter.seconds,
+        ", ".join(f"{name} {sec:.1f} s" for name, sec in training.meter.paused_seconds.items()),
+    )
 
 
 def _remark(training: Training, step: int, means: Values) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -36,20 +37,67 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@dataclass(frozen=True)
+class Line:
+    """What happened between two log lines."""
+
+    means: dict[str, float]
+    step_seconds: float
+    """Of one step, its wait for data included; nothing else is."""
+    wait: float
+    """Share of that which was spent waiting for data."""
+    pauses: dict[str, float]
+    """Seconds spent on what is no step, by its name."""
+
+
 class Meter:
     """Means and rates between two log lines."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            device: that the steps run on.
+            clock: seconds, from any beginning.
+        """
         self._device = device
+        self._clock = clock
+        self._begun = clock()
+        self._pause_begun: float | None = None
+        self.paused_seconds: dict[str, float] = {}
+        """Since the beginning, by name."""
         self._clear()
 
+    @property
+    def seconds(self) -> float:
+        """Spent on steps since the beginning."""
+        now = self._clock() if self._pause_begun is None else self._pause_begun
+        return now - self._begun - sum(self.paused_seconds.values())
+
     def _clear(self) -> None:
+        self._pauses: dict[str, float] = {}
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._steps = 0
         self._waited = 0.0
         self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._start = time.perf_counter()
+        self._start = self._clock()
+
+    @contextmanager
+    def paused(self, name: str) -> Iterator[None]:
+        """Around what is no step: its time is told under its own name and slows no rate down."""
+        _wait(self._device)  # what is still to be done there belongs to the steps before
+        self._pause_begun = begun = self._clock()
+        try:
+            yield
+            _wait(self._device)
+        finally:
+            spent = self._clock() - begun
+            for seconds in (self._pauses, self.paused_seconds):
+                seconds[name] = seconds.get(name, 0.0) + spent
+            self._pause_begun = None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -63,9 +111,9 @@ class Meter:
             behind.record()
             self._idle.append((before, behind))
             return
-        start = time.perf_counter()
+        start = self._clock()
         yield
-        self._waited += time.perf_counter() - start
+        self._waited += self._clock() - start
 
     def add(self, values: dict[str, float]) -> None:
         """The numbers of one step."""
@@ -74,13 +122,13 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def take(self) -> tuple[dict[str, float], float, float]:
-        """(means, seconds per step, share of the time spent waiting) since the last call."""
+    def take(self) -> Line:
+        """What happened since the last call."""
         for before, behind in self._idle:
             behind.synchronize()
             self._waited += before.elapsed_time(behind) / 1000
-        elapsed = time.perf_counter() - self._start
+        elapsed = self._clock() - self._start - sum(self._pauses.values())
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        result = means, elapsed / self._steps, self._waited / elapsed
+        line = Line(means, elapsed / self._steps, self._waited / elapsed, self._pauses)
         self._clear()
-        return result
+        return line

@@ -31,20 +31,24 @@ class Step:
     def of(
         cls,
         parts: list[dict[str, Tensor]],
+        shares: Tensor,
         *,
         number: int,
         learning_rate: float,
         norm: Tensor,
         keys: list[list[str]],
     ) -> Step:
-        """From what every micro-batch reported: scalars of the same names."""
+        """From what each of M micro-batches reported, scalars of the same names.
+
+        ``shares``, (M,), are the weights of the micro-batches; they add up to 1.
+        """
         names = sorted(parts[0])
         rows = [torch.stack([part[name].float() for name in names]) for part in parts]
         return cls(
             number=number,
             learning_rate=learning_rate,
             names=names,
-            means=torch.stack(rows).mean(dim=0),
+            means=shares.to(torch.float32) @ torch.stack(rows),
             norm=norm.float(),
             keys=keys,
         )

@@ -5,12 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from frugal.common.contracts import EvaluationTask, Show
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.suites import Metric, listed
+from frugal.common.ranges import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    OpenShare,
+    Positive,
+    Range,
+    Seed,
+    check_ranges,
+)
 
 if TYPE_CHECKING:
     from frugal.common.evaluation.outcomes import Keep
@@ -25,7 +35,7 @@ class FolderEvaluation(EvaluationTask):
     name: str
     data: Path | None = None
     """Folder of the data; without it this evaluation is skipped."""
-    workers: int = 0
+    workers: CountOrZero = 0
     """Processes that decode images, per process of the run; 0 decodes in the process itself."""
 
     _part: ClassVar[str]
@@ -37,10 +47,7 @@ class FolderEvaluation(EvaluationTask):
                 f"the name of an evaluation is {self.name!r}; choose letters, digits and "
                 "underscores, because its numbers are named after it"
             )
-        if self.workers < 0:
-            raise InputError(
-                f"{type(self).__name__}.workers is {self.workers}, must not be negative"
-            )
+        check_ranges(self, type(self).__name__)
 
     def folder(self) -> Path | None:
         """Where the images are read from: ``data``, or the part of a scenes folder meant for this.
@@ -65,6 +72,9 @@ class FolderEvaluation(EvaluationTask):
         return {}
 
 
+_MaskRatio = Annotated[float, Range(least=0, below=1, words="must be at least 0 and less than 1")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageEvaluation(FolderEvaluation):
     """What evaluations of images and captions have in common."""
@@ -74,30 +84,22 @@ class ImageEvaluation(FolderEvaluation):
     published_crop: CenterCrop | None = None
     """The crop that the method's published numbers were measured with; the evaluate command takes
     it instead of crop when it is told --published."""
-    mask_ratio: float = 0.0
+    mask_ratio: _MaskRatio = 0.0
     """Fraction of the patches that the image tower does not see, drawn anew for every image."""
-    views: int = 1
+    views: Count = 1
     """Masked views of every image, whose unit embeddings are averaged. As many as fit see
     different patches: 2 at a mask ratio of 0.5, 4 at 0.75."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images read at a time; the model takes 64 at a time whatever this is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         kind = type(self).__name__
-        if not 0 <= self.mask_ratio < 1:
-            raise InputError(
-                f"{kind}.mask_ratio is {self.mask_ratio}, must be at least 0 and less than 1"
-            )
-        if self.views < 1:
-            raise InputError(f"{kind}.views is {self.views}, must be at least 1")
         if self.views > 1 and self.mask_ratio == 0:
             raise InputError(
                 f"{kind}.views is {self.views}, but without a mask_ratio all views are the same; "
                 "give the fraction of the patches to leave out, such as 0.5"
             )
-        if self.batch_size < 1:
-            raise InputError(f"{kind}.batch_size is {self.batch_size}, must be at least 1")
 
     @abstractmethod
     def evaluate(
@@ -310,45 +312,27 @@ class LinearProbe(ImageEvaluation):
     validation: str | None = None
     """Sub-folder of the images that choose the weight decay; by default val, where it is not
     measured on."""
-    validation_share: float = 0.2
+    validation_share: OpenShare = 0.2
     """Without such a folder, the share of the training images that choose instead, drawn with the
     seed; they are trained on too once the weight decay is chosen."""
-    weight_decay: float | None = None
+    weight_decay: NotNegative | None = None
     """By default searched: 7 of the 97 values from 1e-6 to 100, then closer and closer around the
     best."""
     solver: Solver = "lbfgs"
     """lbfgs: the optimum of the mean cross-entropy plus half the weight decay times the squared
     weights, without a learning rate. adamw, sgd: epochs with a cosine, as clip_benchmark trains."""
-    epochs: int = 10
+    epochs: Count = 10
     """Of adamw and sgd."""
-    learning_rate: float = 0.1
+    learning_rate: Positive = 0.1
     """Of adamw and sgd, at the start."""
-    probe_batch: int = 64
+    probe_batch: Count = 64
     """Embeddings in a step of adamw and sgd."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the first weights, the order and the drawn validation images."""
     features: Path | None = None
     """Folder where embeddings are kept for the next time; without it they are not."""
 
     _part: ClassVar[str] = "zero_shot"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.validation_share < 1:
-            raise InputError(
-                f"LinearProbe.validation_share is {self.validation_share}, must lie between 0 and 1"
-            )
-        for field_name in ("epochs", "probe_batch"):
-            if getattr(self, field_name) < 1:
-                raise InputError(
-                    f"LinearProbe.{field_name} is {getattr(self, field_name)}, must be at least 1"
-                )
-        if not self.learning_rate > 0:
-            raise InputError(f"LinearProbe.learning_rate is {self.learning_rate}, must be positive")
-        if self.weight_decay is not None and not self.weight_decay >= 0:
-            raise InputError(
-                f"LinearProbe.weight_decay is {self.weight_decay}, must not be negative"
-            )
 
     def evaluate(
         self,

@@ -11,6 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from frugal.common.errors import InputError
+from frugal.common.ranges import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    ShareBelowOne,
+    check_ranges,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,18 +55,12 @@ def _check_choice(part: str, name: str, value: Any, choices: Any) -> None:
 
 
 def _check_transformer(part: str, tower: ImageTower | TextTower) -> None:
-    for name in ("width", "depth", "heads", "mlp_width"):
-        if getattr(tower, name) < 1:
-            raise InputError(f"{part}.{name} is {getattr(tower, name)}, must be at least 1")
+    check_ranges(tower, part)
     if tower.width % tower.heads:
         raise InputError(
             f"{part}.width {tower.width} does not divide among {part}.heads = {tower.heads}; "
             "choose a multiple"
         )
-    if not 0 <= tower.drop_path < 1:
-        raise InputError(f"{part}.drop_path is {tower.drop_path}, must lie in [0, 1)")
-    if tower.norm_epsilon <= 0:
-        raise InputError(f"{part}.norm_epsilon is {tower.norm_epsilon}, must be positive")
     _check_choice(part, "activation", tower.activation, Activation)
 
 
@@ -66,18 +68,18 @@ def _check_transformer(part: str, tower: ImageTower | TextTower) -> None:
 class ImageTower:
     """A vision transformer."""
 
-    width: int
-    depth: int
+    width: Count
+    depth: Count
     """Blocks."""
-    heads: int
-    mlp_width: int
-    patch_size: int
+    heads: Count
+    mlp_width: Count
+    patch_size: Count
     """Side of a patch in pixels."""
-    image_size: int | tuple[int, int] = 224
+    image_size: Count | tuple[Count, Count] = 224
     """Side of a square image, or (height, width), in pixels."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[NotNegative, NotNegative, NotNegative] = IMAGENET_MEAN
     """Of the red, green and blue of uint8 images, on a scale from 0 to 1."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     patch_bias: bool = True
     """Whether the patch projection has a bias."""
     class_token: ClassToken = "with_position"
@@ -85,18 +87,18 @@ class ImageTower:
     pre_norm: bool = False
     """A norm between the embedding and the blocks."""
     activation: Activation = "gelu"
-    norm_epsilon: float = 1e-6
+    norm_epsilon: Positive = 1e-6
     pooling: ImagePooling = "class"
     norm_after_pooling: bool = False
     """The last norm acts on the pooled vector, not on every token."""
-    drop_path: float = 0.0
+    drop_path: ShareBelowOne = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
-    layer_scale: float | None = None
+    layer_scale: NotNegative | None = None
     """First value of the layer scales; without it there are none."""
-    projector_width: int | None = None
+    projector_width: Count | None = None
     """Hidden width of MoCo v3's projector (4096 there), three linear layers with batch norms on the
     pooled vector; without it there is none."""
-    projector_outputs: int = 256
+    projector_outputs: Count = 256
     """Width of what the projector makes of the pooled vector."""
 
     def __post_init__(self) -> None:
@@ -121,17 +123,8 @@ class ImageTower:
             raise InputError(
                 "image.pooling=class needs a class token; set image.class_token, or pool by mean"
             )
-        if min(self.std) <= 0:
-            raise InputError(f"image.std is {self.std}, must be positive")
-        if min(self.projector_width or 1, self.projector_outputs) < 1:
-            raise InputError(
-                f"image.projector_width is {self.projector_width} and image.projector_outputs "
-                f"{self.projector_outputs}; both must be at least 1"
-            )
 
     def _check_grid(self) -> None:
-        if self.patch_size < 1:
-            raise InputError(f"image.patch_size is {self.patch_size}, must be at least 1")
         for side in self.height_width:
             if side < self.patch_size:
                 raise InputError(
@@ -183,26 +176,26 @@ class ImageTower:
 class TextTower:
     """A text transformer with learned positions."""
 
-    width: int
-    depth: int
+    width: Count
+    depth: Count
     """Blocks."""
-    heads: int
-    mlp_width: int
-    vocabulary: int = CLIP_VOCABULARY
+    heads: Count
+    mlp_width: Count
+    vocabulary: Count = CLIP_VOCABULARY
     """Rows of the token table."""
-    length: int = 77
+    length: Count = 77
     """Most tokens of a caption, special tokens included."""
-    pad_id: int = 0
+    pad_id: CountOrZero = 0
     causal: bool = True
     """A token sees itself and what stands before it."""
     pad_mask: bool = False
     """No token sees padding."""
     activation: Activation = "gelu"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Positive = 1e-5
     pooling: TextPooling = "end_of_text"
-    drop_path: float = 0.0
+    drop_path: ShareBelowOne = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
-    layer_scale: float | None = None
+    layer_scale: NotNegative | None = None
     """First value of the layer scales; without it there are none."""
     packed: bool = False
     """Compute captions without their padding; the numbers stay."""
@@ -210,10 +203,7 @@ class TextTower:
     def __post_init__(self) -> None:
         _check_transformer("text", self)
         _check_choice("text", "pooling", self.pooling, TextPooling)
-        for name in ("vocabulary", "length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"text.{name} is {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.pad_id < self.vocabulary:
+        if self.pad_id >= self.vocabulary:
             raise InputError(f"text.pad_id {self.pad_id} is outside of the vocabulary")
         if self.packed and self.padding_matters:
             raise InputError(
@@ -240,19 +230,18 @@ class DualEncoderConfig:
 
     image: ImageTower
     text: TextTower
-    embed_dim: int
+    embed_dim: Count
     """Width of the space that both project to, without bias."""
     initial_logit_scale: float = math.log(1 / 0.07)
     """Logarithm of the factor on the cosines."""
     initial_logit_bias: float | None = None
     """Of the sigmoid loss; without it there is none."""
-    norm_epsilon: float = 1e-8
+    norm_epsilon: NotNegative = 1e-8
     """Added to the length of a vector before dividing by it."""
     initialisation: Initialisation = "open_clip"
 
     def __post_init__(self) -> None:
-        if self.embed_dim < 1:
-            raise InputError(f"embed_dim is {self.embed_dim}, must be at least 1")
+        check_ranges(self, "model")
         _check_choice("model", "initialisation", self.initialisation, Initialisation)
 
     def build(self, generator: torch.Generator | None = None) -> DualEncoder:

@@ -26,6 +26,7 @@ from frugal.common.models.preparation import (
     timm_settings,
     transformers_settings,
 )
+from frugal.common.ranges import Count, ShareBelowOne, check_ranges
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Channels, KeepAll
 
@@ -209,7 +210,7 @@ class TransformersImage(_Whole):
 
     name: str
     """A folder with a config.json, or a name on the Hugging Face hub."""
-    image_size: int = 224
+    image_size: Count = 224
     """Side of the square images, in pixels."""
     pooling: Literal["pooler", "first", "mean"] = "pooler"
     """The model's own pooled output, the first token, or the mean of all, behind its last norm."""
@@ -220,7 +221,7 @@ class TransformersImage(_Whole):
     def __post_init__(self) -> None:
         object.__setattr__(self, "facts", _facts(self.name, self.facts, with_pixels=True))
         _check_alone(self.facts, "image")
-        _check_length("image.image_size", self.image_size)
+        check_ranges(self, "image")
 
     @property
     def mean(self) -> Channels:
@@ -248,7 +249,7 @@ class TimmImage(_Whole):
     or a folder in timm's layout."""
     weights: Path | None = None
     """A file of weights that the architecture starts from instead."""
-    image_size: int = 224
+    image_size: Count = 224
     """Side of the square images, in pixels."""
     pretrained: bool = True
     """Start from the weights of that name, or in that file; otherwise from random ones."""
@@ -257,7 +258,7 @@ class TimmImage(_Whole):
     def __post_init__(self) -> None:
         if Path(self.name).is_dir() or self.facts:
             object.__setattr__(self, "facts", self._folder_facts())
-        _check_length("image.image_size", self.image_size)
+        check_ranges(self, "image")
         if self.weights is not None and not self.pretrained:
             raise InputError(
                 f"model.image.weights is {self.weights}, but model.image.pretrained is off; choose "
@@ -316,14 +317,14 @@ class TransformersText:
 
     name: str = SIMCSE
     """A folder with a config.json, or a name on the Hugging Face hub."""
-    length: int = 32
+    length: Count = 32
     """Most tokens of a caption, special tokens included."""
     pooling: Literal["pooler", "first", "last", "mean"] = "pooler"
     """The model's own pooled output, or of what it says of every token the first, the last of the
     caption, or the mean of the caption."""
     pretrained: bool = True
     """Start from the weights of that name; otherwise from random ones."""
-    dropout: float | None = None
+    dropout: ShareBelowOne | None = None
     """In training, in place of the dropouts that the model has."""
     facts: Facts = ""
 
@@ -333,9 +334,7 @@ class TransformersText:
     def __post_init__(self) -> None:
         object.__setattr__(self, "facts", _facts(self.name, self.facts))
         _check_alone(self.facts, "text")
-        _check_length("text.length", self.length)
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise InputError(f"text.dropout is {self.dropout}, must lie in [0, 1)")
+        check_ranges(self, "text")
 
     @property
     def vocabulary(self) -> int:
@@ -371,11 +370,6 @@ class TransformersText:
         return TransformersTextModule(self, embed_dim)
 
 
-def _check_length(name: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{name} is {value}, must be at least 1")
-
-
 def _channels(facts: str, name: str, default: Channels) -> Channels:
     red, green, blue = json.loads(facts).get("pixels", {}).get(name, default)
     return red, green, blue
@@ -390,7 +384,7 @@ class PretrainedDualEncoderConfig(DualEncoderConfig):
     would take the fields of the tower off the command line.)"""
     text: Any
     """:class:`~frugal.common.models.config.TextTower` or :class:`TransformersText`."""
-    embed_dim: int = 512
+    embed_dim: Count = 512
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a token reduction that the image tower cannot follow."""

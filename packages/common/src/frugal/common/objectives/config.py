@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from frugal.common.data.colour import NO_CHANGE
 from frugal.common.errors import InputError
 from frugal.common.randomness import weight_generator
+from frugal.common.ranges import Count, check_ranges
 from frugal.common.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ class Contrastive:
     clamp: Literal["after_step", "forward", "never"] = "after_step"
     """How the logit scale stays within 1 and 100: the parameter itself after every step, or only
     where it is used, as in FLIP's published runs, or not at all, as in CiT's."""
-    chunk: int | None = None
+    chunk: Count | None = None
     """Columns of the global batch compared at a time; by default few enough for 4 MiB of logits."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "objective")
         if not self.directions or len(set(self.directions)) < len(self.directions):
             raise InputError(
                 f"objective.directions is {self.directions}; name image_to_text, text_to_image or "
@@ -42,8 +44,6 @@ class Contrastive:
                 f"objective.directions is {self.directions}, but objective.loss=sigmoid has no "
                 "directions; leave them out"
             )
-        if self.chunk is not None and self.chunk < 1:
-            raise InputError(f"objective.chunk is {self.chunk}, must be at least 1")
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a model or data that do not fit the loss."""

@@ -36,7 +36,7 @@ class Wrapper(Protocol):
 
 
 def cached_backward(
-    wrapper: Wrapper, batch: Batch, chunk: int, share: float, *, last: bool
+    wrapper: Wrapper, batch: Batch, chunk: int, share: float | Tensor, *, last: bool
 ) -> dict[str, Tensor]:
     """Accumulate the gradients of a whole batch, encoding a few samples at a time.
 
@@ -47,7 +47,7 @@ def cached_backward(
         wrapper: the engine, around a :class:`ContrastiveObjective`.
         batch: this process's micro-batch.
         chunk: samples encoded at a time.
-        share: factor on the loss.
+        share: factor on the loss, a number or ().
         last: whether this is the last backward pass before the optimiser's step.
 
     Returns:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from frugal.common.errors import InputError
+from frugal.common.ranges import ShareBelowOne
 from frugal.common.reduction.image import Kept, PatchView
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ PURPOSE = "image mask"
 class RandomMasking:
     """Keep a uniform random subset of the patches, equally many in every image."""
 
-    mask_ratio: float = 0.5
+    mask_ratio: ShareBelowOne = 0.5
     """Fraction of the patches that goes."""
 
     def __post_init__(self) -> None:
