@@ -74,6 +74,6 @@ def test_a_command_refuses_an_empty_path_in_one_sentence(
     module = importlib.import_module(f"frugal.common.{name}")
     monkeypatch.setattr("sys.argv", [name, "--out", ""])
     # run_politely ends the process; what it is given raises
-    monkeypatch.setattr(module, "run_politely", lambda command: command())
+    monkeypatch.setattr(module, "run_politely", lambda command, **_: command())
     with pytest.raises(InputError, match="--out is empty"):
         module.main()

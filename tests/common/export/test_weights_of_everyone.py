@@ -335,7 +335,7 @@ def test_the_positions_of_roberta_that_stand_for_padding_hold_no_token(tmp_path:
 def test_recipes_that_are_none_are_sentences_in_words(tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     for content, sentence in (
-        (b"[" * 100_000, "is not a recipe: it is nested too deeply"),
+        (b"[" * 100_000, "is not a recipe (it is nested too deeply)"),
         (b'{"type": "frugal.common.recipe.WarmupCosine"}', "it lacks samples"),
     ):
         file.write_bytes(content)

@@ -249,7 +249,9 @@ def test_cached_gradients_equal_those_of_the_whole_batch(chunk: int, config: Con
     expected = gradients(whole)
     assert expected.keys() == gradients(cached).keys()
     for name, gradient in gradients(cached).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        # float32 rounds sums by their largest terms, so an entry near zero has no bound of its own
+        bound = 1e-5 * expected[name].abs().max().item() + 1e-8
+        torch.testing.assert_close(gradient, expected[name], rtol=0.0, atol=bound, msg=name)
 
 
 def test_caching_replays_what_the_model_draws() -> None:
