@@ -157,7 +157,7 @@ def test_fields_of_separate_texts_have_names_in_the_files_of_a_curation(
                 if member.name.endswith(".json"):
                     caption = json.loads(content)["caption"]
                     tags = ",".join(caption.split())
-                    content = json.dumps({"title": caption, "tag": tags, "desc": 5}).encode()
+                    content = json.dumps({"title": caption, "tag": tags, "desc": None}).encode()
                     member.size = len(content)
                 new.addfile(member, io.BytesIO(content))
     run = tmp_path / "run"

@@ -213,4 +213,4 @@ def test_a_crop_of_evaluation_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(InputError, match=r"crop\.share is 0"):
         CenterCrop(share=0.0)
     with pytest.raises(InputError, match="leaves nothing over"):
-        CenterCrop(share=0.875, order="stretch")
+        CenterCrop(share=0.875, order="crop_first")

@@ -203,6 +203,7 @@ def test_a_run_puts_up_with_some_damage_but_not_with_more():
     counter = DamageCounter(max_damaged=0.1, patience=100)
     counter.add({"image": 90}, 99)
     counter.check()  # too early to judge
+    assert counter.was_too_much  # if the run ends here
     counter = DamageCounter(max_damaged=0.1, patience=100)
     counter.add({"image": 6, "checksum": 4}, 100)
     counter.check()

@@ -264,6 +264,14 @@ class EvaluationTask(ABC):
     def folder(self) -> Path | None:
         """Its data, or None without any; refuses what is not there, before training starts."""
 
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of those numbers of :meth:`evaluate` of which higher is better.
+
+        Some may be of certain data alone.
+        """
+        return ()
+
     @abstractmethod
     def evaluate(
         self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None

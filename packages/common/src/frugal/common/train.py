@@ -88,8 +88,7 @@ def train_recipe(recipe: Recipe) -> None:
         elif source is not None:
             resample = resample_table if interpolate else None
             warm_start(objective, source, resample=resample, log=run.log)
-    for task in recipe.evaluation:
-        task.folder()
+    _check_best(recipe)
     engine = make_engine(objective, recipe, run)
     average = None
     if recipe.engine.ema_decay is not None:
@@ -150,12 +149,33 @@ def train_recipe(recipe: Recipe) -> None:
     _announce(recipe, run, engine, checkpoint)
     if first_step < recipe.steps:
         train(training)
+    elif damage.was_too_much:
+        raise InputError(damage.sentence())
     else:
         measure_what_was_missed(training)
     watch.close()
     engine.close()
     if lock is not None:
         lock.close()
+
+
+def _check_best(recipe: Recipe) -> None:
+    """Refuse evaluation data that are not there, and a ``run.best`` that nothing will measure."""
+    measured = [task for task in recipe.evaluation if task.folder() is not None]
+    scores = [name for task in measured or recipe.evaluation for name in task.scores]
+    best = recipe.run.best
+    if best is None or best in scores:
+        return
+    for task in recipe.evaluation:
+        if best in task.scores:
+            raise InputError(
+                f"run.best is {best!r}, but the evaluation {task.name!r} was given no data; give "
+                f"it some, or choose from {', '.join(scores)}"
+            )
+    raise InputError(
+        f"run.best is {best!r}, which is nothing that the evaluations of this run measure and of "
+        f"which higher is better; choose from {', '.join(scores)}"
+    )
 
 
 def _check_strangers(recipe: Recipe) -> None:

@@ -190,6 +190,7 @@ class Accuracy(FolderEvaluation):
     """Images read at a time; the model takes 64 at a time whatever this is."""
 
     _part: ClassVar[str] = "zero_shot"
+    _scores = ("top1", "top5")
 
     def check_classes(self, trained: Sequence[str]) -> None:
         """Refuse data with class folders that training does not have; calls for no model.

@@ -196,6 +196,7 @@ class MeanIoU(FolderEvaluation):
     """Of the pictures."""
 
     _part: ClassVar[str] = "segmentation"
+    _scores = ("miou", "pixel_accuracy", "mean_accuracy")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -145,8 +145,13 @@ class DamageCounter:
 
         Samples that were lost with parts of shards count as read and damaged.
         """
+        return self.read + self.lost >= self.patience and self.was_too_much
+
+    @property
+    def was_too_much(self) -> bool:
+        """Of a run that has ended: whatever it read, whether too many samples were damaged."""
         read, damaged = self.read + self.lost, self.damaged + self.lost
-        return read >= self.patience and damaged > self.max_damaged * read
+        return damaged > self.max_damaged * read
 
     def sentence(self, remedy: str = "") -> str:
         """Why a run with too much damage stops; ``remedy`` follows how to raise the limit."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -21,6 +25,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from pydantic import ValidationError
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -32,6 +37,7 @@ from frugal.common.engine.optimizers import (
     skip_unless_finite,
 )
 from frugal.common.errors import InputError
+from frugal.common.files import read_text, reason_of
 from frugal.common.launchers import free_port
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -239,16 +245,24 @@ def read_config(path: Path) -> dict[str, Any]:
         InputError: if there is none, or it is not a JSON object.
     """
     try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(
-            f"the DeepSpeed file {path} cannot be read ({error.strerror}); give one of ds_configs/"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"the DeepSpeed file {path} is not JSON: {error}") from None
+        text = read_text(path)
+    except InputError as error:
+        raise InputError(f"the DeepSpeed file {error}, or give one of ds_configs/") from None
+    try:
+        config = json.loads(text, object_pairs_hook=partial(_without_twins, path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the DeepSpeed file {path} is not JSON: {reason_of(error)}") from None
     if not isinstance(config, dict):
         raise InputError(f"the DeepSpeed file {path} must hold a JSON object")
     return config
+
+
+def _without_twins(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twin = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise InputError(f"the DeepSpeed file {path} has {twin!r} twice; remove one of them")
+    return content
 
 
 _NO_TIMERS = {"throughput": {"enabled": False}}
@@ -269,6 +283,18 @@ _WITHOUT_EFFECT = {
     "quantize_training": "has no effect here",
 }
 """Sections that DeepSpeed would read, or pass over, without a word."""
+_DECIDED_BY_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "bfloat16", "torch_autocast", "amp")
+_KNOWN = (
+    "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps", "gradient_clipping", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "communication_data_type", "data_types", "prescale_gradients",
+    "gradient_predivide_factor", "disable_allgather", "disable_python_gc", "aio", "checkpoint",
+    "nebula", "datastates_ckpt", "dataloader_drop_last", "steps_per_print", "dump_state",
+    "log_level", "wall_clock_breakdown", "memory_breakdown", "timers", "comms_logger",
+    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet",
+)  # fmt: skip
+"""What a file may set: memory, communication, and what DeepSpeed tells of itself. Every other name
+is one that DeepSpeed passes over without a word, or that would train something else."""
 
 
 def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -281,7 +307,7 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
         InputError: if the file contradicts the recipe.
     """
     config = read_config(path)
-    for section in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast", "amp"):
+    for section in _DECIDED_BY_RECIPE:
         given = config.pop(section, None)
         if given is None or (isinstance(given, dict) and given.get("enabled") is False):
             continue
@@ -296,6 +322,7 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
             raise InputError(
                 f"the DeepSpeed file {path} has {name!r}, which {reason}; remove it from the file"
             )
+    stage = _check_names(config, path)
     backwards = backwards_per_step(recipe, world_size)
     per_backward = max(recipe.batch_size // (world_size * backwards), 1)
     decided = {
@@ -311,8 +338,6 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
                 f"the DeepSpeed file {path} sets {name} to {given}, but the recipe makes it "
                 f'{value}; write "auto" there, or change the recipe'
             )
-    zero = config.get("zero_optimization")
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     return (
         {"timers": _NO_TIMERS}
         | config
@@ -329,6 +354,36 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
             "steps_per_print": 2**62,
         }
     )
+
+
+def _check_names(config: dict[str, Any], path: Path) -> int:
+    """Refuse what DeepSpeed would pass over or end on; the ZeRO stage of the file.
+
+    Raises:
+        InputError: if a name is none of those a file may have, or a value of ZeRO cannot be.
+    """
+    for name in config.keys() - {*_KNOWN, *_WITHOUT_EFFECT}:
+        near = difflib.get_close_matches(name, _KNOWN, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "remove it from the file"
+        raise InputError(
+            f"the DeepSpeed file {path} has {name!r}, which is no setting of memory or "
+            f"communication that DeepSpeed has; {hint}"
+        )
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise InputError(
+            f"the DeepSpeed file {path} sets zero_optimization to {json.dumps(zero)}; write "
+            '{"stage": 1}, or another stage from 0 to 3'
+        )
+    try:
+        return int(DeepSpeedZeroConfig(**zero).stage)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(("zero_optimization", *map(str, first["loc"])))
+        raise InputError(
+            f"the DeepSpeed file {path} sets {place} to {json.dumps(first['input'], default=str)}, "
+            f"which DeepSpeed refuses: {first['msg']}; correct it"
+        ) from None
 
 
 def backwards_per_step(recipe: Recipe, world_size: int) -> int:

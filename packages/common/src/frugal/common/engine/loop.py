@@ -168,7 +168,10 @@ def train(training: Training) -> None:
                 _settle(training)
             if logs:
                 _log(training, done, peak)
-            too_much = logs and training.damage.is_too_much
+            damage = training.damage
+            too_much = logs and (
+                damage.is_too_much or (done == recipe.steps and damage.was_too_much)
+            )
             saves = saves or too_much
             if done % recipe.run.picture_every == 0 or step == 0:
                 with meter.paused("pictures"):
@@ -177,7 +180,7 @@ def train(training: Training) -> None:
                 training.save(done)
             if too_much:
                 remedy = f": the same command then continues from step {done}"
-                raise InputError(training.damage.sentence(remedy))
+                raise InputError(damage.sentence(remedy))
             if stop and done < recipe.steps:
                 raise RunStopped(
                     f"stopped by {termination.name} after step {done}, with a checkpoint in "

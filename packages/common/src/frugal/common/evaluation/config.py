@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from frugal.common.contracts import EvaluationTask, Show
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.evaluation.contrasts import CATEGORIES, KINDS
 from frugal.common.evaluation.suites import Metric, listed
 from frugal.common.ranges import (
     Count,
@@ -40,6 +41,8 @@ class FolderEvaluation(EvaluationTask):
 
     _part: ClassVar[str]
     """Sub-folder of a scenes folder."""
+    _scores: ClassVar[tuple[str, ...]]
+    """The last parts of the names of numbers of which higher is better."""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -48,6 +51,11 @@ class FolderEvaluation(EvaluationTask):
                 "underscores, because its numbers are named after it"
             )
         check_ranges(self, type(self).__name__)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """As every evaluation."""
+        return tuple(f"{self.name}_{score}" for score in self._scores)
 
     def folder(self) -> Path | None:
         """Where the images are read from: ``data``, or the part of a scenes folder meant for this.
@@ -152,6 +160,10 @@ class ZeroShot(ImageEvaluation):
     does not fit is cut off."""
 
     _part: ClassVar[str] = "zero_shot"
+    _scores = (
+        "top1", "top5", "mean_per_class_recall", "top1_held_out", "roc_auc",
+        "mean_average_precision", "score",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,6 +223,13 @@ class Retrieval(ImageEvaluation):
 
     _part: ClassVar[str] = "retrieval"
 
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """As every evaluation."""
+        return tuple(
+            f"{kind}_{self.name}_recall_at_{k}" for kind in ("image", "text") for k in (1, 5, 10)
+        )
+
     def evaluate(
         self,
         model: Any,
@@ -250,6 +269,7 @@ class Compositional(ImageEvaluation):
     JSON files, or their own folder."""
 
     _part: ClassVar[str] = "compositional"
+    _scores = ("mean", *KINDS, *CATEGORIES)
 
     def folder(self) -> Path | None:
         """Where the JSON files are: ``data``, or the part of a scenes folder meant for this.
@@ -333,6 +353,7 @@ class LinearProbe(ImageEvaluation):
     """Folder where embeddings are kept for the next time; without it they are not."""
 
     _part: ClassVar[str] = "zero_shot"
+    _scores = ("top1", "top5", "mean_per_class_recall")
 
     def evaluate(
         self,
