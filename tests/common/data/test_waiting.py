@@ -221,6 +221,28 @@ def test_without_room_in_shared_memory_data_comes_through_pipes(what, monkeypatc
     assert "--data.workers 0" in said
 
 
+def test_a_loader_process_that_took_a_lock_along_does_not_hold_up_the_end(monkeypatch) -> None:
+    monkeypatch.setattr(loader_module, "_GRACE", 0.3)
+    items, processes = loader_module._start(Loader(Numbers(), sampler=range(9), workers=1)._loader)
+    next(items)
+    lock = items._workers_done_event._cond
+    assert lock.acquire(timeout=9)  # as where it was killed while it asked whether it may end
+    os.kill(processes[0].pid, signal.SIGKILL)
+    started = time.monotonic()
+    with loader_module._ended_afterwards(items, processes):
+        pass
+    assert time.monotonic() - started < 5
+    lock.release()
+
+
+def test_loader_processes_hear_that_they_may_end_before_they_are_killed() -> None:
+    items, processes = loader_module._start(Loader(Numbers(), sampler=range(99), workers=2)._loader)
+    next(items)
+    with loader_module._ended_afterwards(items, processes):
+        pass
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 def test_too_many_open_files_are_no_damage(tmp_path, write_pairs, open_stream) -> None:
     (path,) = write_pairs(tmp_path, [4])
     stream = open_stream(path, batch_size=4)

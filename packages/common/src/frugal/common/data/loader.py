@@ -35,6 +35,8 @@ SHARED_MEMORY = "/dev/shm"
 _ALONE = "--data.workers 0 (evaluate: --workers 0)"
 _VOICE = 60.0
 """Seconds of waiting after which it is said; then after twice as many, and so on."""
+_GRACE = 2.0
+"""Seconds that a loader process has to hear that it may end."""
 _REASON = 0.5
 """Seconds after which a process is seen to have ended."""
 
@@ -99,7 +101,7 @@ class Loader:
         self, items: Iterator[dict[str, Any]], processes: list[BaseProcess]
     ) -> Iterator[dict[str, Any]]:
         told = False
-        with _ended_afterwards(processes):
+        with _ended_afterwards(items, processes):
             for fields in self._items(items, processes):
                 if "mistake" in fields:
                     raise InputError(fields["mistake"])
@@ -180,7 +182,7 @@ def _start(loader: DataLoader[Any]) -> tuple[Iterator[dict[str, Any]], list[Base
 
 
 @contextlib.contextmanager
-def _ended_afterwards(processes: list[BaseProcess]) -> Iterator[None]:
+def _ended_afterwards(items: Iterator[Any], processes: list[BaseProcess]) -> Iterator[None]:
     def end() -> None:
         for process in processes:
             if process.is_alive():
@@ -190,8 +192,25 @@ def _ended_afterwards(processes: list[BaseProcess]) -> Iterator[None]:
     try:
         yield
     finally:
-        end()
+        _shut_down(items, end)
         atexit.unregister(end)
+
+
+def _shut_down(items: Iterator[Any], kill: Callable[[], None]) -> None:
+    """End the processes of an iteration: by torch's word, and by force where one does not hear it.
+
+    A process that is killed while it looks at torch's event takes the lock of it along, and whoever
+    sets the event then waits for ever. So those that listen are let go first; and where one was
+    killed from outside, nobody but a thread that is left behind waits for it.
+    """
+    stop = getattr(items, "_shutdown_workers", None)
+    if stop is None:  # of an iteration in this process
+        return
+    stopping = threading.Thread(target=stop, daemon=True)
+    stopping.start()
+    stopping.join(_GRACE)
+    kill()
+    stopping.join(_GRACE)
 
 
 def _explain(error: Exception, processes: list[BaseProcess]) -> None:
