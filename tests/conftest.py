@@ -1,5 +1,6 @@
 """Fixtures that several tests share."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 
 from support import ALONE, train
+
+
+@pytest.fixture(autouse=True)
+def _log_of_a_fresh_process() -> None:
+    """Undo what a command that an earlier test ran in this process has made of the log."""
+    log = logging.getLogger("frugal")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,6 @@ def test_a_run_that_never_wrote_a_checkpoint_does_not_block_the_corrected_comman
 ) -> None:
     folder = write_run(recipe, step=None)
     corrected = replace(recipe, batch_size=2 * recipe.batch_size)
-    logging.getLogger("frugal").propagate = True
     assert _check_run_dir(corrected) == corrected
     (folder / "recipe.json").write_text("{cut")
     assert _check_run_dir(corrected) == corrected

@@ -253,8 +253,7 @@ def test_another_file_is_refused_in_words(state, sentence):
         from_published(state, source="the file", **HEADS["milan_core"])
 
 
-def test_rounded_tables_are_noticed(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("frugal"), "propagate", True)
+def test_rounded_tables_are_noticed(caplog):
     state = recorded_state("milan_core")
     state["pos_embed"] = state["pos_embed"].half().float()
     with caplog.at_level(logging.WARNING, logger="frugal"):

@@ -358,8 +358,7 @@ def test_open_clips_folders_whose_tower_pools_a_mean_can_teach(tmp_path):
     load_teacher(Teacher(source=str(tmp_path)), STUDENT)
 
 
-def test_what_a_teacher_is_and_what_it_is_shown_is_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("frugal"), "propagate", True)
+def test_what_a_teacher_is_and_what_it_is_shown_is_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "frugal"):
         openai_teacher(tmp_path)
     said = caplog.text

@@ -24,12 +24,6 @@ from frugal.flip.recipes import RECIPES
 IMAGES_ALONE = Fields(caption=())
 
 
-@pytest.fixture(autouse=True)
-def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the log heard by pytest, whatever a command of another test made of it."""
-    monkeypatch.setattr(logging.getLogger("frugal"), "propagate", True)
-
-
 @pytest.fixture
 def two(tmp_path, make_picture):
     """Two class folders of three images each."""

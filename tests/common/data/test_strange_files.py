@@ -176,9 +176,8 @@ def test_class_folders_have_no_spaces_around_their_names_and_a_blank_one_is_refu
 
 
 def test_an_evaluation_that_is_done_again_does_not_say_again_what_it_passes_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("frugal"), "propagate", True)
     folder = _classes(tmp_path / "images", "cat", "dog")
     (folder / "cat" / "notes.pdf").touch()
     with caplog.at_level(logging.INFO, "frugal"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -101,7 +100,6 @@ def test_what_was_replaced_behind_the_url_comes_again_and_the_rest_stays(
     server.shutdown()
     server.server_close()
     with caplog.at_level("WARNING", "frugal"):
-        logging.getLogger("frugal").propagate = True
         assert fetch(url, ["test"], cache=tmp_path / "cache") == folder
     told = {r for r in caplog.records if "is used as it was fetched" in r.getMessage()}
     assert len(told) == 1

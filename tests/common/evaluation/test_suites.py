@@ -136,12 +136,6 @@ def test_a_metric_of_two_classes_needs_two() -> None:
 # Folders.
 
 
-@pytest.fixture(autouse=True)
-def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the log heard by pytest, whatever a command of another test made of it."""
-    monkeypatch.setattr(logging.getLogger("frugal"), "propagate", True)
-
-
 def pictures(folder: Path, count: int = 1, *, seed: int = 0) -> Path:
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True)

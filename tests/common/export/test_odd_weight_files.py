@@ -57,14 +57,9 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_head
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the log says, also where a command has given it a form of its own."""
-    log = logging.getLogger("frugal")
-    level = log.level
-    log.addHandler(caplog.handler)
-    log.setLevel(logging.INFO)
-    yield caplog
-    log.removeHandler(caplog.handler)
-    log.setLevel(level)
+    """What the log says, its remarks included."""
+    with caplog.at_level(logging.INFO, "frugal"):
+        yield caplog
 
 
 def vit_state(seed: int = 0) -> State:

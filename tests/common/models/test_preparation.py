@@ -244,7 +244,6 @@ VIT_MODEL = {
 def test_towers_of_other_libraries_normalise_as_their_files_say(tmp_path: Path, caplog) -> None:
     folder = write(tmp_path / "vit", VIT_MODEL, "config.json")
     with caplog.at_level(logging.WARNING, "frugal"):
-        logging.getLogger("frugal").propagate = True
         assert TransformersImage(name=str(folder), image_size=32).mean == (0.5, 0.5, 0.5)
     assert "does not say how images are prepared" in caplog.text
     nested = {"image_processor": {**VIT, "do_normalize": False, "rescale_factor": 1 / 127.5}}
