@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 MANIFESTS := constraints.txt pyproject.toml $(wildcard packages/*/pyproject.toml)
 PACKAGES := $(patsubst %/pyproject.toml,-e %,$(wildcard packages/*/pyproject.toml))
@@ -21,7 +22,7 @@ demo: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

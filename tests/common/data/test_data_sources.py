@@ -115,11 +115,11 @@ def test_a_folder_with_splits_or_several_sets_is_refused(tmp_path, make_picture)
     for split in ("train", "val"):
         (tmp_path / "imagenet" / split / "n01").mkdir(parents=True)
         make_picture(0).save(tmp_path / "imagenet" / split / "n01" / "0.jpg")
-    with pytest.raises(InputError, match="several data sets"):
+    with pytest.raises(InputError, match="data sets in folders of their own"):
         find_files(str(tmp_path / "imagenet"))
     (tmp_path / "sets" / "a").mkdir(parents=True)
     (tmp_path / "sets" / "a" / "0.tar").write_bytes(b"x")
-    with pytest.raises(InputError, match="several data sets; give one of them, such as a"):
+    with pytest.raises(InputError, match="data sets in folders of their own; give one of them, such as a"):
         find_files(str(tmp_path / "sets"))
 
 

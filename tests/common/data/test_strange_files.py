@@ -150,7 +150,7 @@ def test_a_class_train_beside_others_is_a_class_and_a_split_is_none(tmp_path: Pa
     _classes(tmp_path / "nested" / "train", "bus", "car")
     _classes(tmp_path / "nested" / "extra", "bus")
     for folder in (splits, tmp_path / "nested"):
-        with pytest.raises(InputError, match="several data sets"):
+        with pytest.raises(InputError, match="data sets in folders of their own"):
             find_files(str(folder))
 
 

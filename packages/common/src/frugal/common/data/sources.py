@@ -179,7 +179,9 @@ def _files_of_folder(
         _pass_over(folder, kind, paths, passed_over)
         return paths
     if split := _find_data_set(folder, below, extensions):
-        raise InputError(f"{folder} holds several data sets; give one of them, such as {split}")
+        raise InputError(
+            f"{folder} holds data sets in folders of their own; give one of them, such as {split}"
+        )
     if any(has_image(folder / name, extensions) for name in below):
         return [folder]
     if has_image(folder, extensions):

@@ -270,10 +270,12 @@ def evaluate(
     """See :meth:`frugal.common.evaluation.config.ZeroShot.evaluate`."""
     question = open_question(task, folder, recipe)
     run.log.info(
-        "%s: %s images among %s classes, %d prompts for each name",
+        "%s: %s images among %s classes (%r to %r), %d prompts for each name",
         task.name,
         f"{len(question.images):,}",
         f"{len(question.names):,}",
+        question.labels[0],
+        question.labels[-1],
         len(question.templates),
     )
     ranks = Ranks.current()
