@@ -1,6 +1,8 @@
 """What is waited for has a limit, what is lost is told, and nothing is left behind."""
 
+import errno
 import logging
+import multiprocessing
 import os
 import resource
 import signal
@@ -178,6 +180,41 @@ def test_a_loader_process_that_is_killed_is_one_sentence() -> None:
     sentence = rf"loader process 2 of 2 \(pid {victim.pid}\) was ended by SIGKILL.*workers 0"
     with pytest.raises(InputError, match=sentence):
         list(rows)
+
+
+class StartingWith:
+    """A sampler that is first asked when loader processes have been started; what happens then."""
+
+    def __init__(self, happens) -> None:
+        self.happens = happens
+
+    def __iter__(self):
+        self.happens(multiprocessing.active_children())
+        yield from range(10_000)
+
+
+def test_a_loader_process_that_is_killed_amid_the_start_is_one_sentence() -> None:
+    def kill(started) -> None:
+        os.kill(started[0].pid, signal.SIGKILL)
+        started[0].join(9)
+
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"loader process 1 of 2 .* was ended by SIGKILL"):
+        list(Loader(Numbers(), sampler=StartingWith(kill), workers=2))
+    assert time.monotonic() - began < 20
+
+
+def test_a_start_that_fails_leaves_no_loader_process_behind() -> None:
+    children = []
+
+    def fail(started) -> None:
+        children.extend(started)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(InputError, match=r"cannot be started \(.*No space left"):
+        list(Loader(Numbers(), sampler=StartingWith(fail), workers=2))
+    assert len(children) == 2
+    wait_until(lambda: not any(child.is_alive() for child in children), seconds=3)
 
 
 def test_loader_processes_that_give_nothing_are_given_up_and_leave_nobody_behind() -> None:

@@ -163,30 +163,36 @@ def _own_generator() -> torch.Generator:
 
 
 def _start(loader: DataLoader[Any]) -> tuple[Iterator[dict[str, Any]], list[BaseProcess]]:
-    """An iteration and its loader processes."""
+    """An iteration and its loader processes; where they cannot all be started, none is left."""
+    # torch's handler would raise in the middle of whatever this process does when a child ends
+    torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = True
     before = set(multiprocessing.active_children())
-    handler = signal.getsignal(signal.SIGCHLD)
     try:
         items = iter(loader)
-    except OSError as error:
+    except BaseException as error:
+        # they leave SIGTERM to this process, which would wait for them at its end
+        _kill([child for child in multiprocessing.active_children() if child not in before])
+        if not isinstance(error, OSError):
+            raise
         refuse_exhaustion(error)
         raise InputError(
             f"the {loader.num_workers} loader processes cannot be started ({reason_of(error)}); "
             f"see what {SHARED_MEMORY} has free, or read in one process with {_ALONE}"
         ) from None
-    processes = [child for child in multiprocessing.active_children() if child not in before]
-    if processes and threading.current_thread() is threading.main_thread():
-        # torch's own handler would raise in the middle of whatever this process does then
-        signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
-    return items, sorted(processes, key=lambda child: child.pid or 0)
+    # not the active ones: one may have ended already
+    return items, list(getattr(items, "_workers", ()))
+
+
+def _kill(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 @contextlib.contextmanager
 def _ended_afterwards(items: Iterator[Any], processes: list[BaseProcess]) -> Iterator[None]:
     def end() -> None:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
+        _kill(processes)
 
     atexit.register(end)
     try:
