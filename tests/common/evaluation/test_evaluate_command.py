@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from frugal.common.contracts import EvaluationTask
+from frugal.common.data.labelled import CaptionedImages
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
@@ -186,12 +187,34 @@ def test_compositional_is_measured_where_the_data_has_files_for_it(
 ) -> None:
     kinds = [ZeroShot, Retrieval, Compositional]
     for data, expected in (
-        (scenes, kinds), (scenes / "compositional", kinds), (scenes / "retrieval", kinds[:2])
+        (scenes, kinds), (scenes / "compositional", kinds), (scenes / "retrieval", [Retrieval])
     ):  # fmt: skip
         tasks = chosen_tasks(Options(checkpoint=Path("runs/x"), data=data), recipe)
         assert [type(task) for task in tasks] == expected
         asked = Options(checkpoint=Path("runs/x"), data=data, tasks=("compositional",))
         assert chosen_tasks(asked, recipe) == [Compositional(data=data, batch_size=256, workers=2)]
+
+
+def test_what_a_folder_says_it_is_for_is_measured(recipe: Recipe, tmp_path: Path) -> None:
+    for name in ("folders/red", "folders/blue", "names/test", "captions/test", "labels/test"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("names", "captions", "labels"):
+        (tmp_path / name / "test" / "0.tar").touch()
+    (tmp_path / "names" / "classnames.txt").write_text("red\nblue\n")
+    (tmp_path / "captions" / "dataset_type.txt").write_text("retrieval\n")
+    (tmp_path / "labels" / "dataset_type.txt").write_text("multilabel\n")
+    for name in ("folders", "names", "captions", "labels"):
+        tasks = chosen_tasks(Options(checkpoint=Path("x"), data=tmp_path / name), recipe)
+        kind = Retrieval if name == "captions" else ZeroShot
+        assert [type(task) for task in tasks] == [kind], name
+
+
+def test_retrieval_among_class_folders_is_refused(tmp_path: Path) -> None:
+    for name in ("red", "blue"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), name).save(tmp_path / name / "0.png")
+    with pytest.raises(InputError, match="all images of a class have the same caption"):
+        CaptionedImages(tmp_path, size=(8, 8))
 
 
 def test_compositional_data_and_images_are_passed_on(recipe: Recipe) -> None:
@@ -380,7 +403,7 @@ def test_a_model_without_captions_is_measured_by_its_own_evaluations(recipe: Rec
         recipe, model=TowerAlone(recipe.model.image), evaluation=(), objective=ObjectiveOfNothing()
     )
     said = refused(bare, data=Path("d"))
-    assert "runs/x trained a TowerAlone without a text tower, which zero-shot" in said
+    assert "runs/x holds a model without a text tower, which zero-shot" in said
     assert "measured by --tasks linear-probe --data DATA (or milan-finetune, " in said
     own = replace(bare, evaluation=(Counting(),))
     said = refused(own, tasks=("zero-shot",), data=Path("d"))

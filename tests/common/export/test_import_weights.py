@@ -33,6 +33,7 @@ from frugal.common.import_weights import Options, import_weights
 from frugal.common.interop import open_clip_folder, transformers_folder
 from frugal.common.interop import timm_folder as timms_folder
 from frugal.common.interop.encoder_weights import read_encoder
+from frugal.common.interop.model_card import model_card
 from frugal.common.interop.trained import TrainedModel
 from frugal.common.loading import load_exportable, load_trained
 from frugal.common.models.config import clip_encoder, clipa_encoder
@@ -102,6 +103,22 @@ def test_how_images_are_prepared_leaves_and_comes_back(library: str, tmp_path: P
         assert "does not say" not in found.preparation.told_by
         assert crop == leaving.crop_in(library)
         assert (found.tower.mean, found.tower.heads) == (CLIP.image.mean, CLIP.image.heads)
+
+
+def test_a_card_says_where_a_library_cuts_odd_rows_otherwise(tmp_path: Path) -> None:
+    trained = load_exportable(write_run(tmp_path / "run", CLIP))
+    cases = {
+        "even": ("open_clip", ["transformers"]),
+        "down": ("transformers", ["open_clip", "timm"]),
+    }
+    for half_pixel, (same, others) in cases.items():
+        crop = CenterCrop(half_pixel=half_pixel)
+        leaving = replace(
+            trained, recipe=replace(trained.recipe, evaluation=(ZeroShot(crop=crop),))
+        )
+        assert "comes as near" not in model_card(leaving, library=same, usage="")
+        for other in others:
+            assert f"comes as near as {other} has" in model_card(leaving, library=other, usage="")
 
 
 def test_another_shape_is_stretched_where_transformers_would_leave_borders(tmp_path) -> None:

@@ -121,5 +121,5 @@ def test_an_epsilon_that_timm_has_not_is_refused(make_run, tmp_path) -> None:
 
 
 def test_two_towers_have_no_decoder(clip_run, tmp_path) -> None:
-    with pytest.raises(InputError, match="cannot express model=DualEncoderConfig: it has no dec"):
+    with pytest.raises(InputError, match="cannot express the model: it has no dec"):
         export(Options(checkpoint=clip_run, to="huggingface_mae", out=tmp_path / "out"))

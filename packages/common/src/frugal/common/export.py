@@ -169,7 +169,7 @@ def _misfit(trained: TrainedRun, to: str) -> Misfit | None:
         has = "no text tower"
     else:
         has = "no decoder" if to == "huggingface_mae" else "a text tower"
-    return Misfit(f"model={type(trained.recipe.model).__name__}", f"it has {has}")
+    return Misfit("the model", f"it has {has}")
 
 
 def _write(trained: TrainedRun, target: Target, library: str, folder: Path, name: str) -> None:

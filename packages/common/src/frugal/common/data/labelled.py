@@ -23,11 +23,11 @@ from frugal.common.data.loader import Loader
 from frugal.common.data.pairs import Shelf
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields, RawSample, Reader, decode_classes
-from frugal.common.data.sources import find_files, index_missing, open_source
+from frugal.common.data.sources import find_files, index_missing, kind_of, open_source
 from frugal.common.data.tars import TarReader
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.files import read_lines
+from frugal.common.files import is_system_name, read_lines
 
 GROUP = 64
 """Images that stay together on one process, so that a model can take the same ones at a time
@@ -264,6 +264,21 @@ def _find_text(folder: Path, name: str) -> Path | None:
     return next((p for p in (folder / name, folder.parent / name) if p.is_file()), None)
 
 
+def has_class_names(folder: Path) -> bool:
+    """Whether a data set comes with a list of what its classes are called."""
+    return _find_text(test_split(folder), "classnames.txt") is not None
+
+
+def holds_class_folders(folder: Path) -> bool:
+    """Whether images lie in one folder per class, without shards or lists beside them."""
+    split = test_split(folder)
+    if not split.is_dir():
+        return False
+    inside = [path for path in split.iterdir() if not is_system_name(path.name)]
+    has_stores = any(kind_of(path) is not None for path in inside if path.is_file())
+    return not has_stores and any(path.is_dir() for path in inside)
+
+
 def _class_names(folder: Path) -> list[str] | None:
     path = _find_text(folder, "classnames.txt")
     return None if path is None else read_class_names(path)
@@ -475,6 +490,11 @@ class CaptionedImages(_InOrder):
             raise InputError(
                 f"the dataset_type.txt of {folder} says {kind}, but captions are of the type "
                 "retrieval; correct it, or give a data set of captions"
+            )
+        if fields is None and holds_class_folders(folder):
+            raise InputError(
+                f"{folder} holds class folders, where all images of a class have the same caption, "
+                "so that retrieval has no right answers; measure zero-shot, or give captioned data"
             )
         if fields is None:
             per_line = Fields(caption=("txt",), caption_per_line=True)

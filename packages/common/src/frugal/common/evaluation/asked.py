@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from frugal.common.contracts import EvaluationTask
+from frugal.common.data.labelled import dataset_type, has_class_names, holds_class_folders
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import (
@@ -60,8 +61,9 @@ class Options:
     folders; by default what the recipe's own evaluations name."""
     tasks: tuple[str, ...] | None = None
     """Any of zero-shot, retrieval, compositional, linear-probe; the suites clip-26 and
-    imagenet-robustness; the name of an evaluation of the recipe. By default, with data: zero-shot,
-    retrieval, and compositional where the data has its files; of a model without captions, what
+    imagenet-robustness; the name of an evaluation of the recipe. By default, with data: zero-shot
+    of class folders and data with class names, retrieval of other captioned data, compositional
+    where the data has its files; of a model without captions, what
     its recipe evaluates. Without data: all of the recipe's that name data. linear-probe also takes
     image towers alone, of any run that has one: it looks at what they pool. milan-finetune,
     milan-linear-probe and milan-segment train on top of the image tower, in a run directory of
@@ -195,8 +197,19 @@ def _words(options: Options, recipe: Recipe) -> list[str]:
         return list(others)
     if data is None:
         return [*KINDS, *others]
-    usual = ["zero-shot", "retrieval"]
+    usual = _usual(data)
     return [*usual, "compositional"] if options.images or has_contrasts(data) else usual
+
+
+def _usual(data: Path) -> list[str]:
+    """What a folder says that it is for; both, where it says nothing."""
+    if has_contrasts(data) or any((data / part).is_dir() for part in ("zero_shot", "retrieval")):
+        return ["zero-shot", "retrieval"]
+    kind = dataset_type(data)
+    if kind == "retrieval":
+        return ["retrieval"]
+    names_classes = has_class_names(data) or holds_class_folders(data)
+    return ["zero-shot"] if kind or names_classes else ["zero-shot", "retrieval"]
 
 
 def _refuse_nothing(words: list[str], options: Options, recipe: Recipe) -> None:
@@ -211,7 +224,7 @@ def _refuse_nothing(words: list[str], options: Options, recipe: Recipe) -> None:
 
 def _refuse_without_text(options: Options, recipe: Recipe, word: str) -> None:
     """An image tower alone is measured by what its recipe says, or by what is trained on top."""
-    said = f"{options.checkpoint} trained a {type(recipe.model).__name__} without a text tower"
+    said = f"{options.checkpoint} holds a model without a text tower"
     ways = []
     if others := list(_others(recipe)):
         ways.append(f"its own {' and '.join(others)}: give --data")

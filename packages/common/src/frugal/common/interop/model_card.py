@@ -48,8 +48,9 @@ def model_card(trained: TrainedRun, *, library: str, usage: str) -> str:
     usual = None if library == "frugal" else trained.crop_in(library)
     if usual is not None and trained.crop != usual:
         parts.append(
-            f"These numbers are of images prepared by `{_words(trained.crop)}`. The preprocessing "
-            f"in this folder comes as near as {library} has it, `{_words(usual)}`."
+            f"This model is measured on images prepared by `{_words(trained.crop)}`. "
+            "The preprocessing in this folder comes as near as "
+            f"{library} has it, `{_words(usual)}`."
         )
     return "\n\n".join(parts) + "\n"
 

@@ -107,11 +107,13 @@ class TrainedRun:
             kernel = "bicubic"
         if library == "open_clip" and kernel != "bilinear":
             kernel = "bicubic"
+        share = 1.0 if library == "open_clip" else crop.share
+        cuts_down = library == "transformers" and (share < 1 or not is_stretched)
         return CenterCrop(
             order="stretch" if is_stretched else "resize_first",
             interpolation=kernel,
-            share=1.0 if library == "open_clip" else crop.share,
-            half_pixel=crop.half_pixel,
+            share=share,
+            half_pixel="down" if cuts_down else "even",
         )
 
 
