@@ -119,7 +119,9 @@ def test_a_folder_with_splits_or_several_sets_is_refused(tmp_path, make_picture)
         find_files(str(tmp_path / "imagenet"))
     (tmp_path / "sets" / "a").mkdir(parents=True)
     (tmp_path / "sets" / "a" / "0.tar").write_bytes(b"x")
-    with pytest.raises(InputError, match="data sets in folders of their own; give one of them, such as a"):
+    with pytest.raises(
+        InputError, match="data sets in folders of their own; give one of them, such as a"
+    ):
         find_files(str(tmp_path / "sets"))
 
 

@@ -18,6 +18,8 @@ from run_directories import small
 from frugal.common.data.tokenizers import HuggingFace, WordPiece, load_tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.export import Options, export
+from frugal.common.import_weights import Options as ImportOptions
+from frugal.common.import_weights import import_weights
 from frugal.common.interop.open_clip_folder import model_config
 from frugal.common.loading import load_trained
 from frugal.common.models.config import DualEncoderConfig, clip_encoder, clipa_encoder
@@ -90,6 +92,23 @@ def test_open_clip_gives_the_same_embeddings_for_the_same_captions(
     assert theirs.logit_scale.item() == ours.logit_scale.item()
     if ours.logit_bias is not None:
         assert theirs.logit_bias.item() == ours.logit_bias.item()
+
+
+@pytest.mark.parametrize("name", [next(iter(CONFIGURATIONS)), "the end of a caption, BERT"])
+def test_a_card_says_that_open_clip_cleans_captions_first_where_it_makes_a_difference(
+    name, make_run, bert, tmp_path, capsys
+) -> None:
+    run = make_run(CONFIGURATIONS[name], tokenizer=tokenizer_of(name, bert))
+    out = tmp_path / "out"
+    export(Options(checkpoint=run, to="open_clip", out=out))
+    tokenizer = load_tokenizer(run / "tokenizer")
+    ours = tokenizer.encode("a dog &amp; a cat")
+    row = open_clip.get_tokenizer(f"local-dir:{out}")(["a dog &amp; a cat"])[0].tolist()
+    differs = row[len(tokenizer.prefix) :][: len(ours)] != ours
+    assert differs == ("BERT" in name)
+    assert ("get other tokens" in (out / "README.md").read_text()) == differs
+    import_weights(ImportOptions(source=out, out=tmp_path / "back"))
+    assert ("which is not done here" in capsys.readouterr().err) == differs
 
 
 OPEN_CLIP_NAMES = {

@@ -258,15 +258,14 @@ def _give_up(
     if saved:
         _settle(training)
         training.save(step)
-    newest = f"a checkpoint of step {step}" if saved else "the checkpoints it had"
+    newest = training.store.newest()
+    left = f"the newest checkpoint is {newest.folder}" if newest else "there is no checkpoint yet"
     if isinstance(reason, InputError):
-        raise InputError(
-            f"{reason} (the run stopped after step {step}, with {newest} in "
-            f"{training.store.folder})"
-        ) from None
+        raise InputError(f"{reason} (the run stopped after step {step}; {left})") from None
+    goes_on = "continues from there" if newest else "begins again"
     raise RunStopped(
-        f"stopped by {termination.name} after step {step} while waiting for data, with {newest} "
-        f"in {training.store.folder}; the same command continues from there",
+        f"stopped by {termination.name} after step {step} while waiting for data; {left}; the same "
+        f"command {goes_on}",
         exit_code=termination.exit_code,
     ) from None
 

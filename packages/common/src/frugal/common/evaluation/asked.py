@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from frugal.common.contracts import EvaluationTask
-from frugal.common.data.labelled import dataset_type, has_class_names, holds_class_folders
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import (
@@ -203,6 +202,9 @@ def _words(options: Options, recipe: Recipe) -> list[str]:
 
 def _usual(data: Path) -> list[str]:
     """What a folder says that it is for; both, where it says nothing."""
+    # readers of data import torch, which the options of the command do without
+    from frugal.common.data.labelled import dataset_type, has_class_names, holds_class_folders
+
     if has_contrasts(data) or any((data / part).is_dir() for part in ("zero_shot", "retrieval")):
         return ["zero-shot", "retrieval"]
     kind = dataset_type(data)
@@ -214,7 +216,8 @@ def _usual(data: Path) -> list[str]:
 
 def _refuse_nothing(words: list[str], options: Options, recipe: Recipe) -> None:
     if not has_text(recipe):
-        _refuse_without_text(options, recipe, " or ".join(KINDS))
+        of_texts = [kind for kind in KINDS if kind not in _of_encoders(recipe)]
+        _refuse_without_text(options, recipe, " or ".join(of_texts))
     named = " or ".join(word for word in words if word in KINDS) or " or ".join(words)
     raise InputError(
         f"there is nothing to measure: the recipe of {options.checkpoint} names no data for "

@@ -38,6 +38,7 @@ from frugal.common.interop.stored_files import (
     state_in,
     weights_in,
 )
+from frugal.common.interop.transformers_tokenizer import CLEAN_UP
 from frugal.common.models.config import (
     Activation,
     DualEncoderConfig,
@@ -226,11 +227,12 @@ def image_size(config: Mapping[str, Any], source: str) -> tuple[int, int]:
 def _tokenizer(
     config: Mapping[str, Any], folder: Path | None, name: str
 ) -> ClipBpe | HuggingFace | None:
-    """One of ours that gives the same ids; None where only open_clip's own does."""
+    """One of ours that gives the same ids to clean captions; None where only open_clip's does."""
     text = config.get("text_cfg") or {}
     if text.get("tokenizer_kwargs") or text.get("tokenizer_mode"):
         return None
     if hub := text.get("hf_tokenizer_name"):
+        _LOG.warning("%s: %s, which is not done here", name, CLEAN_UP)
         return HuggingFace(name=hub if folder is None else str(folder))
     return None if folder is None and "siglip" in name.lower() else ClipBpe()
 

@@ -14,7 +14,7 @@ from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.vocabularies import BytePairs
 from frugal.common.interop.folding import fold_patch_bias
 from frugal.common.interop.trained import Embedded, Misfit, TrainedModel, misfit_of_projector
-from frugal.common.interop.transformers_tokenizer import as_transformers, save
+from frugal.common.interop.transformers_tokenizer import CLEAN_UP, as_transformers, save
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
 from frugal.common.models.weight_names import to_open_clip
 
@@ -29,6 +29,16 @@ tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
 On the Hugging Face hub the same works with `hf-hub:NAME` once `hf_tokenizer_name` in
 `open_clip_config.json`, where it stands, is that name.
 """
+
+
+def usage(trained: TrainedModel) -> str:
+    """How to load it, and which captions get other tokens there."""
+    if isinstance(trained.tokenizer.vocabulary, BytePairs):
+        return USAGE
+    return (
+        f"{USAGE}\nWith such a tokenizer {CLEAN_UP}; this model was trained without that. Captions "
+        "in need of it, such as those with curly quotes, `&amp;` or ligatures, get other tokens.\n"
+    )
 
 
 def misfit(trained: TrainedModel) -> Misfit | None:

@@ -71,7 +71,7 @@ def _targets_of_two_towers(trained: TrainedModel) -> dict[str, Target]:
     )
     return {
         "open_clip": Target(
-            usage=open_clip_folder.USAGE,
+            usage=open_clip_folder.usage(trained),
             misfit=lambda: open_clip_folder.misfit(trained),
             write=lambda folder: open_clip_folder.write(trained, folder),
             difference=lambda folder: trained.difference(open_clip_folder.embed, folder),

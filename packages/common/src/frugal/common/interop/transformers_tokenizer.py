@@ -18,6 +18,11 @@ from frugal.common.errors import InputError
 from frugal.common.interop.clip_normalizer import DIFFERENCES as CLIP_DIFFERENCES
 from frugal.common.interop.clip_normalizer import clip_normalizer
 
+CLEAN_UP = (
+    "open_clip repairs encodings, resolves HTML entities and joins white space before it gives a "
+    "caption to a tokenizer of transformers"
+)
+
 
 def as_transformers(tokenizer: Tokenizer, *, length: int) -> Any:
     """A tokenizer of transformers that gives the same ids, but for :func:`differences`.
