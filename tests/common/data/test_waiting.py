@@ -189,7 +189,9 @@ class StartingWith:
         self.happens = happens
 
     def __iter__(self):
-        self.happens(multiprocessing.active_children())
+        # a set gives them in any order
+        started = sorted(multiprocessing.active_children(), key=lambda child: child.pid)
+        self.happens(started)
         yield from range(10_000)
 
 
