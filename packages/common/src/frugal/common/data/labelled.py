@@ -491,12 +491,13 @@ class CaptionedImages(_InOrder):
                 f"the dataset_type.txt of {folder} says {kind}, but captions are of the type "
                 "retrieval; correct it, or give a data set of captions"
             )
-        if fields is None and holds_class_folders(folder):
-            raise InputError(
-                f"{folder} holds class folders, where all images of a class have the same caption, "
-                "so that retrieval has no right answers; measure zero-shot, or give captioned data"
-            )
         if fields is None:
+            if holds_class_folders(folder):
+                raise InputError(
+                    f"{folder} holds class folders, where all images of a class have the same "
+                    "caption, so that retrieval has no right answers; measure zero-shot, or give "
+                    "captioned data"
+                )
             per_line = Fields(caption=("txt",), caption_per_line=True)
             fields = Fields() if kind is None else per_line
         self._images = _Images(split, fields, size=size, crop=crop or CenterCrop())

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -191,18 +192,16 @@ def _kill(processes: list[BaseProcess]) -> None:
 
 @contextlib.contextmanager
 def _ended_afterwards(items: Iterator[Any], processes: list[BaseProcess]) -> Iterator[None]:
-    def end() -> None:
-        _kill(processes)
-
+    end = partial(_kill, processes)
     atexit.register(end)
     try:
         yield
     finally:
-        _shut_down(items, end)
+        _shut_down(items, processes)
         atexit.unregister(end)
 
 
-def _shut_down(items: Iterator[Any], kill: Callable[[], None]) -> None:
+def _shut_down(items: Iterator[Any], processes: list[BaseProcess]) -> None:
     """End the processes of an iteration: by torch's word, and by force where one does not hear it.
 
     A process that is killed while it looks at torch's event takes the lock of it along, and whoever
@@ -215,7 +214,7 @@ def _shut_down(items: Iterator[Any], kill: Callable[[], None]) -> None:
     stopping = threading.Thread(target=stop, daemon=True)
     stopping.start()
     stopping.join(_GRACE)
-    kill()
+    _kill(processes)
     stopping.join(_GRACE)
 
 

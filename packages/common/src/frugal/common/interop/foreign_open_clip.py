@@ -145,6 +145,8 @@ def _load(
     ours = None if tokenizer is None else _towers(config, prepared, tokenizer, source=name)
     if ours is None:
         return _wrapped(name, weights, None if content is None else state, size, prepared)
+    if isinstance(tokenizer, HuggingFace):
+        _LOG.warning("%s: %s, which is not done here", name, CLEAN_UP)
     state = {n.removeprefix("text.") if _is_text(n) else n: t for n, t in state.items()}
     state = _fitting(state, ours)
     with torch.device("meta"):
@@ -232,7 +234,6 @@ def _tokenizer(
     if text.get("tokenizer_kwargs") or text.get("tokenizer_mode"):
         return None
     if hub := text.get("hf_tokenizer_name"):
-        _LOG.warning("%s: %s, which is not done here", name, CLEAN_UP)
         return HuggingFace(name=hub if folder is None else str(folder))
     return None if folder is None and "siglip" in name.lower() else ClipBpe()
 
