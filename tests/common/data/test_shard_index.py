@@ -180,6 +180,7 @@ def test_a_shard_that_changed_its_size_after_indexing_is_refused(tmp_path, write
         (gzip.compress(b"\0" * 10240), "is compressed .gzip."),
         (b"BZh91AY" + b"x" * 600, "is compressed .bzip2."),
     ],
+    ids=["empty", "a web page", "short", "gzip", "bzip2"],
 )
 def test_what_is_no_plain_tar_is_refused(tmp_path, content, sentence):
     path = tmp_path / "0.tar"
