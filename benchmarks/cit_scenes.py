@@ -21,7 +21,7 @@ from small_runs import finish, lasting, outcome, report_seeds
 
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import build_index, find_files, open_shard
-from frugal.common.data.tars import TarReader
+from frugal.common.data.stores.tar import TarReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
 
 MODULE = "frugal.cit.train"

@@ -23,8 +23,8 @@ from frugal.common.evaluation.curves import Curve
 MODULE = "frugal.clipa.train"
 STEPS = ("--batch-size=64",)
 """Smaller than the demo's: so few samples need more steps. Rates fall with its square root."""
-FIRST = (*STEPS, "--optimiser.learning-rate=1e-3")
-SECOND = (*STEPS, "--optimiser.learning-rate=5e-4")
+FIRST = (*STEPS, "--optimizer.learning-rate=1e-3")
+SECOND = (*STEPS, "--optimizer.learning-rate=5e-4")
 WHOLE = (*FIRST, "--model.image.image-size=64", "--model.text.length=24")
 
 

@@ -33,7 +33,7 @@ from frugal.common.reduction.random_masking import RandomMasking
 if TYPE_CHECKING:
     import torch
 
-    from frugal.common.models.image_tower import ImageTransformer
+    from frugal.common.models.vit import ImageTransformer
     from frugal.common.recipe import Recipe
 
 MOST_OF_RANDOM, LEAST_FASTER, MOST_CHOOSING = 1.1, 1.4, 0.03
@@ -209,7 +209,7 @@ def training_step(
     """A whole step, what it reports, and the part of it that chooses the mask."""
     import torch
 
-    from frugal.common.engine.accelerate_backend import AccelerateEngine
+    from frugal.common.engine.accelerate import AccelerateEngine
     from frugal.common.run import Run, make_logger
 
     run = Run(Path("runs/benchmarks"), 0, 1, 0, torch.device(options.device), make_logger(0))

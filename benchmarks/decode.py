@@ -4,7 +4,7 @@
 
 Photos are enlarged once to LAION's shorter side (480 pixels) and kept as JPEG; then both libraries
 decode, crop at random (40 to 100 % of the area, as CLIPA does) and resize them in turns, in the
-same run. Ours leaves uint8, because normalisation happens on the device; open_clip's normalises.
+same run. Ours leaves uint8, because normalization happens on the device; open_clip's normalizes.
 """
 
 from __future__ import annotations

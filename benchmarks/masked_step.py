@@ -109,7 +109,7 @@ def frugal_step(options: argparse.Namespace, mask_ratio: float) -> Callable[[], 
     import torch
 
     from frugal.common.contracts import Batch
-    from frugal.common.engine.accelerate_backend import AccelerateEngine
+    from frugal.common.engine.accelerate import AccelerateEngine
     from frugal.common.recipe import EngineOptions, Reductions
     from frugal.common.reduction.random_masking import RandomMasking
     from frugal.common.run import Run, make_logger
@@ -150,7 +150,7 @@ def frugal_step(options: argparse.Namespace, mask_ratio: float) -> Callable[[], 
 
 
 def open_clip_step(options: argparse.Namespace, mask_ratio: float) -> Callable[[], float]:
-    """One step of open_clip's trainer in the same sizes, normalisation of the pixels included."""
+    """One step of open_clip's trainer in the same sizes, normalization of the pixels included."""
     import torch
     from open_clip.loss import ClipLoss
     from open_clip.model import CLIP

@@ -6,7 +6,7 @@ ViT-B/16 with the published prompting decoder, three quarters of the patches hid
 pixels; CLIP's ViT-B/16 as teacher. Student (sampling, forward, loss, backward, AdamW) and teacher
 (features and the attention of the class token) are measured apart, each in a process of its own.
 The plain way is that of the published code: every patch embedded, tokens put back in the order of
-the image in every block of the decoder, whole attention matrices, normalised copies in the loss.
+the image in every block of the decoder, whole attention matrices, normalized copies in the loss.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
     import torch
 
     from frugal.common.contracts import Batch
-    from frugal.common.engine.optimizers import build_adamw
+    from frugal.common.optim.optimizers import build_adamw
     from frugal.common.recipe import AdamW
     from frugal.milan import readable
     from frugal.milan.decoders import Split
@@ -124,7 +124,7 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
     from frugal.milan.targets import FeatureTarget, Wanted
 
     recipe = vit_b16()
-    assert isinstance(recipe.optimiser, AdamW)
+    assert isinstance(recipe.optimizer, AdamW)
     config = replace(
         recipe.model,
         image=replace(recipe.model.image, depth=options.depth),
@@ -147,7 +147,7 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
 
     model = config.build(outputs=FEATURES).to(device)
     objective = Reconstruction(model, Spoken(), reduction=recipe.reduction.image, seed=0)
-    optimizer = build_adamw(objective, recipe.optimiser)
+    optimizer = build_adamw(objective, recipe.optimizer)
     batch = Batch(
         images=random_images(options),
         sample_numbers=torch.arange(options.batch, device=device),
@@ -174,9 +174,9 @@ def teacher_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
     """What CLIP's ViT-B/16 says of a batch."""
     import torch
 
-    from frugal.common.interop.encoder_weights import EncoderWeights
     from frugal.common.models.config import clip_encoder
-    from frugal.common.models.image_tower import ImageTransformer
+    from frugal.common.models.vit import ImageTransformer
+    from frugal.common.weights.encoder_weights import EncoderWeights
     from frugal.milan import readable
     from frugal.milan.teacher import FrozenTeacher
 

@@ -79,7 +79,7 @@ for name in $recipe $tunings; do
     stage "$name"
     python -c '
 import importlib, sys
-from frugal.common.commands import read_command_line, run_politely
+from frugal.common.cli import read_command_line, run_politely
 method, *words = sys.argv[1:]
 recipes = importlib.import_module(f"frugal.{method}.recipes").RECIPES
 program = f"python -m frugal.{method}.train"

@@ -31,8 +31,8 @@ IMPORTED = (
     "torch.distributed", "torch.utils.tensorboard", "torch._inductor.compile_fx", "torchvision",
     "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject", "deepspeed.moe.layer",
     "accelerate", "safetensors.torch", "tyro.extras", "PIL.JpegImagePlugin", "open_clip.tokenizer",
-    "frugal.common.train", "frugal.common.engine.loop", "frugal.common.engine.deepspeed_backend",
-    "frugal.common.engine.accelerate_backend", "frugal.common.data.training",
+    "frugal.common.train", "frugal.common.engine.loop", "frugal.common.engine.deepspeed",
+    "frugal.common.engine.accelerate", "frugal.common.data.training",
     "frugal.common.objectives.contrastive", "frugal.common.checkpoint.warm_start",
     "pyarrow.parquet",
 )  # fmt: skip

@@ -167,17 +167,17 @@ def write_checkpoint(
     """
     style = style or Style()
     folder.mkdir(parents=True)
-    optimiser: dict[str, Any] = {"target": {}}
+    optimizer: dict[str, Any] = {"target": {}}
     if step is not None:
         state: dict[str, Any] = {"step": array_extension(np.int32(step))}
         count = array_extension(np.int32(step), code=3)
         state["param_states"] = {"0": {"count": count}, "1": {"inner_state": {}}}
-        optimiser["state"] = state
+        optimizer["state"] = state
     named = {f"target/{name}": values for name, values in params.items()}
     named |= {f"state/param_states/0/{name}": v for name, v in (moments or {}).items()}
     for name, values in named.items():
         if style.inline(name):
-            _nest(optimiser, name, _inline(values, style))
+            _nest(optimizer, name, _inline(values, style))
             continue
         below = name.replace("/", ".")
         chunks = write_array(folder / below, values, style)
@@ -196,10 +196,10 @@ def write_checkpoint(
             },
         }
         (leaf if style.path_on_top else store)["path"] = path
-        _nest(optimiser, name, leaf)
+        _nest(optimizer, name, leaf)
     for name, value in (extra or {}).items():
-        _nest(optimiser, name, value)
-    index = msgpack.packb({"version": 3, "optimizer": optimiser}, strict_types=True)
+        _nest(optimizer, name, value)
+    index = msgpack.packb({"version": 3, "optimizer": optimizer}, strict_types=True)
     (folder / "checkpoint").write_bytes(index)
     return folder
 

@@ -41,7 +41,7 @@ def test_weights_that_never_change_choose_the_same_in_the_background(
     found = []
     for name, more in (("now", ()), ("ahead", (BACKGROUND,))):
         run = tmp_path / name
-        still = ("--optimiser.learning-rate=1e-30", "--optimiser.weight-decay=0")
+        still = ("--optimizer.learning-rate=1e-30", "--optimizer.weight-decay=0")
         train(ALONE, run, *still, *more, small=words(pool), module=MODULE)
         found.append(pairs(run))
     assert found[0] == found[1]

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # where this file is one of two 
 from cit_cases import case
 
 from frugal.cit.settings import LockedContrastive
-from frugal.common.models.dual_encoder import unit
+from frugal.common.models.clip import unit
 from frugal.common.objectives.config import BOTH
 from frugal.common.objectives.contrastive_loss import contrastive_loss
 from support import start_ranks

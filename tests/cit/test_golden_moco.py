@@ -9,8 +9,8 @@ from tower_cases import LOG, moco_file
 
 from frugal.cit.tower_start import start_image
 from frugal.common.models.config import ImageTower
-from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.positions import image_table
+from frugal.common.models.vit import ImageTransformer
 
 NEAR = {"rtol": 0, "atol": 1e-5}
 
@@ -52,7 +52,7 @@ def test_evaluation_gives_the_recorded_class_token_and_projection(tower) -> None
 
 
 @torch.no_grad()
-def test_training_normalises_by_the_batch_and_moves_the_running_statistics(tower) -> None:
+def test_training_normalizes_by_the_batch_and_moves_the_running_statistics(tower) -> None:
     tensors = case("moco_tiny").tensors
     tower.train()
     pooled = tower.forward_pooled(tensors["images"])

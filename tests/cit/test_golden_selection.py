@@ -92,7 +92,7 @@ def test_a_share_below_one_text_empties_the_selection() -> None:
     assert not found.chosen.any()
 
 
-def test_a_further_template_changes_and_normalises_a_class_anew() -> None:
+def test_a_further_template_changes_and_normalizes_a_class_anew() -> None:
     vectors = {"fox": torch.tensor([3.0, 0.0]), "a fox": torch.tensor([0.0, 0.5])}
 
     def embed(texts: Sequence[str]) -> Tensor:

@@ -28,7 +28,7 @@ def test_pooled_and_projected_captions_are_the_recorded_ones() -> None:
     }
     facts = json.dumps({"name": "golden", "config": config})
     tower = TransformersTextModule(TransformersText(name="golden", length=12, facts=facts), 20)
-    tower.initialise(torch.Generator())
+    tower.initialize(torch.Generator())
     bert = "sd.text_model."
     state = {f"model.{n.removeprefix(bert)}": t for n, t in tensors.items() if n.startswith(bert)}
     tower.load_state_dict(state | {"projection.weight": tensors["sd.text_projection.weight"]})

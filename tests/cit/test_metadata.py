@@ -121,12 +121,12 @@ def test_wordnet_gives_the_lemmas_of_nouns(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for part in ("adj", "adv", "noun", "verb"):
         for kind in ("index", "data"):
-            (folder / f"{kind}.{part}").write_text("  1 licence\n")
+            (folder / f"{kind}.{part}").write_text("  1 license\n")
         (folder / f"{part}.exc").write_text("")
     (folder / "index.sense").write_text("")
     (folder / "lexnames").write_text("00\tadj.all\t3\n01\tnoun.Tops\t1\n")
     (folder / "index.noun").write_text(
-        "  1 licence\nsnow_owl n 1 0 1 0 00000012  \nred_fox n 1 0 1 0 00000013  \n"
+        "  1 license\nsnow_owl n 1 0 1 0 00000012  \nred_fox n 1 0 1 0 00000013  \n"
     )
     found = wordnet(tmp_path)
     assert found.returncode == 0, found.stderr

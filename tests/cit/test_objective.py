@@ -21,13 +21,13 @@ from tower_cases import (
 )
 
 from frugal.cit.published_dual import to_released
-from frugal.cit.settings import LockedContrastive, published_optimiser
+from frugal.cit.settings import LockedContrastive, published_optimizer
 from frugal.common.data.tokenizers import ClipBpe
-from frugal.common.engine.optimizers import build_optimizer, set_learning_rate
 from frugal.common.errors import InputError
 from frugal.common.models.config import TextTower
 from frugal.common.models.pretrained import TimmImage
 from frugal.common.objectives.contrastive_loss import LARGEST_LOG_SCALE
+from frugal.common.optim.optimizers import build_optimizer, set_learning_rate
 from frugal.common.recipe import AdamW, EngineOptions, Recipe, Reductions
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate
@@ -76,13 +76,13 @@ def test_what_is_frozen_is_bit_for_bit_what_it_was(recipe: Recipe, parts) -> Non
     module = objective_of(replace(recipe, objective=chosen))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     free = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    optimiser = build_optimizer(module, published_optimiser())
-    set_learning_rate(optimiser, 1e-3)
+    optimizer = build_optimizer(module, published_optimizer())
+    set_learning_rate(optimizer, 1e-3)
     for seed in range(2):
         loss, _ = module(batch_of(seed=seed))
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     moved = {n for n, t in module.state_dict().items() if not t.equal(before[n])}
     statistics = {n for n in before if "running_" in n or "num_batches" in n}
     biases_of_keys = {n for n in free if ".attention.self.key.bias" in n}  # no gradient, no decay
@@ -111,7 +111,7 @@ def test_there_are_three_groups_of_weight_decay(recipe: Recipe) -> None:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     decays = {
         names[id(parameter)]: group["weight_decay"]
-        for group in build_optimizer(module, published_optimiser()).param_groups
+        for group in build_optimizer(module, published_optimizer()).param_groups
         for parameter in group["params"]
     }
     assert decays.keys() == set(names.values())
@@ -122,11 +122,11 @@ def test_there_are_three_groups_of_weight_decay(recipe: Recipe) -> None:
             assert decays[name] == (0.0 if parameter.ndim == 1 else 0.2), name
     assert decays["model.image.pos_embed"] == decays["model.image.cls_token"] == 0.2
     assert decays["model.logit_scale"] == 0.0
-    published = build_optimizer(module, published_optimiser(no_decay=("bias", "norm")))
+    published = build_optimizer(module, published_optimizer(no_decay=("bias", "norm")))
     held = {names[id(p)]: g["weight_decay"] for g in published.param_groups for p in g["params"]}
     assert {name for name in names.values() if held[name] != decays[name]} == {"model.logit_scale"}
     with pytest.raises(InputError, match="projects into no shared space"):
-        build_optimizer(torch.nn.Linear(2, 2), published_optimiser())
+        build_optimizer(torch.nn.Linear(2, 2), published_optimizer())
     assert AdamW(learning_rate=1.0).projection_weight_decay is None
 
 

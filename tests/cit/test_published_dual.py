@@ -116,7 +116,7 @@ def test_plain_towers_leave_and_come_back_as_either_kind(kind, tmp_path, bert_wo
     assert models[1].recipe.objective.train_image == "none"
 
 
-def test_a_training_checkpoint_is_read_without_its_optimiser(tmp_path) -> None:
+def test_a_training_checkpoint_is_read_without_its_optimizer(tmp_path) -> None:
     state = torch.load(released(tmp_path / "released") / "pytorch_model.bin")
     file = tmp_path / "checkpoint-best.pth"
     content = {

@@ -31,7 +31,7 @@ from frugal.cit.settings import augreg_tower, moco_tower, swag_tower
 from frugal.cit.tower_start import start_image
 from frugal.common.errors import InputError
 from frugal.common.models.config import ImageTower, flip_encoder
-from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.vit import ImageTransformer
 
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
 HALF = (0.5, 0.5, 0.5)

@@ -67,13 +67,13 @@ def test_an_image_model_of_transformers_pools_what_it_says(name: str, tmp_path: 
     pixels = json.dumps({"image_mean": mean, "image_std": std})
     (folder / "preprocessor_config.json").write_text(pixels)
     tower = TransformersImage(name=str(folder), image_size=32, pooling=pooling).module(10)
-    tower.initialise(torch.Generator())
+    tower.initialize(torch.Generator())
     tower.start(log=LOG)
     tower.eval()
     images = batch_of().images
-    normalised = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    normalized = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.inference_mode():
-        made = AutoModel.from_pretrained(folder).eval()(pixel_values=normalised)
+        made = AutoModel.from_pretrained(folder).eval()(pixel_values=normalized)
         expected = {
             "pooler": lambda: made.pooler_output.flatten(1),
             "first": lambda: made.last_hidden_state[:, 0],
@@ -88,7 +88,7 @@ def test_a_text_model_of_transformers_pools_what_it_says(name: str, tmp_path: Pa
     config, pooling = TEXT_MODELS[name]
     folder = saved(tmp_path / "model", config)
     tower = TransformersText(name=str(folder), length=12, pooling=pooling).module()
-    tower.initialise(torch.Generator())
+    tower.initialize(torch.Generator())
     tower.start(log=LOG)
     tower.eval()
     batch = batch_of()
@@ -114,7 +114,7 @@ def test_a_timm_model_starts_from_a_file_and_gives_timm_s_features(name, tmp_pat
     file = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), file)
     tower = TimmImage(name=name, weights=file, image_size=64).module()
-    tower.initialise(torch.Generator())
+    tower.initialize(torch.Generator())
     tower.start(log=LOG)
     images = batch_of(size=64).images
     about = model.pretrained_cfg
@@ -148,7 +148,7 @@ def test_dropout_is_what_the_recipe_says(bert: Path) -> None:
     batch = batch_of()
     for dropout, differs in ((None, True), (0.0, False)):
         tower = text_of(bert, dropout=dropout).module()
-        tower.initialise(torch.Generator())
+        tower.initialize(torch.Generator())
         tower.start(log=LOG)
         tower.train()
         first, second = (tower(batch.token_ids, batch.text_lengths) for _ in range(2))
@@ -274,7 +274,7 @@ def test_damaged_and_foreign_weights_are_sentences(tmp_path: Path, bert: Path) -
     with pytest.raises(InputError, match=r"lack pooler\.dense.*choose another pooling"):
         tower.start(log=LOG)
     first = text_of(bert, pooling="first").module()
-    first.initialise(torch.Generator())
+    first.initialize(torch.Generator())
     first.start(log=LOG)  # needs none
     file = tmp_path / "timm.safetensors"
     save_file({"patch_embed.proj.weight": torch.zeros(1)}, file)
@@ -302,7 +302,7 @@ def test_slots_of_tokens_are_for_models_that_can_be_told(tmp_path: Path, bert: P
     batch = batch_of()
     slots = torch.arange(8).expand(6, -1)
     tower = text_of(bert).module()
-    tower.initialise(torch.Generator())
+    tower.initialize(torch.Generator())
     tower.eval()
     plain = tower(batch.token_ids, batch.text_lengths)
     torch.testing.assert_close(tower(batch.token_ids, batch.text_lengths, slots), plain)
@@ -324,7 +324,7 @@ def test_a_folder_of_timm_s_is_a_tower_with_its_own_settings(tmp_path: Path) -> 
     assert (config.mean, config.std, config.width) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7), 24)
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     tower = config.module()
-    tower.initialise(torch.Generator())
+    tower.initialize(torch.Generator())
     tower.start(log=LOG)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, BertConfig
 
 from frugal.cit.objective import LockedObjective
-from frugal.cit.settings import LockedContrastive, dual_encoder, published_optimiser
+from frugal.cit.settings import LockedContrastive, dual_encoder, published_optimizer
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.contracts import Batch
 from frugal.common.data.config import PairData
@@ -64,7 +64,7 @@ def recipe_of(image: Any, text: Any, tokenizer: Path, **objective: Any) -> Recip
         data=PairData(train=("pairs.tar",), tokenizer=HuggingFace(name=str(tokenizer))),
         reduction=Reductions(image=KeepAll(), text=Truncate()),
         objective=LockedContrastive(**{"train_image": "all", **objective}),
-        optimiser=published_optimiser(),
+        optimizer=published_optimizer(),
         schedule=WarmupCosine(samples=480),
         batch_size=24,
     )

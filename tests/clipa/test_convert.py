@@ -93,7 +93,7 @@ def test_a_converted_open_clip_file_gives_the_embeddings_of_its_towers(tmp_path)
     run = converted(tmp_path / "run", tmp_path / "model.safetensors", heads=(6, 6))
     trained = load_trained(run, device="cpu")
     assert trained.recipe.model == replace(
-        config, initialisation=trained.recipe.model.initialisation
+        config, initialization=trained.recipe.model.initialization
     )
     images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     assert torch.equal(trained.model.encode_image(images), model.encode_image(images))

@@ -143,7 +143,7 @@ def test_words_are_letters_and_digits_or_other_marks() -> None:
     ]  # fmt: skip
 
 
-def test_kept_neighbours_stay_together_and_gaps_become_spaces() -> None:
+def test_kept_neighbors_stay_together_and_gaps_become_spaces() -> None:
     text, spans = find_words("a well-known black/white dog")
     words = [text[start:stop] for start, stop in spans]
     assert words == ["a", "well", "-", "known", "black", "/", "white", "dog"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from frugal.clipa.published_weights import from_big_vision, read_published
 from frugal.common.data.transforms import CenterCrop
+from frugal.common.models.clip import DualEncoder
 from frugal.common.models.config import (
     CLIP_MEAN,
     DualEncoderConfig,
@@ -20,7 +21,6 @@ from frugal.common.models.config import (
     TextTower,
     clipa_encoder,
 )
-from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.weight_names import from_open_clip
 from frugal.common.objectives.contrastive_loss import contrastive_loss
 
@@ -239,7 +239,7 @@ def test_evaluation_images_equal_the_reference(name):
 
 @pytest.mark.parametrize("name", ["eval_bicubic_crop", "eval_bilinear_square"])
 @torch.no_grad()
-def test_bytes_are_normalised_as_in_the_reference(name):
+def test_bytes_are_normalized_as_in_the_reference(name):
     golden = load_file(GOLDEN / f"{name}.safetensors")
     size = description(name)["size"]
     config = original(image={"image_size": size, "patch_size": 4, "depth": 1}, text={}, embed_dim=8)

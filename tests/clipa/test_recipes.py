@@ -11,10 +11,10 @@ import torch
 
 from frugal.clipa.recipes import RECIPES, demo, demo_tuning, released
 from frugal.clipa.syntax_masking import SyntaxMasking
-from frugal.common.commands import read_command_line
-from frugal.common.data.colour import NO_CHANGE, ColourJitter
+from frugal.common.cli import read_command_line
+from frugal.common.data.color import NO_CHANGE, ColorJitter
+from frugal.common.models.clip import DualEncoder
 from frugal.common.models.config import CLIP_MEAN, IMAGENET_MEAN
-from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import from_json, to_json
 from frugal.common.reduction.image import PatchView
@@ -72,12 +72,12 @@ def test_a_recipe_has_the_published_numbers(name):
     assert patches_seen(recipe) == patches
     assert recipe.model.text.length == tokens
     assert recipe.batch_size == batch
-    assert recipe.optimiser.peak(batch) == pytest.approx(peak)
+    assert recipe.optimizer.peak(batch) == pytest.approx(peak)
     assert recipe.schedule.samples == samples
     assert recipe.schedule.warmup_samples == warmup * batch
     assert recipe.reduction.text == (SyntaxMasking() if syntax else Truncate())
-    assert recipe.optimiser.betas == (0.9, 0.95)
-    assert recipe.optimiser.weight_decay == 0.2
+    assert recipe.optimizer.betas == (0.9, 0.95)
+    assert recipe.optimizer.weight_decay == 0.2
     assert recipe.engine.checkpoint_activations
 
 
@@ -90,14 +90,14 @@ def test_both_versions_have_their_own_towers_and_preprocessing(name):
         assert image.mean == CLIP_MEAN and image.activation == "gelu"
         assert image.pooling == ("class" if "-b16-" in name else "mean_all")
         assert image.positions == ("learned" if "tuning" in name else "sincos")
-        assert recipe.optimiser.epsilon == 1e-6
+        assert recipe.optimizer.epsilon == 1e-6
         assert recipe.data.augmentation.interpolation == "bicubic"
     else:
         assert not image.pre_norm and not text.causal and text.pooling == "last"
         assert image.mean == IMAGENET_MEAN and image.activation == text.activation == "gelu_tanh"
         assert (image.pooling, image.norm_after_pooling) == ("mean", True)
         assert image.positions == "sincos_bigvision"
-        assert recipe.optimiser.epsilon == 1e-8
+        assert recipe.optimizer.epsilon == 1e-8
         assert recipe.data.augmentation.interpolation == "bilinear"
         assert recipe.data.tokenizer.class_token
     assert recipe.data.augmentation.scale == (0.4, 1.0)
@@ -130,7 +130,7 @@ def test_a_fine_tuning_has_the_weights_of_the_stage_before_and_other_tables(name
 
 
 def test_weight_decay_acts_on_what_the_references_decayed():
-    from frugal.common.engine.optimizers import decayed_names
+    from frugal.common.optim.optimizers import decayed_names
 
     for name, spared in (
         ("vit-l16-i17-t16-tuning-224", {"image.cls_token"}),
@@ -140,17 +140,17 @@ def test_weight_decay_acts_on_what_the_references_decayed():
         with torch.device("meta"):
             model = DualEncoder(recipe.model)
         matrices = {key for key, value in model.named_parameters() if value.ndim >= 2}
-        assert decayed_names(model, recipe.optimiser) == matrices - spared
+        assert decayed_names(model, recipe.optimizer) == matrices - spared
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_colours_change_where_the_published_run_was_not_crop_only(name):
+def test_colors_change_where_the_published_run_was_not_crop_only(name):
     crop_only = {
         "vit-b16-i50-t16", "vit-b16-i50-t16-tuning-224", "vit-l14-i36-t8",
         "vit-h14-i36-t8-plain-tuning-224",
     }  # fmt: skip
-    expected = NO_CHANGE if name in crop_only else ColourJitter()
-    assert RECIPES[name]().data.colour == expected
+    expected = NO_CHANGE if name in crop_only else ColorJitter()
+    assert RECIPES[name]().data.color == expected
 
 
 def test_the_demo_sees_a_quarter_of_the_patches_of_its_tuning():

@@ -15,8 +15,8 @@ from frugal.clipa.named_models import MODELS, named_model
 from frugal.clipa.published_weights import Published, read_published
 from frugal.clipa.tower_of_weights import fit_towers
 from frugal.common.errors import InputError
+from frugal.common.models.clip import DualEncoder
 from frugal.common.models.config import DualEncoderConfig
-from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.weight_names import from_open_clip, to_open_clip
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clipa"
@@ -191,7 +191,7 @@ def test_half_precision_becomes_float32(tmp_path, dtype):
 
 @pytest.mark.parametrize("positions", ["sincos_bigvision", "sincos", "learned"])
 @pytest.mark.parametrize("name", ["ViT-L-14-CLIPA", "ViT-L-16-CL16-GAP"])
-def test_a_fixed_position_table_is_recognised(tmp_path, name, positions):
+def test_a_fixed_position_table_is_recognized(tmp_path, name, positions):
     model = tiny(name=name, positions=positions)
     save_file(to_open_clip(model.state_dict(), model.config), tmp_path / "a.safetensors")
     assert_same_model(read_published(tmp_path), model)
@@ -250,7 +250,7 @@ def write_npz(path: Path, members: dict[str, np.ndarray], *, compressed: bool = 
 
 
 def moments(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Optimiser and clock of a train state: first moments in bfloat16, as two raw bytes."""
+    """Optimizer and clock of a train state: first moments in bfloat16, as two raw bytes."""
     state = {"opt/0/count": np.int32(7), "chrono/accum_train_time": np.float64(3.5)}
     for name, value in params.items():
         state[f"opt/0/mu/{name}"] = np.zeros(value.shape, "V2")

@@ -50,13 +50,13 @@ def shard_of(folder: Path, *, files: dict[str, bytes]) -> Path:
 
 
 def flat_images(count: int) -> dict[str, bytes]:
-    """Images of one colour each, with a caption."""
+    """Images of one color each, with a caption."""
     files = {}
     for number in range(count):
         encoded = io.BytesIO()
         Image.new("RGB", (32, 32), (4 * number % 256, 90, 200)).save(encoded, "PNG")
         files[f"{number:05d}.png"] = encoded.getvalue()
-        files[f"{number:05d}.txt"] = b"one colour"
+        files[f"{number:05d}.txt"] = b"one color"
     return files
 
 

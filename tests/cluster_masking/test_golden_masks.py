@@ -43,9 +43,9 @@ def mask_of(case: str, overflow: str = "index") -> ClusterMask:
     described, tensors = golden(case)
     more = {}
     if described["kind"] == "mask_embed":
-        more = {"embeddings": tensors["tokens"][:, 1:], "mix": described["mix"], "centred": False}
+        more = {"embeddings": tensors["tokens"][:, 1:], "mix": described["mix"], "centered": False}
     return cluster_mask(
-        view_of(described, tensors).normalised,
+        view_of(described, tensors).normalized,
         anchor_noise=tensors["noise_anchor"],
         cut_off_noise=tensors["noise_cutoff"],
         anchor_ratio=described["anchor_ratio"],
@@ -125,7 +125,7 @@ def search(case: str):
     """The search of a golden case; its images are one batch of one process."""
     described, tensors = golden(case)
     closest = closest_anchor(
-        view_of(described, tensors).normalised,
+        view_of(described, tensors).normalized,
         tensors["noise_anchor"],
         anchor_ratio=described["anchor_ratio"],
     )
@@ -158,7 +158,7 @@ def test_a_search_predicts_the_ratio_of_the_masks_it_leads_to(case: str) -> None
     found = search(case)
     for threshold, ratio in found.visited:
         mask = cluster_mask(
-            view_of(described, tensors).normalised,
+            view_of(described, tensors).normalized,
             anchor_noise=tensors["noise_anchor"],
             cut_off_noise=torch.zeros_like(tensors["noise_anchor"]),
             anchor_ratio=described["anchor_ratio"],

@@ -21,7 +21,7 @@ from frugal.cluster_masking.published import (
     tower_with_bias,
 )
 from frugal.common.models.config import CLIP_MEAN, CLIP_STD, ImageTower
-from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.models.weight_names import OPEN_CLIP, read_names
 from frugal.common.randomness import RecordedNoise
 from frugal.common.reduction.image import Kept, PatchView
@@ -142,7 +142,7 @@ def test_the_blocked_layout_equals_the_reference(case: Case) -> None:
     torch.testing.assert_close(pooled, case.tensors["pooled_blocking"], **TOLERANCE)
 
 
-def test_the_published_behaviour_is_reproduced(case: Case) -> None:
+def test_the_published_behavior_is_reproduced(case: Case) -> None:
     bias = published_bias(recorded_hits(case), case.tower.config.heads)
     pooled = tower_with_bias(case.tower, case.images, ids_keep(case), bias)
     torch.testing.assert_close(pooled, case.tensors["pooled_published"], **TOLERANCE)

@@ -56,7 +56,7 @@ def counts_of(objective: Any, batch: Batch) -> list[int]:
     return objective(batch, encode_only=True).patches.tolist()
 
 
-def test_the_objective_masks_normalised_pixels_with_the_noise_of_the_samples() -> None:
+def test_the_objective_masks_normalized_pixels_with_the_noise_of_the_samples() -> None:
     recipe, batch = small(ClusterMasking(threshold=0.5, anchor_ratio=0.1)), batch_of(5, first=7)
     objective = recipe.objective.build(recipe)
     view = PatchView.of(batch.images, recipe.model.image)
@@ -73,9 +73,9 @@ def test_embeddings_are_those_of_the_tower_and_count_by_the_share_of_the_run(fir
     objective, batch = recipe.objective.build(recipe), batch_of(8, first)
     view = PatchView.of(batch.images, recipe.model.image)
     tower, noise = objective.model.image, SampleNoise(0, batch.sample_numbers)
-    embeddings = tower.patch_embed(view.normalised) + tower.pos_embed[:, 1:]
+    embeddings = tower.patch_embed(view.normalized) + tower.pos_embed[:, 1:]
     mask = cluster_mask(
-        view.normalised,
+        view.normalized,
         anchor_noise=noise.uniform(ANCHORS, 64),
         cut_off_noise=noise.uniform(CUT_OFF, 64),
         anchor_ratio=0.1,

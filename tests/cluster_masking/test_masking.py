@@ -27,11 +27,11 @@ GRIDS = [(4, 8, 3), (5, 3, 4), (7, 7, 2), (1, 13, 5)]  # rows, columns, side of 
 
 
 def pictures(rows: int, columns: int, side: int, count: int, seed: int = 0) -> torch.Tensor:
-    """Images of a few colours, so that patches form clusters, with noise on top."""
+    """Images of a few colors, so that patches form clusters, with noise on top."""
     generator = torch.Generator().manual_seed(seed)
-    colours = torch.randint(0, 256, (count, 3, 4), generator=generator)
+    colors = torch.randint(0, 256, (count, 3, 4), generator=generator)
     which = torch.randint(0, 4, (count, 1, rows, columns), generator=generator)
-    flat = colours.gather(2, which.flatten(2).expand(-1, 3, -1)).view(count, 3, rows, columns)
+    flat = colors.gather(2, which.flatten(2).expand(-1, 3, -1)).view(count, 3, rows, columns)
     flat = flat.repeat_interleave(side, 2).repeat_interleave(side, 3)
     noise = torch.randint(-40, 41, flat.shape, generator=generator)
     return (flat + noise).clamp(0, 255).to(torch.uint8)
@@ -54,21 +54,21 @@ def mask_of(seen: PatchView, **options: object) -> ClusterMask:
         "threshold": 0.6,
         "min_mask_ratio": 0.3,
     }
-    return cluster_mask(seen.normalised, **{**settings, **options})
+    return cluster_mask(seen.normalized, **{**settings, **options})
 
 
 def slowly(seen: PatchView, *, anchor_noise, cut_off_noise, alpha, tau, beta) -> list[list[int]]:
     """The kept patches of every image, patch by patch in double precision, from the paper."""
     kept = []
-    for image, u, v in zip(seen.normalised.double(), anchor_noise, cut_off_noise, strict=True):
+    for image, u, v in zip(seen.normalized.double(), anchor_noise, cut_off_noise, strict=True):
         number = len(image)
         by_noise = sorted(range(number), key=lambda patch: u[patch].item())
         anchors = by_noise[number - (number - math.floor(number * (1 - alpha))) :]
-        centred = [patch - patch.mean() for patch in image]
+        centered = [patch - patch.mean() for patch in image]
         visible = []
-        for patch in centred:
+        for patch in centered:
             cosines = [
-                (patch @ centred[a] / (patch.norm() * centred[a].norm())).item() for a in anchors
+                (patch @ centered[a] / (patch.norm() * centered[a].norm())).item() for a in anchors
             ]
             visible.append(not any(cosine > tau for cosine in cosines))
         stays = [patch for patch in range(number) if visible[patch]]

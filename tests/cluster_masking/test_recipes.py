@@ -8,11 +8,11 @@ import torch
 
 from frugal.cluster_masking.masking import ClusterMasking, most_kept, num_anchors
 from frugal.cluster_masking.recipes import RECIPES
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
-from frugal.common.engine.optimizers import decayed_names
+from frugal.common.models.clip import DualEncoder
 from frugal.common.models.config import clip_encoder
-from frugal.common.models.dual_encoder import DualEncoder
+from frugal.common.optim.optimizers import decayed_names
 from frugal.common.recipe import Recipe, difference, from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 
@@ -42,7 +42,7 @@ def test_the_published_run() -> None:
     assert recipe.steps == 32 * per_loader * 8
     assert recipe.schedule.samples == 171_520 * 2_048
     assert recipe.schedule.warmup_samples == 2_000 * 2_048
-    peak = recipe.optimiser.peak(recipe.batch_size)
+    peak = recipe.optimizer.peak(recipe.batch_size)
     assert peak == 5e-4
     masking = recipe.reduction.image
     assert isinstance(masking, ClusterMasking)
@@ -52,8 +52,8 @@ def test_the_published_run() -> None:
     assert masking.threshold is None and masking.images_to_see >= 1000
     patches = recipe.model.image.num_patches
     assert (patches, num_anchors(patches, 0.03), most_kept(patches, 0.3)) == (196, 6, 137)
-    assert (recipe.optimiser.betas, recipe.optimiser.epsilon) == ((0.9, 0.98), 1e-6)
-    assert (recipe.optimiser.weight_decay, recipe.optimiser.clip_norm) == (0.2, None)
+    assert (recipe.optimizer.betas, recipe.optimizer.epsilon) == ((0.9, 0.98), 1e-6)
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.clip_norm) == (0.2, None)
     assert recipe.data.augmentation.scale == (0.9, 1.0) and recipe.data.augmentation.flip == 0
     assert recipe.run.seed == 0 and recipe.data.workers == 8
 
@@ -76,7 +76,7 @@ def test_weight_decay_acts_on_matrices_alone() -> None:
     recipe = RECIPES["vit-b16-cc12m"]()
     with torch.device("meta"):
         model = DualEncoder(recipe.model)
-    decayed = decayed_names(model, recipe.optimiser)
+    decayed = decayed_names(model, recipe.optimizer)
     # of the published names: fewer than two dimensions, or one of these words
     spared = {
         name

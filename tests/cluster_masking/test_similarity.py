@@ -36,7 +36,7 @@ def test_pixels_are_compared_by_pearsons_correlation(shape: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("shape", CASES)
-def test_embeddings_are_compared_by_their_cosine_without_centring(
+def test_embeddings_are_compared_by_their_cosine_without_centering(
     shape: tuple[int, int, int],
 ) -> None:
     embeddings, anchors = random_patches(*shape), some(*shape[:2])
@@ -45,7 +45,7 @@ def test_embeddings_are_compared_by_their_cosine_without_centring(
     expected = every.gather(1, anchors.unsqueeze(2).expand(-1, -1, shape[1]))
     found = embedding_similarity(embeddings, anchors)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
-    plain = pixel_similarity(embeddings, anchors, centred=False)
+    plain = pixel_similarity(embeddings, anchors, centered=False)
     assert torch.equal(plain, found)
 
 

@@ -19,11 +19,11 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
 def pictures(count: int, *, grain: int = 60, seed: int = 0) -> torch.Tensor:
-    """Images of 6x8 patches of 4 pixels in a few colours, with noise."""
+    """Images of 6x8 patches of 4 pixels in a few colors, with noise."""
     generator = torch.Generator().manual_seed(seed)
-    colours = torch.randint(0, 256, (count, 3, 5), generator=generator)
+    colors = torch.randint(0, 256, (count, 3, 5), generator=generator)
     which = torch.randint(0, 5, (count, 1, 48), generator=generator).expand(-1, 3, -1)
-    flat = colours.gather(2, which).view(count, 3, 6, 8)
+    flat = colors.gather(2, which).view(count, 3, 6, 8)
     flat = flat.repeat_interleave(4, 2).repeat_interleave(4, 3)
     noise = torch.randint(-grain, grain + 1, flat.shape, generator=generator)
     return (flat + noise).clamp(0, 255).to(torch.uint8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.errors import InputError
 from frugal.common.words import command_words
 from frugal.flip.recipes import RECIPES

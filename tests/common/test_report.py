@@ -129,8 +129,8 @@ def gathered() -> Gathered:
     caption = Example(
         picture(300, 200), (wrong,), (Guess(wrong, 0.5, True), Guess("other", -0.25, False))
     )
-    colours, shapes = ("red", "blue"), ("ring", "star", "moon")
-    names = [f"{colour} {shape}" for colour in colours for shape in shapes]
+    colors, shapes = ("red", "blue"), ("ring", "star", "moon")
+    names = [f"{color} {shape}" for color in colors for shape in shapes]
     return Gathered(
         masked=tuple(masked_examples(images, kept, 4, [wrong, "plain"])),
         classified=(example,),
@@ -410,7 +410,7 @@ def small_recipe(scenes: Path) -> Recipe:
         data=PairData(train=("nowhere",), tokenizer=ClipBpe()),
         reduction=Reductions(image=RandomMasking(mask_ratio=0.75), text=Truncate()),
         objective=Contrastive(),
-        optimiser=AdamW(learning_rate=1e-3),
+        optimizer=AdamW(learning_rate=1e-3),
         schedule=WarmupCosine(samples=640),
         batch_size=64,
         evaluation=(ZeroShot(data=scenes), Retrieval(data=scenes), Compositional(data=scenes)),

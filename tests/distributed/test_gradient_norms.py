@@ -19,7 +19,7 @@ from torch import Tensor
 from frugal.cit.settings import LockedContrastive
 from frugal.common.contracts import Batch
 from frugal.common.engine.loop import accumulate
-from frugal.common.engine.unread import Step, read
+from frugal.common.engine.metrics import Step, read
 from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.recipe import EngineOptions, Recipe
 from frugal.common.reduction.image import KeepAll
@@ -63,7 +63,7 @@ def cut(recipe: Recipe, engine: EngineOptions) -> Recipe:
         engine=engine,
         batch_size=GLOBAL,
         # the norm that is compared is the one before clipping, which must not hide a factor
-        optimiser=replace(recipe.optimiser, clip_norm=0.5),
+        optimizer=replace(recipe.optimizer, clip_norm=0.5),
     )
 
 

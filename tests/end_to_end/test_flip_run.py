@@ -183,8 +183,8 @@ def test_a_loss_that_stays_not_finite_ends_the_run_with_a_sentence(
 ) -> None:
     run = tmp_path / "run"
     output = train(
-        launcher, run, f"--data.train={scenes / 'train'}", "--optimiser.learning-rate=1e30",
-        "--optimiser.clip-norm=None", "--schedule.warmup-samples=0", "--run.max-skipped=3",
+        launcher, run, f"--data.train={scenes / 'train'}", "--optimizer.learning-rate=1e30",
+        "--optimizer.clip-norm=None", "--schedule.warmup-samples=0", "--run.max-skipped=3",
         expect=1,
     )  # fmt: skip
     assert "Traceback" not in output

@@ -125,7 +125,7 @@ def test_starting_from_nothing(data: str, tmp_path: Path) -> None:
         ({"train_batch_size": 17}, "train_batch_size to 17"),
         ({"gradient_clipping": 0.3}, "gradient_clipping to 0.3"),
         ({"bf16": {"enabled": True}}, "engine.precision"),
-        ({"optimizer": {"type": "Adam"}}, "optimiser"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer"),
     ],
 )
 def test_a_deepspeed_file_that_contradicts_the_recipe(
@@ -173,7 +173,7 @@ def test_a_gpu_that_is_not_there(data: str, tmp_path: Path) -> None:
 
 
 def test_the_ready_files_for_deepspeed_suit_every_recipe() -> None:
-    from frugal.common.engine.deepspeed_backend import fill_config
+    from frugal.common.engine.deepspeed import fill_config
     from frugal.flip.recipes import RECIPES
 
     for file in sorted((ROOT / "ds_configs").glob("*.json")):

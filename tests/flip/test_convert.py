@@ -124,9 +124,9 @@ def test_tuning_that_changes_nothing_and_an_export_leave_every_embedding_bit_for
         "--schedule.samples=48", "--schedule.warmup-samples=0", "--engine.precision=float32",
         "--run.log-every=1",
     ]  # fmt: skip
-    done = command(*words, f"--run.dir={tmp_path / 'still'}", "--optimiser.learning-rate-per-256=0")
+    done = command(*words, f"--run.dir={tmp_path / 'still'}", "--optimizer.learning-rate-per-256=0")
     assert "started from step 2" in done.stderr
-    command(*words, f"--run.dir={tmp_path / 'tuned'}", "--optimiser.learning-rate-per-256=0.1")
+    command(*words, f"--run.dir={tmp_path / 'tuned'}", "--optimizer.learning-rate-per-256=0.1")
     model = load_recipe(converted / "recipe.json").model.build()
     model.load_state_dict(
         from_flax({n: torch.from_numpy(v) for n, v in PARAMS.items()}, model.config)
@@ -229,7 +229,7 @@ def hollow(folder: Path, size: str) -> Path:
     return write_checkpoint(folder / "checkpoint_380000", params, step=380_000, style=style)
 
 
-def test_base_is_recognised_and_converted_without_a_word_about_heads(tmp_path: Path, caplog):
+def test_base_is_recognized_and_converted_without_a_word_about_heads(tmp_path: Path, caplog):
     vocab = GOLDEN / "bert_uncased_vocab.txt"
     source = hollow(tmp_path / "in", "B/16")
     convert(Options(source=source, out=tmp_path / "out", recipe="base", vocab=vocab), LOG)

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from frugal.common.errors import InputError
+from frugal.common.models.clip import DualEncoder
 from frugal.common.models.config import (
     DualEncoderConfig,
     ImageTower,
     TextTower,
     flip_encoder,
 )
-from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.positions import sincos_table
 from frugal.common.randomness import RecordedNoise
 from frugal.common.reduction.image import Kept, PatchView
@@ -60,7 +60,7 @@ def config_of(description) -> DualEncoderConfig:
             pooling="first",
         ),
         embed_dim=description["head"]["proj_dim_out"],
-        initialisation="flip",
+        initialization="flip",
     )
 
 

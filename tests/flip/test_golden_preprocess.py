@@ -1,4 +1,4 @@
-"""Resized and normalised images against numbers recorded from the reference implementation."""
+"""Resized and normalized images against numbers recorded from the reference implementation."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from frugal.common.models.config import flip_encoder
 GOLDEN = Path(__file__).parents[1] / "golden" / "flip"
 CASES = json.loads((GOLDEN / "preprocess.json").read_text())
 ARRAYS = load_file(GOLDEN / "preprocess.safetensors")
-GREY_LEVELS = 0.05
+GRAY_LEVELS = 0.05
 """As stated with the recorded numbers; ours are nearer than 1e-4."""
-NORMALISED = 1e-3
+NORMALIZED = 1e-3
 PUBLISHED = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
 
 every_case = pytest.mark.parametrize("number", range(len(CASES)))
@@ -53,7 +53,7 @@ class Seen(torch.nn.Module):
 
 
 def as_towers_see(levels: np.ndarray) -> np.ndarray:
-    """Grey levels (3, H, W) on their way through an evaluation of the published recipes."""
+    """Gray levels (3, H, W) on their way through an evaluation of the published recipes."""
     model = Seen()
     tower = flip_encoder("B/16").image
     embedder = Embedder(model, None, context_length=32, device=torch.device("cpu"), image=tower)
@@ -73,18 +73,18 @@ def test_training_windows_are_resized_as_recorded(number: int) -> None:
     )
     assert levels.dtype == np.float32
     expected = recorded(number, "train_resized")
-    np.testing.assert_allclose(levels, expected, rtol=0, atol=GREY_LEVELS)
+    np.testing.assert_allclose(levels, expected, rtol=0, atol=GRAY_LEVELS)
     expected = recorded(number, "train_normalised")
-    np.testing.assert_allclose(as_towers_see(levels), expected, rtol=0, atol=NORMALISED)
+    np.testing.assert_allclose(as_towers_see(levels), expected, rtol=0, atol=NORMALIZED)
 
 
 @every_case
 def test_the_published_evaluation_crop_gives_the_recorded_images(number: int) -> None:
-    levels = PUBLISHED.grey_levels(picture(number), size=size_of(number))
+    levels = PUBLISHED.gray_levels(picture(number), size=size_of(number))
     expected = recorded(number, "eval_resized")
-    np.testing.assert_allclose(levels, expected, rtol=0, atol=GREY_LEVELS)
+    np.testing.assert_allclose(levels, expected, rtol=0, atol=GRAY_LEVELS)
     expected = recorded(number, "eval_normalised")
-    np.testing.assert_allclose(as_towers_see(levels), expected, rtol=0, atol=NORMALISED)
+    np.testing.assert_allclose(as_towers_see(levels), expected, rtol=0, atol=NORMALIZED)
 
 
 def test_the_recorded_images_leave_the_range_of_bytes() -> None:
@@ -103,7 +103,7 @@ def test_training_takes_the_same_images_rounded_to_bytes(number: int) -> None:
     pixels = crop.decode(picture(number), size=size_of(number), generator=generator)
     expected = recorded(number, "train_resized").clip(0, 255)
     assert pixels.dtype == np.uint8
-    assert np.abs(pixels - expected).max() <= 0.5 + GREY_LEVELS
+    assert np.abs(pixels - expected).max() <= 0.5 + GRAY_LEVELS
 
 
 def test_rounding_to_bytes_clips_what_bytes_cannot_hold() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from frugal.common.engine.optimizers import decayed_names
-from frugal.common.models.dual_encoder import DualEncoder
+from frugal.common.models.clip import DualEncoder
+from frugal.common.optim.optimizers import decayed_names
 from frugal.common.recipe import Recipe, WarmupCosine
 from frugal.flip.published_weights import to_flax
 from frugal.flip.recipes import CLEAN, PARITY, RECIPES, VIRTUAL_EPOCH
@@ -34,11 +34,11 @@ def test_every_recorded_configuration_is_compared() -> None:
 def test_recipes_have_the_reference_s_steps_and_learning_rates(case: str) -> None:
     expected, recipe = CASES[case], RECIPES[RECIPE_OF[case]]()
     assert recipe.batch_size == expected["batch_size"]
-    assert recipe.optimiser.learning_rate_per_256 == expected["base_lr_per_256"]
+    assert recipe.optimizer.learning_rate_per_256 == expected["base_lr_per_256"]
     assert recipe.steps == expected["total_steps"]
     assert recipe.schedule.samples == expected["total_steps"] * recipe.batch_size
     assert recipe.schedule.warmup_samples == expected["warmup_steps"] * recipe.batch_size
-    peak = recipe.optimiser.peak(recipe.batch_size)
+    peak = recipe.optimizer.peak(recipe.batch_size)
     assert peak == pytest.approx(expected["peak_lr"], rel=1e-6)
     for step, rate in expected["values"]:
         ours = recipe.schedule.learning_rate(step * recipe.batch_size, peak=peak)
@@ -103,7 +103,7 @@ def narrow(recipe: Recipe) -> Recipe:
 def decayed_leaves(recipe: Recipe) -> dict[str, bool]:
     recipe = narrow(recipe)
     model = on_meta(recipe)
-    decayed = decayed_names(model, recipe.optimiser)
+    decayed = decayed_names(model, recipe.optimizer)
     state = {
         name: torch.full(weight.shape, float(name in decayed))
         for name, weight in model.named_parameters()
@@ -150,7 +150,7 @@ def test_models_have_the_published_sizes(
 def test_the_clean_preset_spares_the_class_token_and_the_scale_besides(name: str) -> None:
     parity, clean = RECIPES[name](), RECIPES[f"{name}-clean"]()
     model = on_meta(narrow(parity))
-    before, after = (decayed_names(model, r.optimiser) for r in (parity, clean))
+    before, after = (decayed_names(model, r.optimizer) for r in (parity, clean))
     assert before - after == {"image.cls_token", "logit_scale"}
     assert not after - before
     assert PARITY.clamp == parity.objective.clamp != clean.objective.clamp == CLEAN.clamp

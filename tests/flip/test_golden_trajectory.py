@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from frugal.common.contracts import Batch
-from frugal.common.engine.optimizers import build_adamw
 from frugal.common.models.config import flip_encoder
 from frugal.common.objectives.contrastive import ContrastiveObjective
+from frugal.common.optim.optimizers import build_adamw
 from frugal.common.randomness import RecordedNoise
 from frugal.common.recipe import AdamW, WarmupCosine
 from frugal.common.reduction.image import Kept, PatchView
@@ -64,9 +64,9 @@ def test_the_reference_run_is_repeated_step_by_step() -> None:
         betas=(case["b1"], case["b2"]),
         epsilon=case["eps"],
         weight_decay=case["weight_decay"],
-        no_decay=published.optimiser.no_decay,
+        no_decay=published.optimizer.no_decay,
     )
-    optimiser = build_adamw(objective, options)
+    optimizer = build_adamw(objective, options)
     schedule = WarmupCosine(
         samples=case["total_steps"] * batch, warmup_samples=int(case["warmup_steps"]) * batch
     )
@@ -83,11 +83,11 @@ def test_the_reference_run_is_repeated_step_by_step() -> None:
         assert 1 / metrics["logit_scale"].item() == pytest.approx(case["tau"][step], rel=1e-4)
         rate = schedule.learning_rate(step * batch, peak=options.peak(batch))
         assert rate == pytest.approx(case["lr"][step], abs=1e-6 * case["peak_lr"])
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     found = to_flax(model.state_dict(), model_config)
     assert found.keys() == final.keys()
     for name, expected in final.items():
@@ -109,4 +109,4 @@ def test_the_published_recipes_have_the_published_lengths() -> None:
         assert recipe.steps == expected["total_steps"]
         assert recipe.batch_size == expected["batch_size"]
         assert recipe.schedule.warmup_samples == expected["warmup_steps"] * recipe.batch_size
-        assert math.isclose(recipe.optimiser.peak(recipe.batch_size), expected["peak_lr"])
+        assert math.isclose(recipe.optimizer.peak(recipe.batch_size), expected["peak_lr"])

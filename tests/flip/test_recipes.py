@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
 from frugal.common.recipe import Recipe, difference
 from frugal.common.reduction.image import KeepAll
@@ -128,7 +128,7 @@ def test_the_two_presets_differ_in_exactly_these_fields(model: str, stage: str) 
     assert changed(parity, clean) == {
         "model.text.pad_mask",
         "objective.clamp",
-        "optimiser.no_decay",
+        "optimizer.no_decay",
         "schedule.samples",
         "schedule.warmup_samples",
     }
@@ -137,7 +137,7 @@ def test_the_two_presets_differ_in_exactly_these_fields(model: str, stage: str) 
         clean,
         model=parity.model,
         objective=parity.objective,
-        optimiser=parity.optimiser,
+        optimizer=parity.optimizer,
         schedule=parity.schedule,
     )
     assert same == parity
@@ -147,7 +147,7 @@ def test_the_clean_preset_mends_what_it_says() -> None:
     parity, clean = RECIPES["large"](), RECIPES["large-clean"]()
     assert (parity.model.text.pad_mask, clean.model.text.pad_mask) == (False, True)
     assert (parity.objective.clamp, clean.objective.clamp) == ("forward", "after_step")
-    spared = set(clean.optimiser.no_decay) - set(parity.optimiser.no_decay)
+    spared = set(clean.optimizer.no_decay) - set(parity.optimizer.no_decay)
     assert spared == {"class_token", "logit_scale"}
     assert clean.schedule.samples == 10_000 * VIRTUAL_EPOCH
     assert clean.schedule.warmup_samples == 40 * VIRTUAL_EPOCH
@@ -168,12 +168,12 @@ def test_tuning_differs_from_pretraining_in_masking_and_schedule_alone(model: st
     assert changed(masked, tuning) == {
         "reduction.image.type",
         "reduction.image.mask_ratio",
-        "optimiser.learning_rate_per_256",
+        "optimizer.learning_rate_per_256",
         "schedule.samples",
         "schedule.warmup_samples",
     }
     assert isinstance(tuning.reduction.image, KeepAll)
-    assert tuning.optimiser.peak(tuning.batch_size) == pytest.approx(1.024e-5)
+    assert tuning.optimizer.peak(tuning.batch_size) == pytest.approx(1.024e-5)
 
 
 @pytest.mark.parametrize("model", ["large", "large-clean", "large-laion2b"])
@@ -214,7 +214,7 @@ def test_ablations_are_short_runs_of_the_large_model(
     assert recipe.schedule.samples == recipe.steps * batch
     assert recipe.schedule.samples / 400e6 == pytest.approx(6.4, rel=0.03)
     # 4e-6 for every 256 samples of the batch
-    assert recipe.optimiser.peak(batch) == pytest.approx(4e-6 * batch / 256)
+    assert recipe.optimizer.peak(batch) == pytest.approx(4e-6 * batch / 256)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.evaluate import Options, chosen_tasks
 from frugal.common.recipe import Recipe
 from frugal.flip.recipes import RECIPES

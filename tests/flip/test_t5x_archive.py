@@ -172,7 +172,7 @@ def test_checkpoints_of_several_runs_are_not_guessed_from(tmp_path: Path):
         open_archive(tmp_path)
 
 
-def test_without_optimiser_state_the_folder_tells_the_step(tmp_path: Path, monkeypatch):
+def test_without_optimizer_state_the_folder_tells_the_step(tmp_path: Path, monkeypatch):
     step = write_checkpoint(tmp_path / "a" / "checkpoint_380000", draw(), step=None)
     monkeypatch.chdir(step)
     for source in (step.parent, step, step / "checkpoint", Path()):

@@ -19,7 +19,7 @@ from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.models.config import TextTower, flip_encoder
-from frugal.common.models.text_tower import TextTransformer
+from frugal.common.models.text import TextTransformer
 from frugal.common.objectives.config import Contrastive
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import sample_generator

@@ -16,7 +16,7 @@ SMALL = (
     "--model.text.depth=1", "--model.text.heads=2", "--model.text.mlp-width=16",
     "--model.embed-dim=8", f"--data.tokenizer.vocab={VOCABULARY}", "--data.workers=0",
     "--engine.precision=float32", "--run.log-every=1", "--batch-size=24",
-    "--optimiser.learning-rate-per-256=0.01",
+    "--optimizer.learning-rate-per-256=0.01",
     "--schedule.samples=96", "--schedule.warmup-samples=24",
 )  # fmt: skip
 """FLIP's large model in small: four steps of 24 samples."""

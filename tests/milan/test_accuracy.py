@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.labeled import LabeledImages
 from frugal.common.errors import InputError
 from frugal.common.models.config import ImageTower
 from frugal.common.run import Run
@@ -52,7 +52,7 @@ def test_every_image_counts_once_whatever_the_batch(folder: Path) -> None:
     classifier = model()
     found = measure(Accuracy(data=folder, batch_size=64), classifier)
     assert measure(Accuracy(data=folder, batch_size=9), classifier) == found
-    data = LabelledImages(folder, size=(16, 16), crop=Accuracy().crop)
+    data = LabeledImages(folder, size=(16, 16), crop=Accuracy().crop)
     right = among_five = 0
     losses = []
     for images, labels, _ in data.batches(0, 1, 1):

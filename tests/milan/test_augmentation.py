@@ -80,6 +80,6 @@ def test_a_policy_that_timm_does_not_know_is_refused(policy: str) -> None:
         RandAugmentedCrop(policy=policy)
 
 
-def test_a_fill_that_is_no_colour_is_refused() -> None:
+def test_a_fill_that_is_no_color_is_refused() -> None:
     with pytest.raises(InputError, match=r"data\.augmentation\.fill"):
         RandAugmentedCrop(fill=(300, 0, 0))

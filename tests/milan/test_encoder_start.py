@@ -164,7 +164,7 @@ def test_new_classifiers_start_from_the_fixed_table_and_the_wanted_head() -> Non
         assert 0.9 * limit < parameter.abs().max() <= limit
 
 
-def test_no_parameter_is_left_uninitialised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_parameter_is_left_uninitialized(monkeypatch: pytest.MonkeyPatch) -> None:
     create = VisionClassifier.__init__
 
     def create_full_of_nan(self: VisionClassifier, config: ClassifierConfig) -> None:

@@ -30,11 +30,11 @@ from transformers import (
 from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint
 from frugal.common.errors import InputError
 from frugal.common.export import Options, export
-from frugal.common.interop.encoder_weights import read_encoder
 from frugal.common.loading import load_trained
 from frugal.common.models.weight_names import from_timm, from_vit_mae
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
+from frugal.common.weights.encoder_weights import read_encoder
 from frugal.milan.classification import pooled
 from frugal.milan.decoders import Split
 from frugal.milan.encoder import encoder
@@ -65,7 +65,7 @@ def tuning(recipe: Recipe, **options: Any) -> Recipe:
 def module_of(recipe: Recipe) -> torch.nn.Module:
     """What a recipe trains; a masked model is built without its teacher."""
     if isinstance(recipe.model, MaskedModel):
-        outputs = 192 if hasattr(recipe.objective, "normalise_patches") else 20
+        outputs = 192 if hasattr(recipe.objective, "normalize_patches") else 20
         return torch.nn.ModuleDict({"model": recipe.model.build(outputs=outputs)})
     return recipe.objective.build(recipe)
 
@@ -149,18 +149,18 @@ def test_auto_model_gives_the_same_last_hidden_state(size, make_run, tmp_path) -
     assert all(torch.equal(back[name], tensor) for name, tensor in ours.state.items())
 
 
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
 def test_a_masked_autoencoder_of_pixels_predicts_the_same_in_transformers(
-    normalised, make_run, tmp_path
+    normalized, make_run, tmp_path
 ) -> None:
     recipe = pretraining(demo_pixels())
-    objective = replace(recipe.objective, normalise_patches=normalised)
+    objective = replace(recipe.objective, normalize_patches=normalized)
     recipe = replace(recipe, objective=objective)
     run, out = make_run(recipe), tmp_path / "out"
     assert export(Options(checkpoint=run, to="huggingface_mae", out=out)) < 1e-5
     theirs, loading = ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
     assert not any(loading.values()), loading
-    assert theirs.config.norm_pix_loss == normalised and theirs.config.mask_ratio == 0.75
+    assert theirs.config.norm_pix_loss == normalized and theirs.config.mask_ratio == 0.75
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(2))
     order, images = noise.argsort(1), images_for(recipe)
     split = Split(order[:, :4], order[:, 4:])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from frugal.common.contracts import Batch
-from frugal.common.interop.encoder_weights import EncoderWeights
 from frugal.common.models.config import ImageTower
 from frugal.common.reduction.random_masking import RandomMasking
+from frugal.common.weights.encoder_weights import EncoderWeights
 from frugal.milan import readable
 from frugal.milan.decoders import Split
 from frugal.milan.encoder import encoder
@@ -33,7 +33,7 @@ VARIANTS = [
 ]
 
 
-def randomised(module: torch.nn.Module, seed: int) -> None:
+def randomized(module: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -48,7 +48,7 @@ def make_teacher(image: ImageTower = IMAGE) -> FrozenTeacher:
     weights = EncoderWeights(tower, {"projection.weight": torch.zeros(20, 32)}, "a test")
     names = dict.fromkeys(weights.missing())
     with torch.device("meta"):
-        from frugal.common.models.image_tower import ImageTransformer
+        from frugal.common.models.vit import ImageTransformer
 
         shapes = {n: t.shape for n, t in ImageTransformer(tower, 20).state_dict().items()}
     state = {n: torch.randn(shapes[n], generator=generator) * 0.2 for n in [*names, *weights.state]}
@@ -61,11 +61,11 @@ def make_objective(kind: str, target: str, sampling, *, ratio: float = 0.7) -> R
     wanted = (
         FeatureTarget(make_teacher())
         if target == "features"
-        else PixelTarget(IMAGE, normalise_patches=target == "pixels")
+        else PixelTarget(IMAGE, normalize_patches=target == "pixels")
     )
     config = MaskedModel(image=IMAGE, decoder=DecoderConfig(kind=kind, width=32, depth=3, heads=4))
     model = build(config, torch.Generator().manual_seed(2), outputs=wanted.outputs)
-    randomised(model, 3)
+    randomized(model, 3)
     return Reconstruction(model, wanted, reduction=sampling(mask_ratio=ratio), seed=5)
 
 
@@ -88,8 +88,8 @@ def readable_loss(objective: Reconstruction, batch: Batch) -> torch.Tensor:
         wanted = readable.teach(objective.target.teacher.tower, batch.images)[0]
         return readable.feature_loss(predicted, wanted)
     pixels = readable.cut(batch.images, IMAGE)
-    normalise = objective.target._normalise_patches
-    return readable.pixel_loss(predicted[:, 1:], pixels, split, normalise_patches=normalise)
+    normalize = objective.target._normalize_patches
+    return readable.pixel_loss(predicted[:, 1:], pixels, split, normalize_patches=normalize)
 
 
 def gradients(objective: Reconstruction) -> dict[str, torch.Tensor]:

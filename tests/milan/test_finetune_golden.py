@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from frugal.common.contracts import Batch
-from frugal.common.engine.optimizers import build_adamw
 from frugal.common.models.config import ImageTower
 from frugal.common.models.weight_names import to_timm
+from frugal.common.optim.optimizers import build_adamw
 from frugal.common.recipe import WarmupCosine
 from frugal.common.reduction.image import KeepAll
 from frugal.milan.classification import Classification, ClassifierConfig, pooled
@@ -125,11 +125,11 @@ def their_names(model: VisionClassifier) -> dict[str, torch.nn.Parameter]:
 def test_layer_decay_makes_the_recorded_groups_in_the_recorded_order() -> None:
     recorded = facts("layer_decay_vit_b")
     recipe = vit_b16()
-    assert recipe.optimiser.layer_decay == recorded["layer_decay"]
-    assert recipe.optimiser.weight_decay == recorded["weight_decay"]
+    assert recipe.optimizer.layer_decay == recorded["layer_decay"]
+    assert recipe.optimizer.weight_decay == recorded["weight_decay"]
     model = meta_classifier(recipe.model)
     names = {id(parameter): name for name, parameter in their_names(model).items()}
-    groups = build_adamw(model, recipe.optimiser).param_groups
+    groups = build_adamw(model, recipe.optimizer).param_groups
     assert len(groups) == len(recorded["groups"]) == 28
     for found, wanted in zip(groups, recorded["groups"], strict=True):
         assert found["lr_scale"] == pytest.approx(wanted["lr_scale"], rel=1e-12)
@@ -142,7 +142,7 @@ def test_a_classifier_on_the_class_token_has_its_norm_in_the_group_of_the_head()
     tower = pooled(recipe.model.image, "class")
     model = meta_classifier(replace(recipe.model, image=tower))
     names = {id(parameter): name for name, parameter in their_names(model).items()}
-    *_, norm, head = build_adamw(model, recipe.optimiser).param_groups
+    *_, norm, head = build_adamw(model, recipe.optimizer).param_groups
     assert [names[id(p)] for p in norm["params"]] == ["norm.weight", "norm.bias", "head.bias"]
     assert [names[id(p)] for p in head["params"]] == ["head.weight"]
     assert norm["lr_scale"] == head["lr_scale"] == 1.0
@@ -177,7 +177,7 @@ def test_the_fine_tuned_state_is_that_of_the_released_files() -> None:
 def test_learning_rates_of_the_recipes_are_the_recorded_ones(case: str, recipe: object) -> None:
     recorded = facts("lr_schedule")["schedules"][case]
     schedule: WarmupCosine = recipe.schedule
-    peak = recipe.optimiser.peak(recipe.batch_size)
+    peak = recipe.optimizer.peak(recipe.batch_size)
     assert peak == pytest.approx(recorded["lr"], rel=1e-12)
     per_epoch = recorded["steps_per_epoch"] // recorded["accum"]
     assert recipe.steps == recorded["epochs"] * per_epoch

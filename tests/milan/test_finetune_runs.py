@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.errors import InputError
 from frugal.common.train import train_recipe
 from frugal.milan.transfer_recipes import FINE_TUNING
@@ -43,7 +43,7 @@ FINE_TUNE = {
     "module": "frugal.milan.finetune",
     "small": (
         *TOWER, "--model.image.drop-path=0", "--batch-size=24", "--schedule.samples=288",
-        "--schedule.warmup-samples=24", "--optimiser.learning-rate=2e-3",
+        "--schedule.warmup-samples=24", "--optimizer.learning-rate=2e-3",
         "--run.evaluate-every=4", "--run.save-every=5", "--objective.mixing.together=6",
     ),
 }  # fmt: skip

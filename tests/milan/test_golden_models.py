@@ -29,7 +29,7 @@ def fast_losses(recorded, predicted, split, dtype):
         wanted = Wanted(recorded.get("input/teacher_tokens", dtype), None)
         return FeatureTarget.losses(None, predicted, wanted, split)  # type: ignore[arg-type]
     target = PixelTarget(
-        recorded.published.model.image, normalise_patches=recorded.about["norm_pix"]
+        recorded.published.model.image, normalize_patches=recorded.about["norm_pix"]
     )
     return target.losses(predicted, Wanted(images, None), split)
 
@@ -90,7 +90,7 @@ def test_the_readable_way_gives_the_recorded_numbers_too(name):
         loss = readable.feature_loss(predicted, recorded.get("input/teacher_tokens", dtype))
     else:
         pixels = readable.cut(images, model.config.image)
-        loss = readable.pixel_loss(predicted[:, 1:], pixels, split, normalise_patches=True)
+        loss = readable.pixel_loss(predicted[:, 1:], pixels, split, normalize_patches=True)
     assert loss.item() == pytest.approx(recorded.about["loss"], rel=1e-6)
 
 
@@ -144,7 +144,7 @@ def test_a_batch_has_the_mean_loss_of_its_undamaged_images_by_the_readable_way()
     recorded = case("mae_pixel_normpix")
     model, image = recorded.model(), recorded.published.model.image
     masking = RandomMasking(mask_ratio=0.75)
-    target = PixelTarget(image, normalise_patches=True)
+    target = PixelTarget(image, normalize_patches=True)
     objective = Reconstruction(model, target, reduction=masking, seed=3)
     generator = torch.Generator().manual_seed(0)
     batch = Batch(
@@ -164,7 +164,7 @@ def test_a_batch_has_the_mean_loss_of_its_undamaged_images_by_the_readable_way()
             predicted[n : n + 1],
             pixels[n : n + 1],
             Split(split.visible[n : n + 1], split.hidden[n : n + 1]),
-            normalise_patches=True,
+            normalize_patches=True,
         ).item()
         for n in (0, 2, 3)
     ]

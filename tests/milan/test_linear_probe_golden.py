@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from frugal.common.contracts import Batch
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.engine.optimizers import build_optimizer, set_learning_rate
 from frugal.common.errors import InputError
 from frugal.common.models.config import ImageTower
+from frugal.common.optim.optimizers import build_optimizer, set_learning_rate
 from frugal.common.recipe import LARS
 from frugal.common.reduction.image import KeepAll
 from frugal.milan.augmentation import SingleDrawCrop, single_window
@@ -72,8 +72,8 @@ def test_two_steps_and_an_evaluation(probe: ProbeObjective) -> None:
         trust=FACTS["trust_coefficient"],
     )
     norm, linear = probe.model.head.children()
-    optimiser = build_optimizer(probe, options)
-    set_learning_rate(optimiser, FACTS["lr"])
+    optimizer = build_optimizer(probe, options)
+    set_learning_rate(optimizer, FACTS["lr"])
     features = probe.model.features(recorded_batch(1).images)
     torch.testing.assert_close(features, NUMBERS["out/features1"], **close)
     for step in (1, 2):
@@ -84,8 +84,8 @@ def test_two_steps_and_an_evaluation(probe: ProbeObjective) -> None:
         for name in ("weight", "bias"):
             gradient = getattr(linear, name).grad
             torch.testing.assert_close(gradient, NUMBERS[f"grad{step}/head.1.{name}"], **close)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         for name in ("running_mean", "running_var"):
             wanted = NUMBERS[f"after{step}/head.0.{name}"]
             torch.testing.assert_close(getattr(norm, name), wanted, **close)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.errors import InputError
 from frugal.common.loading import load_trained
 from frugal.common.models.config import ImageTower
@@ -33,7 +33,7 @@ PROBE = {
         "--model.image.width=64", "--model.image.depth=2", "--model.image.heads=1",
         "--model.image.mlp-width=64", "--data.workers=0", "--engine.precision=float32",
         "--run.log-every=1", "--batch-size=24", "--schedule.samples=240",
-        "--schedule.warmup-samples=24", "--optimiser.learning-rate=5",
+        "--schedule.warmup-samples=24", "--optimizer.learning-rate=5",
         "--run.evaluate-every=5", "--run.save-every=4", "--run.keep=20",
     ),
 }  # fmt: skip

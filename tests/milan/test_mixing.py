@@ -144,7 +144,7 @@ class Replayed(timm_mixup.Mixup):
 
 
 @pytest.mark.parametrize("number", [0, 2, 4, 6, 8, 10])
-def test_a_pair_is_mixed_and_labelled_as_timm_does_it(
+def test_a_pair_is_mixed_and_labeled_as_timm_does_it(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(number)

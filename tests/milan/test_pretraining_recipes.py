@@ -11,9 +11,9 @@ import torch
 from golden_cases import GOLDEN
 from safetensors.torch import load_file
 
-from frugal.common.engine.optimizers import decayed_names
 from frugal.common.errors import InputError
 from frugal.common.models.positions import image_table
+from frugal.common.optim.optimizers import decayed_names
 from frugal.common.recipe import Reductions, from_json, to_json
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.random_masking import RandomMasking
@@ -82,7 +82,7 @@ def test_weight_decay_acts_on_the_recorded_tensors_of_vit_b():
     recorded = read("wd_groups_pretrain_vit_b")
     recipe = RECIPES["vit-b16"]()
     model = on_meta(recipe.model, 512)
-    decayed = decayed_names(model, recipe.optimiser)
+    decayed = decayed_names(model, recipe.optimizer)
     names = {name for name, _ in model.named_parameters()}
     for group, ours in zip(recorded["groups"], (names - decayed, decayed), strict=True):
         # a number per tensor of ours tells the recorded names apart; those stacked appear as one
@@ -91,14 +91,14 @@ def test_weight_decay_acts_on_the_recorded_tensors_of_vit_b():
         assert {n for n, t in theirs.items() if n not in recorded["frozen"] and t.all()} == set(
             group["names"]
         )
-        assert recipe.optimiser.weight_decay == max(g["weight_decay"] for g in recorded["groups"])
+        assert recipe.optimizer.weight_decay == max(g["weight_decay"] for g in recorded["groups"])
     assert {"image.cls_token", "decoder.mask_token"} <= decayed
 
 
 def test_the_learning_rate_is_the_recorded_one_after_as_many_samples():
     recorded = read("lr_schedule")["schedules"]["pretrain_vit_b"]
     recipe = RECIPES["vit-b16"]()
-    peak = recipe.optimiser.peak(recipe.batch_size)
+    peak = recipe.optimizer.peak(recipe.batch_size)
     assert peak == pytest.approx(recorded["lr"], rel=1e-12)
     per_micro_step = recipe.batch_size // recorded["accum"]
     for value in recorded["values"]:
@@ -114,7 +114,7 @@ def test_the_large_run_has_its_own_epochs():
     assert recipe.engine.accumulate == 4
     assert recipe.schedule.samples == 400 * 1_251 * 128 * 8
     assert recipe.schedule.warmup_samples * 10 == recipe.schedule.samples
-    assert recipe.optimiser.peak(recipe.batch_size) == pytest.approx(2.4e-3)
+    assert recipe.optimizer.peak(recipe.batch_size) == pytest.approx(2.4e-3)
 
 
 def test_position_tables_are_the_recorded_ones():
@@ -181,7 +181,7 @@ def test_the_variants_differ_in_what_their_names_say():
     uniform = RECIPES["vit-b16-uniform"]()
     assert uniform == replace(whole, reduction=Reductions(image=RandomMasking(mask_ratio=0.75)))
     pixels = RECIPES["vit-b16-pixels"]()
-    assert pixels == replace(uniform, objective=ReconstructPixels(normalise_patches=True))
+    assert pixels == replace(uniform, objective=ReconstructPixels(normalize_patches=True))
     plain = RECIPES["vit-b16-plain-decoder"]()
     assert plain == replace(whole, model=replace(whole.model, decoder=DecoderConfig(kind="plain")))
     mae = RECIPES["mae-b16-800ep"]()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
-from frugal.common.interop.encoder_weights import read_encoder
+from frugal.common.weights.encoder_weights import read_encoder
 from frugal.milan.objective import Reconstruction
 from frugal.milan.recipes import RECIPES
 from support import (

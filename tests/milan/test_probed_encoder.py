@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.evaluate import Options, evaluate
 from frugal.common.export import Options as ExportOptions
@@ -38,7 +38,7 @@ def probed(run: Path, scenes: Path, **words) -> tuple[dict, dict[str, torch.Tens
     evaluate(options)
     numbers = json.loads((out / "linear_probe.json").read_text())
     files = [load_file(file) for file in (out / "features").glob("*.safetensors")]
-    test = LabelledImages(scenes / "zero_shot" / "test", size=(32, 32), crop=CenterCrop())
+    test = LabeledImages(scenes / "zero_shot" / "test", size=(32, 32), crop=CenterCrop())
     return numbers, next(file for file in files if len(file["labels"]) == len(test))
 
 
@@ -53,7 +53,7 @@ def test_a_probe_looks_at_what_the_exported_encoder_pools(
     mean, std = (
         torch.tensor(theirs.pretrained_cfg[name])[:, None, None] for name in ("mean", "std")
     )
-    test = LabelledImages(scenes / "zero_shot" / "test", size=(32, 32), crop=CenterCrop())
+    test = LabeledImages(scenes / "zero_shot" / "test", size=(32, 32), crop=CenterCrop())
     rows = 0
     for images, labels, places in test.batches(0, 1, 50, 0):
         with torch.inference_mode():

@@ -10,14 +10,14 @@ from golden_cases import GOLDEN, case
 from safetensors.torch import load_file
 
 from frugal.common.checkpoint.store import find_checkpoint
-from frugal.common.commands import read_command_line
-from frugal.common.engine.accelerate_backend import AccelerateEngine
+from frugal.common.cli import read_command_line
+from frugal.common.engine.accelerate import AccelerateEngine
 from frugal.common.engine.saving import restore
 from frugal.common.errors import InputError
-from frugal.common.interop.encoder_weights import read_encoder
-from frugal.common.interop.stored_files import read_content, state_in
 from frugal.common.recipe import difference, load_recipe
 from frugal.common.run import Run, make_logger
+from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.stored_files import read_content, state_in
 from frugal.milan import readable
 from frugal.milan.convert import Options, _fitting, convert
 from frugal.milan.objective import Reconstruction
@@ -127,13 +127,13 @@ def test_an_official_file_has_the_recorded_loss(name, nest, tmp_path):
     predicted = readable.predict(model, images, recorded.split)
     if name == "mae_pixel_normpix":
         pixels = readable.cut(images, model.config.image)
-        loss = readable.pixel_loss(predicted[:, 1:], pixels, recorded.split, normalise_patches=True)
+        loss = readable.pixel_loss(predicted[:, 1:], pixels, recorded.split, normalize_patches=True)
     else:
         loss = readable.feature_loss(predicted, recorded.tensors["input/teacher_tokens"])
     assert loss.item() == pytest.approx(recorded.about["loss"], rel=1e-5)
 
 
-def test_the_optimisers_next_step_is_the_one_it_would_have_taken(trained, imported):
+def test_the_optimizers_next_step_is_the_one_it_would_have_taken(trained, imported):
     checkpoint = find_checkpoint(imported)
     recipe = load_recipe(imported / "recipe.json")
     assert checkpoint.step == recipe.steps and checkpoint.state["updates"] == 3
@@ -179,7 +179,7 @@ def test_there_and_back_is_bit_exact(trained, imported, tmp_path):
     for number, moments in theirs.items():
         for kind, tensor in moments.items():
             assert torch.equal(state[number][kind], tensor), (number, kind)
-    # the published optimiser takes it as its own
+    # the published optimizer takes it as its own
     ReferenceTraining("milan_core").optimizer.load_state_dict(found["optimizer"])
     again = tmp_path / "again"
     convert(Options(source=back, out=again, **HEADS["milan_core"]))
@@ -212,7 +212,7 @@ def test_the_width_of_the_target_is_read_from_the_file(outputs):
     assert published.build().decoder.head.out_features == outputs
 
 
-def test_the_published_sizes_are_recognised():
+def test_the_published_sizes_are_recognized():
     for name, outputs, expected in (
         ("vit-b16", 512, "vit-b16"), ("vit-b16", 768, "vit-b16"), ("vit-l16", 512, "vit-l16"),
         ("vit-h14", 512, "vit-h14"), ("mae-l16-1600ep", 768, "mae-l16-800ep"),
@@ -261,7 +261,7 @@ def test_rounded_tables_are_noticed(caplog):
     assert "pos_embed of the file is up to" in caplog.text
 
 
-def test_an_optimiser_of_another_model_is_refused(trained, tmp_path):
+def test_an_optimizer_of_another_model_is_refused(trained, tmp_path):
     content = torch.load(trained.file(tmp_path / "a.pth"), weights_only=False)
     del content["optimizer"]["state"][3]
     torch.save(content, tmp_path / "a.pth")

@@ -28,7 +28,7 @@ def cell(picture: np.ndarray, row: int, image: int) -> np.ndarray:
 
 
 def patches(area: np.ndarray) -> list[list[int]]:
-    """The one colour of every patch, row by row."""
+    """The one color of every patch, row by row."""
     side = 16 * TIMES
     found = []
     for row in range(2):
@@ -39,7 +39,7 @@ def patches(area: np.ndarray) -> list[list[int]]:
     return found
 
 
-def colours(values: list[float]) -> list[list[int]]:
+def colors(values: list[float]) -> list[list[int]]:
     return (np.array(mpl.colormaps["viridis"](values))[:, :3] * 255).round().astype(int).tolist()
 
 
@@ -56,8 +56,8 @@ def test_importance_and_cosines_stand_at_their_patches():
     assert picture.shape == (3, 4 * (LABEL + HEIGHT), 2 * WIDTH + GAP) and picture.dtype == np.uint8
     for image in range(2):
         shares = (importance[image] / importance[image].max()).tolist()
-        assert patches(cell(picture, 2, image)) == colours(shares)
-        assert patches(cell(picture, 3, image)) == colours(cosine[image].tolist())
+        assert patches(cell(picture, 2, image)) == colors(shares)
+        assert patches(cell(picture, 3, image)) == colors(cosine[image].tolist())
         whole, seen = (cell(picture, row, image) for row in (0, 1))
         expected = images()[image].numpy().repeat(TIMES, 1).repeat(TIMES, 2)
         assert np.array_equal(whole, expected)
@@ -72,18 +72,18 @@ def test_importance_and_cosines_stand_at_their_patches():
             assert same == (patch in SPLIT.visible[image].tolist())
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_errors_of_hidden_patches_stand_at_theirs(normalised):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_errors_of_hidden_patches_stand_at_theirs(normalized):
     losses = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
     given = images()
-    if normalised:
+    if normalized:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (TOWER.mean, TOWER.std))
         given = (given / 255 - mean) / std
     picture = draw_reconstruction(
         given, TOWER, SPLIT, importance=None, losses=losses, hidden_only=True
     )
     assert picture.shape[1] == 3 * (LABEL + HEIGHT)
-    assert patches(cell(picture, 2, 0)) == colours([0.25, 0.0, 0.5, 0.75, 0.0, 1.0])
-    assert patches(cell(picture, 2, 1)) == colours([0.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    assert patches(cell(picture, 2, 0)) == colors([0.25, 0.0, 0.5, 0.75, 0.0, 1.0])
+    assert patches(cell(picture, 2, 1)) == colors([0.0, 1.0, 0.75, 0.5, 0.25, 0.0])
     expected = images()[0].numpy().repeat(TIMES, 1).repeat(TIMES, 2)
     assert np.array_equal(cell(picture, 0, 0), expected)

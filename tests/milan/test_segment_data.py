@@ -132,11 +132,11 @@ def test_a_class_beyond_the_models_is_refused_before_training(tmp_path: Path) ->
         stream(tmp_path)
 
 
-def test_a_picture_in_colours_is_no_mask(tmp_path: Path) -> None:
+def test_a_picture_in_colors_is_no_mask(tmp_path: Path) -> None:
     cases.write_folder(tmp_path, [(8, 8)])
-    coloured = np.zeros((8, 8, 3), np.uint8)
-    Image.fromarray(coloured).save(tmp_path / "annotations" / "training" / "000.png")
-    with pytest.raises(InputError, match=r"000\.png is a picture in colours; a mask holds"):
+    colored = np.zeros((8, 8, 3), np.uint8)
+    Image.fromarray(colored).save(tmp_path / "annotations" / "training" / "000.png")
+    with pytest.raises(InputError, match=r"000\.png is a picture in colors; a mask holds"):
         stream(tmp_path)
 
 
@@ -209,11 +209,11 @@ def test_a_crop_is_cut_out_of_the_resized_picture_and_its_mask(shape: tuple[int,
         whole = np.asarray(
             Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
         ).transpose(2, 0, 1)
-        centres = [
+        centers = [
             [math.floor(Fraction(2 * place + 1, 2) * old / new) for place in range(new)]
             for old, new in zip(shape, (height, width), strict=True)
         ]
-        whole_labels = labels[np.ix_(*centres)]
+        whole_labels = labels[np.ix_(*centers)]
         rows, columns = slice(cut.top, cut.top + 24), slice(cut.left, cut.left + 32)
         expected, expected_labels = whole[:, rows, columns], whole_labels[rows, columns]
         assert expected_labels.shape == (min(24, height), min(32, width))
@@ -324,7 +324,7 @@ def test_the_same_picture_is_cut_differently_in_another_epoch_and_with_another_s
 
 
 def test_labels_stay_with_the_pixels_they_belong_to(tmp_path: Path) -> None:
-    """Grey levels that are ten times the number in the mask say where a pixel came from."""
+    """Gray levels that are ten times the number in the mask say where a pixel came from."""
     generator = np.random.default_rng(0)
     numbers = generator.integers(1, 8, (2, 3)).repeat(48, 0).repeat(48, 1).astype(np.uint8)
     cases.write_pair(tmp_path, "a", np.stack([numbers * 10] * 3, axis=-1), numbers)

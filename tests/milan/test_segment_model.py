@@ -16,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from frugal.common.data.config import ImageData
-from frugal.common.engine.optimizers import learning_rate_scales
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import SharedBatchNorm
 from frugal.common.models.config import ImageTower
-from frugal.common.models.image_tower import ImageTransformer
-from frugal.common.models.initialise import initialise_flip
+from frugal.common.models.initialize import initialize_flip
 from frugal.common.models.positions import image_table
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.models.weight_names import to_timm
+from frugal.common.optim.optimizers import learning_rate_scales
 from frugal.common.recipe import from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.milan.photometric import PhotometricDistortion
@@ -144,7 +144,7 @@ def test_a_training_step_has_the_loss_and_gradients_of_transformers() -> None:
     batch = cases.batch(model=SQUARE)
     still = Segmentation(distortion=PhotometricDistortion(probability=0.0))
     objective = SegmentationObjective(ours, still, seed=0).train()
-    images = ours.normalised(batch.images)  # float32, as in training
+    images = ours.normalized(batch.images)  # float32, as in training
     expected = other(images.double(), labels=batch.labels.long()).loss
     expected.backward()
     found, metrics = objective(batch)
@@ -352,7 +352,7 @@ def test_what_lies_under_padding_is_never_seen_and_never_asked_about() -> None:
     still.model.image.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     still(replace(batch, labels=labels))
     assert not seen[0][:, :, 20:].any()
-    assert torch.allclose(seen[0][:, :, :20], still.model.normalised(batch.images)[:, :, :20])
+    assert torch.allclose(seen[0][:, :, :20], still.model.normalized(batch.images)[:, :, :20])
 
 
 def test_every_pixel_with_a_class_counts_alike_whatever_image_it_is_of() -> None:
@@ -363,7 +363,7 @@ def test_every_pixel_with_a_class_counts_alike_whatever_image_it_is_of() -> None
     labels[0, 3:] = 255
     labels[1, :, 40:] = 254
     batch = replace(batch, labels=labels)
-    images = objective.model.normalised(batch.images)
+    images = objective.model.normalized(batch.images)
     images[1, :, :, 40:] = 0
     loss, metrics = objective(batch)
     total, known, right = [0.0, 0.0], 0, 0
@@ -400,7 +400,7 @@ def official(tmp_path: Path) -> Path:
     """An encoder for images of 32 x 32 pixels with fixed positions, in the published layout."""
     tower = replace(encoder_like(cases.TOWER), image_size=32)
     module = ImageTransformer(tower)
-    initialise_flip(module, torch.Generator().manual_seed(9))
+    initialize_flip(module, torch.Generator().manual_seed(9))
     state = to_timm(module.state_dict(), tower)
     state.setdefault("pos_embed", image_table(tower))
     file = tmp_path / "encoder.safetensors"
@@ -416,7 +416,7 @@ def test_the_tower_starts_from_a_file_its_positions_brought_to_the_crop(official
     objective.start_from(official, interpolate=True, log=LOG)
     small = replace(encoder_like(tower), image_size=32)
     reference = ImageTransformer(small)
-    initialise_flip(reference, torch.Generator().manual_seed(9))
+    initialize_flip(reference, torch.Generator().manual_seed(9))
     table = image_table(small)
     patches = table[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     patches = F.interpolate(patches, (4, 6), mode="bicubic", align_corners=False)
@@ -464,9 +464,9 @@ def test_recipes_are_those_of_the_published_comparison(name: str) -> None:
     assert recipe.batch_size == 16
     assert recipe.steps == 160_000
     assert recipe.model.num_classes == 150
-    assert recipe.optimiser.betas == (0.9, 0.999)
-    assert recipe.optimiser.weight_decay == 0.05
-    rate, peak = recipe.schedule.learning_rate, recipe.optimiser.peak(16)
+    assert recipe.optimizer.betas == (0.9, 0.999)
+    assert recipe.optimizer.weight_decay == 0.05
+    rate, peak = recipe.schedule.learning_rate, recipe.optimizer.peak(16)
     assert rate(0, peak=peak) == pytest.approx(1e-6 * peak)
     assert rate(750 * 16, peak=peak) == pytest.approx(peak / 2, rel=1e-5)
     assert rate(1500 * 16, peak=peak) == peak
@@ -492,7 +492,7 @@ def test_layer_decay_leaves_neck_and_heads_their_whole_rate() -> None:
     with torch.device("meta"):
         model = Segmenter(recipe.model)
     objective = SegmentationObjective(model, recipe.objective, seed=0)
-    scales = learning_rate_scales(objective, recipe.optimiser.layer_decay)
+    scales = learning_rate_scales(objective, recipe.optimizer.layer_decay)
     assert scales["model.image.pos_embed"] == scales["model.image.patch_embed.bias"] == 0.65**13
     assert scales["model.image.blocks.0.norm1.weight"] == 0.65**12
     assert scales["model.image.blocks.11.mlp.fc2.bias"] == 0.65

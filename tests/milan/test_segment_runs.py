@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.errors import InputError
-from frugal.common.interop.encoder_weights import read_encoder
 from frugal.common.train import train_recipe
+from frugal.common.weights.encoder_weights import read_encoder
 from frugal.milan.segmentation_recipes import SEGMENTATION
 from support import (
     ALONE,
@@ -38,7 +38,7 @@ SEGMENT = {
     "small": (
         "--model.image.width=16", "--model.image.heads=2", "--model.image.mlp-width=32",
         "--model.image.image-size=32", "--model.width=16", "--model.auxiliary-width=16",
-        "--model.image.drop-path=0", "--model.dropout=0", "--optimiser.learning-rate=1e-2",
+        "--model.image.drop-path=0", "--model.dropout=0", "--optimizer.learning-rate=1e-2",
         "--objective.from-scratch", "--data.workers=0", "--engine.precision=float32",
         "--run.log-every=1", "--batch-size=8", "--schedule.samples=80",
         "--schedule.warmup-samples=16", "--run.save-every=4", "--run.evaluate-every=4",
@@ -103,7 +103,7 @@ def test_a_run_learns_says_what_it_sees_and_keeps_its_best(trained: Path) -> Non
     assert "evaluation/segmentation_miou" in board.Tags()["scalars"]
 
 
-GENTLY = "--optimiser.learning-rate=2e-5"
+GENTLY = "--optimizer.learning-rate=2e-5"
 """At the demo's rate ten steps of Adam make differences of a percent out of rounding."""
 
 
@@ -172,7 +172,7 @@ def test_an_encoder_comes_out_and_goes_into_another_run(
     small = [word for word in SEGMENT["small"] if word != "--objective.from-scratch"]
     output = train(
         ALONE, run, *words, f"--run.start-from={trained}", "--schedule.samples=16",
-        "--optimiser.learning-rate=1e-12", "--data.max-damaged=0.5",
+        "--optimizer.learning-rate=1e-12", "--data.max-damaged=0.5",
         module="frugal.milan.segment", small=small,
     )  # fmt: skip
     assert "the encoder starts from" in output

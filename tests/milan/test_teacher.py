@@ -14,8 +14,8 @@ from golden_cases import GOLDEN
 from safetensors.torch import load_file, save_file
 
 from frugal.common.errors import InputError
-from frugal.common.interop.encoder_weights import read_encoder
 from frugal.common.models.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from frugal.common.weights.encoder_weights import read_encoder
 from frugal.milan import readable
 from frugal.milan.encoder import encoder
 from frugal.milan.settings import Teacher
@@ -94,19 +94,19 @@ def levels(seed: int = 0, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
     return torch.randint(0, 256, (3, 3, *size), generator=generator, dtype=torch.uint8)
 
 
-def normalised(images: torch.Tensor, mean, std) -> torch.Tensor:
+def normalized(images: torch.Tensor, mean, std) -> torch.Tensor:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
-def test_pixels_are_normalised_as_the_students_unless_asked_otherwise(tmp_path):
+def test_pixels_are_normalized_as_the_students_unless_asked_otherwise(tmp_path):
     images = levels()
-    imagenet = normalised(images, IMAGENET_MEAN, IMAGENET_STD)
-    published, own = (openai_teacher(tmp_path, normalisation=name) for name in ("student", "own"))
+    imagenet = normalized(images, IMAGENET_MEAN, IMAGENET_STD)
+    published, own = (openai_teacher(tmp_path, normalization=name) for name in ("student", "own"))
     expected = readable.teach(published.tower, imagenet)[0]
-    corrected = readable.teach(own.tower, normalised(images, CLIP_MEAN, CLIP_STD))[0]
+    corrected = readable.teach(own.tower, normalized(images, CLIP_MEAN, CLIP_STD))[0]
     assert (expected - corrected).abs().max() > 1e-3
-    for given in (images, imagenet):  # bytes, or what was normalised for the student
+    for given in (images, imagenet):  # bytes, or what was normalized for the student
         torch.testing.assert_close(published(given)[0], expected, rtol=0, atol=2e-5)
         torch.testing.assert_close(own(given)[0], corrected, rtol=0, atol=2e-5)
 
@@ -115,7 +115,7 @@ def test_bfloat16_weights_are_those_that_autocast_would_make(tmp_path):
     teacher, whole = openai_teacher(tmp_path), openai_teacher(tmp_path)
     with torch.autocast("cpu", torch.bfloat16):
         tokens, importance = teacher(levels())
-        pixels = normalised(levels(), IMAGENET_MEAN, IMAGENET_STD)
+        pixels = normalized(levels(), IMAGENET_MEAN, IMAGENET_STD)
         embedded, layout = whole.tower.embed(pixels)
         for block in whole.tower.blocks:
             embedded = block(embedded, layout)
@@ -152,7 +152,7 @@ def test_a_resized_teacher_sees_resized_images_with_an_interpolated_table(tmp_pa
     larger = torch.nn.functional.interpolate(
         images.float(), (24, 40), mode="bicubic", antialias=True
     ).clamp(0, 255)
-    plain = readable.teach(teacher.tower, normalised(larger, IMAGENET_MEAN, IMAGENET_STD))[0]
+    plain = readable.teach(teacher.tower, normalized(larger, IMAGENET_MEAN, IMAGENET_STD))[0]
     torch.testing.assert_close(tokens, plain, rtol=0, atol=2e-5)
 
 
@@ -164,8 +164,8 @@ def assert_teaches_as(folder: Path | str, theirs, tmp_path: Path, **options) -> 
     """Our teacher's class token, projected, is another library's image embedding."""
     side = options.pop("side", 32)
     student = encoder("S/8", image_size=side, width=32, depth=1, heads=2, mlp_width=64)
-    teacher = load_teacher(Teacher(source=str(folder), normalisation="own", **options), student)
-    pixels = normalised(levels(size=(side, side)), CLIP_MEAN, CLIP_STD)
+    teacher = load_teacher(Teacher(source=str(folder), normalization="own", **options), student)
+    pixels = normalized(levels(size=(side, side)), CLIP_MEAN, CLIP_STD)
     tokens, _ = teacher(levels(size=(side, side)))
     with torch.no_grad():
         expected = theirs(pixels)
@@ -238,7 +238,7 @@ def test_dinos_file_gives_the_tokens_of_a_plain_vision_transformer(tmp_path):
     teacher = load_teacher(Teacher(source=str(tmp_path / "dino.pth")), STUDENT)
     tokens, importance = teacher(levels())
     with torch.no_grad():
-        expected = model.forward_features(normalised(levels(), IMAGENET_MEAN, IMAGENET_STD))
+        expected = model.forward_features(normalized(levels(), IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
     assert teacher.width == 128 and teacher.config.norm_epsilon == 1e-6
     assert importance.shape == (3, 16)
@@ -258,7 +258,7 @@ def test_slips_file_is_projected_and_its_other_parts_are_left(tmp_path):
     torch.save(content, tmp_path / "slip.pt")
     teacher = load_teacher(Teacher(source=str(tmp_path / "slip.pt")), STUDENT)
     with torch.no_grad():
-        features = model.forward_features(normalised(levels(), IMAGENET_MEAN, IMAGENET_STD))
+        features = model.forward_features(normalized(levels(), IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(teacher(levels())[0], features @ projection, rtol=1e-4, atol=2e-4)
     assert teacher.width == 24
 
@@ -283,10 +283,10 @@ def test_an_image_tower_of_clip_alone_as_transformers_saves_it(tmp_path, file, p
     model.save_pretrained(tmp_path)
     content = PIXELS if file == "preprocessor_config.json" else {"image_processor": PIXELS}
     (tmp_path / file).write_text(json.dumps(content))
-    teacher = load_teacher(Teacher(source=str(tmp_path), normalisation="own"), STUDENT)
+    teacher = load_teacher(Teacher(source=str(tmp_path), normalization="own"), STUDENT)
     tokens, _ = teacher(levels())
     with torch.no_grad():
-        made = model(normalised(levels(), PIXELS["image_mean"], PIXELS["image_std"]))
+        made = model(normalized(levels(), PIXELS["image_mean"], PIXELS["image_std"]))
     expected = made.image_embeds if projected else made.pooler_output
     torch.testing.assert_close(tokens[:, 0], expected, rtol=0, atol=3e-5)
     assert teacher.config.norm_epsilon == 1e-4 and teacher.config.activation == "gelu"
@@ -303,9 +303,9 @@ def test_a_folder_of_timm_says_heads_epsilon_and_pixels(tmp_path):
     about = {"architecture": name, "num_classes": 3, "model_args": args, "pretrained_cfg": pixels}
     (tmp_path / "config.json").write_text(json.dumps(about))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    teacher = load_teacher(Teacher(source=str(tmp_path), normalisation="own"), STUDENT)
+    teacher = load_teacher(Teacher(source=str(tmp_path), normalization="own"), STUDENT)
     with torch.no_grad():
-        expected = model.forward_features(normalised(levels(), pixels["mean"], pixels["std"]))
+        expected = model.forward_features(normalized(levels(), pixels["mean"], pixels["std"]))
     torch.testing.assert_close(teacher(levels())[0], expected, rtol=1e-4, atol=1e-4)
     assert teacher.config.heads == 6 and teacher.config.norm_epsilon == 1e-5
     with pytest.raises(InputError, match="heads is given as 2"):
@@ -327,9 +327,9 @@ def test_open_clips_options_are_those_of_its_folder(tmp_path):
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     # an export of ours says how it was trained too
     (tmp_path / "recipe.json").write_text("{}")
-    teacher = load_teacher(Teacher(source=str(tmp_path), normalisation="own"), STUDENT)
+    teacher = load_teacher(Teacher(source=str(tmp_path), normalization="own"), STUDENT)
     with torch.no_grad():
-        expected = model.visual(normalised(levels(), pixels["mean"], pixels["std"]))
+        expected = model.visual(normalized(levels(), pixels["mean"], pixels["std"]))
     torch.testing.assert_close(teacher(levels())[0][:, 0], expected, rtol=0, atol=3e-5)
     assert teacher.config.activation == "gelu_tanh" and teacher.config.norm_epsilon == 1e-3
     for option in ({"attentional_pool": True}, {"timm_model_name": "resnet18"}):
@@ -351,7 +351,7 @@ def test_open_clips_folders_whose_tower_pools_a_mean_can_teach(tmp_path):
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     tower = read_encoder(tmp_path).build().eval()
     with torch.no_grad():
-        pixels = normalised(levels(), CLIP_MEAN, CLIP_STD)
+        pixels = normalized(levels(), CLIP_MEAN, CLIP_STD)
         expected = model.visual(pixels)
         pooled = tower.projection(tower.forward_pooled(pixels))
     torch.testing.assert_close(pooled, expected, rtol=0, atol=3e-5)
@@ -365,10 +365,10 @@ def test_what_a_teacher_is_and_what_it_is_shown_is_said(tmp_path, caplog):
     assert "heads 2, activation quick_gelu, epsilon 1e-05, pooled by class, mean 0.4815" in said
     assert "the usual one for such a file, which does not say it" in said
     assert "is shown images of the student's mean [0.485, 0.456, 0.406]" in said
-    assert "--objective.teacher.normalisation own shows them as it was trained" in said
+    assert "--objective.teacher.normalization own shows them as it was trained" in said
     caplog.clear()
     with caplog.at_level(logging.INFO, "frugal"):
-        openai_teacher(tmp_path, normalisation="own")
+        openai_teacher(tmp_path, normalization="own")
     assert "is shown images" not in caplog.text
 
 

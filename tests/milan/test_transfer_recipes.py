@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.models.config import CLIP_MEAN, CLIP_STD
 from frugal.common.recipe import LARS, AdamW, Recipe, from_json, to_json
 from frugal.milan.augmentation import RandAugmentedCrop, SingleDrawCrop
@@ -40,11 +40,11 @@ def test_fine_tuning_has_the_published_settings(name: str) -> None:
     assert recipe.schedule.warmup_samples == 5 * 1251 * 1024
     assert recipe.schedule.floor == 1e-6
     assert recipe.batch_size == 1024 and recipe.engine.accumulate == accumulate
-    optimiser = recipe.optimiser
-    assert isinstance(optimiser, AdamW)
-    assert optimiser.peak(1024) == pytest.approx(rate)
-    assert (optimiser.betas, optimiser.weight_decay) == ((0.9, 0.999), 0.05)
-    assert (optimiser.layer_decay, optimiser.clip_norm) == (decay, None)
+    optimizer = recipe.optimizer
+    assert isinstance(optimizer, AdamW)
+    assert optimizer.peak(1024) == pytest.approx(rate)
+    assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.999), 0.05)
+    assert (optimizer.layer_decay, optimizer.clip_norm) == (decay, None)
     tower = recipe.model.image
     assert tower.drop_path == drop_path
     assert (tower.pooling, tower.norm_after_pooling, tower.positions) == ("mean", True, "learned")
@@ -80,10 +80,10 @@ def test_probing_has_the_published_settings(name: str) -> None:
     recipe = LINEAR_PROBING[name]()
     assert recipe.batch_size == 16_384 and recipe.steps == epochs * 78
     assert recipe.schedule.warmup_samples == 10 * 78 * 16_384
-    optimiser = recipe.optimiser
-    assert isinstance(optimiser, LARS)
-    assert optimiser.peak(recipe.batch_size) == pytest.approx(rate)
-    assert (optimiser.momentum, optimiser.weight_decay, optimiser.trust) == (0.9, 0.0, 0.001)
+    optimizer = recipe.optimizer
+    assert isinstance(optimizer, LARS)
+    assert optimizer.peak(recipe.batch_size) == pytest.approx(rate)
+    assert (optimizer.momentum, optimizer.weight_decay, optimizer.trust) == (0.9, 0.0, 0.001)
     assert recipe.model.head_init_std == 0.01
     tower = recipe.model.image
     assert (tower.pooling, tower.norm_after_pooling, tower.drop_path) == ("class", False, 0.0)
@@ -120,7 +120,7 @@ def test_the_plain_clip_tower_is_tuned_as_published(
     assert tower.pooling == "class" and tower.drop_path == 0
     assert recipe.batch_size == 2048 and recipe.steps == epochs * 625
     assert recipe.schedule.warmup_samples == warmup * 625 * 2048
-    assert recipe.optimiser.peak(2048) == rate and recipe.optimiser.layer_decay == decay
+    assert recipe.optimizer.peak(2048) == rate and recipe.optimizer.layer_decay == decay
     assert recipe.objective.mixing.is_off
     assert recipe.engine.ema_decay == 0.9998
 
@@ -134,18 +134,18 @@ def test_the_demos_fit_the_encoder_that_the_pretraining_demo_makes() -> None:
 
 def test_flags_override_any_field() -> None:
     words = [
-        "vit-b16", "--optimiser.layer-decay=0.7", "--objective.mixing.mixup=0.2",
+        "vit-b16", "--optimizer.layer-decay=0.7", "--objective.mixing.mixup=0.2",
         "--data.augmentation.policy=rand-m5", "--data.augmentation.crop.scale", "0.2", "1",
         "--evaluation.0.data=val", "--model.num-classes=10", "--run.best=None",
     ]  # fmt: skip
     recipe = read_command_line(FINE_TUNING, program="test", arguments=words)[1]
-    assert recipe.optimiser.layer_decay == 0.7
+    assert recipe.optimizer.layer_decay == 0.7
     assert recipe.objective.mixing.mixup == 0.2
     assert recipe.data.augmentation.policy == "rand-m5"
     assert recipe.data.augmentation.crop.scale == (0.2, 1.0)
-    words = ["vit-b16", "--optimiser.trust=0.01", "--objective.statistics=each_process"]
+    words = ["vit-b16", "--optimizer.trust=0.01", "--objective.statistics=each_process"]
     recipe = read_command_line(LINEAR_PROBING, program="test", arguments=words)[1]
-    assert recipe.optimiser.trust == 0.01
+    assert recipe.optimizer.trust == 0.01
 
 
 def test_building_the_recipes_needs_no_torch() -> None:

@@ -88,7 +88,7 @@ def test_named_sizes_have_the_shapes_of_open_clip(size):
     settings = open_clip.get_model_config(f"ViT-{size}-14")
     with torch.device("meta"):
         theirs = open_clip.model.CLIP(**settings)
-        from frugal.common.models.dual_encoder import DualEncoder
+        from frugal.common.models.clip import DualEncoder
 
         ours = DualEncoder(clip_encoder(f"{size}/14"))
     count = sum(weight.numel() for weight in theirs.parameters())

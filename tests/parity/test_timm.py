@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from frugal.common.models.config import ImageTower, image_tower
-from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.models.weight_names import from_timm, to_timm
 
 

@@ -15,7 +15,7 @@ import torch
 from small_stages import recipe_of, saved, started
 
 from frugal.common.checkpoint.store import find_checkpoint, save_weights
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.data.tokenizers import ClipBpe, WordPiece
 from frugal.common.errors import InputError
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower

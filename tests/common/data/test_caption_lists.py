@@ -11,9 +11,9 @@ import pytest
 
 from frugal.common import shards
 from frugal.common.data.damage import Damaged
-from frugal.common.data.folders import FileList
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import open_shard, open_source
+from frugal.common.data.stores.folder import FileList
 from frugal.common.errors import InputError
 
 COUNT = 12

@@ -11,12 +11,12 @@ import torchvision
 from PIL import Image
 
 from frugal.common.data.decoding import FORMATS, decode_rgb, open_image
-from frugal.common.data.folders import refuse_without_words
 from frugal.common.data.image_walk import image_files
-from frugal.common.data.labelled import CaptionedImages, LabelledImages, dataset_type
+from frugal.common.data.labeled import CaptionedImages, LabeledImages, dataset_type
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import IMAGE_EXTENSIONS, Fields
 from frugal.common.data.sources import find_files, open_source
+from frugal.common.data.stores.folder import refuse_without_words
 from frugal.common.errors import InputError
 from frugal.common.recipe import difference, from_json, to_json, with_measured
 from frugal.flip.recipes import RECIPES
@@ -40,7 +40,7 @@ def opened(folder, fields=IMAGES_ALONE):
     return shard
 
 
-def labelled(shard):
+def labeled(shard):
     return [(shard.key(n), int(shard.labels[n])) for n in range(shard.num_samples)]
 
 
@@ -62,7 +62,7 @@ def test_every_format_is_read_and_decoded(two):
             picture = picture.convert("F" if extension == "pfm" else "L")
         picture.save(path, Image.registered_extensions()[f".{extension}"])
         written[str(path)] = 1
-    found = dict(labelled(opened(two)))
+    found = dict(labeled(opened(two)))
     assert written.items() <= found.items() and len(found) == 6 + len(IMAGE_EXTENSIONS)
     for path in written:
         assert decode_rgb(open_image(Path(path).read_bytes())).size == (9, 7)
@@ -111,7 +111,7 @@ def test_what_is_passed_over_is_counted_by_reason_and_named(two, make_picture, c
     make_picture(1).save(two / "montage.png")
     (two / "noend").write_text("")
     with caplog.at_level(logging.INFO, logger="frugal"):
-        data = LabelledImages(two, size=(8, 8))
+        data = LabeledImages(two, size=(8, 8))
     assert data.class_folders == data.class_names == ["cat", "dog"]
     assert data.empty_folders == ["empty", "features"]
     assert data.passed_over.state() == {
@@ -129,14 +129,14 @@ def test_links_that_lead_back_are_not_followed(two, tmp_path, make_picture):
     elsewhere = tmp_path / "elsewhere" / "bird"
     elsewhere.mkdir(parents=True)
     make_picture(30).save(elsewhere / "0.png")
-    plain = labelled(opened(two))
+    plain = labeled(opened(two))
     for link, target in (
         ("cat/self", ".."), ("cat/up", "../.."), ("cat/here", "."), ("dog/cats", "../cat"),
         ("dog2", "dog"), ("a", "cat"), ("cat/all", str(tmp_path)), ("dog/root", "/"),
     ):  # fmt: skip
         (two / link).symlink_to(target)
     shard = opened(two)
-    assert labelled(shard) == plain
+    assert labeled(shard) == plain
     ((reason, count),) = shard.passed_over.counts.items()
     assert count == 8 and "lead back" in reason
     # other links are followed, as torchvision does
@@ -145,11 +145,11 @@ def test_links_that_lead_back_are_not_followed(two, tmp_path, make_picture):
             link.unlink()
     (two / "bird").symlink_to(elsewhere)
     (two / "cat" / "more").symlink_to(elsewhere.parent)
-    found = labelled(opened(two))
+    found = labeled(opened(two))
     # the bird is reached twice and read once
     assert [label for _, label in found].count(0) == 1 and len(found) == 7
     (two / "cat" / "more").unlink()
-    assert labelled(opened(two)) == torchvision.datasets.ImageFolder(two).samples
+    assert labeled(opened(two)) == torchvision.datasets.ImageFolder(two).samples
 
 
 def test_masks_and_pictures_of_other_layouts_are_found_by_the_same_walk(two):
@@ -311,7 +311,7 @@ def test_one_stray_folder_does_not_reorder_numbers(tmp_path, make_picture):
 def test_numbers_and_wordnet_ids_without_images_stay_classes(tmp_path, make_picture, caplog):
     folder = make_classes(tmp_path / "n", ["2", "10"], make_picture, empty=("9", "aa"))
     with caplog.at_level(logging.INFO, logger="frugal"):
-        data = LabelledImages(folder, size=(8, 8))
+        data = LabeledImages(folder, size=(8, 8))
     assert (data.class_folders, data.empty_folders) == (["2", "9", "10"], ["aa"])
     assert data.filled_folders == ["2", "10"]
     assert "3 classes, 2 -> '2' to 10 -> '10'" in caplog.text and "no image of 9" in caplog.text
@@ -359,12 +359,12 @@ def benchmark(tmp_path, write_tar, pair):
 @pytest.mark.parametrize("content", ["a\nb\n", "\ufeffa\r\nb\r\n\r\n", "a \n b", "a\rb\r"])
 def test_class_names_are_read_however_they_were_saved(benchmark, content):
     (benchmark / "classnames.txt").write_bytes(content.encode())
-    assert LabelledImages(benchmark, size=(8, 8)).class_names == ["a", "b"]
+    assert LabeledImages(benchmark, size=(8, 8)).class_names == ["a", "b"]
 
 
 def test_only_ends_of_lines_end_a_name(benchmark):
     (benchmark / "classnames.txt").write_text("a\u2028x\nb\x0by\n", encoding="utf-8")
-    assert LabelledImages(benchmark, size=(8, 8)).class_names == ["a\u2028x", "b\x0by"]
+    assert LabeledImages(benchmark, size=(8, 8)).class_names == ["a\u2028x", "b\x0by"]
 
 
 @pytest.mark.parametrize(
@@ -386,14 +386,14 @@ def test_small_files_that_say_nothing_are_refused(benchmark, name, content, sent
     encoded = content if isinstance(content, bytes) else content.encode()
     (benchmark / name).write_bytes(encoded)
     with pytest.raises(InputError, match=sentence) as caught:
-        LabelledImages(benchmark, size=(8, 8))
+        LabeledImages(benchmark, size=(8, 8))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["1", "\ufeff1\r\n", "01\n\n"])
 def test_the_number_of_shards_is_read_however_it_was_saved(benchmark, content):
     (benchmark / "test" / "nshards.txt").write_bytes(content.encode())
-    assert len(LabelledImages(benchmark, size=(8, 8))) == 2
+    assert len(LabeledImages(benchmark, size=(8, 8))) == 2
 
 
 def test_the_kind_of_a_data_set_is_one_of_the_fields_words(benchmark):

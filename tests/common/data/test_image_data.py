@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from frugal.common.data.config import ImageData
-from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
@@ -150,7 +150,7 @@ def test_a_flat_folder_is_read_where_no_classes_are_needed(
     with pytest.raises(InputError, match=r"flat holds images but no class folders; put the images"):
         open_images(folder, num_classes=3)
     with pytest.raises(InputError, match="no class folders"):
-        LabelledImages(folder, size=SIZE)
+        LabeledImages(folder, size=SIZE)
 
 
 def test_classes_that_are_not_the_models_are_refused_before_training(

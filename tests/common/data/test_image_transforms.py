@@ -17,7 +17,7 @@ from frugal.common.data.decoding import Window, hush_pillow, open_image, resize_
 from frugal.common.data.transforms import (
     CenterCrop,
     RandomResizedCrop,
-    centre_window,
+    center_window,
     clamped_window,
     random_window,
 )
@@ -60,13 +60,13 @@ def test_training_windows_are_those_of_the_reference(case):
         assert tried == [None] * case["chosen"] + [window]
     else:
         size = (case["out"], case["out"])
-        fallback = centre_window(case["height"], case["width"], size=size, margin=32)
+        fallback = center_window(case["height"], case["width"], size=size, margin=32)
         assert list(fallback) == case["window_top_left_h_w"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['height']}x{case['width']}")
 def test_evaluation_windows_are_those_of_the_reference(case):
-    window = centre_window(case["height"], case["width"], size=(case["out"], case["out"]))
+    window = center_window(case["height"], case["width"], size=(case["out"], case["out"]))
     assert list(window) == case["eval_window_top_left_h_w"]
 
 
@@ -82,9 +82,9 @@ def test_our_decoder_agrees_with_the_reference_on_golden_pictures():
 
 
 def test_fallback_is_seven_eighths_of_the_shorter_side_at_224():
-    assert centre_window(400, 300, size=(224, 224), margin=32)[2:] == (262, 262)
+    assert center_window(400, 300, size=(224, 224), margin=32)[2:] == (262, 262)
     # the shape of the result, not a square
-    assert centre_window(400, 300, size=(100, 200))[2:] == (150, 300)
+    assert center_window(400, 300, size=(100, 200))[2:] == (150, 300)
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 200), (200, 10), (50, 60)])
@@ -161,7 +161,7 @@ def slow_weight(distance, a):
 
 
 def slow_line(line, count, kernel):
-    """One row or column of grey levels, resized in float64."""
+    """One row or column of gray levels, resized in float64."""
     result = []
     for place in range(count):
         if kernel == "tf2_bicubic":
@@ -202,7 +202,7 @@ def test_tensorflows_kernels_follow_their_definition(encode, kernel, mode, shape
     assert levels.shape == (3, *size) and levels.dtype == np.float32
     pixels = np.asarray(image.convert("RGB"))
     for channel in range(3):
-        # TensorFlow rounds every place to 1/1024 of a pixel; noise of 255 grey levels shows it
+        # TensorFlow rounds every place to 1/1024 of a pixel; noise of 255 gray levels shows it
         expected = slow_resize(pixels[:, :, channel], size, kernel)
         assert np.abs(levels[channel] - expected).max() < 0.5
         assert np.abs(levels[channel] - expected).mean() < 0.1
@@ -212,8 +212,8 @@ def test_tensorflows_kernels_follow_their_definition(encode, kernel, mode, shape
 def test_what_lies_outside_of_a_crop_does_not_reach_tensorflows_kernels(encode, kernel):
     pixels = np.random.default_rng(4).integers(0, 256, (50, 30, 3), dtype=np.uint8)
     crop = CenterCrop(order="crop_first", interpolation=kernel)
-    ours = crop.grey_levels(encode(Image.fromarray(pixels), "PNG"), size=(12, 16))
-    top, left, height, width = centre_window(50, 30, size=(12, 16))
+    ours = crop.gray_levels(encode(Image.fromarray(pixels), "PNG"), size=(12, 16))
+    top, left, height, width = center_window(50, 30, size=(12, 16))
     cut = Image.fromarray(pixels[int(top) : int(top + height), int(left) : int(left + width)])
     alone = resize_window(
         open_image(encode(cut, "PNG")), Window(0, 0, height, width), (12, 16), interpolation=kernel
@@ -237,7 +237,7 @@ def test_tensorflows_kernels_are_not_taken_to_a_reduced_image(make_picture, enco
 def test_resizing_first_gives_the_middle_of_the_whole_image_resized(encode, kernel):
     pixels = np.random.default_rng(5).integers(0, 256, (48, 120, 3), dtype=np.uint8)
     content = encode(Image.fromarray(pixels), "PNG")
-    middle = CenterCrop(interpolation=kernel).grey_levels(content, size=(16, 16))
+    middle = CenterCrop(interpolation=kernel).gray_levels(content, size=(16, 16))
     whole = resize_window(
         open_image(content), Window(0, 0, 48, 120), (16, 40), interpolation=kernel
     )
@@ -250,11 +250,11 @@ def test_an_augmentation_hands_out_bytes_whatever_the_kernel(encode, kernel):
     stripes = np.zeros((60, 60, 3), np.uint8)
     stripes[:, np.arange(60) % 10 < 5] = 255
     content = encode(Image.fromarray(stripes), "PNG")
-    centre = CenterCrop(order="crop_first", interpolation=kernel)
-    levels = centre.grey_levels(content, size=(37, 37))
+    center = CenterCrop(order="crop_first", interpolation=kernel)
+    levels = center.gray_levels(content, size=(37, 37))
     assert levels.min() < -1 and levels.max() > 256
     assert np.array_equal(
-        centre.decode(content, size=(37, 37)), np.rint(levels).clip(0, 255).astype(np.uint8)
+        center.decode(content, size=(37, 37)), np.rint(levels).clip(0, 255).astype(np.uint8)
     )
     crop = RandomResizedCrop(interpolation=kernel)
     assert crop.decode(content, size=(37, 37), generator=generator()).dtype == np.uint8
@@ -334,17 +334,17 @@ def test_evaluation_fills_a_rectangle_without_distortion(encode, order):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
-def test_every_colour_mode_becomes_rgb(make_picture, encode, mode):
+def test_every_color_mode_becomes_rgb(make_picture, encode, mode):
     image = make_picture(7, 30, 44).convert(mode)
     content = encode(image, "TIFF" if mode == "CMYK" else "PNG")
     ours = CenterCrop().decode(content, size=(30, 44))
     assert np.array_equal(ours.transpose(1, 2, 0), np.asarray(image.convert("RGB")))
 
 
-def test_sixteen_bit_grey_is_scaled_and_not_clipped(encode):
-    grey = np.linspace(0, 65535, 32 * 48).reshape(32, 48).astype(np.uint16)
-    ours = CenterCrop().decode(encode(Image.fromarray(grey), "PNG"), size=(32, 48))
-    assert np.abs(ours - grey / 257.0).max() <= 0.51
+def test_sixteen_bit_gray_is_scaled_and_not_clipped(encode):
+    gray = np.linspace(0, 65535, 32 * 48).reshape(32, 48).astype(np.uint16)
+    ours = CenterCrop().decode(encode(Image.fromarray(gray), "PNG"), size=(32, 48))
+    assert np.abs(ours - gray / 257.0).max() <= 0.51
 
 
 SLOPE = np.linspace(0, 1, 32 * 48).reshape(32, 48)
@@ -373,7 +373,7 @@ def test_every_format_of_more_than_eight_bits_is_scaled_alike(encode, form, bits
     assert np.abs(ours - SLOPE * 255).max() <= 0.6
 
 
-def test_a_portable_grey_map_is_scaled_by_the_brightest_level_it_names():
+def test_a_portable_gray_map_is_scaled_by_the_brightest_level_it_names():
     levels = (SLOPE * 600).round().astype(">u2")
     content = b"P5 48 32 1000\n" + levels.tobytes()
     ours = CenterCrop().decode(content, size=(32, 48))[0]
@@ -417,16 +417,16 @@ def test_a_picture_without_a_finite_number_is_damage(encode):
 @pytest.mark.parametrize("crop", [CenterCrop(), RandomResizedCrop(scale=(1, 1), flip=0)])
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_what_is_transparent_lies_on_white(encode, mode, crop):
-    colour = np.full((16, 16, 4), (40, 40, 40, 0), np.uint8)
-    colour[:, :8, 3] = np.arange(0, 256, 17)[:, None]
-    image = Image.fromarray(colour).convert(mode)
+    color = np.full((16, 16, 4), (40, 40, 40, 0), np.uint8)
+    color[:, :8, 3] = np.arange(0, 256, 17)[:, None]
+    image = Image.fromarray(color).convert(mode)
     ours = crop.decode(encode(image, "PNG"), size=(16, 16), generator=generator())
-    share = colour[:, :, 3] / 255
+    share = color[:, :, 3] / 255
     assert np.abs(ours - (40 * share + 255 * (1 - share))).max() <= 1
 
 
 @pytest.mark.parametrize("form", ["PNG", "GIF", "WEBP"])
-def test_a_transparent_colour_lies_on_white_too(encode, form):
+def test_a_transparent_color_lies_on_white_too(encode, form):
     image = Image.new("P", (16, 16), 1)
     image.putpalette([0, 0, 0, 200, 10, 30, *[0] * 750])
     image.paste(0, (0, 0, 8, 16))
@@ -440,11 +440,11 @@ def test_a_transparent_colour_lies_on_white_too(encode, form):
     assert (ours[:, :, 8:] == np.array([200, 10, 30])[:, None, None]).all()
 
 
-def test_a_transparent_colour_of_a_picture_without_a_palette_lies_on_white(encode):
-    for mode, colour, other in (("RGB", (9, 8, 7), (200, 10, 30)), ("L", 9, 200)):
+def test_a_transparent_color_of_a_picture_without_a_palette_lies_on_white(encode):
+    for mode, color, other in (("RGB", (9, 8, 7), (200, 10, 30)), ("L", 9, 200)):
         image = Image.new(mode, (16, 16), other)
-        image.paste(colour, (0, 0, 8, 16))
-        ours = CenterCrop().decode(encode(image, "PNG", transparency=colour), size=(16, 16))
+        image.paste(color, (0, 0, 8, 16))
+        ours = CenterCrop().decode(encode(image, "PNG", transparency=color), size=(16, 16))
         assert (ours[:, :, :8] == 255).all() and (ours[0, :, 8:] == 200).all()
 
 

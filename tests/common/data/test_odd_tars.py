@@ -14,7 +14,7 @@ from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.resampled import stream_tar
 from frugal.common.data.samples import Fields, assemble
 from frugal.common.data.sources import build_index, open_source
-from frugal.common.data.tars import TarReader, index_tar
+from frugal.common.data.stores.tar import TarReader, index_tar
 from frugal.common.errors import InputError
 
 END = bytes(1024)

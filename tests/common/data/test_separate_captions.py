@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from frugal.common.data.pairs import Preparation
-from frugal.common.data.records import crc32c, mask_checksum
 from frugal.common.data.samples import Fields, RawSample
 from frugal.common.data.sources import build_index, open_source
+from frugal.common.data.stores.tfrecord import crc32c, mask_checksum
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.errors import InputError
 

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from frugal.common.data.damage import Damaged
-from frugal.common.data.folders import open_image_folder
-from frugal.common.data.labelled import LabelledImages
-from frugal.common.data.lists import open_list
+from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import build_index, find_files, open_source
+from frugal.common.data.stores.csv import open_list
+from frugal.common.data.stores.folder import open_image_folder
 from frugal.common.errors import InputError
 from frugal.common.files import read_text
 from frugal.common.shards import main
@@ -182,6 +182,6 @@ def test_an_evaluation_that_is_done_again_does_not_say_again_what_it_passes_over
     (folder / "cat" / "notes.pdf").touch()
     with caplog.at_level(logging.INFO, "frugal"):
         for _ in range(3):
-            LabelledImages(folder, size=(8, 8))
+            LabeledImages(folder, size=(8, 8))
     assert sum("notes.pdf" in line for line in caplog.messages) == 1
     assert sum("2 classes" in line for line in caplog.messages) == 1

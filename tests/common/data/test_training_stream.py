@@ -17,7 +17,7 @@ from frugal.common.data.index import find_index
 from frugal.common.data.pairs import Preparation, Shelf
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import build_index, open_source
-from frugal.common.data.tars import TarReader
+from frugal.common.data.stores.tar import TarReader
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError

@@ -18,7 +18,7 @@ from frugal.common.data import loader as loader_module
 from frugal.common.data.damage import DamageCounter, Damaged, note_of, warning
 from frugal.common.data.loader import Loader
 from frugal.common.data.resampled import ShardSizes, stream_tar
-from frugal.common.data.url_stream import Patience, UrlStream
+from frugal.common.data.stores.url import Patience, UrlStream
 from frugal.common.errors import InputError
 
 
@@ -74,7 +74,7 @@ def test_a_shard_that_hangs_is_damage_and_nothing_at_all_is_a_sentence() -> None
 
 
 def test_who_waits_says_for_what(monkeypatch, caplog) -> None:
-    monkeypatch.setattr("frugal.common.data.url_stream._VOICE", 0.1)
+    monkeypatch.setattr("frugal.common.data.stores.url._VOICE", 0.1)
     list(stream_tar("pipe:sleep 54323", patience=Patience(0.6)))
     assert "waiting for pipe:sleep 54323" in caplog.text
 
@@ -229,11 +229,11 @@ def test_loader_processes_that_give_nothing_are_given_up_and_leave_nobody_behind
 
 
 def test_signals_for_the_whole_group_leave_loader_processes_at_work() -> None:
-    def signalled(row: int) -> None:
+    def signaled(row: int) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
 
-    rows = [fields["row"] for fields in Loader(Numbers(signalled), sampler=range(4), workers=1)]
+    rows = [fields["row"] for fields in Loader(Numbers(signaled), sampler=range(4), workers=1)]
     assert rows == [0, 1, 2, 3]
 
 

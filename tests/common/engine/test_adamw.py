@@ -1,4 +1,4 @@
-"""AdamW and its weight-decay rule against the numbers of FLIP's own optimiser."""
+"""AdamW and its weight-decay rule against the numbers of FLIP's own optimizer."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from frugal.common.engine.optimizers import build_adamw, decayed_names, parameter_roles
 from frugal.common.errors import InputError
+from frugal.common.optim.optimizers import build_adamw, decayed_names, parameter_roles
 from frugal.common.recipe import AdamW
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "flip"
@@ -62,18 +62,18 @@ def test_six_steps_give_the_reference_weights_and_moments() -> None:
     assert parameters.keys() == NAMES.keys()
     for name, theirs in NAMES.items():
         parameters[name].data = ours(numbers[f"step0/param/{theirs}"], theirs)
-    optimiser = build_adamw(model, options)
+    optimizer = build_adamw(model, options)
     for step, rate in enumerate(settings["lr_used"], start=1):
         for name, theirs in NAMES.items():
             parameters[name].grad = ours(numbers[f"step{step}/grad/{theirs}"], theirs)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        optimiser.step()
+        optimizer.step()
         for name, theirs in NAMES.items():
             expected = ours(numbers[f"step{step}/param/{theirs}"], theirs)
             torch.testing.assert_close(parameters[name].data, expected, atol=2e-6, rtol=0)
     for name, theirs in NAMES.items():
-        state = optimiser.state[parameters[name]]
+        state = optimizer.state[parameters[name]]
         for mine, kind in (("exp_avg", "mu"), ("exp_avg_sq", "nu")):
             expected = ours(numbers[f"final/{kind}/{theirs}"], theirs)
             torch.testing.assert_close(state[mine], expected, atol=2e-6, rtol=1e-5)

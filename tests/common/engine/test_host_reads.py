@@ -12,13 +12,13 @@ from torch import nn
 
 from frugal.clipa.recipes import RECIPES as CLIPA
 from frugal.common.checkpoint.store import CheckpointStore
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.data.damage import DamageCounter
-from frugal.common.engine.accelerate_backend import AccelerateEngine
+from frugal.common.engine.accelerate import AccelerateEngine
+from frugal.common.engine.logger import Watch
 from frugal.common.engine.loop import Training, train
-from frugal.common.engine.optimizers import build_optimizer, skip_unless_finite
 from frugal.common.engine.saving import WeightAverage
-from frugal.common.engine.watch import Watch
+from frugal.common.optim.optimizers import build_optimizer, skip_unless_finite
 from frugal.common.recipe import LARS, Recipe
 from frugal.common.run import Run, make_logger
 from frugal.flip.recipes import RECIPES as FLIP
@@ -37,7 +37,7 @@ PRETRAIN = (
     "--data.workers=0", "--engine.precision=float32", "--batch-size=24",
     "--schedule.warmup-samples=48",
 )  # fmt: skip
-JITTER = ("--data.colour.probability=0.8",)
+JITTER = ("--data.color.probability=0.8",)
 CASES = {
     "flip": (FLIP, PAIRS),
     "flip-float16": (FLIP, (*PAIRS, "--engine.precision=float16")),
@@ -173,12 +173,12 @@ def test_every_way_to_read_is_known(reading: Callable) -> None:
 
 def test_a_step_of_lars_reads_nothing() -> None:
     model = nn.Linear(3, 5)
-    optimiser = build_optimizer(model, LARS(learning_rate=1.0))
+    optimizer = build_optimizer(model, LARS(learning_rate=1.0))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with nothing_is_read():
-        skip_unless_finite(optimiser, torch.ones(()))
-        optimiser.step()
+        skip_unless_finite(optimizer, torch.ones(()))
+        optimizer.step()
 
 
 @pytest.mark.gpu

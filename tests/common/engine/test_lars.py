@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from frugal.common.engine.optimizers import Lars, build_lars, build_optimizer, set_learning_rate
 from frugal.common.errors import InputError
+from frugal.common.optim.optimizers import Lars, build_lars, build_optimizer, set_learning_rate
 from frugal.common.recipe import LARS
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "milan"
@@ -35,16 +35,16 @@ class Recorded(nn.Module):
 
 def test_three_steps_give_the_recorded_weights_and_momenta() -> None:
     model = Recorded()
-    optimiser = build_optimizer(model, OPTIONS)
-    set_learning_rate(optimiser, SETTINGS["lr"])
+    optimizer = build_optimizer(model, OPTIONS)
+    set_learning_rate(optimizer, SETTINGS["lr"])
     for step in (1, 2, 3):
         for name, parameter in model.named_parameters():
             parameter.grad = NUMBERS[f"grad{step}/{name}"].clone()
-        optimiser.step()
+        optimizer.step()
         for name, parameter in model.named_parameters():
             wanted = NUMBERS[f"after{step}/{name}"]
             torch.testing.assert_close(parameter.data, wanted, rtol=1e-5, atol=1e-6)
-            momentum = optimiser.state[parameter]["momentum"]
+            momentum = optimizer.state[parameter]["momentum"]
             torch.testing.assert_close(momentum, NUMBERS[f"mu{step}/{name}"], rtol=1e-5, atol=1e-6)
 
 
@@ -52,14 +52,14 @@ def test_weight_decay_is_part_of_the_gradient_that_is_scaled_and_spares_vectors(
     torch.manual_seed(0)
     model = nn.Linear(3, 5)
     weight, bias = (p.detach().double().clone() for p in (model.weight, model.bias))
-    optimiser = build_lars(model, LARS(learning_rate=1.0, weight_decay=0.3, trust=0.02))
-    set_learning_rate(optimiser, 0.5)
+    optimizer = build_lars(model, LARS(learning_rate=1.0, weight_decay=0.3, trust=0.02))
+    set_learning_rate(optimizer, 0.5)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     gradient = model.weight.grad.double() + 0.3 * weight
     gradient = gradient * 0.02 * weight.norm() / gradient.norm()
     bias_gradient = model.bias.grad.double()
-    optimiser.step()
+    optimizer.step()
     torch.testing.assert_close(model.weight.double(), weight - 0.5 * gradient, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(
         model.bias.double(), bias - 0.5 * bias_gradient, rtol=1e-6, atol=1e-7
@@ -73,16 +73,16 @@ def test_parts_of_a_tensor_that_know_the_whole_norms_step_as_the_whole() -> None
     for rows in (slice(0, 2), slice(2, None)):
         part = nn.Parameter(weight[rows].flatten())
         part.grad = gradient[rows].flatten()
-        optimiser = Lars([{"params": [part], "is_matrix": True, "lr_scale": 1.0}], OPTIONS)
+        optimizer = Lars([{"params": [part], "is_matrix": True, "lr_scale": 1.0}], OPTIONS)
         mine = []
 
         def total(local: torch.Tensor, mine: list = mine) -> torch.Tensor:
             mine.append(local)
             return squares
 
-        optimiser.total = total
-        set_learning_rate(optimiser, SETTINGS["lr"])
-        optimiser.step()
+        optimizer.total = total
+        set_learning_rate(optimizer, SETTINGS["lr"])
+        optimizer.step()
         assert (mine[0] < squares).all()
         found.append(part.detach())
     wanted = NUMBERS["after1/matrix"].flatten()
@@ -101,11 +101,11 @@ def test_frozen_parameters_are_left_to_themselves_and_every_matrix_stands_alone(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"momentum": 1.0}, "optimiser.momentum is 1.0"),
+        ({"momentum": 1.0}, "optimizer.momentum is 1.0"),
         ({"weight_decay": -0.1}, "must not be negative"),
-        ({"trust": 0.0}, "optimiser.trust is 0.0"),
+        ({"trust": 0.0}, "optimizer.trust is 0.0"),
         ({"learning_rate_per_256": 1.0}, "exactly one"),
-        ({"clip_norm": 0.0}, "optimiser.clip_norm is 0.0"),
+        ({"clip_norm": 0.0}, "optimizer.clip_norm is 0.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict, sentence: str) -> None:

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from frugal.common.engine.optimizers import (
+from frugal.common.errors import InputError
+from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTransformer
+from frugal.common.optim.optimizers import (
     build_adamw,
     learning_rate_scales,
     set_learning_rate,
 )
-from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
-from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.recipe import AdamW
 
 TOWER = ImageTower(
@@ -50,12 +50,12 @@ def test_the_rate_falls_by_one_factor_per_block_from_the_head_down() -> None:
 def test_each_group_steps_by_its_share_of_the_rate() -> None:
     model = Model()
     options = AdamW(learning_rate=1.0, weight_decay=0.0, layer_decay=0.5)
-    optimiser = build_adamw(model, options)
+    optimizer = build_adamw(model, options)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    set_learning_rate(optimiser, 0.01)
-    optimiser.step()
+    set_learning_rate(optimizer, 0.01)
+    optimizer.step()
     scales = learning_rate_scales(model, 0.5)
     for name, parameter in model.named_parameters():
         # the first step of Adam is as long as the rate
@@ -79,5 +79,5 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.1])
 def test_a_decay_that_makes_no_sense_is_refused(decay: float) -> None:
-    with pytest.raises(InputError, match=r"optimiser\.layer_decay"):
+    with pytest.raises(InputError, match=r"optimizer\.layer_decay"):
         AdamW(learning_rate=1.0, layer_decay=decay)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from frugal.common.engine.backend import check_accelerate_environment
-from frugal.common.engine.deepspeed_backend import fill_config
+from frugal.common.engine.deepspeed import fill_config
+from frugal.common.engine.engine import check_accelerate_environment
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.train import train_recipe
@@ -89,7 +89,7 @@ def test_fewer_pairs_than_a_batch_are_told(scenes: Path, tmp_path: Path) -> None
         ({"zero_optimization": None}, "sets zero_optimization to null; write"),
     ],
 )
-def test_a_deepspeed_file_with_a_misspelt_setting_is_refused(
+def test_a_deepspeed_file_with_a_misspelled_setting_is_refused(
     content: dict[str, object], sentence: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "zero.json"

@@ -11,8 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from frugal.common.engine.accelerate_backend import AccelerateEngine
-from frugal.common.engine.backend import LossScale
+from frugal.common.engine.accelerate import AccelerateEngine
+from frugal.common.engine.engine import LossScale
 from frugal.common.engine.saving import WeightAverage
 from frugal.common.recipe import LARS, AdamW, EngineOptions
 from frugal.common.run import Run, make_logger
@@ -20,7 +20,7 @@ from frugal.flip.recipes import RECIPES
 from host_reads import nothing_is_read
 from support import ALONE, DDP, Launcher, metrics, newest, train, zero
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "adamw": AdamW(learning_rate=1.0, clip_norm=1.0),
     "adamw-unclipped": AdamW(learning_rate=1.0),
     "lars": LARS(learning_rate=1.0),
@@ -35,12 +35,12 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def make_engine(folder: Path, optimiser: str, precision: str = "float32") -> AccelerateEngine:
+def make_engine(folder: Path, optimizer: str, precision: str = "float32") -> AccelerateEngine:
     """Around three matrices and three vectors."""
     torch.manual_seed(0)
     recipe = replace(
         RECIPES["demo"](),
-        optimiser=OPTIMISERS[optimiser],
+        optimizer=OPTIMIZERS[optimizer],
         engine=EngineOptions(precision=precision),
     )
     run = Run(folder, 0, 1, 0, torch.device("cpu"), make_logger(0))
@@ -71,10 +71,10 @@ def step(engine: AccelerateEngine, average: WeightAverage, *, spoiled: float | N
     return norm.item()
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("spoiled", [torch.inf, torch.nan])
-def test_nothing_changes_by_a_single_bit(optimiser: str, spoiled: float, tmp_path: Path) -> None:
-    engine = make_engine(tmp_path, optimiser)
+def test_nothing_changes_by_a_single_bit(optimizer: str, spoiled: float, tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, optimizer)
     average = WeightAverage(engine, 0.9)
     for taken in range(3):
         before = everything(engine, average)
@@ -85,18 +85,18 @@ def test_nothing_changes_by_a_single_bit(optimiser: str, spoiled: float, tmp_pat
         step(engine, average, spoiled=None)
         for name, tensor in everything(engine, average).items():
             # LARS counts no steps, and one bias stays at its bound
-            if "0.bias" not in name and not (optimiser == "lars" and "step/" in name):
+            if "0.bias" not in name and not (optimizer == "lars" and "step/" in name):
                 assert not torch.equal(tensor, before[name]), name
         assert engine.updates == taken + 1
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_follows_a_skipped_step_is_as_if_it_had_never_been(
-    optimiser: str, tmp_path: Path
+    optimizer: str, tmp_path: Path
 ) -> None:
     found = []
     for spoiled_steps in ((), (0, 2)):
-        engine = make_engine(tmp_path, optimiser)
+        engine = make_engine(tmp_path, optimizer)
         average = WeightAverage(engine, 0.9)
         for number in range(3):
             if number in spoiled_steps:
@@ -145,7 +145,7 @@ def test_gradients_of_float16_are_scaled_back(tmp_path: Path) -> None:
 
 
 SPOILED = (
-    "--optimiser.learning-rate=1e30", "--optimiser.clip-norm=None",
+    "--optimizer.learning-rate=1e30", "--optimizer.clip-norm=None",
     "--schedule.warmup-samples=0", "--run.max-skipped=3",
 )  # fmt: skip
 
@@ -177,7 +177,7 @@ def test_checkpoints_between_log_steps_count_right(
         run = tmp_path / f"every_{every}"
         train(
             launcher, run, f"--data.train={scenes / 'train'}", "--engine.precision=float16",
-            "--optimiser.learning-rate=1e3", "--schedule.warmup-samples=0", "--run.keep=9",
+            "--optimizer.learning-rate=1e3", "--schedule.warmup-samples=0", "--run.keep=9",
             f"--run.log-every={every}", f"--run.save-every={save}", "--run.max-skipped=1000",
             "--schedule.samples=240",
         )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from frugal.common.engine.watch import Watch
+from frugal.common.engine.logger import Watch
 from frugal.common.run import Run
 
 VALUES: dict[str, Any] = {

@@ -14,7 +14,7 @@ from clip_benchmark.metrics import zeroshot_retrieval
 from evaluated import OpenClipLike, recipe, telling, tokenizer
 from PIL import Image
 
-from frugal.common.data.labelled import CaptionedImages, is_multi_labelled
+from frugal.common.data.labeled import CaptionedImages, is_multi_labeled
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval
 from frugal.common.run import Run
@@ -76,7 +76,7 @@ def test_an_unknown_type_is_refused_wherever_it_is_asked_for(
     kind: bytes, tar: Path, tmp_path: Path
 ) -> None:
     root = folder(tmp_path / "x", tar, kind)
-    for ask in (lambda: CaptionedImages(root, size=(8, 8)), lambda: is_multi_labelled(root)):
+    for ask in (lambda: CaptionedImages(root, size=(8, 8)), lambda: is_multi_labeled(root)):
         with pytest.raises(InputError, match=r"dataset_type\.txt says .*write one of") as caught:
             ask()
         assert "\n" not in str(caught.value)
@@ -84,7 +84,7 @@ def test_an_unknown_type_is_refused_wherever_it_is_asked_for(
 
 def test_a_data_set_of_another_type_has_no_captions(tar: Path, tmp_path: Path) -> None:
     root = folder(tmp_path / "x", tar, b"MultiLabel\n")
-    assert is_multi_labelled(root)
+    assert is_multi_labeled(root)
     with pytest.raises(InputError, match="says multilabel, but captions are of the type retrieval"):
         CaptionedImages(root, size=(8, 8))
 

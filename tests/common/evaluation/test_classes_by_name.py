@@ -17,14 +17,14 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe
 from frugal.common.run import Run
 
-COLOURS = {"a": (220, 30, 30), "b": (30, 220, 30), "c": (30, 30, 220), "d": (220, 220, 30)}
-COLOURS["e"] = COLOURS["b"]
+COLORS = {"a": (220, 30, 30), "b": (30, 220, 30), "c": (30, 30, 220), "d": (220, 220, 30)}
+COLORS["e"] = COLORS["b"]
 
 
 def picture(name: str, number: int) -> Image.Image:
     noise = np.random.default_rng([ord(name[0].lower()), number]).integers(-60, 61, (32, 32, 3))
-    colour = np.array(COLOURS[name[0].lower()])
-    return Image.fromarray((colour + noise).clip(0, 255).astype(np.uint8))
+    color = np.array(COLORS[name[0].lower()])
+    return Image.fromarray((color + noise).clip(0, 255).astype(np.uint8))
 
 
 def part(folder: Path, classes: str, images: int = 8, *, empty: str = "", first: int = 0) -> Path:

@@ -24,9 +24,9 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.compositional import Contrasts, Verdicts, judge
 from frugal.common.evaluation.config import Compositional
-from frugal.common.evaluation.contrasts import CATEGORIES, KINDS
 from frugal.common.evaluation.embed import Embedder, evaluating, grouped
 from frugal.common.evaluation.gathering import gather
+from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS
 from frugal.common.run import Run
 from frugal.common.scenes import compositional as scenes_compositional
 

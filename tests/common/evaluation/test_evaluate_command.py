@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 
 from frugal.common.contracts import EvaluationTask
-from frugal.common.data.labelled import CaptionedImages
+from frugal.common.data.labeled import CaptionedImages
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluate import Options, _measure, chosen_tasks, evaluate
+from frugal.common.evaluation.bootstrap import load_outcomes
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder
-from frugal.common.evaluation.identity import weights_digest
-from frugal.common.evaluation.outcomes import load_outcomes
+from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.loading import load_trained
 from frugal.common.recipe import Recipe, from_json, load_recipe, to_json
 from support import ALONE, ROOT, command, environment, train

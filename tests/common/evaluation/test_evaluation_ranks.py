@@ -15,17 +15,17 @@ import torch.distributed as dist
 from evaluated import multi_label_tars
 from PIL import Image
 
-from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.evaluation.compositional import judge, open_contrasts
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
-from frugal.common.evaluation.contrasts import CATEGORIES
 from frugal.common.evaluation.embed import Embedder, evaluating, similarity
 from frugal.common.evaluation.metrics import recall_at
 from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import embed, open_captioned
+from frugal.common.evaluation.sugarcrepe import CATEGORIES
 from frugal.common.evaluation.zero_shot import ask, open_question
 from frugal.common.models.config import clip_encoder
 from frugal.common.recipe import EngineOptions
@@ -97,9 +97,9 @@ PUBLISHED = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
 
 
 class Captioned:
-    """Labelled images with captions, some of them the same."""
+    """Labeled images with captions, some of them the same."""
 
-    def __init__(self, images: LabelledImages) -> None:
+    def __init__(self, images: LabeledImages) -> None:
         self.images = images
         self.captions = [[f"picture {n % 97}", f"{n} of {n % 5}"] for n in range(len(images))]
 
@@ -116,8 +116,8 @@ def bits(folder: Path, model, plan, run: Run) -> dict[str, list]:
     ranks, results = Ranks.current(), {}
     source = Embedder.of(model, plan, run)
     views = Embedder.of(model, plan, run, VIEWS)
-    pixels = LabelledImages(folder / "134", size=plan.model.image.height_width)
-    floats = LabelledImages(folder / "134", size=plan.model.image.height_width, crop=PUBLISHED)
+    pixels = LabeledImages(folder / "134", size=plan.model.image.height_width)
+    floats = LabeledImages(folder / "134", size=plan.model.image.height_width, crop=PUBLISHED)
     with evaluating(model):
         for size in BATCH_SIZES:
             for kind, embedder, images in (
@@ -217,7 +217,7 @@ def numbers(folder: Path, scenes: Path, rank: int, world_size: int) -> dict[str,
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     write_images(folder)
     return folder
 

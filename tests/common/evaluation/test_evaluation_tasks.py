@@ -19,7 +19,7 @@ from evaluated import OpenClipLike, recipe, tokenizer
 from open_clip import zero_shot_metadata
 from PIL import Image
 
-from frugal.common.data.labelled import CaptionedImages, LabelledImages
+from frugal.common.data.labeled import CaptionedImages, LabeledImages
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
@@ -124,7 +124,7 @@ def test_class_folders_are_read_in_sorted_order_with_their_names(tmp_path: Path,
     model = plan.model.build()
     numbers = ZeroShot(data=folder, name="mine", templates="name").evaluate(model, plan, run)
     assert (numbers["mine_images"], numbers["mine_classes"], numbers["mine_top5"]) == (6, 3, 1.0)
-    data = LabelledImages(folder, size=(16, 24))
+    data = LabeledImages(folder, size=(16, 24))
     pixels, labels, _ = next(data.batches(0, 1, 6))
     words = Embedder.of(model, plan, run)
     with evaluating(model):
@@ -149,17 +149,17 @@ def test_imagenet_folders_are_asked_by_imagenets_names(tmp_path: Path, run: Run)
 
 
 def labels_and_names(folder: Path, **options) -> list[tuple[int, str]]:
-    """The number of the class and the name that each picture is asked about, by its colour."""
+    """The number of the class and the name that each picture is asked about, by its color."""
     plan = recipe()
     question = open_question(ZeroShot(data=folder, **options), folder, plan)
     found = {}
     for images, labels, _ in question.images.batches(0, 1, 50):
         for image, label in zip(images, labels.tolist(), strict=True):
             found[int(image[0, 0, 0])] = (label, question.labels[label])
-    return [found[colour] for colour in sorted(found)]
+    return [found[color] for color in sorted(found)]
 
 
-def test_imagenet_v2_is_labelled_by_the_numbers_of_its_folders(tmp_path: Path) -> None:
+def test_imagenet_v2_is_labeled_by_the_numbers_of_its_folders(tmp_path: Path) -> None:
     names = zero_shot_metadata.IMAGENET_CLASSNAMES
     for number in range(1000):
         (tmp_path / "v2" / str(number)).mkdir(parents=True)

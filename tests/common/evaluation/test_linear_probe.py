@@ -38,10 +38,10 @@ CPU = torch.device("cpu")
 
 def blobs(count: int, *, seed: int, classes: int = 7, width: int = 9) -> Features:
     """Unit vectors around one direction per class, so near each other that some are wrong."""
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=generator)
-    vectors = centres[labels] + 1.3 * torch.randn(count, width, generator=generator)
+    vectors = centers[labels] + 1.3 * torch.randn(count, width, generator=generator)
     return Features(torch.nn.functional.normalize(vectors, dim=1), labels)
 
 
@@ -163,7 +163,7 @@ def test_a_drawn_validation_part_depends_on_the_seed_alone() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Class folders of coloured noise: 30 images to train on, 12 to measure on."""
+    """Class folders of colored noise: 30 images to train on, 12 to measure on."""
     generator = np.random.default_rng(0)
     for part, count in (("train", 10), ("test", 4)):
         for label, name in enumerate(("red", "green", "blue")):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from frugal.common.data.labelled import CaptionedImages, LabelledImages
+from frugal.common.data.labeled import CaptionedImages, LabeledImages
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval, ZeroShot
@@ -153,7 +153,7 @@ def test_a_mask_that_keeps_nothing_is_refused(plan, model, run: Run) -> None:
         Embedder.of(model, plan, run, ZeroShot(mask_ratio=0.99))
 
 
-def test_grey_levels_are_embedded_as_the_bytes_they_equal(plan, model, run: Run) -> None:
+def test_gray_levels_are_embedded_as_the_bytes_they_equal(plan, model, run: Run) -> None:
     images, places = pictures(4), torch.arange(4)
     for task in (None, ZeroShot(mask_ratio=0.5, views=2)):
         embedder = Embedder.of(model, plan, run, task)
@@ -167,7 +167,7 @@ def test_grey_levels_are_embedded_as_the_bytes_they_equal(plan, model, run: Run)
 # Whole evaluations.
 
 
-def slow_answers(model, data: LabelledImages, classes: Tensor, count: int, num_kept: int) -> int:
+def slow_answers(model, data: LabeledImages, classes: Tensor, count: int, num_kept: int) -> int:
     right = 0
     for images, labels, places in data.batches(0, 1, 7):
         for image, label, place in zip(images, labels, places.tolist(), strict=True):
@@ -180,7 +180,7 @@ def test_zero_shot_classifies_the_ensemble(scenes: Path, plan, model, run: Run) 
     task = ZeroShot(data=scenes, mask_ratio=0.75, views=4, templates="name")
     ours = task.evaluate(model, plan, run)
     folder = scenes / "zero_shot"
-    data = LabelledImages(folder, size=(16, 24))
+    data = LabeledImages(folder, size=(16, 24))
     with evaluating(model):
         classes = Embedder.of(model, plan, run).texts(data.class_names)
         right = slow_answers(model, data, classes, 4, 6)

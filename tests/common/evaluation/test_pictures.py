@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from frugal.common.evaluation.pictures import draw_masked, draw_predictions, grey_dropped, tile
+from frugal.common.evaluation.pictures import draw_masked, draw_predictions, gray_dropped, tile
 from frugal.common.reduction.image import Kept
 
 
@@ -16,12 +16,12 @@ def noise(count: int, height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_kept_patches_stay_and_dropped_ones_turn_grey(as_tensor: bool) -> None:
+def test_kept_patches_stay_and_dropped_ones_turn_gray(as_tensor: bool) -> None:
     images = noise(3, 8, 12)  # 2 x 3 patches of 4
     mask = np.zeros((3, 6), bool)
     mask[0, [0, 5]] = mask[1, 2] = mask[2, 3] = True
     given = (torch.from_numpy(images), torch.from_numpy(mask)) if as_tensor else (images, mask)
-    seen = grey_dropped(*given, 4)
+    seen = gray_dropped(*given, 4)
     assert seen.dtype == np.uint8
     for image, kept, picture in zip(images, mask, seen, strict=True):
         for patch in range(6):
@@ -30,30 +30,30 @@ def test_kept_patches_stay_and_dropped_ones_turn_grey(as_tensor: bool) -> None:
             if kept[patch]:
                 assert (picture[where] == image[where]).all()
             else:
-                assert (picture[where] == picture[where][:1]).all()  # no colour left
+                assert (picture[where] == picture[where][:1]).all()  # no color left
                 assert (np.abs(picture[where].astype(int) - 137) < 45).all()
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_a_dropped_patch_shows_on_any_flat_background(level: int) -> None:
     images = np.full((1, 3, 8, 8), level, np.uint8)
-    seen = grey_dropped(images, np.array([[True, False, False, True]]), 4)
+    seen = gray_dropped(images, np.array([[True, False, False, True]]), 4)
     assert seen[0, :, :4, 4:].std() > 5
 
 
 def test_a_packed_mask_is_drawn_like_any_other() -> None:
     images = torch.from_numpy(noise(2, 4, 6))
     kept = Kept.packed(torch.tensor([5, 0, 1]), torch.tensor([1, 2]))
-    seen = grey_dropped(images, kept.mask(6), 2)
+    seen = gray_dropped(images, kept.mask(6), 2)
     assert (seen[0, :, 2:, 4:] == images[0, :, 2:, 4:].numpy()).all()
     assert (seen[1, :, :2, :4] == images[1, :, :2, :4].numpy()).all()
 
 
 def test_patches_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="patches of 3 do not tile images of 8x12"):
-        grey_dropped(noise(1, 8, 12), np.ones((1, 6)), 3)
+        gray_dropped(noise(1, 8, 12), np.ones((1, 6)), 3)
     with pytest.raises(ValueError, match=r"has shape \(1, 6\), not \(1, 5\)"):
-        grey_dropped(noise(1, 8, 12), np.ones((1, 5)), 4)
+        gray_dropped(noise(1, 8, 12), np.ones((1, 5)), 4)
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, None), (5, None), (5, 4), (3, 7)])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from evaluated import multi_label_tars, recipe, telling
 
-from frugal.common.data.labelled import MultiLabelledImages
+from frugal.common.data.labeled import MultiLabeledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe, ZeroShot
 from frugal.common.evaluation.remote import _places, as_url, fetch
@@ -84,7 +84,7 @@ def test_what_was_replaced_behind_the_url_comes_again_and_the_rest_stays(
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     folder = fetch(url, ["test"], cache=tmp_path / "cache")
-    before = MultiLabelledImages(folder, size=(8, 8)).targets
+    before = MultiLabeledImages(folder, size=(8, 8)).targets
     kept = (folder / "test" / "1.tar").stat().st_ino
     multi_label_tars(tmp_path / "new", np.eye(3, dtype=np.int64)[[2, 2, 2, 1]])
     new = tmp_path / "new" / "test" / "0.tar"
@@ -95,7 +95,7 @@ def test_what_was_replaced_behind_the_url_comes_again_and_the_rest_stays(
     fetch(url, ["test"], cache=tmp_path / "cache")
     assert (folder / "test" / "1.tar").stat().st_ino == kept
     assert not (folder / "dataset_type.txt").exists()
-    after = MultiLabelledImages(folder, size=(8, 8)).targets
+    after = MultiLabeledImages(folder, size=(8, 8)).targets
     assert after.tolist()[:3] == [[False, False, True]] * 3 != before.tolist()[:3]
     server.shutdown()
     server.server_close()

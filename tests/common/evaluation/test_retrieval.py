@@ -126,7 +126,7 @@ class Letters:
 
 
 class Towers(nn.Module):
-    """Texts "0", "1", ... and images of that grey value meet."""
+    """Texts "0", "1", ... and images of that gray value meet."""
 
     def encode_text(self, token_ids, text_lengths):
         digits = (token_ids - ord("0")).clamp(0, 9).float()
@@ -143,16 +143,16 @@ class Towers(nn.Module):
 
 
 class Captioned:
-    def __init__(self, grey: list[int], captions: list[list[str]]) -> None:
-        self.grey, self.captions = torch.tensor(grey, dtype=torch.uint8), captions
+    def __init__(self, gray: list[int], captions: list[list[str]]) -> None:
+        self.gray, self.captions = torch.tensor(gray, dtype=torch.uint8), captions
 
     def __len__(self) -> int:
-        return len(self.grey)
+        return len(self.gray)
 
     def batches(self, rank, world_size, batch_size, workers):
         places = torch.arange(len(self))[rank::world_size]
         for part in places.split(batch_size):
-            yield self.grey[part][:, None, None, None].expand(-1, 3, 2, 3), part
+            yield self.gray[part][:, None, None, None].expand(-1, 3, 2, 3), part
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 50])

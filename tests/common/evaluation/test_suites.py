@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 
-from frugal.common.data.labelled import LabelledImages, MultiLabelledImages
+from frugal.common.data.labeled import LabeledImages, MultiLabeledImages
 from frugal.common.errors import InputError
-from frugal.common.evaluation.asked import Options, chosen_tasks
+from frugal.common.evaluation.cli import Options, chosen_tasks
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.metrics import average_precision, ranked_classes, roc_auc
@@ -172,10 +172,10 @@ AS_PUBLISHED = (
 
 
 @pytest.mark.parametrize("place", [0, 4, 9])
-def test_a_misspelt_class_folder_of_a_task_is_refused_by_name(tmp_path: Path, place: int) -> None:
+def test_a_misspelled_class_folder_of_a_task_is_refused_by_name(tmp_path: Path, place: int) -> None:
     for number, name in enumerate(EUROSAT):
-        misspelt = name[:-1] + "x" if number == place else name
-        pictures(tmp_path / misspelt.replace(" ", "_"))
+        misspelled = name[:-1] + "x" if number == place else name
+        pictures(tmp_path / misspelled.replace(" ", "_"))
     with pytest.raises(
         InputError, match=r"x' of .* is no class of eurosat \(did you mean"
     ) as caught:
@@ -242,7 +242,7 @@ def test_labels_are_those_of_all_of_imagenet_where_its_names_are_chosen(
 def test_what_is_odd_about_the_data_is_told_and_kept(
     tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("grey_seal", "grey seal", "kite"):
+    for name in ("gray_seal", "gray seal", "kite"):
         pictures(tmp_path / name, 2)
     (tmp_path / "kite" / "notes.pdf").write_text("")
     plan = recipe()
@@ -251,9 +251,9 @@ def test_what_is_odd_about_the_data_is_told_and_kept(
     with caplog.at_level(logging.INFO, logger="told"):
         numbers = task.evaluate(telling(plan), plan, own, keep=found.append)
     assert (numbers["zero_shot_same_names"], numbers["zero_shot_passed_over"]) == (2, 1)
-    assert found[0].facts["same_names"] == [[[0, "grey seal"], [1, "grey seal"]]]
+    assert found[0].facts["same_names"] == [[[0, "gray seal"], [1, "gray seal"]]]
     assert found[0].facts["passed_over"] == {"files that are no images (.pdf)": 1}
-    assert "'grey seal' (0) = 'grey seal' (1)" in caplog.text
+    assert "'gray seal' (0) = 'gray seal' (1)" in caplog.text
 
 
 def test_names_of_equal_standing_are_averaged(tmp_path: Path, run: Run) -> None:
@@ -361,7 +361,7 @@ def test_images_of_several_classes_have_clip_benchmarks_average_precision(
     kept = []
     task = ZeroShot(data=folder, batch_size=batch_size)
     numbers = task.evaluate(model, plan, run, keep=kept.append)
-    data = MultiLabelledImages(folder, size=(32, 32))
+    data = MultiLabeledImages(folder, size=(32, 32))
     words = Embedder.of(model, plan, run)
     with evaluating(model):
         images = torch.cat([words.images(x) for x, _ in data.batches(0, 1, 64)])
@@ -399,15 +399,15 @@ def test_a_digest_tells_data_from_other_data_wherever_it_lies(tmp_path: Path) ->
     for place in ("a", "elsewhere/b"):
         pictures(tmp_path / place / "x", 3)
         pictures(tmp_path / place / "y", 2, seed=1)
-    one, same = (LabelledImages(tmp_path / p, size=(8, 8)) for p in ("a", "elsewhere/b"))
+    one, same = (LabeledImages(tmp_path / p, size=(8, 8)) for p in ("a", "elsewhere/b"))
     before = one.digest()
     assert before == same.digest()
     (tmp_path / "a" / "y" / "1.png").rename(tmp_path / "a" / "x" / "9.png")
-    assert LabelledImages(tmp_path / "a", size=(8, 8)).digest() != before
+    assert LabeledImages(tmp_path / "a", size=(8, 8)).digest() != before
     targets = np.eye(3, dtype=np.int64)
-    tars = MultiLabelledImages(multi_label_tars(tmp_path / "t", targets), size=(8, 8))
-    moved = MultiLabelledImages(multi_label_tars(tmp_path / "u", targets), size=(8, 8))
-    other = MultiLabelledImages(multi_label_tars(tmp_path / "v", 1 - targets), size=(8, 8))
+    tars = MultiLabeledImages(multi_label_tars(tmp_path / "t", targets), size=(8, 8))
+    moved = MultiLabeledImages(multi_label_tars(tmp_path / "u", targets), size=(8, 8))
+    other = MultiLabeledImages(multi_label_tars(tmp_path / "v", 1 - targets), size=(8, 8))
     assert tars.digest() == moved.digest() != other.digest()
 
 

@@ -20,7 +20,7 @@ from frugal.common.evaluation.ranks import Ranks
 from frugal.common.run import Run
 
 
-class Spoilt(nn.Module):
+class Spoiled(nn.Module):
     """A model some of whose embeddings are replaced."""
 
     def __init__(self, model: nn.Module, *, side: str, value: float) -> None:
@@ -72,7 +72,7 @@ def test_embeddings_that_are_not_finite_or_zero_are_counted_and_refused(
     kind: Callable, side: str, count: str, value: float, scenes: Path, several: Path, run: Run
 ) -> None:
     plan = recipe()
-    model = Spoilt(telling(plan), side=side, value=value)
+    model = Spoiled(telling(plan), side=side, value=value)
     task = kind(data=several if kind is multi_label else scenes)
     with pytest.raises(InputError, match=count) as caught:
         task.evaluate(model, plan, run)

@@ -57,14 +57,14 @@ class Bytes:
 
 
 class Towers(nn.Module):
-    """Any function of the text and of the mean colour will do; the vectors are not unit length."""
+    """Any function of the text and of the mean color will do; the vectors are not unit length."""
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(3)
         self.words = nn.Embedding(256, WIDTH)
         self.words.weight.data = torch.randn(256, WIDTH, generator=generator)
-        self.colours = nn.Parameter(torch.randn(3, WIDTH, generator=generator))
+        self.colors = nn.Parameter(torch.randn(3, WIDTH, generator=generator))
         self.drop = nn.Dropout(0.5)
         self.texts_seen: list[int] = []
 
@@ -77,15 +77,15 @@ class Towers(nn.Module):
 
     def encode_image(self, images):
         assert images.dtype == torch.uint8
-        return self.drop(images.float().mean((2, 3)) @ self.colours)
+        return self.drop(images.float().mean((2, 3)) @ self.colors)
 
 
 def embedder() -> Embedder:
     return Embedder(Towers().eval(), Bytes(), context_length=64, device=torch.device("cpu"))
 
 
-class Labelled:
-    """Labelled images in memory."""
+class Labeled:
+    """Labeled images in memory."""
 
     class_names = None
     templates = None
@@ -102,10 +102,10 @@ class Labelled:
             yield self.images[part], self.labels[part], part
 
 
-def coloured(count: int, classes: int, seed: int = 0) -> Labelled:
+def colored(count: int, classes: int, seed: int = 0) -> Labeled:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (count, 3, 4, 6), generator=generator, dtype=torch.uint8)
-    return Labelled(images, torch.randint(classes, (count,), generator=generator))
+    return Labeled(images, torch.randint(classes, (count,), generator=generator))
 
 
 # Metrics.
@@ -196,7 +196,7 @@ def test_class_embeddings_follow_the_definition(names, templates) -> None:
         np.testing.assert_allclose(row.numpy(), slow_class_embedding(texts), atol=1e-6)
 
 
-def test_prompts_are_normalised_before_they_are_averaged() -> None:
+def test_prompts_are_normalized_before_they_are_averaged() -> None:
     with torch.no_grad():
         ours = class_embeddings(embedder(), ["tram"], TEMPLATES, ranks=Ranks())[0]
         raw = embedder()
@@ -302,11 +302,11 @@ def test_braces_in_a_class_name_stay() -> None:
 # The whole task, on images in memory.
 
 
-def reference_answers(data: Labelled, names) -> tuple[torch.Tensor, torch.Tensor]:
+def reference_answers(data: Labeled, names) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines in float64, all at once."""
     classes = np.stack([slow_class_embedding(prompts(name, TEMPLATES)) for name in names])
     pixels = data.images.double().mean((2, 3)).numpy()
-    vectors = pixels @ Towers().colours.detach().double().numpy()
+    vectors = pixels @ Towers().colors.detach().double().numpy()
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     scores = torch.from_numpy(vectors @ classes.T)
     return scores, data.labels
@@ -314,8 +314,8 @@ def reference_answers(data: Labelled, names) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_answers_equal_clip_benchmark_on_the_same_embeddings(batch_size: int) -> None:
-    names = [f"colour {n}" for n in range(11)]
-    data = coloured(50, len(names))
+    names = [f"color {n}" for n in range(11)]
+    data = colored(50, len(names))
     scores, labels = reference_answers(data, names)
     source = embedder()
     with torch.no_grad():
@@ -349,19 +349,19 @@ def test_held_out_classes_are_scored_among_all_classes() -> None:
     ],
 )
 def test_an_image_counted_twice_or_not_at_all_is_noticed(change, message: str) -> None:
-    class Wrong(Labelled):
+    class Wrong(Labeled):
         def batches(self, rank, world_size, batch_size, workers):
             part = change(torch.arange(len(self)))
             yield self.images[part], self.labels[part], part
 
-    data = coloured(9, 2)
+    data = colored(9, 2)
     with pytest.raises(RuntimeError, match=message), torch.no_grad():
         answer(embedder(), Wrong(data.images, data.labels), torch.eye(2, WIDTH), batch_size=9)
 
 
 @pytest.mark.parametrize("label", [-1, 2])
 def test_a_label_without_a_class_name_is_refused(label: int) -> None:
-    data = coloured(4, 2)
+    data = colored(4, 2)
     data.labels[1] = label
     with pytest.raises(InputError, match=f"label {label}, but there are names for 2 classes"):
         answer(embedder(), data, torch.eye(2, WIDTH), batch_size=2)
@@ -369,7 +369,7 @@ def test_a_label_without_a_class_name_is_refused(label: int) -> None:
 
 def test_no_images_at_all_are_refused() -> None:
     with pytest.raises(InputError, match="no images to classify"):
-        answer(embedder(), coloured(0, 1), torch.eye(2, WIDTH), batch_size=2)
+        answer(embedder(), colored(0, 1), torch.eye(2, WIDTH), batch_size=2)
 
 
 def test_the_mode_of_every_module_comes_back() -> None:
@@ -548,8 +548,8 @@ def test_classes_that_no_prompt_tells_apart_are_found() -> None:
         "kite",
         "crane",
         "Kite",
-        "grey_seal",
-        "grey seal",
+        "gray_seal",
+        "gray seal",
         ("a", "b"),
         ("b", "a"),
         "x",

@@ -96,8 +96,8 @@ def test_a_shrinking_triangle_filter_averages_what_it_covers():
     table = torch.arange(8.0).reshape(8, 1)
     new = resample_length(table, 4, method="triangle")
     for place in range(4):
-        centre = (place + 0.5) * 2 - 0.5
-        weights = [max(0.0, 1 - abs(old - centre) / 2) for old in range(8)]
+        center = (place + 0.5) * 2 - 0.5
+        weights = [max(0.0, 1 - abs(old - center) / 2) for old in range(8)]
         expected = sum(w * old for w, old in zip(weights, range(8), strict=True)) / sum(weights)
         assert new[place].item() == pytest.approx(expected)
 

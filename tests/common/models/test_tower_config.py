@@ -72,8 +72,8 @@ def test_an_impossible_text_tower_is_refused(changes, message):
 def test_an_impossible_dual_encoder_is_refused():
     with pytest.raises(InputError, match="embed_dim is 0, must be at least 1"):
         DualEncoderConfig(image=IMAGE, text=TEXT, embed_dim=0)
-    with pytest.raises(InputError, match=r"model\.initialisation is 'zeros'"):
-        DualEncoderConfig(image=IMAGE, text=TEXT, embed_dim=4, initialisation="zeros")
+    with pytest.raises(InputError, match=r"model\.initialization is 'zeros'"):
+        DualEncoderConfig(image=IMAGE, text=TEXT, embed_dim=4, initialization="zeros")
 
 
 @pytest.mark.parametrize("name", ["Q/16", "B", "B/x", "B/", ""])

@@ -8,11 +8,11 @@ from torch.autograd import gradcheck
 
 from frugal.common.errors import InputError
 from frugal.common.models.attention import Layout
+from frugal.common.models.blocks import Block, activate
+from frugal.common.models.clip import unit
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
-from frugal.common.models.dual_encoder import unit
-from frugal.common.models.image_tower import ImageTransformer
-from frugal.common.models.text_tower import TextTransformer
-from frugal.common.models.transformer import Block, activate
+from frugal.common.models.text import TextTransformer
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.reduction.image import Kept
 
 IMAGE = ImageTower(
@@ -37,7 +37,7 @@ TEXT_VARIANTS = [
 ]
 
 
-def randomised(tower: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomized(tower: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     tower = tower.double().eval()
     with torch.no_grad():
@@ -47,11 +47,11 @@ def randomised(tower: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def image_tower(**options) -> ImageTransformer:
-    return randomised(ImageTransformer(replace(IMAGE, **options), 8))
+    return randomized(ImageTransformer(replace(IMAGE, **options), 8))
 
 
 def text_tower(**options) -> TextTransformer:
-    return randomised(TextTransformer(replace(TEXT, **options), 8))
+    return randomized(TextTransformer(replace(TEXT, **options), 8))
 
 
 def pictures(count: int = 4) -> torch.Tensor:
@@ -178,12 +178,12 @@ def test_the_class_token_alone_is_enough_for_class_pooling():
     torch.testing.assert_close(output, output[:1].expand(4, -1))
 
 
-def test_uint8_images_are_normalised_with_the_tower_s_mean_and_std():
+def test_uint8_images_are_normalized_with_the_tower_s_mean_and_std():
     tower = image_tower(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)).float()
     images = pictures()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (tower.config.mean, tower.config.std))
-    normalised = (images / 255 - mean) / std
-    torch.testing.assert_close(tower(images), tower(normalised), rtol=1e-4, atol=1e-4)
+    normalized = (images / 255 - mean) / std
+    torch.testing.assert_close(tower(images), tower(normalized), rtol=1e-4, atol=1e-4)
     other = image_tower(mean=(0.3, 0.2, 0.1)).float()
     assert not torch.allclose(other(images), tower(images), atol=1e-2)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
 from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
-from frugal.common.models.cost import dual_encoder_flops
+from frugal.common.models.flops import dual_encoder_flops
 from frugal.common.objectives.config import BOTH, Contrastive
 from frugal.common.objectives.contrastive import ContrastiveObjective
 from frugal.common.objectives.contrastive_loss import contrastive_loss, sigmoid_loss
@@ -210,11 +210,11 @@ def test_picture_shows_images_above_what_the_tower_sees() -> None:
             assert torch.equal(cell, same if patch <= place else torch.full_like(cell, 128))
 
 
-def test_pictures_of_normalised_images_show_their_colours() -> None:
+def test_pictures_of_normalized_images_show_their_colors() -> None:
     mine, batch = objective(reduction=SimpleNamespace(image=KeepAll())), batch_of(2)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MODEL.image.mean, MODEL.image.std))
-    normalised = replace(batch, images=(batch.images / 255 - mean) / std)
-    assert (mine.draw(normalised) == mine.draw(batch)).all()
+    normalized = replace(batch, images=(batch.images / 255 - mean) / std)
+    assert (mine.draw(normalized) == mine.draw(batch)).all()
 
 
 def test_a_batch_without_captions_is_refused() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from frugal.clipa.grid_masking import GridMasking
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe, difference, from_json, load_recipe, to_json
 from frugal.flip.recipes import RECIPES, demo
@@ -108,8 +108,8 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_a_field_of_another_version_is_named() -> None:
     encoded = to_json(demo())
-    encoded["run"]["colour"] = "red"
-    with pytest.raises(InputError, match="'colour'"):
+    encoded["run"]["color"] = "red"
+    with pytest.raises(InputError, match="'color'"):
         from_json(encoded)
 
 

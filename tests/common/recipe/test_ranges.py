@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from frugal.common.commands import read_command_line
+from frugal.common.cli import read_command_line
 from frugal.common.contracts import DataConfig, EvaluationTask
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage
@@ -46,9 +46,9 @@ ALLOWED: dict[tuple[str, str], tuple[set[float], str]] = {
             ("TransformersText", "dropout"), ("SegmenterConfig", "dropout"),
             ("StoredData", "max_damaged"), ("StoredData", "workers"),
             ("SegmentationData", "max_damaged"), ("SegmentationData", "workers"),
-            ("ColourJitter", "probability"), ("ColourJitter", "brightness"),
-            ("ColourJitter", "contrast"), ("ColourJitter", "saturation"), ("ColourJitter", "hue"),
-            ("ColourJitter", "grey"), ("RandomResizedCrop", "flip"), ("SingleDrawCrop", "flip"),
+            ("ColorJitter", "probability"), ("ColorJitter", "brightness"),
+            ("ColorJitter", "contrast"), ("ColorJitter", "saturation"), ("ColorJitter", "hue"),
+            ("ColorJitter", "gray"), ("RandomResizedCrop", "flip"), ("SingleDrawCrop", "flip"),
             ("ScaledCrop", "flip"), ("ScaledCrop", "tries"), ("RandAugmentedCrop", "fill"),
             ("RandomMasking", "mask_ratio"), ("BlockMasking", "mask_ratio"),
             ("TextMasking", "mask_ratio"), ("SemanticSampling", "mask_ratio"),
@@ -59,7 +59,7 @@ ALLOWED: dict[tuple[str, str], tuple[set[float], str]] = {
             ("Mixing", "cutmix_probability"), ("PhotometricDistortion", "probability"),
             ("PhotometricDistortion", "brightness"), ("PhotometricDistortion", "contrast"),
             ("PhotometricDistortion", "saturation"), ("PhotometricDistortion", "hue"),
-            ("Optimiser", "learning_rate"), ("Optimiser", "learning_rate_per_256"),
+            ("Optimizer", "learning_rate"), ("Optimizer", "learning_rate_per_256"),
             ("AdamW", "betas"), ("AdamW", "epsilon"), ("AdamW", "weight_decay"),
             ("AdamW", "projection_weight_decay"), ("LARS", "momentum"), ("LARS", "weight_decay"),
             ("WarmupCosine", "warmup_samples"), ("WarmupCosine", "start"),
@@ -182,8 +182,8 @@ def test_every_exception_names_a_field_that_is_there() -> None:
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--optimiser.learning-rate=nan", "optimiser.learning_rate is nan, must not be negative"),
-        ("--optimiser.clip-norm=inf", "clip_norm is inf, must be positive and finite; leave it"),
+        ("--optimizer.learning-rate=nan", "optimizer.learning_rate is nan, must not be negative"),
+        ("--optimizer.clip-norm=inf", "clip_norm is inf, must be positive and finite; leave it"),
         ("--engine.threads=-1", "engine.threads is -1, must be at least 1"),
         ("--run.seed=-3", "run.seed is -3, must lie between 0 and"),
         ("--model.image.mean -1 0 0", r"image.mean is \(-1.0, 0.0, 0.0\), must not be negative"),
@@ -199,7 +199,7 @@ def test_the_command_line_is_answered_in_one_sentence(flag: str, sentence: str) 
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [
-        (("optimiser", "weight_decay"), math.inf, "weight_decay is inf, must not be negative or"),
+        (("optimizer", "weight_decay"), math.inf, "weight_decay is inf, must not be negative or"),
         (("schedule", "samples"), 3e5, "schedule.samples is 300000.0, must be a whole number"),
         (("batch_size",), "256", "batch_size is 256, must be a number"),
         (("model", "image", "std"), [0.2, 0.2, -0.1], "must be positive"),

@@ -17,7 +17,7 @@ CASES = json.loads((GOLDEN / "lr_schedules.json").read_text())
 def test_learning_rates_are_the_published_ones(name: str) -> None:
     case = CASES[name]
     batch = case["batch_size"]
-    optimiser = AdamW(learning_rate_per_256=case["base_lr_per_256"])
+    optimizer = AdamW(learning_rate_per_256=case["base_lr_per_256"])
     # the README of the numbers states the ends of its one artificial configuration
     start, floor = (1e-7, 1e-6) if name == "small_batch_with_floor" else (0.0, 0.0)
     schedule = WarmupCosine(
@@ -26,7 +26,7 @@ def test_learning_rates_are_the_published_ones(name: str) -> None:
         start=start,
         floor=floor,
     )
-    peak = optimiser.peak(batch)
+    peak = optimizer.peak(batch)
     assert peak == pytest.approx(case["peak_lr"], rel=1e-6)
     for step, expected in case["values"]:
         rate = schedule.learning_rate(step * batch, peak=peak)

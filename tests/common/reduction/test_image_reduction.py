@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from frugal.common.contracts import ImageReduction
 from frugal.common.errors import InputError
 from frugal.common.models.config import image_tower
-from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.randomness import SampleNoise
 from frugal.common.reduction.image import KeepAll, Kept, PatchView, take_patches
 from frugal.common.reduction.random_masking import RandomMasking
@@ -47,15 +47,15 @@ def test_patches_of_images_that_are_not_contiguous_are_cut_alike():
 
 
 @pytest.mark.parametrize(("rows", "columns", "side"), [(2, 5, 4), (3, 3, 2), (4, 1, 3)])
-def test_normalised_patches_are_patches_of_normalised_images(rows, columns, side):
+def test_normalized_patches_are_patches_of_normalized_images(rows, columns, side):
     images, mean, std = picture(rows, columns, side), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
     view = PatchView(images, side, mean=mean, std=std)
-    centre, spread = (torch.tensor(c, dtype=torch.float64).view(3, 1, 1) for c in (mean, std))
-    expected = PatchView((images.double() / 255 - centre) / spread, side)
-    assert view.normalised.dtype == torch.float32
-    torch.testing.assert_close(view.normalised.double(), expected.pixels, rtol=0, atol=2e-6)
-    # float images are normalised already
-    assert torch.equal(expected.normalised, expected.pixels.float())
+    center, spread = (torch.tensor(c, dtype=torch.float64).view(3, 1, 1) for c in (mean, std))
+    expected = PatchView((images.double() / 255 - center) / spread, side)
+    assert view.normalized.dtype == torch.float32
+    torch.testing.assert_close(view.normalized.double(), expected.pixels, rtol=0, atol=2e-6)
+    # float images are normalized already
+    assert torch.equal(expected.normalized, expected.pixels.float())
     assert torch.equal(PatchView(images, side).images, view.images)  # and nothing was overwritten
 
 
@@ -67,13 +67,13 @@ def test_a_view_as_a_tower_takes_it_has_the_pixels_that_the_tower_embeds():
     images = picture(2, 5, 4)
     model(images)
     torch.testing.assert_close(
-        PatchView.of(images, tower).normalised, embedded[0], rtol=0, atol=1e-6
+        PatchView.of(images, tower).normalized, embedded[0], rtol=0, atol=1e-6
     )
 
 
-def test_bytes_without_a_mean_cannot_be_normalised():
+def test_bytes_without_a_mean_cannot_be_normalized():
     with pytest.raises(ValueError, match="needs a mean and a std"):
-        PatchView(picture(2, 2, 4), 4).normalised  # noqa: B018
+        PatchView(picture(2, 2, 4), 4).normalized  # noqa: B018
 
 
 def test_taken_patches_follow_the_order_in_which_they_were_kept():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from frugal.common.scenes import (
     CLASSES,
-    COLOURS,
+    COLORS,
     HELD_OUT,
     SHAPES,
     Scene,
@@ -26,14 +26,14 @@ from frugal.common.scenes import (
     sample_scene,
 )
 from frugal.common.scenes.compositional import KINDS, sample_contrast
-from frugal.common.scenes.weather import draw_weather, sample_weather, weather_caption
+from frugal.common.scenes.distractors import draw_weather, sample_weather, weather_caption
 from frugal.common.scenes.world import OPPOSITE, SIZES, TEXTURES, place
 
 THING = re.compile(
     rf"(?:\b({'|'.join(SIZES)}) )?(?:\b({'|'.join(TEXTURES)}) )?"
-    rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b"
+    rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
 )
-"""Size, texture (either may be missing), colour and shape of a thing as captions name it."""
+"""Size, texture (either may be missing), color and shape of a thing as captions name it."""
 CLASS_OF = {name: index for index, name in enumerate(class_names())}
 
 
@@ -49,10 +49,10 @@ def clean(scene: Scene) -> Scene:
 # ------------------------------------------------------------------------------------ the world
 
 
-def test_an_eighth_of_at_least_64_classes_is_held_out_one_per_colour_and_shape() -> None:
-    assert len(CLASSES) == len(set(CLASSES)) == len(COLOURS) * len(SHAPES) >= 64
+def test_an_eighth_of_at_least_64_classes_is_held_out_one_per_color_and_shape() -> None:
+    assert len(CLASSES) == len(set(CLASSES)) == len(COLORS) * len(SHAPES) >= 64
     assert len(HELD_OUT) == len(CLASSES) // 8
-    assert {colour for colour, _ in HELD_OUT} == set(COLOURS)
+    assert {color for color, _ in HELD_OUT} == set(COLORS)
     assert {shape for _, shape in HELD_OUT} == set(SHAPES)
     assert {class_names()[index] for index in held_out()} == {" ".join(pair) for pair in HELD_OUT}
     assert [class_index(*name.split()) for name in class_names()] == list(range(len(CLASSES)))
@@ -179,9 +179,9 @@ def test_no_thing_reaches_beyond_its_radius() -> None:
 
 
 @pytest.mark.parametrize("image_size", [32, 64])
-def test_the_mean_colour_of_a_things_pixels_is_the_named_one(image_size: int) -> None:
-    names = list(COLOURS)
-    table = np.array(list(COLOURS.values()), float)
+def test_the_mean_color_of_a_things_pixels_is_the_named_one(image_size: int) -> None:
+    names = list(COLORS)
+    table = np.array(list(COLORS.values()), float)
     directions = table / np.linalg.norm(table, axis=1, keepdims=True)
     for scene in scenes(300, seed=3):
         pixels, labels = draw(scene, image_size).astype(float), mask(scene, image_size)
@@ -191,7 +191,7 @@ def test_the_mean_colour_of_a_things_pixels_is_the_named_one(image_size: int) ->
             best = (directions @ mean).argmax()
             if thing.texture == "plain":
                 best = np.linalg.norm(table - mean, axis=1).argmin()
-            assert names[best] == thing.colour
+            assert names[best] == thing.color
 
 
 def portrait(scene: Scene, image_size: int) -> np.ndarray:
@@ -204,7 +204,7 @@ def portrait(scene: Scene, image_size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("image_size", [32, 64])
-def test_a_nearest_neighbour_tells_every_shape_by_its_mask(image_size: int) -> None:
+def test_a_nearest_neighbor_tells_every_shape_by_its_mask(image_size: int) -> None:
     known, asked = scenes(400, seed=4, count=1), scenes(200, seed=5, count=1)
     shapes = np.array([scene.things[0].shape for scene in known])
     gallery = np.array([portrait(scene, image_size) for scene in known])
@@ -297,8 +297,8 @@ def test_diagonal_things_stand_in_none() -> None:
 def check_things(text: str, scene: Scene) -> list:
     """Every thing named once and truly; returns them in the order of the caption."""
     named = []
-    for size, texture, colour, shape in THING.findall(text):
-        (thing,) = (one for one in scene.things if (one.colour, one.shape) == (colour, shape))
+    for size, texture, color, shape in THING.findall(text):
+        (thing,) = (one for one in scene.things if (one.color, one.shape) == (color, shape))
         assert size in ("", thing.size)
         assert texture in ("", thing.texture)
         named.append(thing)
@@ -339,7 +339,7 @@ def test_long_captions_tell_everything() -> None:
         named = check_things(text, scene)
         assert {thing.label for thing in named} == {thing.label for thing in scene.things}
         for thing in scene.things:
-            assert f"{thing.size} {thing.texture} {thing.colour} {thing.shape}" in text
+            assert f"{thing.size} {thing.texture} {thing.color} {thing.shape}" in text
         assert f"on a {scene.background} background" in text
         for first, between, second in re.findall(
             r"the (\w+ \w+) is (\w+(?: of)?) the (\w+ \w+)", text
@@ -376,11 +376,11 @@ def facts(text: str) -> tuple[list[tuple[str, ...]], str]:
 def is_true(text: str, scene: Scene) -> bool:
     named, told = facts(text)
     found = []
-    for size, texture, colour, shape in named:
+    for size, texture, color, shape in named:
         match = [
             thing
             for thing in scene.things
-            if (thing.colour, thing.shape) == (colour, shape)
+            if (thing.color, thing.shape) == (color, shape)
             and size in ("", thing.size)
             and texture in ("", thing.texture)
         ]
@@ -390,7 +390,7 @@ def is_true(text: str, scene: Scene) -> bool:
     return relation(found[0], found[1]) == told
 
 
-FIELD = {"size": 0, "texture": 1, "colour": 2, "shape": 3}
+FIELD = {"size": 0, "texture": 1, "color": 2, "shape": 3}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -435,9 +435,9 @@ def test_negatives_are_false_and_differ_in_exactly_the_stated_respect(kind: str)
         respects
         == {
             "swap_obj": {"order"},
-            "swap_att": {"colour", "size", "texture"},
+            "swap_att": {"color", "size", "texture"},
             "replace_obj": {"shape"},
-            "replace_att": {"colour", "size", "texture"},
+            "replace_att": {"color", "size", "texture"},
             "replace_rel": {"relation"},
             "add_obj": {"thing"},
             "add_att": {"size", "texture"},
@@ -448,10 +448,10 @@ def test_negatives_are_false_and_differ_in_exactly_the_stated_respect(kind: str)
 # -------------------------------------------------------------------------------------- weather
 
 
-def test_weather_shares_no_colour_or_shape_with_scenes() -> None:
+def test_weather_shares_no_color_or_shape_with_scenes() -> None:
     generator = np.random.default_rng(0)
-    words = set(COLOURS) | set(SHAPES) | set(SIZES) | set(TEXTURES)
-    table = np.array(list(COLOURS.values()), float)
+    words = set(COLORS) | set(SHAPES) | set(SIZES) | set(TEXTURES)
+    table = np.array(list(COLORS.values()), float)
     texts = set()
     for _ in range(100):
         weather = sample_weather(generator)

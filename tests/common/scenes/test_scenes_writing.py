@@ -17,7 +17,7 @@ from PIL import Image
 
 from frugal.common.scenes import (
     CLASSES,
-    COLOURS,
+    COLORS,
     HELD_OUT,
     SHAPES,
     Scene,
@@ -151,18 +151,16 @@ def test_lossy_pictures_stay_close_to_the_drawing(kind: str, tmp_path: Path) -> 
 
 
 def test_held_out_classes_occur_in_the_test_classification_only(usual: Path) -> None:
-    names = "|".join(f"{colour} {shape}" for colour, shape in HELD_OUT)
+    names = "|".join(f"{color} {shape}" for color, shape in HELD_OUT)
     found = about(usual / "train") + about(usual / "zero_shot/train")
     found += about(usual / "retrieval/test")
     for one in found:
-        assert not HELD_OUT & {
-            (thing["colour"], thing["shape"]) for thing in one["scene"]["things"]
-        }
+        assert not HELD_OUT & {(thing["color"], thing["shape"]) for thing in one["scene"]["things"]}
         assert not re.search(names, one["caption"])
     for path in (usual / "compositional").glob("*.json"):
         assert not re.search(names, path.read_text())
     tested = [one["scene"]["things"][0] for one in about(usual / "zero_shot/test")]
-    assert {(thing["colour"], thing["shape"]) for thing in tested} == set(CLASSES)
+    assert {(thing["color"], thing["shape"]) for thing in tested} == set(CLASSES)
 
 
 def test_txt_and_json_hold_the_same_caption(usual: Path) -> None:
@@ -170,7 +168,7 @@ def test_txt_and_json_hold_the_same_caption(usual: Path) -> None:
         assert json.loads(sample["json"])["caption"] == sample["txt"].decode()
 
 
-def test_zero_shot_pictures_are_balanced_over_all_classes_and_labelled_truly(usual: Path) -> None:
+def test_zero_shot_pictures_are_balanced_over_all_classes_and_labeled_truly(usual: Path) -> None:
     found = samples(usual / "zero_shot/test")
     labels = [int(sample["cls"]) for sample in found]
     counts = np.bincount(labels, minlength=len(CLASSES))
@@ -178,7 +176,7 @@ def test_zero_shot_pictures_are_balanced_over_all_classes_and_labelled_truly(usu
     assert len(labels) == SMALL["zero_shot_samples"]
     for label, sample in zip(labels, found, strict=True):
         (thing,) = json.loads(sample["json"])["scene"]["things"]
-        assert f"{thing['colour']} {thing['shape']}" == class_names()[label]
+        assert f"{thing['color']} {thing['shape']}" == class_names()[label]
     lines = (usual / "zero_shot/held_out.txt").read_text().split()
     assert [int(line) for line in lines] == held_out()
 
@@ -188,10 +186,10 @@ def test_no_retrieval_caption_fits_two_pictures(tmp_path: Path) -> None:
     found = about(out / "retrieval/test")
     assert len(found) == 512
     named = [
-        set(re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", one["caption"]))
+        set(re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", one["caption"]))
         for one in found
     ]
-    shown = [{(t["colour"], t["shape"]) for t in one["scene"]["things"]} for one in found]
+    shown = [{(t["color"], t["shape"]) for t in one["scene"]["things"]} for one in found]
     for row, caption_things in enumerate(named):
         assert caption_things == shown[row]
         assert [i for i, things in enumerate(shown) if caption_things <= things] == [row]
@@ -209,7 +207,7 @@ def test_the_irrelevant_fraction_is_exact_and_changes_no_other_pair(
         assert one == before or not one["relevant"]
     for one in irrelevant:
         assert "scene" not in one
-        assert not re.search("|".join((*COLOURS, *SHAPES)), one["caption"])
+        assert not re.search("|".join((*COLORS, *SHAPES)), one["caption"])
     assert all(one["relevant"] for one in about(out / "zero_shot/test"))
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from frugal.cit.settings import LockedContrastive, published_optimiser, published_schedule
-from frugal.common.commands import run_politely
+from frugal.cit.settings import LockedContrastive, published_optimizer, published_schedule
+from frugal.common.cli import run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
@@ -86,7 +86,7 @@ def convert(options: Options) -> None:
 
 def _write_run(options: Options) -> None:
     from frugal.cit.published_dual import Heads, read_released
-    from frugal.common.interop.run_directory import write_converted
+    from frugal.common.weights.run_directory import write_converted
 
     if options.kind is not None:
         raise InputError(
@@ -125,7 +125,7 @@ def _recipe(released: Released, options: Options) -> Recipe:
         ),
         reduction=Reductions(image=KeepAll(), text=Truncate()),
         objective=LockedContrastive(train_image="head" if projector else "none"),
-        optimiser=published_optimiser(),
+        optimizer=published_optimizer(),
         schedule=published_schedule(_UPDATES, _BATCH),
         batch_size=_BATCH,
         evaluation=(ZeroShot(templates="imagenet_7", crop=crop), Retrieval(crop=crop)),

@@ -26,16 +26,8 @@ from frugal.cit.published_vision import (
 )
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object
-from frugal.common.interop.stored_files import (
-    State,
-    check_whole,
-    read_content,
-    state_in,
-    weights_in,
-    without_prefix,
-)
+from frugal.common.models.clip import DualEncoder
 from frugal.common.models.config import ImageTower
-from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.from_transformers import load_model
 from frugal.common.models.in_words import some
 from frugal.common.models.pretrained import (
@@ -46,6 +38,14 @@ from frugal.common.models.pretrained import (
     transformers_config,
 )
 from frugal.common.models.weight_names import to_timm
+from frugal.common.weights.stored_files import (
+    State,
+    check_whole,
+    read_content,
+    state_in,
+    weights_in,
+    without_prefix,
+)
 
 _HALF = (0.5, 0.5, 0.5)
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\..*")

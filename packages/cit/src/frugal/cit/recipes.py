@@ -17,7 +17,7 @@ from frugal.cit.settings import (
     augreg_tower,
     dual_encoder,
     moco_tower,
-    published_optimiser,
+    published_optimizer,
     published_schedule,
     swag_tower,
 )
@@ -67,7 +67,7 @@ def _published(
         data=data,
         reduction=Reductions(image=KeepAll(), text=Truncate()),
         objective=LockedContrastive(image_weights="vit-b-300ep.pth.tar"),
-        optimiser=published_optimiser(),
+        optimizer=published_optimizer(),
         schedule=published_schedule(UPDATES, batch_size),
         batch_size=batch_size,
         run=RunOptions(evaluate_every=500, best=best, save_every=500),

@@ -22,8 +22,8 @@ def class_features(
 ) -> Tensor:
     """(C, D) float32 unit vectors: the direction of every class.
 
-    Each prompt is embedded once, however many classes share it, and normalised; the prompts of a
-    class are averaged, and the mean is normalised again.
+    Each prompt is embedded once, however many classes share it, and normalized; the prompts of a
+    class are averaged, and the mean is normalized again.
 
     Args:
         classes: the prompts of every class.

@@ -103,7 +103,7 @@ class LockedContrastive(Contrastive):
         return LockedObjective
 
 
-def published_optimiser(**options: Any) -> AdamW:
+def published_optimizer(**options: Any) -> AdamW:
     """AdamW with its three groups: projections 1.0, matrices and tables 0.2, vectors 0.
 
     The published runs decay the logit scale too and never clamp it: that is

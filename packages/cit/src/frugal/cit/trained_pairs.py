@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import tyro
 
 from frugal.cit.curated_data import CuratedData
-from frugal.common.commands import run_politely
+from frugal.common.cli import run_politely
 from frugal.common.data.damage import Damaged
 from frugal.common.data.index import find_index
 from frugal.common.data.samples import Fields, Reader

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from frugal.common.commands import run_politely
+from frugal.common.cli import run_politely
 from frugal.common.data.writing import MOST_SAMPLES, NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
 from frugal.common.words import command_words

@@ -3,7 +3,7 @@
 ``python -m frugal.clipa.convert open_clip_pytorch_model.bin --out runs/h14`` writes a run
 directory, which ``frugal.common.evaluate --checkpoint``, ``--run.start-from`` and the export take.
 It reads PyTorch and safetensors files in open_clip's layout and the npz files of the JAX code;
-optimiser state is left behind.
+optimizer state is left behind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tyro
 
 from frugal.clipa.named_models import MODELS
 from frugal.clipa.recipes import released
-from frugal.common.commands import run_politely
+from frugal.common.cli import run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.vocabularies import read_entries
@@ -76,7 +76,7 @@ def convert(options: Options, log: logging.Logger) -> None:
         raise InputError(f"{options.out} is there already and not empty; choose another --out")
     from frugal.clipa.published_weights import read_published
     from frugal.clipa.tower_of_weights import fit_towers
-    from frugal.common.interop.run_directory import write_converted
+    from frugal.common.weights.run_directory import write_converted
 
     published = read_published(options.source)
     model, state = fit_towers(

@@ -1,4 +1,4 @@
-"""Grid masking: one patch of every window of neighbours, so that no region vanishes.
+"""Grid masking: one patch of every window of neighbors, so that no region vanishes.
 
 Source: Li et al., "An Inverse Scaling Law for CLIP Training", arXiv:2305.07017, section 3, which
 describes the idea in a sentence; no code was published. Windows at the border of a grid that does

@@ -25,15 +25,15 @@ from torch import Tensor
 
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
-from frugal.common.interop.stored_files import (
+from frugal.common.models.finite import refuse_not_finite
+from frugal.common.models.flax_names import flax_blocks, flax_norm
+from frugal.common.models.weight_names import OPEN_CLIP, Rule, State, read_names
+from frugal.common.weights.stored_files import (
     part_with,
     state_in,
     why_no_safetensors,
     why_unreadable,
 )
-from frugal.common.models.finite import refuse_not_finite
-from frugal.common.models.flax_names import flax_blocks, flax_norm
-from frugal.common.models.weight_names import OPEN_CLIP, Rule, State, read_names
 
 # ------------------------------------------------------------------------------------------------
 # JAX
@@ -214,7 +214,7 @@ def _read_npz(path: Path) -> Published:
 
 
 def _parameters(members: Iterable[str]) -> dict[str, str]:
-    """Members of an npz by the name of the parameter; optimiser and clock are left."""
+    """Members of an npz by the name of the parameter; optimizer and clock are left."""
     members = list(members)
     for prefix in ("params/", "opt/target/"):
         found = {m.removeprefix(prefix): m for m in members if m.startswith(prefix)}

@@ -17,7 +17,7 @@ from dataclasses import replace
 from frugal.clipa.named_models import clipa_v1_encoder
 from frugal.clipa.syntax_masking import SyntaxMasking
 from frugal.common.contracts import ImageReduction, TextReduction
-from frugal.common.data.colour import NO_CHANGE, ColourJitter
+from frugal.common.data.color import NO_CHANGE, ColorJitter
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe, WordPiece
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
@@ -45,7 +45,7 @@ _INTERPOLATE = RunOptions(interpolate=True)
 _KEEP_ALL = KeepAll()
 _TRUNCATE = Truncate()
 _SYNTAX = SyntaxMasking()
-_COLOUR = ColourJitter()
+_COLOR = ColorJitter()
 _STRETCH = CenterCrop(order="stretch", interpolation="bilinear")
 
 # ------------------------------------------------------------------------------------------------
@@ -60,20 +60,20 @@ def _v1(
     samples: int,
     warmup_steps: int,
     text: TextReduction = _TRUNCATE,
-    colour: ColourJitter = NO_CHANGE,
+    color: ColorJitter = NO_CHANGE,
 ) -> Recipe:
-    """One stage of the first version; ``warmup_steps`` are optimiser steps."""
+    """One stage of the first version; ``warmup_steps`` are optimizer steps."""
     return Recipe(
         model=model,
         data=PairData(
             train=(),
             tokenizer=ClipBpe(),
             augmentation=RandomResizedCrop(scale=(0.4, 1.0), flip=0.0, fallback="clamp"),
-            colour=colour,
+            color=color,
         ),
         reduction=Reductions(image=_KEEP_ALL, text=text),
         objective=Contrastive(),
-        optimiser=AdamW(
+        optimizer=AdamW(
             learning_rate_per_256=learning_rate_per_256,
             epsilon=1e-6,
             no_decay=("vector", "class_token"),
@@ -91,7 +91,7 @@ def _v1_tuning(
     *,
     batch_size: int,
     warmup_steps: int,
-    colour: ColourJitter = _COLOUR,
+    color: ColorJitter = _COLOR,
 ) -> Recipe:
     """The second stage of the first version: whole images and captions, positions learned."""
     recipe = _v1(
@@ -100,7 +100,7 @@ def _v1_tuning(
         batch_size=batch_size,
         samples=_TUNING_SAMPLES,
         warmup_steps=warmup_steps,
-        colour=colour,
+        color=color,
     )
     return replace(recipe, run=_INTERPOLATE)
 
@@ -120,7 +120,7 @@ def vit_b16_i50_t16() -> Recipe:
 def vit_b16_i50_t16_tuning_224() -> Recipe:
     """Fine-tuning of ``vit-b16-i50-t16`` at 224 pixels; 63.2 %."""
     model = clipa_v1_encoder("B/16", class_pooling=True)
-    return _v1_tuning(model, batch_size=8_192, warmup_steps=3_072, colour=NO_CHANGE)
+    return _v1_tuning(model, batch_size=8_192, warmup_steps=3_072, color=NO_CHANGE)
 
 
 def vit_l16_i17_t16() -> Recipe:
@@ -155,7 +155,7 @@ def _l16(*, image_size: int, text_length: int) -> Recipe:
         samples=6 * LAION_400M,
         warmup_steps=1_563,
         text=_SYNTAX,
-        colour=_COLOUR,
+        color=_COLOR,
     )
 
 
@@ -172,7 +172,7 @@ def _v2(
     warmup_steps: int,
     image: ImageReduction = _KEEP_ALL,
     text: TextReduction = _TRUNCATE,
-    colour: ColourJitter = _COLOUR,
+    color: ColorJitter = _COLOR,
 ) -> Recipe:
     """One stage of the second version.
 
@@ -191,11 +191,11 @@ def _v2(
                 fallback="clamp",
                 interpolation="bilinear",
             ),
-            colour=colour,
+            color=color,
         ),
         reduction=Reductions(image=image, text=text),
         objective=Contrastive(),
-        optimiser=AdamW(
+        optimizer=AdamW(
             learning_rate_per_256=learning_rate_per_256,
             no_decay=("vector", "position", "class_token", "embedding"),
         ),
@@ -215,7 +215,7 @@ def _v2_pretraining(
     image_size: int = 84,
     learning_rate_per_256: float = 8e-6,
     warmup_steps: int = 3_200,
-    colour: ColourJitter = _COLOUR,
+    color: ColorJitter = _COLOR,
 ) -> Recipe:
     """12.8 billion samples of small images and 8 syntax-masked tokens."""
     return _v2(
@@ -225,7 +225,7 @@ def _v2_pretraining(
         steps=195_490,
         warmup_steps=warmup_steps,
         text=_SYNTAX,
-        colour=colour,
+        color=color,
     )
 
 
@@ -237,7 +237,7 @@ def _v2_tuning_224(
     steps: int = 16_000,
     warmup_steps: int = 800,
     mask_ratio: float = 0.3,
-    colour: ColourJitter = _COLOUR,
+    color: ColorJitter = _COLOR,
 ) -> Recipe:
     """224 pixels, of whose patches a part goes, and 32 text tokens."""
     recipe = _v2(
@@ -247,7 +247,7 @@ def _v2_tuning_224(
         steps=steps,
         warmup_steps=warmup_steps,
         image=RandomMasking(mask_ratio=mask_ratio) if mask_ratio else _KEEP_ALL,
-        colour=colour,
+        color=color,
     )
     return replace(recipe, run=_INTERPOLATE)
 
@@ -267,7 +267,7 @@ def _v2_tuning_336(name: str) -> Recipe:
 
 def vit_l14_i36_t8() -> Recipe:
     """ViT-L/14 on 84-pixel images and 8 text tokens; 72.7 % on DataComp-1B before fine-tuning."""
-    return _v2_pretraining("L/14", warmup_steps=800, colour=NO_CHANGE)
+    return _v2_pretraining("L/14", warmup_steps=800, color=NO_CHANGE)
 
 
 def vit_l14_i36_t8_tuning_224() -> Recipe:
@@ -309,7 +309,7 @@ def vit_h14_i36_t8_plain_tuning_224() -> Recipe:
         steps=8_000,
         warmup_steps=1_600,
         mask_ratio=0.0,
-        colour=NO_CHANGE,
+        color=NO_CHANGE,
     )
 
 
@@ -361,7 +361,7 @@ def demo_tuning() -> Recipe:
     return replace(
         small,
         model=small_encoder(patch_size=8, image_size=64, text_length=24),
-        optimiser=replace(small.optimiser, learning_rate=1e-3),
+        optimizer=replace(small.optimizer, learning_rate=1e-3),
         schedule=WarmupCosine(samples=60_000, warmup_samples=5_000),
         run=replace(small.run, interpolate=True),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from frugal.clipa.named_models import clipa_v1_encoder, named_model
 from frugal.clipa.published_weights import Published
 from frugal.common.errors import InputError
+from frugal.common.models.clip import DualEncoder
 from frugal.common.models.config import (
     SIZES,
     DualEncoderConfig,
@@ -19,7 +20,6 @@ from frugal.common.models.config import (
     ImageTower,
     clipa_encoder,
 )
-from frugal.common.models.dual_encoder import DualEncoder
 from frugal.common.models.positions import sincos_table
 from frugal.common.models.weight_names import State
 

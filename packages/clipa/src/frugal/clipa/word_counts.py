@@ -21,7 +21,6 @@ import tyro
 
 from frugal.clipa.frequency_masking import find_words, keep_probability
 from frugal.common.data.damage import Damaged
-from frugal.common.data.folders import FileList
 from frugal.common.data.index import find_index
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields
@@ -32,6 +31,7 @@ from frugal.common.data.sources import (
     needs_index,
     open_shard,
 )
+from frugal.common.data.stores.folder import FileList
 from frugal.common.errors import InputError
 from frugal.common.exits import exit_politely
 from frugal.common.words import command_words

@@ -112,14 +112,14 @@ def cluster_mask(
     overflow: Overflow = "random",
     embeddings: Tensor | None = None,
     mix: float | Tensor = 0.0,
-    centred: bool = True,
+    centered: bool = True,
 ) -> ClusterMask:
     """Mask every patch that resembles an anchor by more than the threshold.
 
     An anchor resembles itself, unless it is constant: such a patch is never masked.
 
     Args:
-        patches: (B, N, P) normalised pixels.
+        patches: (B, N, P) normalized pixels.
         anchor_noise: (B, N) uniform numbers.
         cut_off_noise: (B, N) uniform numbers.
         anchor_ratio: share of the patches that are anchors.
@@ -129,14 +129,14 @@ def cluster_mask(
             cut-off noise. index: the last, at the bottom of the image, as published.
         embeddings: (B, N, D) of every patch, to be mixed in.
         mix: weight of their similarity, from 0 to 1, for all images or (B,) for each.
-        centred: subtract the mean of every patch's pixels.
+        centered: subtract the mean of every patch's pixels.
     """
     import torch
 
     from frugal.cluster_masking.similarity import embedding_similarity, pixel_similarity
 
     anchors = draw_anchors(anchor_noise, num_anchors(patches.shape[1], anchor_ratio))
-    similarity = pixel_similarity(patches, anchors, centred=centred)  # (B, A, N)
+    similarity = pixel_similarity(patches, anchors, centered=centered)  # (B, A, N)
     if embeddings is not None:
         weight = torch.as_tensor(mix, device=similarity.device).view(-1, 1, 1)
         similarity = torch.lerp(
@@ -278,7 +278,7 @@ class ClusterMasking:
                 )
             more = {"embeddings": view.embed(), "mix": view.progress}
         return cluster_mask(
-            view.normalised,
+            view.normalized,
             anchor_noise=noise.uniform(ANCHORS, view.num_patches),
             cut_off_noise=noise.uniform(CUT_OFF, view.num_patches),
             anchor_ratio=self.anchor_ratio,

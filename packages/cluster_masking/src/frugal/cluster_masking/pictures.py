@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from frugal.common.evaluation.pictures import Picture, as_array, grey_dropped, labelled_row
+from frugal.common.evaluation.pictures import Picture, as_array, gray_dropped, labeled_row
 
 if TYPE_CHECKING:
     from frugal.cluster_masking.masking import ClusterMasking
@@ -60,12 +60,12 @@ def draw_thresholds(
         (3, H*, W*) uint8, for ``SummaryWriter.add_image``.
     """
     assert masking.threshold is not None
-    rows = [labelled_row("images", as_array(images))]
+    rows = [labeled_row("images", as_array(images))]
     for distance in _DISTANCES:
         threshold = max(1 - distance * (1 - masking.threshold), -1.0)
         mask = replace(masking, threshold=threshold).mask(view, noise=noise)
-        left = grey_dropped(images, mask.stays, view.patch_size)
+        left = gray_dropped(images, mask.stays, view.patch_size)
         share = float(mask.mask_ratio.mean())
         label = f"threshold {threshold:.3g}: {share:.0%} masked, anchors framed"
-        rows.append(labelled_row(label, mark_patches(left, mask.anchors, view.patch_size)))
+        rows.append(labeled_row(label, mark_patches(left, mask.anchors, view.patch_size)))
     return np.concatenate(rows, axis=1)

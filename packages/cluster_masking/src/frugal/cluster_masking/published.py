@@ -18,8 +18,8 @@ from torch import Tensor
 
 from frugal.cluster_masking.masking import ClusterMask
 from frugal.common.models.attention import Attention
-from frugal.common.models.image_tower import ImageTransformer
-from frugal.common.models.transformer import Block
+from frugal.common.models.blocks import Block
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.reduction.image import PatchView
 
 
@@ -81,7 +81,7 @@ def tower_with_bias(
     Returns:
         (B, E).
     """
-    tokens = tower.patch_embed(PatchView.of(images, tower.config).normalised)  # (B, N, D)
+    tokens = tower.patch_embed(PatchView.of(images, tower.config).normalized)  # (B, N, D)
     tokens = tokens + tower.pos_embed[:, 1:]
     rows = ids_keep.unsqueeze(2).expand(-1, -1, tokens.shape[2])
     first = (tower.cls_token + tower.pos_embed[:, :1]).expand(len(tokens), -1, -1)

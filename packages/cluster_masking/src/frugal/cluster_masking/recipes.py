@@ -48,7 +48,7 @@ def _published(masking: ImageReduction, *, size: str = "B/16") -> Recipe:
         ),
         reduction=Reductions(image=masking, text=Truncate()),
         objective=Contrastive(),
-        optimiser=AdamW(
+        optimizer=AdamW(
             learning_rate=LEARNING_RATE,
             betas=(0.9, 0.98),
             epsilon=1e-6,

@@ -17,22 +17,22 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def pixel_similarity(patches: Tensor, anchors: Tensor, *, centred: bool = True) -> Tensor:
+def pixel_similarity(patches: Tensor, anchors: Tensor, *, centered: bool = True) -> Tensor:
     """Pearson's correlation of the pixels of every patch with those of every anchor.
 
     The mean that is subtracted is one over pixels and channels, so that flat patches of different
-    hue differ. A patch whose normalised values are all equal correlates with nothing.
+    hue differ. A patch whose normalized values are all equal correlates with nothing.
 
     Args:
-        patches: (B, N, P) normalised pixels.
+        patches: (B, N, P) normalized pixels.
         anchors: (B, A) patch numbers.
-        centred: subtract the means; without it the cosine of the plain pixels.
+        centered: subtract the means; without it the cosine of the plain pixels.
 
     Returns:
         (B, A, N) float32; NaN where one of the two patches is constant.
     """
     vectors = patches.float()
-    if not centred:
+    if not centered:
         return _cosines(vectors, anchors, torch.linalg.vector_norm(vectors, dim=2))
     least, most = vectors.aminmax(dim=2)  # (B, N) each
     vectors = vectors - vectors.mean(2, keepdim=True)

@@ -71,7 +71,7 @@ def closest_anchor(patches: Tensor, anchor_noise: Tensor, *, anchor_ratio: float
     """The similarity of every patch to the anchor it resembles most: all that a threshold decides.
 
     Args:
-        patches: (B, N, P) normalised pixels.
+        patches: (B, N, P) normalized pixels.
         anchor_noise: (B, N) uniform numbers.
         anchor_ratio: share of the patches that are anchors.
 
@@ -112,7 +112,7 @@ def search(
     closest = torch.cat(
         [
             closest_anchor(
-                view.normalised,
+                view.normalized,
                 noise.uniform(ANCHORS, view.num_patches),
                 anchor_ratio=masking.anchor_ratio,
             )

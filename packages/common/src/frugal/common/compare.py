@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from frugal.common.commands import run_politely
+from frugal.common.cli import run_politely
 from frugal.common.errors import InputError
 from frugal.common.files import write_file, write_json
 from frugal.common.words import command_words

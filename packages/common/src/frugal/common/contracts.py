@@ -43,7 +43,7 @@ class Batch:
     """The samples of one micro-batch of one process, in global order."""
 
     images: Tensor
-    """(B, 3, H, W) uint8, or float32 that is normalised already."""
+    """(B, 3, H, W) uint8, or float32 that is normalized already."""
     sample_numbers: Tensor
     """(B,) int64: number of the sample since the start of the run; every random draw uses it."""
     valid: Tensor
@@ -193,7 +193,7 @@ class ObjectiveConfig(Protocol):
     """The part of a recipe that builds the objective."""
 
     def build(self, recipe: Recipe) -> Any:
-        """An :class:`Objective`, initialised from ``recipe.run.seed``, on the CPU in float32."""
+        """An :class:`Objective`, initialized from ``recipe.run.seed``, on the CPU in float32."""
         ...
 
 

@@ -46,7 +46,7 @@ def scenes_recipe(model: DualEncoderConfig, *, image: ImageReduction) -> Recipe:
         ),
         reduction=Reductions(image=image, text=Truncate()),
         objective=Contrastive(),
-        optimiser=AdamW(
+        optimizer=AdamW(
             learning_rate=2e-3,
             betas=(0.9, 0.98),
             weight_decay=0.1,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from frugal.common.commands import read_command_line, run_politely, without_local_rank
+from frugal.common.cli import read_command_line, run_politely, without_local_rank
 from frugal.common.errors import InputError
-from frugal.common.evaluation.asked import Options, asked_programs, chosen_tasks
+from frugal.common.evaluation.cli import Options, asked_programs, chosen_tasks
 from frugal.common.evaluation.config import ImageEvaluation, LinearProbe
 from frugal.common.evaluation.programs import Program, installed
 from frugal.common.evaluation.suites import SUITES
@@ -25,7 +25,7 @@ from frugal.common.words import command_words
 
 if TYPE_CHECKING:
     from frugal.common.contracts import EvaluationTask
-    from frugal.common.evaluation.outcomes import Outcomes
+    from frugal.common.evaluation.bootstrap import Outcomes
     from frugal.common.evaluation.results import Subject
 
 
@@ -180,7 +180,7 @@ def _with_data(options: Options) -> tuple[Options, str | None]:
 
 
 def _subject(options: Options, trained: Trained, pretrained: str, url: str | None) -> Subject:
-    from frugal.common.evaluation.identity import config_digest, versions, weights_digest
+    from frugal.common.evaluation.provenance import config_digest, versions, weights_digest
     from frugal.common.evaluation.results import Subject
 
     facts = {

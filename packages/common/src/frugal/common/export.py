@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from frugal.common.commands import run_politely
+from frugal.common.cli import run_politely
 from frugal.common.errors import InputError
 from frugal.common.loading import load_exportable
 from frugal.common.quiet_transformers import quietly
 from frugal.common.words import command_words
 
 if TYPE_CHECKING:
-    from frugal.common.interop.targets import Target
-    from frugal.common.interop.trained import Misfit, TrainedRun
+    from frugal.common.weights.targets import Target
+    from frugal.common.weights.trained import Misfit, TrainedRun
 
 LARGEST_DIFFERENCE = 1e-4
 """In float32, between this library and the one that reads what was written: of unit vectors, or of
@@ -75,9 +75,9 @@ def open_run(path: Path, *, average: bool = True) -> TrainedRun:
         InputError: if there is no whole checkpoint, or no average that could be left behind.
     """
     from frugal.common.checkpoint.store import find_checkpoint
-    from frugal.common.interop.model_card import measured
-    from frugal.common.interop.trained import TrainedRun
     from frugal.common.recipe import load_recipe
+    from frugal.common.weights.model_card import measured
+    from frugal.common.weights.trained import TrainedRun
 
     checkpoint = find_checkpoint(path)
     folder = checkpoint.folder.parent.parent
@@ -104,8 +104,8 @@ def export(options: Options) -> float:
         InputError: if the folder is taken, there is no model, it does not fit the library, or
             what was written does not give the same embeddings; nothing is left behind then.
     """
-    from frugal.common.interop.run_directory import refuse_taken
-    from frugal.common.interop.targets import targets
+    from frugal.common.weights.run_directory import refuse_taken
+    from frugal.common.weights.targets import targets
 
     out = options.out.resolve()
     refuse_taken(out)
@@ -142,7 +142,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _refuse_misfit(trained: TrainedRun, options: Options) -> None:
-    from frugal.common.interop.targets import targets
+    from frugal.common.weights.targets import targets
 
     ways = targets(trained)
     misfit = _misfit(trained, options.to)
@@ -156,8 +156,8 @@ def _refuse_misfit(trained: TrainedRun, options: Options) -> None:
 
 
 def _misfit(trained: TrainedRun, to: str) -> Misfit | None:
-    from frugal.common.interop.targets import targets
-    from frugal.common.interop.trained import Misfit, TrainedModel
+    from frugal.common.weights.targets import targets
+    from frugal.common.weights.trained import Misfit, TrainedModel
 
     if to in (ways := targets(trained)):
         return ways[to].misfit()
@@ -174,9 +174,9 @@ def _misfit(trained: TrainedRun, to: str) -> Misfit | None:
 
 def _write(trained: TrainedRun, target: Target, library: str, folder: Path, name: str) -> None:
     """Everything into a new folder that will have this name."""
-    from frugal.common.interop.model_card import model_card
-    from frugal.common.interop.trained import TrainedModel
     from frugal.common.recipe import to_json
+    from frugal.common.weights.model_card import model_card
+    from frugal.common.weights.trained import TrainedModel
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from frugal.common.commands import run_politely
+from frugal.common.cli import run_politely
 from frugal.common.words import command_words
 
 if TYPE_CHECKING:
-    from frugal.common.interop.imported import Imported
+    from frugal.common.weights.imported import Imported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ def import_weights(options: Options) -> Imported:
     Raises:
         InputError: if either cannot be done; nothing is written then.
     """
-    from frugal.common.interop.imported import read
-    from frugal.common.interop.run_directory import refuse_taken, write_converted
+    from frugal.common.weights.imported import read
+    from frugal.common.weights.run_directory import refuse_taken, write_converted
 
     refuse_taken(options.out)
     found = read(options.source, name=options.model, key=options.weights_key)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from frugal.common.data.tokenizers import SavedTokenizer
 from frugal.common.errors import InputError
-from frugal.common.evaluation.asked import has_text
+from frugal.common.evaluation.cli import has_text
 from frugal.common.evaluation.config import LinearProbe
 from frugal.common.models.config import DualEncoderConfig, ImageTower
 from frugal.common.recipe import Recipe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from frugal.common.checkpoint.store import Checkpoint
     from frugal.common.contracts import EvaluationTask
-    from frugal.common.interop.trained import TrainedModel, TrainedRun, TrainedTower
+    from frugal.common.weights.trained import TrainedModel, TrainedRun, TrainedTower
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def load_exportable(path: Path) -> TrainedRun:
 
 
 def _load_two_towers(path: Path, checkpoint: Checkpoint) -> TrainedModel:
-    from frugal.common.interop.model_card import measured
-    from frugal.common.interop.trained import TrainedModel
-    from frugal.common.models.dual_encoder import DualEncoder
+    from frugal.common.models.clip import DualEncoder
+    from frugal.common.weights.model_card import measured
+    from frugal.common.weights.trained import TrainedModel
 
     trained = load_trained(path, device="cpu")
     folder = trained.run.dir
@@ -115,8 +115,8 @@ def _load_two_towers(path: Path, checkpoint: Checkpoint) -> TrainedModel:
 def _load_tower(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> TrainedTower:
     """An image tower; its teacher or decoder, if it has any, need not be there."""
     from frugal.common.checkpoint.warm_start import load_weights
-    from frugal.common.interop.model_card import measured
-    from frugal.common.interop.trained import TrainedTower, affine
+    from frugal.common.weights.model_card import measured
+    from frugal.common.weights.trained import TrainedTower, affine
 
     folder = checkpoint.folder.parent.parent
     weights = {n.removeprefix("model."): t for n, t in load_weights(checkpoint).items()}
@@ -183,8 +183,8 @@ def look(path: Path, name: str | None, key: str | None = None) -> Found:
     Raises:
         InputError: if there is none, or the name does not belong to it.
     """
-    from frugal.common.interop.foreign_models import is_foreign, load_foreign
-    from frugal.common.interop.imported import tower_library
+    from frugal.common.weights.foreign_models import is_foreign, load_foreign
+    from frugal.common.weights.imported import tower_library
 
     if is_foreign(path) and (library := tower_library(path, name)):
         return _look_at_tower(path, name, key, library)
@@ -217,16 +217,16 @@ def look(path: Path, name: str | None, key: str | None = None) -> Found:
 
 def _look_at_tower(path: Path, name: str | None, key: str | None, library: str) -> Found:
     """An image tower of timm or transformers."""
-    from frugal.common.interop.imported import read
+    from frugal.common.weights.imported import read
 
     imported = read(path, name=name, key=key)
     recipe = replace(imported.recipe, run=replace(imported.recipe.run, dir=_beside(path)))
 
     def load(recipe: Recipe) -> Trained:
         from frugal.common.evaluation.embed import EncoderAlone
-        from frugal.common.interop.stored_files import without_prefix
-        from frugal.common.models.image_tower import ImageTransformer
+        from frugal.common.models.vit import ImageTransformer
         from frugal.common.train import open_run
+        from frugal.common.weights.stored_files import without_prefix
 
         run = open_run(recipe)
         run.log.info("%s: %s", path, imported.described)

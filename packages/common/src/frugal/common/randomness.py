@@ -2,7 +2,7 @@
 
 What belongs to a sample (its crop, its mask) is a pure function of (seed, purpose, number of the
 sample in the run), so that any number of processes, loader workers or restarts sees the same
-draw. On the device this is counter-based noise: a vectorised 64-bit integer hash that gives the
+draw. On the device this is counter-based noise: a vectorized 64-bit integer hash that gives the
 same bits on CPU and GPU. In the loader it is a NumPy generator keyed by the same numbers.
 
 What belongs to the model (dropout, drop path) comes from torch's generators, seeded anew for

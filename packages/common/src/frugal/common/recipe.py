@@ -25,6 +25,7 @@ from frugal.common.contracts import (
 )
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
+from frugal.common.old_names import FIELDS, TYPES, VALUES
 from frugal.common.ranges import (
     Count,
     CountOrZero,
@@ -54,11 +55,11 @@ _ClipNorm = Annotated[float, Range(above=0, hint="leave it out to train without 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimiser:
+class Optimizer:
     """What the ways of stepping have in common."""
 
     learning_rate: NotNegative | None = None
-    """Peak learning rate; give this or --optimiser.learning-rate-per-256."""
+    """Peak learning rate; give this or --optimizer.learning-rate-per-256."""
     learning_rate_per_256: NotNegative | None = None
     """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
     clip_norm: _ClipNorm | None = None
@@ -68,11 +69,11 @@ class Optimiser:
     """What a checkpoint holds of every trainable parameter beside its weights."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "optimiser")
+        check_ranges(self, "optimizer")
         if (self.learning_rate is None) == (self.learning_rate_per_256 is None):
             raise InputError(
-                "give exactly one of optimiser.learning_rate "
-                f"({self.learning_rate}) and optimiser.learning_rate_per_256 "
+                "give exactly one of optimizer.learning_rate "
+                f"({self.learning_rate}) and optimizer.learning_rate_per_256 "
                 f"({self.learning_rate_per_256})"
             )
 
@@ -85,7 +86,7 @@ class Optimiser:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(Optimiser):
+class AdamW(Optimizer):
     """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
@@ -109,12 +110,12 @@ class AdamW(Optimiser):
         }  # fmt: skip
         if unknown := sorted(set(self.no_decay) - known):
             raise InputError(
-                f"optimiser.no_decay does not know {unknown[0]!r}; choose from {sorted(known)}"
+                f"optimizer.no_decay does not know {unknown[0]!r}; choose from {sorted(known)}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class LARS(Optimiser):
+class LARS(Optimizer):
     """Momentum whose steps are scaled to the norm of each matrix (You et al., arXiv:1708.03888).
 
     Vectors, such as biases, are neither scaled nor decayed.
@@ -166,7 +167,7 @@ class EngineOptions:
     """A file of ds_configs/: train with DeepSpeed. Without it Accelerate is used."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the matrix products; weights and optimiser stay float32. auto: bfloat16 where the
+    """Of the matrix products; weights and optimizer stay float32. auto: bfloat16 where the
     hardware has it, else float32."""
     accumulate: Count = 1
     """Micro-batches per step; each is a contrastive batch of its own."""
@@ -212,7 +213,7 @@ class RunOptions:
     """A number of the evaluations, such as accuracy_top1: the checkpoint with the highest one stays
     on disk beside the newest, and every evaluation has a checkpoint."""
     start_from: Path | None = None
-    """A run directory or checkpoint whose weights this run starts from, optimiser afresh."""
+    """A run directory or checkpoint whose weights this run starts from, optimizer afresh."""
     interpolate: bool = False
     """Allow --run.start-from to resample position tables to another grid or length."""
     allow_changed_data: bool = False
@@ -235,12 +236,12 @@ class Recipe:
     reduction: Reductions
     """Which tokens are left out."""
     objective: ObjectiveConfig
-    """What is minimised."""
-    optimiser: Optimiser
+    """What is minimized."""
+    optimizer: Optimizer
     """How weights are stepped."""
     schedule: WarmupCosine
     batch_size: Count
-    """Samples per optimiser step, over all processes."""
+    """Samples per optimizer step, over all processes."""
     engine: EngineOptions = field(default_factory=EngineOptions)
     run: RunOptions = field(default_factory=RunOptions)
     evaluation: tuple[EvaluationTask, ...] = ()
@@ -270,7 +271,7 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run; the last one may pass ``schedule.samples``."""
+        """Optimizer steps of the whole run; the last one may pass ``schedule.samples``."""
         return math.ceil(self.schedule.samples / self.batch_size)
 
     def local_batch(self, world_size: int) -> int:
@@ -311,7 +312,7 @@ def to_json(value: Any) -> Any:
 
 
 def _dataclass_named(name: str, *, source: str) -> type:
-    module_name, _, class_name = name.rpartition(".")
+    module_name, _, class_name = TYPES.get(name, name).rpartition(".")
     if not module_name.startswith("frugal."):
         raise InputError(
             f"{source} names the type {name!r}, which is not one of Frugal's; it was not written "
@@ -364,12 +365,15 @@ def from_json(value: Any, *, source: str = "the recipe") -> Any:
     for key, item in value.items():
         if key == "type":
             continue
-        if key not in hints:
+        name = key if key in hints else FIELDS.get(key, key)
+        if name not in hints:
             raise InputError(
                 f"{source} has a field {key!r} that {value['type']} does not know; it was written "
                 "by another version"
             )
-        arguments[key] = _coerce(from_json(item, source=source), hints[key])
+        if isinstance(item, str):
+            item = VALUES.get((name, item), item)
+        arguments[name] = _coerce(from_json(item, source=source), hints[name])
     try:
         return kind(**arguments)
     except TypeError:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from frugal.common.commands import run_politely
+from frugal.common.cli import run_politely
 from frugal.common.errors import InputError
 from frugal.common.evaluation import sections
 from frugal.common.evaluation.page import PAGE, STYLE
@@ -92,7 +92,7 @@ def write_report(
             sections.section("What it sees while training", sections.masked(gathered.masked)),
             sections.section("How patches are chosen", sections.drawn(gathered.drawn)),
             sections.section("What it makes of a batch", sections.drawn(gathered.batch)),
-            sections.section("What it recognises", sections.classified(gathered.classified)),
+            sections.section("What it recognizes", sections.classified(gathered.classified)),
             sections.section("Class by class", classes),
             sections.section(
                 "The captions it finds nearest", sections.retrieved(gathered.retrieved)

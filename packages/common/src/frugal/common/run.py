@@ -12,9 +12,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frugal.common.distributed import parent_of
 from frugal.common.errors import InputError
 from frugal.common.files import cannot_write
-from frugal.common.launchers import parent_of
 
 if TYPE_CHECKING:
     import torch

@@ -23,11 +23,9 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import decode_rgb, open_image
-from frugal.common.data.folders import FileList, refuse_without_words
 from frugal.common.data.grouping import REPEATED
 from frugal.common.data.index import find_index, read_summary
 from frugal.common.data.passed_over import PassedOver
-from frugal.common.data.records import RecordReader
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard, assemble
 from frugal.common.data.sources import (
     EMPTY,
@@ -38,7 +36,9 @@ from frugal.common.data.sources import (
     needs_index,
     open_shard,
 )
-from frugal.common.data.tars import TarReader
+from frugal.common.data.stores.folder import FileList, refuse_without_words
+from frugal.common.data.stores.tar import TarReader
+from frugal.common.data.stores.tfrecord import RecordReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
 from frugal.common.exits import exit_politely

@@ -16,11 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal.common.commands import Recipes, read_command_line, run_politely
+from frugal.common.cli import Recipes, read_command_line, run_politely
 from frugal.common.contracts import Batch, PreparedReduction
+from frugal.common.distributed import Ranks, launcher_ranks, meet, settle
 from frugal.common.errors import InputError
 from frugal.common.files import raise_open_files_limit, read_json_object, write_json
-from frugal.common.launchers import Ranks, launcher_ranks, meet, settle
 from frugal.common.objectives.config import Contrastive
 from frugal.common.recipe import (
     Recipe,
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
     from frugal.common.checkpoint.store import Checkpoint, CheckpointStore
     from frugal.common.contracts import EvaluationTask
-    from frugal.common.engine.backend import Engine
+    from frugal.common.engine.engine import Engine
+    from frugal.common.engine.logger import Watch
     from frugal.common.engine.saving import WeightAverage
-    from frugal.common.engine.watch import Watch
 
 
 def main(recipes: Recipes, *, method: str, script: str = "train") -> None:
@@ -70,10 +70,10 @@ def train_recipe(recipe: Recipe) -> None:
     from frugal.common.checkpoint.warm_start import warm_start
     from frugal.common.data.contents import keep_contents
     from frugal.common.data.damage import DamageCounter
+    from frugal.common.engine.logger import Watch
     from frugal.common.engine.loop import Training, measure_what_was_missed, train
     from frugal.common.engine.rehearsal import rehearse
     from frugal.common.engine.saving import WeightAverage, gather_values, restore
-    from frugal.common.engine.watch import Watch
     from frugal.common.models.positions import resample_table
 
     run = open_run(recipe)
@@ -385,10 +385,10 @@ def make_engine(objective: Any, recipe: Recipe, run: Run) -> Engine:
     """
     join(run)
     if recipe.engine.deepspeed_config is not None:
-        from frugal.common.engine.deepspeed_backend import DeepSpeedEngine
+        from frugal.common.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(objective, recipe, run)
-    from frugal.common.engine.accelerate_backend import AccelerateEngine
+    from frugal.common.engine.accelerate import AccelerateEngine
 
     return AccelerateEngine(objective, recipe, run)
 

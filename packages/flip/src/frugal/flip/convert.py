@@ -2,7 +2,7 @@
 
 ``python -m frugal.flip.convert flip_large16_laion2b_v2.zip --out runs/flip-large`` writes a run
 directory, which ``frugal.common.evaluate --checkpoint``, ``--run.start-from`` and the export take.
-Optimiser state is left behind: FLIP's own unmasked tuning starts without it (arXiv:2212.00794),
+Optimizer state is left behind: FLIP's own unmasked tuning starts without it (arXiv:2212.00794),
 and where in its data a run of the reference stood is not written down in any archive.
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tyro
 
-from frugal.common.commands import run_politely
+from frugal.common.cli import run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.vocabularies import read_entries
@@ -84,7 +84,7 @@ def convert(options: Options, log: logging.Logger) -> None:
     Raises:
         InputError: if either cannot be done; nothing is written then.
     """
-    from frugal.common.interop.run_directory import write_converted
+    from frugal.common.weights.run_directory import write_converted
     from frugal.flip.published_weights import sizes_of_tree
 
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):

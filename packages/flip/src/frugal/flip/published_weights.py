@@ -57,7 +57,7 @@ _RULES = (
 
 def empty_state(config: DualEncoderConfig, *, device: str = "cpu") -> State:
     """Our ``DualEncoder``'s tensors by name, float32 and not yet filled (``meta``: shapes only)."""
-    from frugal.common.models.dual_encoder import DualEncoder
+    from frugal.common.models.clip import DualEncoder
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in DualEncoder(config).state_dict().items()}
@@ -245,7 +245,7 @@ def sizes_of_tree(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> Size
     if rows != columns or channels != 3 or side < 1 or side**2 != patches:
         raise InputError(
             f"{source} is of a model for {patches} patches of {rows}x{columns} pixels in "
-            f"{channels} channels; only square colour images in square patches are converted"
+            f"{channels} channels; only square color images in square patches are converted"
         )
     vocabulary, text_width = shape(_TOKEN_TABLE, 2)
     depth = {tower: _depth(shapes, tower, source) for tower in ("img_encoder", "txt_encoder")}

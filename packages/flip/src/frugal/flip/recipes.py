@@ -33,8 +33,8 @@ BATCH_SIZE = 65_536
 VIRTUAL_EPOCH = 1_281_167
 """Samples after which the reference counts an epoch, whatever the data: ImageNet-1k's size."""
 _WHOLE_TEXT = Truncate()
-_CENTRE = CenterCrop(order="crop_first")
-_PUBLISHED_CENTRE = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
+_CENTER = CenterCrop(order="crop_first")
+_PUBLISHED_CENTER = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Preset:
     """Where the logit scale is kept within its bounds (``objective.clamp``). In the forward pass
     only, a scale that left them gets no gradient, and weight decay alone brings it back."""
     no_decay: tuple[str, ...]
-    """What weight decay spares (``optimiser.no_decay``)."""
+    """What weight decay spares (``optimizer.no_decay``)."""
     whole_steps: bool
     """Cut every virtual epoch down to whole steps: 19 instead of 19.55 at a batch of 65,536, which
     makes a run 2.8 % shorter than its name (``schedule.samples``, ``schedule.warmup_samples``)."""
@@ -108,7 +108,7 @@ def _published(
         ),
         reduction=Reductions(image=RandomMasking(mask_ratio=mask_ratio), text=text),
         objective=Contrastive(clamp=preset.clamp),
-        optimiser=AdamW(
+        optimizer=AdamW(
             learning_rate_per_256=learning_rate_per_256,
             betas=(0.9, 0.95),
             weight_decay=0.2,
@@ -120,8 +120,8 @@ def _published(
         ),
         batch_size=batch_size,
         evaluation=(
-            ZeroShot(crop=_CENTRE, published_crop=_PUBLISHED_CENTRE),
-            Retrieval(crop=_CENTRE, published_crop=_PUBLISHED_CENTRE),
+            ZeroShot(crop=_CENTER, published_crop=_PUBLISHED_CENTER),
+            Retrieval(crop=_CENTER, published_crop=_PUBLISHED_CENTER),
         ),
     )
 
@@ -168,7 +168,7 @@ def unmasked_tuning(
 ) -> Recipe:
     """The short stage on whole images that follows a masked recipe (0.32 epochs of LAION-400M).
 
-    Weights come from the finished run, optimiser and schedule start afresh.
+    Weights come from the finished run, optimizer and schedule start afresh.
 
     Args:
         pretrained: the recipe of that run.
@@ -178,7 +178,7 @@ def unmasked_tuning(
     recipe = replace(
         pretrained,
         reduction=replace(pretrained.reduction, image=KeepAll()),
-        optimiser=replace(pretrained.optimiser, learning_rate_per_256=4e-8),
+        optimizer=replace(pretrained.optimizer, learning_rate_per_256=4e-8),
         schedule=WarmupCosine(
             samples=preset.samples(100, batch_size=pretrained.batch_size),
             warmup_samples=preset.samples(20, batch_size=pretrained.batch_size),
@@ -306,7 +306,7 @@ def demo_tuning() -> Recipe:
     return replace(
         masked,
         reduction=replace(masked.reduction, image=KeepAll()),
-        optimiser=replace(masked.optimiser, learning_rate=1e-3),
+        optimizer=replace(masked.optimizer, learning_rate=1e-3),
         schedule=WarmupCosine(samples=160_000, warmup_samples=5_000),
     )
 

@@ -1,7 +1,7 @@
 """T5x checkpoints, as FLIP's weights were released: an index beside one zarr array per parameter.
 
 ``checkpoint_380000/``
-    ``checkpoint``  flax's msgpack: the tree of parameters and optimiser state, each leaf a
+    ``checkpoint``  flax's msgpack: the tree of parameters and optimizer state, each leaf a
     description of a zarr array, or the array itself;
     ``target.img_encoder.cls/``  the array of one parameter.
 """
@@ -58,12 +58,12 @@ class T5xArchive:
                 f"{files.path / index} is damaged, or no index of a t5x checkpoint: it "
                 f"{reason(error)}; download or copy the archive again"
             ) from None
-        optimiser = tree.get("optimizer", tree)
-        if not isinstance(optimiser, dict) or not isinstance(optimiser.get("target"), dict):
+        optimizer = tree.get("optimizer", tree)
+        if not isinstance(optimizer, dict) or not isinstance(optimizer.get("target"), dict):
             raise InputError(
                 f"{self.name} is no t5x checkpoint: its index has no parameters (optimizer/target)"
             )
-        self.arrays = dict(self._arrays(optimiser, ""))
+        self.arrays = dict(self._arrays(optimizer, ""))
         """Every array by slash-joined path: ``target/...``, and ``state/...`` where it was kept."""
 
     def _arrays(self, tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, StoredArray]]:
@@ -106,7 +106,7 @@ class T5xArchive:
 
     @property
     def step(self) -> int:
-        """Optimiser steps taken; 0 where neither the index nor the folder's name tells."""
+        """Optimizer steps taken; 0 where neither the index nor the folder's name tells."""
         saved = self.arrays.get("state/step")
         if saved is None or math.prod(saved.shape) != 1:
             return _step_of(self._folder or str(self._files.path.resolve())) or 0

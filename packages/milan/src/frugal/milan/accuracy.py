@@ -14,7 +14,7 @@ from torch import Tensor
 from frugal.common.data.class_folders import read_class_folders
 from frugal.common.data.class_matching import class_numbers, kept_classes
 from frugal.common.data.config import ImageData
-from frugal.common.data.labelled import LabelledImages, test_split
+from frugal.common.data.labeled import LabeledImages, test_split
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import IMAGE_EXTENSIONS
 from frugal.common.data.sources import find_files
@@ -33,7 +33,7 @@ def evaluate(
     task: Accuracy, folder: Path, model: Any, recipe: Recipe, run: Run
 ) -> dict[str, float | int]:
     """See :meth:`frugal.milan.classification.Accuracy.evaluate`."""
-    data = LabelledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
+    data = LabeledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
     classes = recipe.model.num_classes
     trained = _trained_classes(recipe, run)
     if trained is not None and data.class_folders is not None:
@@ -97,7 +97,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _explain_numbers(
-    data: LabelledImages, trained: list[str] | None, folder: Path, run: Run
+    data: LabeledImages, trained: list[str] | None, folder: Path, run: Run
 ) -> None:
     """Say what is taken for what where one side has names and the other has numbers."""
     if trained is not None and data.class_folders is None:
@@ -116,7 +116,7 @@ def _explain_numbers(
 
 
 def _answers(
-    task: Accuracy, data: LabelledImages, model: Any, run: Run, *, classes: int
+    task: Accuracy, data: LabeledImages, model: Any, run: Run, *, classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is asked and said of every image, in the order of the data, on every process.
 
@@ -137,7 +137,7 @@ def _answers(
                 "evaluate on the classes that it is trained on, or set model.num_classes"
             )
         labels, places = labels.to(run.device), places.to(run.device)
-        scores = model(_normalised(images.to(run.device), model)).float()  # (b, C)
+        scores = model(_normalized(images.to(run.device), model)).float()  # (b, C)
         counted = [torch.ones_like(labels), labels, scores.isfinite().all(1).long()]
         rows = torch.cat([torch.stack(counted, dim=1), ranked_classes(scores)], dim=1)
         table.index_add_(0, places, rows)
@@ -148,8 +148,8 @@ def _answers(
     return table[:, 1], table[:, 3:], losses
 
 
-def _normalised(images: Tensor, model: Any) -> Tensor:
-    """Float grey levels, of crops with a kernel of TensorFlow, as the tower takes them."""
+def _normalized(images: Tensor, model: Any) -> Tensor:
+    """Float gray levels, of crops with a kernel of TensorFlow, as the tower takes them."""
     if images.dtype == torch.uint8:
         return images
     tower = model.config.image

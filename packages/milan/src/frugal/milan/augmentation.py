@@ -36,7 +36,7 @@ _Level = Annotated[int, Range(least=0, most=255, words="must lie in 0 to 255")]
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugmentedCrop:
-    """A random crop, whose colours and geometry timm's RandAugment changes."""
+    """A random crop, whose colors and geometry timm's RandAugment changes."""
 
     crop: RandomResizedCrop = field(
         default_factory=lambda: RandomResizedCrop(scale=(0.08, 1.0), fallback="clamp")
@@ -88,7 +88,7 @@ def _rand_augment(
 
 
 def _posterize(picture: Picture, bits: int, **_: Any) -> Picture:
-    """Keep the highest bits of every grey level, at least one of them.
+    """Keep the highest bits of every gray level, at least one of them.
 
     At full strength timm asks for none: black in older versions of Pillow, refused by newer ones.
     """

@@ -64,7 +64,7 @@ class ClassifierConfig:
         """The model, on the CPU in float32, with weights drawn from ``generator``."""
         from frugal.milan.classifier import VisionClassifier
 
-        return VisionClassifier.initialised(self, generator)
+        return VisionClassifier.initialized(self, generator)
 
 
 def _check(recipe: Recipe) -> None:
@@ -149,7 +149,7 @@ class Classification:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """Tell the class of an image by a linear layer on the normalised features of a frozen tower."""
+    """Tell the class of an image by a linear layer on the normalized features of a frozen tower."""
 
     statistics: Literal["all_processes", "each_process"] = "all_processes"
     """Whose features the batch norm before the linear layer is computed from. Published runs

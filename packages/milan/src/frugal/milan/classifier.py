@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.positions import sincos_table
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.objectives.gather import place_in_world
 from frugal.common.reduction.image import Kept
 from frugal.milan.classification import ClassifierConfig
@@ -22,11 +22,11 @@ class VisionClassifier(nn.Module):
     """Images to one score per class.
 
     Parameters stand in the order of the released models: tower, head, and the norm of pooled
-    features last, so that the groups of an optimiser are numbered alike.
+    features last, so that the groups of an optimizer are numbered alike.
     """
 
     def __init__(self, config: ClassifierConfig) -> None:
-        """Parameters are uninitialised in effect; see :meth:`initialised`."""
+        """Parameters are uninitialized in effect; see :meth:`initialized`."""
         super().__init__()
         self.config = config
         self.image = ImageTransformer(config.image)
@@ -37,7 +37,7 @@ class VisionClassifier(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def initialised(cls, config: ClassifierConfig, generator: torch.Generator) -> Self:
+    def initialized(cls, config: ClassifierConfig, generator: torch.Generator) -> Self:
         """A classifier with the first weights of MAE's fine-tuning: normal with deviation 0.02.
 
         Learned positions start from the fixed table of MAE.
@@ -63,11 +63,11 @@ class VisionClassifier(nn.Module):
         return model
 
     def features(self, images: Tensor, kept: Kept | None = None) -> Tensor:
-        """(B, D): what the head sees of (B, 3, H, W) images, uint8 or normalised."""
+        """(B, D): what the head sees of (B, 3, H, W) images, uint8 or normalized."""
         return self.fc_norm(self.image(images, kept, output="pooled"))
 
     def forward(self, images: Tensor, kept: Kept | None = None) -> Tensor:
-        """(B, C) scores of (B, 3, H, W) images, uint8 or normalised."""
+        """(B, C) scores of (B, 3, H, W) images, uint8 or normalized."""
         return self.head(self.features(images, kept))
 
     def freeze_features(self) -> None:
@@ -116,7 +116,7 @@ class FeatureNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(B, D) float32, normalised by the batch in training and by what was seen otherwise.
+        """(B, D) float32, normalized by the batch in training and by what was seen otherwise.
 
         Args:
             features: (B, D).

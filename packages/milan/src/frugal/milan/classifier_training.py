@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from frugal.common.contracts import Batch, ImageReduction
 from frugal.common.errors import InputError
 from frugal.common.models.config import ImageTower
-from frugal.common.models.cost import image_flops
+from frugal.common.models.flops import image_flops
 from frugal.common.randomness import SampleNoise
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.milan.classification import Classification, LinearProbe
 from frugal.milan.classifier import FeatureNorm, VisionClassifier, mean_over_valid
 from frugal.milan.encoder_start import start_encoder, start_head
-from frugal.milan.mixing import mix, swap_neighbours
+from frugal.milan.mixing import mix, swap_neighbors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +73,7 @@ class ClassificationObjective(nn.Module):
         images = batch.images
         if config.erasing.probability == 0 and config.mixing.is_off:
             return images, None
-        images = _normalised(images, self.model.config.image)
+        images = _normalized(images, self.model.config.image)
         images = config.erasing.apply(images, seed=self._seed, sample_numbers=numbers)
         if config.mixing.is_off:
             return images, None
@@ -86,7 +86,7 @@ class ClassificationObjective(nn.Module):
         height, width = images.shape[2:]
         shares, boxes = config.mixing.draw(height, width, seed=self._seed, sample_numbers=numbers)
         # a damaged sample is no partner: the other stays as it is
-        mixes = batch.valid & swap_neighbours(batch.valid)
+        mixes = batch.valid & swap_neighbors(batch.valid)
         return mix(images, shares, boxes, mixes=mixes), torch.where(mixes, shares, 1.0)
 
     def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> None:
@@ -212,14 +212,14 @@ def smoothed_cross_entropy(
     Args:
         scores: (B, C) float32.
         labels: (B,) int64.
-        shares: (B,) what of its label a mixed image keeps, the rest is its neighbour's; None for
+        shares: (B,) what of its label a mixed image keeps, the rest is its neighbor's; None for
             images that are not mixed.
         smoothing: s, so that a label is 1 - s + s / C for its class and s / C for others.
     """
     log_probabilities = scores.log_softmax(1)
     own = log_probabilities.gather(1, labels[:, None])[:, 0]
     if shares is not None:
-        other = log_probabilities.gather(1, swap_neighbours(labels)[:, None])[:, 0]
+        other = log_probabilities.gather(1, swap_neighbors(labels)[:, None])[:, 0]
         own = shares * own + (1 - shares) * other
     return -(1 - smoothing) * own - smoothing * log_probabilities.mean(1)
 
@@ -248,7 +248,7 @@ def _channels(values: Any, images: Tensor) -> Tensor:
     return torch.tensor(values, device=images.device).view(3, 1, 1)
 
 
-def _normalised(images: Tensor, tower: ImageTower) -> Tensor:
+def _normalized(images: Tensor, tower: ImageTower) -> Tensor:
     """(B, 3, H, W) float32 as the tower takes it."""
     if images.dtype != torch.uint8:
         return images

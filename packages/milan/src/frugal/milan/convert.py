@@ -1,7 +1,7 @@
 """Published pretraining checkpoints for training here, and runs of ours as such files.
 
 ``python -m frugal.milan.convert checkpoint-399.pth --out runs/b16`` writes a run directory, which
-fine-tuning, probing and ``--run.start-from`` take. With the optimiser's state in the file and
+fine-tuning, probing and ``--run.start-from`` take. With the optimizer's state in the file and
 ``--data`` the run can be continued: the command at the end of the output does it. The other way,
 ``python -m frugal.milan.convert runs/b16 --out checkpoint-399.pth`` writes the file, and the model
 alone as safetensors beside it.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from frugal.common.commands import run_politely
+from frugal.common.cli import run_politely
 from frugal.common.errors import InputError
 from frugal.common.recipe import AdamW, Recipe, load_recipe, to_json
 from frugal.common.run import Run, make_logger
@@ -77,7 +77,7 @@ def convert(options: Options) -> None:
 
 
 def _write_run(options: Options) -> None:
-    from frugal.common.interop.stored_files import read_content, state_in
+    from frugal.common.weights.stored_files import read_content, state_in
     from frugal.milan.published_weights import from_published, from_published_moments
 
     source = str(options.source)
@@ -227,13 +227,13 @@ def _write_file(source: Path, out: Path) -> None:
     model = to_published(parts["weight"], recipe.model)
     samples = checkpoint.step * recipe.batch_size
     content: dict[str, Any] = {"model": model, "epoch": max(samples // _epoch(recipe) - 1, 0)}
-    if {"exp_avg", "exp_avg_sq"} <= parts.keys() and isinstance(recipe.optimiser, AdamW):
-        optimiser = recipe.optimiser
+    if {"exp_avg", "exp_avg_sq"} <= parts.keys() and isinstance(recipe.optimizer, AdamW):
+        optimizer = recipe.optimizer
         settings = {
-            "lr": recipe.schedule.learning_rate(samples, peak=optimiser.peak(recipe.batch_size)),
-            "betas": optimiser.betas,
-            "eps": optimiser.epsilon,
-            "weight_decay": optimiser.weight_decay,
+            "lr": recipe.schedule.learning_rate(samples, peak=optimizer.peak(recipe.batch_size)),
+            "betas": optimizer.betas,
+            "eps": optimizer.epsilon,
+            "weight_decay": optimizer.weight_decay,
             "amsgrad": False,
         }
         moments = {kind: parts[kind] for kind in ("exp_avg", "exp_avg_sq")}

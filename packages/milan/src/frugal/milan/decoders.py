@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from frugal.common.models.attention import Layout, attend
+from frugal.common.models.blocks import Blocks, Mlp
 from frugal.common.models.config import ImageTower
 from frugal.common.models.positions import image_table
-from frugal.common.models.transformer import Blocks, Mlp
 from frugal.common.reduction.image import Kept
 
 
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
     pos_embed: Tensor
 
     def __init__(self, tower: ImageTower, *, inputs: int, outputs: int) -> None:
-        """Parameters are uninitialised in effect; see :func:`frugal.milan.model.build`.
+        """Parameters are uninitialized in effect; see :func:`frugal.milan.model.build`.
 
         Args:
             tower: shape of the blocks, and the grid.

@@ -15,11 +15,11 @@ from torch import nn
 
 from frugal.common.checkpoint.store import BEST, find_checkpoint
 from frugal.common.errors import InputError
-from frugal.common.interop.encoder_weights import EncoderWeights, read_encoder
 from frugal.common.models.config import ImageTower
 from frugal.common.models.in_words import some
 from frugal.common.models.positions import image_table
 from frugal.common.models.same_function import refuse_other_function
+from frugal.common.weights.encoder_weights import EncoderWeights, read_encoder
 
 if TYPE_CHECKING:
     from frugal.milan.classifier import VisionClassifier
@@ -42,7 +42,7 @@ def start_encoder(
 
     Args:
         model: whose tower has learned positions; they start from those of the source.
-        source: see :mod:`frugal.common.interop.encoder_weights`.
+        source: see :mod:`frugal.common.weights.encoder_weights`.
         interpolate: whether positions may be brought to another grid.
         log: told what was taken.
 

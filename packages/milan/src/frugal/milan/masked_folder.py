@@ -106,7 +106,7 @@ class MaskedFolder:
         path = self.mask_path(index)
         if mask.ndim != 2:
             return (
-                f"{path} is a picture in colours; a mask holds the number of a class in every "
+                f"{path} is a picture in colors; a mask holds the number of a class in every "
                 "pixel, as those of ADE20K's scene parsing data do"
             )
         if mask.shape != (image.height, image.width):
@@ -141,7 +141,7 @@ class MaskedFolder:
 
 
 def _decode_mask(encoded: bytes) -> np.ndarray:
-    """The numbers in a PNG file, those of colours in a palette too; (H, W) if it is a mask."""
+    """The numbers in a PNG file, those of colors in a palette too; (H, W) if it is a mask."""
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
             return np.asarray(image).astype(np.int64)

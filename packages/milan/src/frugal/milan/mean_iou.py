@@ -116,7 +116,7 @@ def confusion_matrix(answer: Tensor, labels: Tensor, num_classes: int) -> Tensor
 
     Args:
         answer: (H, W) int64.
-        labels: (H, W); pixels labelled ``IGNORED`` are left out.
+        labels: (H, W); pixels labeled ``IGNORED`` are left out.
         num_classes: C.
     """
     known = labels != IGNORED
@@ -192,7 +192,7 @@ def segment(
     stride = tuple(max(int(task.stride * side), 1) for side in window)
     parts = []
     for view, is_mirrored in product(views, (False, True) if task.flip else (False,)):
-        image = model.normalised(view.to(device))
+        image = model.normalized(view.to(device))
         image = image.flip(2) if is_mirrored else image
         scores = window_scores(model, image, window=window, stride=stride, at_once=task.windows)
         parts.append(scores.flip(2) if is_mirrored else scores)
@@ -222,7 +222,7 @@ def window_scores(
 
     Args:
         model: from (b, 3, *window) to (b, C, *window).
-        image: (3, H, W) normalised; what a window lacks beyond it is zero.
+        image: (3, H, W) normalized; what a window lacks beyond it is zero.
         window: (height, width).
         stride: rows and columns from one window to the next.
         at_once: windows that the model takes at a time.

@@ -97,7 +97,7 @@ class RandomErasing:
         return Boxes(*(side.to(torch.int64) for side in (top, top + tall, left, left + wide)))
 
     def apply(self, images: Tensor, *, seed: int, sample_numbers: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised float images with their rectangles full of normal noise."""
+        """(B, 3, H, W) normalized float images with their rectangles full of normal noise."""
         import torch
 
         if self.probability == 0:
@@ -116,7 +116,7 @@ class RandomErasing:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """Mix every image with a neighbour: blend the two (mixup), or swap a rectangle (CutMix).
+    """Mix every image with a neighbor: blend the two (mixup), or swap a rectangle (CutMix).
 
     Samples 2 i and 2 i + 1 of the run are each other's partners. The data comes shuffled, so this
     is as random as the reversed batch of timm, but does not depend on how samples are shared out.
@@ -183,7 +183,7 @@ def _clipped(down: Tensor, across: Tensor, side: Tensor, *, height: int, width: 
 
 
 def mix(images: Tensor, shares: Tensor, boxes: Boxes, *, mixes: Tensor) -> Tensor:
-    """Images mixed with their neighbours.
+    """Images mixed with their neighbors.
 
     Args:
         images: (B, 3, H, W) float, B even; 2 i and 2 i + 1 are partners.
@@ -196,7 +196,7 @@ def mix(images: Tensor, shares: Tensor, boxes: Boxes, *, mixes: Tensor) -> Tenso
     """
     import torch
 
-    partner = swap_neighbours(images)
+    partner = swap_neighbors(images)
     share = shares.view(-1, 1, 1, 1).to(images.dtype)
     inside = boxes.mask(*images.shape[2:])
     is_cut = (boxes.area > 0).view(-1, 1, 1, 1)
@@ -205,7 +205,7 @@ def mix(images: Tensor, shares: Tensor, boxes: Boxes, *, mixes: Tensor) -> Tenso
     return torch.where(mixes.view(-1, 1, 1, 1), mixed, images)
 
 
-def swap_neighbours(values: Tensor) -> Tensor:
+def swap_neighbors(values: Tensor) -> Tensor:
     """(B, ...) with rows 2 i and 2 i + 1 in each other's place."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 

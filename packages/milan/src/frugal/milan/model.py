@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from frugal.common.models.cost import block_flops, image_flops
-from frugal.common.models.image_tower import ImageTransformer
-from frugal.common.models.initialise import initialise_flip, initialise_xavier
+from frugal.common.models.flops import block_flops, image_flops
+from frugal.common.models.initialize import initialize_flip, initialize_xavier
 from frugal.common.models.positions import image_table
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.reduction.image import Kept
 from frugal.milan.decoders import Decoder, PlainDecoder, PromptingDecoder, Split
 from frugal.milan.settings import MaskedModel
@@ -20,7 +20,7 @@ class MaskedImageModel(nn.Module):
     """Images of which a part is seen to predictions for every token."""
 
     def __init__(self, config: MaskedModel, *, outputs: int) -> None:
-        """Parameters are uninitialised in effect; see :func:`build`.
+        """Parameters are uninitialized in effect; see :func:`build`.
 
         Args:
             config: encoder and decoder.
@@ -38,7 +38,7 @@ class MaskedImageModel(nn.Module):
         """Encode what is seen and predict.
 
         Args:
-            images: (B, 3, H, W) uint8, or float that is normalised already.
+            images: (B, 3, H, W) uint8, or float that is normalized already.
             split: what is seen.
             hidden_only: predict hidden patches alone.
 
@@ -83,9 +83,9 @@ def build(
         model = MaskedImageModel(config, outputs=outputs)
     model.to_empty(device="cpu")
     generator = generator or torch.Generator().manual_seed(0)
-    initialise_flip(model.image, generator)
+    initialize_flip(model.image, generator)
     _default_patch_bias(model.image, generator)
-    _initialise_decoder(model.decoder, generator)
+    _initialize_decoder(model.decoder, generator)
     return model
 
 
@@ -98,10 +98,10 @@ def _default_patch_bias(tower: ImageTransformer, generator: torch.Generator) -> 
 
 
 @torch.no_grad()
-def _initialise_decoder(decoder: Decoder, generator: torch.Generator) -> None:
+def _initialize_decoder(decoder: Decoder, generator: torch.Generator) -> None:
     """MAE's scheme, as for the encoder; keys and values of a block count as one matrix."""
     decoder.pos_embed.copy_(image_table(decoder.tower))
-    initialise_xavier(decoder, generator)
+    initialize_xavier(decoder, generator)
     decoder.mask_token.normal_(0.0, 0.02, generator=generator)
     if isinstance(decoder, PromptingDecoder):
         limit = math.sqrt(6 / sum(decoder.kv_weight.shape[1:]))

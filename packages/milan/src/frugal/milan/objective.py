@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Reconstruction(nn.Module):
     """Images to the loss of what is predicted of them (arXiv:2208.06049).
 
-    The target is no module: a teacher in it is frozen and belongs to nobody's optimiser.
+    The target is no module: a teacher in it is frozen and belongs to nobody's optimizer.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ def reconstruct_features(config: ReconstructFeatures, recipe: Recipe) -> Reconst
 
 def reconstruct_pixels(config: ReconstructPixels, recipe: Recipe) -> Reconstruction:
     """See :meth:`frugal.milan.settings.ReconstructPixels.build`."""
-    target = PixelTarget(recipe.model.image, normalise_patches=config.normalise_patches)
+    target = PixelTarget(recipe.model.image, normalize_patches=config.normalize_patches)
     return _reconstruction(target, recipe)
 
 

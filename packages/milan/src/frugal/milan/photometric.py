@@ -1,7 +1,7 @@
-"""Random changes of colour for segmentation, on the device; nothing here imports torch early.
+"""Random changes of color for segmentation, on the device; nothing here imports torch early.
 
 SSD's distortion (Liu et al., arXiv:1512.02325) as mmsegmentation has it: every change happens or
-not on its own, and leaves whole grey levels.
+not on its own, and leaves whole gray levels.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from frugal.common.data.colour import Changes, HueShare, change_colours
+from frugal.common.data.color import Changes, HueShare, change_colors
 from frugal.common.errors import InputError
 from frugal.common.ranges import NotNegative, Probability, Range, check_ranges
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from frugal.common.randomness import NoiseSource
 
 PURPOSE = "photometric distortion"
-"""Name of the noise that decides how the colours of an image change."""
+"""Name of the noise that decides how the colors of an image change."""
 _DRAWS = 9
 
 
-_GreyLevels = Annotated[float, Range(least=0, most=255, words="must lie in 0 to 255")]
+_GrayLevels = Annotated[float, Range(least=0, most=255, words="must lie in 0 to 255")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhotometricDistortion:
-    """Change brightness, contrast, saturation and hue, the contrast before or after the colours."""
+    """Change brightness, contrast, saturation and hue, the contrast before or after the colors."""
 
     probability: Probability = 0.5
     """Of each change."""
-    brightness: _GreyLevels = 32.0
-    """Most grey levels that are added or taken away."""
+    brightness: _GrayLevels = 32.0
+    """Most gray levels that are added or taken away."""
     contrast: tuple[NotNegative, NotNegative] = (0.5, 1.5)
-    """Least and largest factor of all grey levels."""
+    """Least and largest factor of all gray levels."""
     saturation: tuple[NotNegative, NotNegative] = (0.5, 1.5)
     """Least and largest factor of the saturation; the brightest channel stays."""
     hue: HueShare = 0.1
-    """Hues turn by at most this share of the colour circle, either way: OpenCV's 18 of 180."""
+    """Hues turn by at most this share of the color circle, either way: OpenCV's 18 of 180."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "objective.distortion")
@@ -52,7 +52,7 @@ class PhotometricDistortion:
                 )
 
     def apply(self, images: Tensor, *, noise: NoiseSource) -> Tensor:
-        """(B, 3, H, W) uint8 images in other colours; ``noise`` has one row per image."""
+        """(B, 3, H, W) uint8 images in other colors; ``noise`` has one row per image."""
         if self.probability == 0:
             return images
         draws = noise.uniform(PURPOSE, _DRAWS)  # (B, 9)
@@ -79,7 +79,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def _whole(levels: Tensor) -> Tensor:
-    """Grey levels that bytes can hold, in float32."""
+    """Gray levels that bytes can hold, in float32."""
     return levels.clamp(0, 255).floor()
 
 
@@ -92,12 +92,12 @@ def _saturate(levels: Tensor, factor: Tensor) -> Tensor:
 
 
 def _turn_hue(levels: Tensor, turn: Tensor) -> Tensor:
-    """(B, 3, H, W) whole levels whose hues are turned by (B,) shares of the colour circle."""
+    """(B, 3, H, W) whole levels whose hues are turned by (B,) shares of the color circle."""
     import torch
 
     always = torch.ones_like(turn, dtype=torch.bool)
     order = torch.arange(4, device=turn.device).flip(0).expand(len(turn), 4)  # the hue comes first
     amounts = torch.ones_like(order, dtype=turn.dtype)
     amounts[:, 3] = turn
-    changes = Changes(is_jittered=always, is_grey=~always, order=order, amounts=amounts)
-    return change_colours(levels.byte(), changes).float()
+    changes = Changes(is_jittered=always, is_gray=~always, order=order, amounts=amounts)
+    return change_colors(levels.byte(), changes).float()

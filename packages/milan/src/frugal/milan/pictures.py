@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from torch import Tensor
 
-from frugal.common.evaluation.pictures import Picture, as_array, grey_dropped, labelled_row
+from frugal.common.evaluation.pictures import Picture, as_array, gray_dropped, labeled_row
 from frugal.common.models.config import ImageTower
 from frugal.common.reduction.image import Kept
 from frugal.milan.decoders import Split
@@ -30,7 +30,7 @@ def draw_reconstruction(
     wanted features, from 0 to 1; without one, the error of hidden patches.
 
     Args:
-        images: (B, 3, H, W) uint8, or float that is normalised.
+        images: (B, 3, H, W) uint8, or float that is normalized.
         tower: the encoder.
         split: what is seen.
         importance: (B, N), or None.
@@ -43,22 +43,22 @@ def draw_reconstruction(
     pictures = _as_bytes(as_array(images), tower)
     stays = Kept.dense(split.visible).mask(tower.num_patches)
     rows = [
-        labelled_row("images", pictures),
-        labelled_row("seen", grey_dropped(pictures, stays, tower.patch_size)),
+        labeled_row("images", pictures),
+        labeled_row("seen", gray_dropped(pictures, stays, tower.patch_size)),
     ]
     if importance is not None:
         highest = importance.amax(dim=1, keepdim=True).clamp(min=1e-12)
-        rows.append(labelled_row("importance", _map(importance / highest, tower)))
+        rows.append(labeled_row("importance", _map(importance / highest, tower)))
     patches = np.zeros((len(pictures), tower.num_patches), np.float32)
     losses = losses if hidden_only else losses[:, 1:]
     index = split.hidden if hidden_only else split.order[:, 1:] - 1
     np.put_along_axis(patches, as_array(index), as_array(losses.float()), axis=1)
     if importance is not None:
         label = f"cosine of predicted and wanted features, mean {1 - patches.mean() / 2:.2f}"
-        rows.append(labelled_row(label, _map(1 - patches / 2, tower)))
+        rows.append(labeled_row(label, _map(1 - patches / 2, tower)))
     else:
         error = patches / max(float(patches.max()), 1e-12)
-        rows.append(labelled_row("error of hidden patches", _map(error, tower)))
+        rows.append(labeled_row("error of hidden patches", _map(error, tower)))
     return np.concatenate(rows, axis=1)
 
 
@@ -70,8 +70,8 @@ def _as_bytes(images: np.ndarray, tower: ImageTower) -> Picture:
 
 
 def _map(values: Any, tower: ImageTower) -> Picture:
-    """(B, N) numbers from 0 to 1 as (B, 3, H, W) colours, patch by patch."""
-    coloured = mpl.colormaps["viridis"](as_array(values).clip(0, 1))[..., :3]  # (B, N, 3)
-    grid = coloured.reshape(len(coloured), *tower.grid, 3).transpose(0, 3, 1, 2)
+    """(B, N) numbers from 0 to 1 as (B, 3, H, W) colors, patch by patch."""
+    colored = mpl.colormaps["viridis"](as_array(values).clip(0, 1))[..., :3]  # (B, N, 3)
+    grid = colored.reshape(len(colored), *tower.grid, 3).transpose(0, 3, 1, 2)
     side = tower.patch_size
     return (grid.repeat(side, axis=2).repeat(side, axis=3) * 255).round().astype(np.uint8)

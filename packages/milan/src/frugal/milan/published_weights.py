@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.interop.encoder_weights import encoder_of_state
-from frugal.common.interop.stored_files import State
 from frugal.common.models.config import ImageTower
 from frugal.common.models.positions import image_table
 from frugal.common.models.weight_names import (
@@ -30,6 +28,8 @@ from frugal.common.models.weight_names import (
     to_timm,
     write_names,
 )
+from frugal.common.weights.encoder_weights import encoder_of_state
+from frugal.common.weights.stored_files import State
 from frugal.milan.model import MaskedImageModel
 from frugal.milan.settings import DecoderConfig, MaskedModel
 
@@ -242,7 +242,7 @@ def from_published_moments(
         found = per_number.get(number)
         if found is None or found["exp_avg"].shape != state[name].shape:
             raise InputError(
-                f"the optimiser of {source} does not belong to its model: number {number} should "
+                f"the optimizer of {source} does not belong to its model: number {number} should "
                 f"be {name} of the shape {tuple(state[name].shape)}"
             )
         steps.add(int(found["step"]))
@@ -250,7 +250,7 @@ def from_published_moments(
             tensors[name] = found[kind].float()
     if len(per_number) != len(names) or len(steps) != 1:
         raise InputError(
-            f"the optimiser of {source} has {len(per_number)} parameters at {len(steps)} counts of "
+            f"the optimizer of {source} has {len(per_number)} parameters at {len(steps)} counts of "
             f"steps where its model has {len(names)} at one"
         )
     return {kind: our_names(part, source=source) for kind, part in kinds.items()}, steps.pop()
@@ -287,6 +287,6 @@ def _has_no_decay(name: str, tensor: Tensor) -> bool:
 
 
 def _counted(state: Mapping[str, Tensor]) -> list[str]:
-    """The trained parameters in the order in which the published optimiser counts them."""
+    """The trained parameters in the order in which the published optimizer counts them."""
     names = [name for name in state if name not in _TABLES]
     return sorted(names, key=lambda name: not _has_no_decay(name, state[name]))

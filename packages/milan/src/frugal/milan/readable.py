@@ -15,9 +15,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from frugal.common.models.attention import Attention
+from frugal.common.models.blocks import Block
 from frugal.common.models.config import ImageTower
-from frugal.common.models.image_tower import ImageTransformer
-from frugal.common.models.transformer import Block
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.reduction.image import PatchView
 from frugal.milan.decoders import (
     Decoder,
@@ -65,7 +65,7 @@ def block(layer: Block, tokens: Tensor) -> Tensor:
 def cut(images: Tensor, tower: ImageTower) -> Tensor:
     """(B, N, P): the pixels of every patch as a model takes them."""
     view = PatchView.of(images, tower)
-    return view.normalised if images.dtype == torch.uint8 else view.pixels
+    return view.normalized if images.dtype == torch.uint8 else view.pixels
 
 
 def embedded(tower: ImageTransformer, images: Tensor) -> Tensor:
@@ -167,10 +167,10 @@ def feature_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
 
 
 def pixel_loss(
-    predicted: Tensor, pixels: Tensor, split: Split, *, normalise_patches: bool
+    predicted: Tensor, pixels: Tensor, split: Split, *, normalize_patches: bool
 ) -> Tensor:
     """Mean squared error over hidden patches, (B, N, P) each in the order of the image."""
-    wanted = pixel_target(pixels, normalise_patches=normalise_patches)
+    wanted = pixel_target(pixels, normalize_patches=normalize_patches)
     is_hidden = torch.zeros_like(predicted[..., 0]).scatter_(1, split.hidden, 1)  # (B, N)
     errors = (predicted - wanted).square().mean(-1)
     return (errors * is_hidden).sum() / is_hidden.sum()

@@ -95,7 +95,7 @@ def _published(
         ),
         reduction=Reductions(image=masking),
         objective=objective or ReconstructFeatures(teacher=_CLIP),
-        optimiser=AdamW(
+        optimizer=AdamW(
             learning_rate_per_256=1.5e-4,
             betas=(0.9, 0.95),
             weight_decay=0.05,
@@ -186,7 +186,7 @@ def _mae(name: str, micro: Micro, *, epochs: int) -> Callable[[], Recipe]:
             masking=_UNIFORM,
         )
 
-    recipe.__doc__ = f"MAE's ViT-{name}: normalised pixels, {epochs:,} epochs of ImageNet-1k."
+    recipe.__doc__ = f"MAE's ViT-{name}: normalized pixels, {epochs:,} epochs of ImageNet-1k."
     return recipe
 
 
@@ -211,8 +211,8 @@ def demo() -> Recipe:
             workers=0,  # two training processes keep two cores busy
         ),
         reduction=Reductions(image=_SEMANTIC),
-        objective=ReconstructFeatures(teacher=Teacher(normalisation="own")),
-        optimiser=AdamW(
+        objective=ReconstructFeatures(teacher=Teacher(normalization="own")),
+        optimizer=AdamW(
             learning_rate=2e-3,
             betas=(0.9, 0.95),
             weight_decay=0.05,
@@ -226,7 +226,7 @@ def demo() -> Recipe:
 
 
 def demo_pixels() -> Recipe:
-    """``demo`` towards normalised pixels with MAE's decoder and uniform masking; no teacher."""
+    """``demo`` towards normalized pixels with MAE's decoder and uniform masking; no teacher."""
     features = demo()
     return replace(
         features,

@@ -84,7 +84,7 @@ class SegmenterConfig:
         """The model, on the CPU in float32, with weights drawn from ``generator``."""
         from frugal.milan.segmenter import Segmenter
 
-        return Segmenter.initialised(self, generator)
+        return Segmenter.initialized(self, generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class Segmentation:
     auxiliary_weight: Positive = 0.4
     """Of the loss of the auxiliary head, which looks at the third level alone."""
     distortion: PhotometricDistortion = field(default_factory=PhotometricDistortion)
-    """Random changes of colour, made on the device."""
+    """Random changes of color, made on the device."""
     from_scratch: bool = False
     """Train random weights, without --run.start-from."""
 

@@ -101,7 +101,7 @@ class ScaledCrop:
     scale: tuple[Positive, Positive] = (0.5, 2.0)
     """Least and largest size of the picture over that at which its shorter side is the result's."""
     largest_share: PositiveShare = 0.75
-    """Rectangles are drawn again while one class has more of the labelled pixels than this."""
+    """Rectangles are drawn again while one class has more of the labeled pixels than this."""
     tries: _Tries = 10
     """How often at most; then the last one stays."""
     flip: Probability = 0.5

@@ -1,4 +1,4 @@
-"""Classes of pixels as colours, for tensorboard; nothing here imports torch."""
+"""Classes of pixels as colors, for tensorboard; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _UNKNOWN = 90
 
 
 @cache
-def _colours(num_classes: int) -> np.ndarray:
-    """(256, 3) uint8: a colour for every class, neighbours far apart; grey for other labels."""
+def _colors(num_classes: int) -> np.ndarray:
+    """(256, 3) uint8: a color for every class, neighbors far apart; gray for other labels."""
     table = np.full((256, 3), _UNKNOWN, np.uint8)
     for number in range(num_classes):
         hue, brightness = number * _GOLDEN % 1.0, 0.95 - 0.25 * (number % 3)
-        colour = colorsys.hsv_to_rgb(hue, 0.75, brightness)
-        table[number] = np.round(np.array(colour) * 255)
+        color = colorsys.hsv_to_rgb(hue, 0.75, brightness)
+        table[number] = np.round(np.array(color) * 255)
     return table
 
 
 def paint(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """(..., H, W) labels as (..., 3, H, W) uint8 colours."""
-    return np.moveaxis(_colours(num_classes)[labels.astype(np.uint8)], -1, -3)
+    """(..., H, W) labels as (..., 3, H, W) uint8 colors."""
+    return np.moveaxis(_colors(num_classes)[labels.astype(np.uint8)], -1, -3)

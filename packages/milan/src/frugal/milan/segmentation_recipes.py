@@ -55,7 +55,7 @@ def _segmentation(
         data=SegmentationData(train=()),
         reduction=Reductions(image=KeepAll()),
         objective=Segmentation(),
-        optimiser=AdamW(
+        optimizer=AdamW(
             learning_rate=learning_rate,
             betas=(0.9, 0.999),
             weight_decay=0.05,
@@ -104,7 +104,7 @@ def vit_h14() -> Recipe:
 
 
 def demo() -> Recipe:
-    """A small tower on scenes: which of 56 things of a colour and a shape lies where?"""
+    """A small tower on scenes: which of 56 things of a color and a shape lies where?"""
     recipe = vit_b16()
     scenes, images, batch_size, epochs = Path("data/scenes"), 2_000, 16, 6
     pretrained = pretraining_demo().model.image
@@ -113,9 +113,9 @@ def demo() -> Recipe:
         recipe,
         model=replace(_model(tower), num_classes=65, width=64, auxiliary_width=64),
         data=SegmentationData(train=(str(scenes),), workers=0),
-        # colours make classes here
+        # colors make classes here
         objective=Segmentation(distortion=PhotometricDistortion(hue=0.0)),
-        optimiser=replace(recipe.optimiser, learning_rate=1e-3),
+        optimizer=replace(recipe.optimizer, learning_rate=1e-3),
         schedule=WarmupLinear(samples=epochs * images, warmup_samples=images, start=1e-9),
         batch_size=batch_size,
         run=RunOptions(

@@ -18,10 +18,10 @@ from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import SharedBatchNorm, precise, share_statistics
 from frugal.common.models.config import ImageTower
-from frugal.common.models.cost import image_flops
-from frugal.common.models.image_tower import ImageTransformer
-from frugal.common.models.initialise import initialise_flip
+from frugal.common.models.flops import image_flops
+from frugal.common.models.initialize import initialize_flip
 from frugal.common.models.positions import sincos_table
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.randomness import SampleNoise
 from frugal.milan.classifier import mean_over_valid
 from frugal.milan.encoder_start import start_encoder
@@ -76,7 +76,7 @@ class Segmenter(nn.Module):
     """Images to a score for every class and pixel."""
 
     def __init__(self, config: SegmenterConfig) -> None:
-        """Parameters are uninitialised in effect; see :meth:`initialised`."""
+        """Parameters are uninitialized in effect; see :meth:`initialized`."""
         super().__init__()
         self.config = config
         tower, width = config.image, config.width or config.image.width
@@ -98,7 +98,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def initialised(cls, config: SegmenterConfig, generator: torch.Generator) -> Self:
+    def initialized(cls, config: SegmenterConfig, generator: torch.Generator) -> Self:
         """A segmenter with the first weights of mmsegmentation's heads.
 
         Convolutions start normal by the number of their outputs (He et al., arXiv:1502.01852), the
@@ -106,7 +106,7 @@ class Segmenter(nn.Module):
         that of MAE, whatever kind its positions are.
         """
         model = cls(config)
-        initialise_flip(model.image, generator)
+        initialize_flip(model.image, generator)
         tower = config.image
         if tower.positions == "learned":
             class_row = tower.class_token == "with_position"
@@ -117,11 +117,11 @@ class Segmenter(nn.Module):
                 module.weight.fill_(1)
                 module.bias.zero_()
             elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                _initialise_convolution(module, generator)
+                _initialize_convolution(module, generator)
         return model
 
     def levels(self, images: Tensor) -> list[Tensor]:
-        """Four maps (B, D, h, w), finest first, of (B, 3, H, W) images, uint8 or normalised."""
+        """Four maps (B, D, h, w), finest first, of (B, 3, H, W) images, uint8 or normalized."""
         taps = [tap - 1 for tap in self.config.taps]
         outputs = self.image(images, output="blocks", blocks=taps)
         rows, columns = self.config.image.grid
@@ -133,7 +133,7 @@ class Segmenter(nn.Module):
         return self.neck(maps)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) float32 scores of (B, 3, H, W) images, uint8 or normalised."""
+        """(B, C, H, W) float32 scores of (B, 3, H, W) images, uint8 or normalized."""
         return enlarged(self.decode_head(self.levels(images)), images.shape[2:])
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,18 +141,18 @@ class Segmenter(nn.Module):
         levels = self.levels(images)
         return self.decode_head(levels), self.auxiliary_head(levels)
 
-    def normalised(self, images: Tensor) -> Tensor:
+    def normalized(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 images in float32 as the tower takes them."""
         mean, std = _channels(self.config.image, images)
         return (images / 255 - mean) / std
 
     def shown(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`normalised`."""
+        """The inverse of :meth:`normalized`."""
         mean, std = _channels(self.config.image, images)
         return ((images * std + mean) * 255).round().clamp(0, 255).byte()
 
 
-def _initialise_convolution(
+def _initialize_convolution(
     layer: nn.Conv2d | nn.ConvTranspose2d, generator: torch.Generator
 ) -> None:
     if isinstance(layer, PixelClassifier):
@@ -191,7 +191,7 @@ class SegmentationObjective(nn.Module):
 
         Args:
             model: the segmenter.
-            config: the weight of the auxiliary head; how colours are changed.
+            config: the weight of the auxiliary head; how colors are changed.
             seed: the run's; with the number of a sample it decides about every change.
         """
         super().__init__()
@@ -228,13 +228,13 @@ class SegmentationObjective(nn.Module):
         return (has_class & batch.valid[:, None, None]).sum()
 
     def _seen(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, 3, H, W) and labels (B, H, W) int64 of the samples that count."""
+        """Normalized images (B, 3, H, W) and labels (B, H, W) int64 of the samples that count."""
         assert batch.labels is not None
         images, labels, numbers = batch.images, batch.labels, batch.sample_numbers
         if batch.damage:  # known without asking the device
             images, labels, numbers = (part[batch.valid] for part in (images, labels, numbers))
         noise = SampleNoise(self._seed, numbers)
-        images = self.model.normalised(self._config.distortion.apply(images, noise=noise))
+        images = self.model.normalized(self._config.distortion.apply(images, noise=noise))
         is_padding = labels == PADDING
         images = images.masked_fill(is_padding[:, None], 0.0)
         return images, labels.long().masked_fill(is_padding, IGNORED)

@@ -92,8 +92,8 @@ class Teacher:
     source: str | None = None
     """A file of OpenAI's CLIP, open_clip, SLIP or DINO; a folder in the layout of Hugging Face or
     open_clip, or its name on the hub; a run directory of ours."""
-    normalisation: Literal["student", "own"] = "student"
-    """student: pixels are normalised as the student's, by ImageNet's mean and std (published).
+    normalization: Literal["student", "own"] = "student"
+    """student: pixels are normalized as the student's, by ImageNet's mean and std (published).
     own: as the teacher was trained."""
     image_size: Count | tuple[Count, Count] | None = None
     """Side of the images that it is shown, or (height, width), in pixels, if not the student's;
@@ -135,7 +135,7 @@ class ReconstructFeatures:
 class ReconstructPixels:
     """Every hidden patch is to show its pixels: MAE (arXiv:2111.06377)."""
 
-    normalise_patches: bool = True
+    normalize_patches: bool = True
     """Bring the pixels of every patch to mean 0 and variance 1 first."""
 
     def check(self, recipe: Recipe) -> None:

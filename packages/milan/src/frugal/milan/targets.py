@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.models.config import ImageTower
-from frugal.common.reduction.image import Kept, PatchView, normalise, take_patches
+from frugal.common.reduction.image import Kept, PatchView, normalize, take_patches
 from frugal.milan.decoders import Split
 from frugal.milan.teacher import FrozenTeacher
 
@@ -82,9 +82,9 @@ class PixelTarget:
 
     hidden_only = True
 
-    def __init__(self, tower: ImageTower, *, normalise_patches: bool) -> None:
+    def __init__(self, tower: ImageTower, *, normalize_patches: bool) -> None:
         self._tower = tower
-        self._normalise_patches = normalise_patches
+        self._normalize_patches = normalize_patches
         self.outputs = 3 * tower.patch_size**2
 
     def look(self, images: Tensor) -> Wanted:
@@ -96,8 +96,8 @@ class PixelTarget:
         view = PatchView.of(wanted.values, self._tower)
         pixels = take_patches(view, Kept.dense(split.hidden))  # (B, M, P)
         if pixels.dtype == torch.uint8:
-            pixels = normalise(pixels, mean=self._tower.mean, std=self._tower.std)
-        pixels = pixel_target(pixels, normalise_patches=self._normalise_patches)
+            pixels = normalize(pixels, mean=self._tower.mean, std=self._tower.std)
+        pixels = pixel_target(pixels, normalize_patches=self._normalize_patches)
         return (_widened(predicted) - pixels).square().mean(-1)
 
     def flops(self) -> float:
@@ -105,18 +105,18 @@ class PixelTarget:
         return 0.0
 
 
-def pixel_target(pixels: Tensor, *, normalise_patches: bool) -> Tensor:
+def pixel_target(pixels: Tensor, *, normalize_patches: bool) -> Tensor:
     """What a decoder predicts of patches, channel fastest as MAE has it.
 
     Args:
         pixels: (..., P) in (channel, row, column) order.
-        normalise_patches: to mean 0 and (unbiased) variance 1 over each patch.
+        normalize_patches: to mean 0 and (unbiased) variance 1 over each patch.
 
     Returns:
         (..., P) in (row, column, channel) order.
     """
     ordered = pixels.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
-    if not normalise_patches:
+    if not normalize_patches:
         return ordered
     variance, mean = torch.var_mean(ordered, dim=-1, keepdim=True)
     return (ordered - mean) / (variance + _SMALLEST_VARIANCE).sqrt()

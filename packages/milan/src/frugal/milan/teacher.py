@@ -1,7 +1,7 @@
 """The frozen tower that says what is reconstructed, and where it looks.
 
 Source: Hou et al., arXiv:2208.06049, sections 3.1 and 3.3. It is no part of the module that
-trains: no optimiser state, nothing in checkpoints, nothing for DDP or ZeRO to wrap.
+trains: no optimizer state, nothing in checkpoints, nothing for DDP or ZeRO to wrap.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
-from frugal.common.interop.encoder_weights import EncoderWeights, read_encoder
 from frugal.common.models.attention import Attention
+from frugal.common.models.blocks import Block
 from frugal.common.models.config import ImageTower
-from frugal.common.models.cost import image_flops
-from frugal.common.models.preparation import describe
-from frugal.common.models.transformer import Block
+from frugal.common.models.flops import image_flops
+from frugal.common.models.preprocess import describe
 from frugal.common.reduction.image import Channels
+from frugal.common.weights.encoder_weights import EncoderWeights, read_encoder
 from frugal.milan.settings import Teacher
 
 _LOG = logging.getLogger("frugal")
@@ -47,7 +47,7 @@ class FrozenTeacher:
 
         Args:
             stored: the tower as it was read, on the grid that it is to have.
-            pixels_mean: of float images, which have been normalised already.
+            pixels_mean: of float images, which have been normalized already.
             pixels_std: of the same.
         """
         self.tower = stored.build().eval().requires_grad_(False)
@@ -82,7 +82,7 @@ class FrozenTeacher:
         """Look at whole images.
 
         Args:
-            images: (B, 3, H, W) uint8, or float that is normalised as the student's.
+            images: (B, 3, H, W) uint8, or float that is normalized as the student's.
 
         Returns:
             tokens (B, 1 + N, K), class token first; importance (B, N) float32, not negative: how
@@ -115,12 +115,12 @@ class FrozenTeacher:
                 module.to(self._dtype)
 
     def _shown(self, images: Tensor) -> Tensor:
-        """The images as the tower takes them: of its size, and normalised as it is to see them."""
+        """The images as the tower takes them: of its size, and normalized as it is to see them."""
         resize = images.shape[2:] != self.config.height_width
         same = self._given == (self.config.mean, self.config.std)
         if not resize and (same or images.dtype == torch.uint8):
             return images
-        is_given = images.dtype != torch.uint8  # and then normalised as the student's
+        is_given = images.dtype != torch.uint8  # and then normalized as the student's
         levels = _scaled(images, *self._given) if is_given else images.float() / 255
         if resize:
             size = self.config.height_width
@@ -191,7 +191,7 @@ def load_teacher(teacher: Teacher, student: ImageTower) -> FrozenTeacher:
         raise InputError(f"the teacher {teacher.source} has no {missing[0]}; it is incomplete")
     _tell(stored, teacher, student)
     stored = _on_grid(stored, teacher, student)
-    if teacher.normalisation == "student":
+    if teacher.normalization == "student":
         seen = replace(stored.tower, mean=student.mean, std=student.std)
         stored = replace(stored, tower=seen)
     return FrozenTeacher(stored, pixels_mean=student.mean, pixels_std=student.std)
@@ -204,13 +204,13 @@ def _tell(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> None
     if prepared is None and Path(stored.source).is_dir():
         told_by = "its recipe"
     _LOG.info("the teacher %s: %s", teacher.source, describe(tower, told_by=told_by))
-    if teacher.normalisation == "student" and (tower.mean, tower.std) != (
+    if teacher.normalization == "student" and (tower.mean, tower.std) != (
         student.mean,
         student.std,
     ):
         _LOG.warning(
             "the teacher %s is shown images of the student's mean %s and std %s, as published; "
-            "--objective.teacher.normalisation own shows them as it was trained",
+            "--objective.teacher.normalization own shows them as it was trained",
             teacher.source, list(student.mean), list(student.std),
         )  # fmt: skip
 

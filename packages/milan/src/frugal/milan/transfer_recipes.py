@@ -63,7 +63,7 @@ def _fine_tuning(
     tower: ImageTower,
     *,
     epochs: int,
-    optimiser: AdamW,
+    optimizer: AdamW,
     drop_path: float,
     warmup_epochs: int = 5,
     batch_size: int = 1024,
@@ -78,7 +78,7 @@ def _fine_tuning(
         data=ImageData(train=(), augmentation=augmentation, workers=16),
         reduction=Reductions(image=KeepAll()),
         objective=Classification(smoothing=0.1, erasing=RandomErasing(), mixing=mixing),
-        optimiser=optimiser,
+        optimizer=optimizer,
         schedule=WarmupCosine(
             samples=_epochs(epochs, batch_size=batch_size),
             warmup_samples=_epochs(warmup_epochs, batch_size=batch_size),
@@ -113,7 +113,7 @@ def _masked_fine_tuning(
     return _fine_tuning(
         pooled(encoder(name), "mean"),
         epochs=epochs,
-        optimiser=AdamW(
+        optimizer=AdamW(
             learning_rate_per_256=learning_rate_per_256,
             betas=(0.9, 0.999),
             weight_decay=0.05,
@@ -194,7 +194,7 @@ def _clip_fine_tuning(
         clip_encoder(name, quick_gelu=True).image,
         epochs=epochs,
         warmup_epochs=warmup_epochs,
-        optimiser=AdamW(
+        optimizer=AdamW(
             learning_rate=learning_rate,
             betas=(0.9, 0.999),
             weight_decay=0.05,
@@ -235,7 +235,7 @@ def _probing(name: str, *, epochs: int, learning_rate_per_256: float) -> Recipe:
         data=ImageData(train=(), augmentation=SingleDrawCrop(), workers=10),
         reduction=Reductions(image=KeepAll()),
         objective=LinearProbe(),
-        optimiser=LARS(learning_rate_per_256=learning_rate_per_256),
+        optimizer=LARS(learning_rate_per_256=learning_rate_per_256),
         schedule=WarmupCosine(
             samples=_epochs(epochs, batch_size=batch_size),
             warmup_samples=_epochs(10, batch_size=batch_size),
@@ -291,7 +291,7 @@ _SCENES_CLASSES = 64
 def _on_scenes(recipe: Recipe, tower: ImageTower, *, learning_rate: float) -> Recipe:
     """A recipe in minutes on two cores.
 
-    Colours are what the classes are told by, so nothing that changes them is left of a recipe.
+    Colors are what the classes are told by, so nothing that changes them is left of a recipe.
     """
     epoch = 17 * 128  # in whole batches
     return replace(
@@ -306,8 +306,8 @@ def _on_scenes(recipe: Recipe, tower: ImageTower, *, learning_rate: float) -> Re
             augmentation=RandomResizedCrop(scale=(0.5, 1.0), flip=0.0),
             workers=0,  # two training processes keep two cores busy
         ),
-        optimiser=replace(
-            recipe.optimiser, learning_rate=learning_rate, learning_rate_per_256=None
+        optimizer=replace(
+            recipe.optimizer, learning_rate=learning_rate, learning_rate_per_256=None
         ),
         schedule=replace(recipe.schedule, samples=30 * epoch, warmup_samples=2 * epoch),
         batch_size=128,

@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimiser steps taken, skipped ones included."""
+        """Optimizer steps taken, skipped ones included."""
         return self.state["step"]
 
     def names(self) -> set[str]:
@@ -190,7 +190,7 @@ class CheckpointStore:
         checkpoint = newest_checkpoint(self.folder)
         if checkpoint is not None and checkpoint.state.get("weights_only"):
             raise InputError(
-                f"{self.run.dir} holds weights without optimiser state, which no run can continue; "
+                f"{self.run.dir} holds weights without optimizer state, which no run can continue; "
                 "give it with --run.start-from and choose another --run.dir"
             )
         return checkpoint
@@ -202,7 +202,7 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], *, step: int) -> P
     Args:
         folder: ``checkpoints`` of a run directory; made if missing.
         weights: float32 CPU tensors by the objective's names.
-        step: optimiser steps they were trained for.
+        step: optimizer steps they were trained for.
 
     Returns:
         The checkpoint's folder.
@@ -240,7 +240,7 @@ def copy_weights(checkpoint: Checkpoint, folder: Path, *, average: bool = True) 
 def _save_alone(
     folder: Path, step: int, names: Iterable[str], write: Callable[[Path], str]
 ) -> Path:
-    """A checkpoint of one file without optimiser state; ``write`` says what went wrong."""
+    """A checkpoint of one file without optimizer state; ``write`` says what went wrong."""
     final = folder / _name(step)
     aside = _aside(final)
     path = aside / "tensors-00000-of-00001.safetensors"

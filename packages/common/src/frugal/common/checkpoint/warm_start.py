@@ -1,4 +1,4 @@
-"""Start a stage from the weights of another: same names, optimiser and counters afresh.
+"""Start a stage from the weights of another: same names, optimizer and counters afresh.
 
 Position tables may change between stages, with permission. A learned one is resampled; a fixed
 one is computed for the new grid, and may become learned: it starts from the old kind of table on
@@ -22,7 +22,6 @@ from frugal.common.errors import InputError
 from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.fit import misfit
-from frugal.common.models.image_tower import ImageTransformer
 from frugal.common.models.positions import sincos_table
 from frugal.common.models.same_function import (
     Difference,
@@ -30,7 +29,8 @@ from frugal.common.models.same_function import (
     differences,
     refuse_other_function,
 )
-from frugal.common.models.text_tower import TextTransformer
+from frugal.common.models.text import TextTransformer
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.recipe import from_json, load_recipe
 
 Tower = ImageTower | TextTower

@@ -57,7 +57,7 @@ def read_class_folders(
     Raises:
         InputError: if a file of names does not fit the folders, or their order is in doubt.
     """
-    refuse_misspelt_names(folder)
+    refuse_misspelled_names(folder)
     folders = subfolders(folder, passed_over)
     chosen = _chosen_folders(folder)
     if chosen is not None and (folder / _TEXT).is_file():
@@ -170,7 +170,7 @@ def read_class_names(path: Path) -> list[str]:
     return lines
 
 
-def refuse_misspelt_names(folder: Path) -> None:
+def refuse_misspelled_names(folder: Path) -> None:
     """Refuse a file of names that would not be read because of capitals in its own name."""
     for path in folder.iterdir():
         if path.name.lower() in (_JSON, _TEXT) and path.name not in (_JSON, _TEXT):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from frugal.common.data.folders import FileList
+from frugal.common.data.stores.folder import FileList
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, write_json
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from frugal.common.contracts import DataConfig
-from frugal.common.data.colour import NO_CHANGE, ColourJitter
+from frugal.common.data.color import NO_CHANGE, ColorJitter
 from frugal.common.data.samples import Fields, image_extensions
 from frugal.common.data.tokenizers import TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
@@ -92,8 +92,8 @@ class PairData(StoredData):
 
     tokenizer: TokenizerConfig | None
     """None reads images alone."""
-    colour: ColourJitter = NO_CHANGE
-    """Random changes of colour, made on the device; by default none."""
+    color: ColorJitter = NO_CHANGE
+    """Random changes of color, made on the device; by default none."""
     fields: Fields = field(default_factory=Fields)
 
     def save_tokenizer(self, folder: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from frugal.common.data.folders import FileList
 from frugal.common.data.passed_over import shortened
 from frugal.common.data.samples import StringTable
 from frugal.common.data.sources import Source
+from frugal.common.data.stores.folder import FileList
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, write_json
 from frugal.common.run import Run

@@ -32,7 +32,7 @@ _DEPTHS = (8, 10, 12, 14, 16)
 _BITS_PER_SAMPLE, _MAX_SAMPLE_VALUE = 258, 281
 """TIFF's tags."""
 _DIM = 16.0
-"""Floats up to here are light on a scale of its own, brighter ones are grey levels."""
+"""Floats up to here are light on a scale of its own, brighter ones are gray levels."""
 
 
 def hush_pillow() -> None:
@@ -54,8 +54,8 @@ class TensorFlowCubic(NamedTuple):
 
     a: float
     """Of Keys' cubic convolution: its slope one pixel away."""
-    has_centres: bool
-    """Pixels lie at their centres, and those beyond the border do not count (TensorFlow 2); else
+    has_centers: bool
+    """Pixels lie at their centers, and those beyond the border do not count (TensorFlow 2); else
     at their top left corners, and the border repeats (TensorFlow 1)."""
 
 
@@ -103,13 +103,13 @@ def resize_window(
         interpolation: the kernel; bicubic and bilinear widen when the window shrinks
             (anti-aliasing), TensorFlow's do not.
         reduced: decode JPEG at 1/2, 1/4 or 1/8 of its size where that leaves the window no
-            smaller than the result. Differs from a full decode by about 1 grey level on average.
+            smaller than the result. Differs from a full decode by about 1 gray level on average.
             Not for TensorFlow's kernels, which depend on every pixel.
         isolated: nothing outside of the window counts, as if it had been cut out first; else
             the kernel reaches over its border, as if the whole image had been resized first.
 
     Returns:
-        (3, height, width) uint8; with TensorFlow's kernels float32 grey levels, which may lie a
+        (3, height, width) uint8; with TensorFlow's kernels float32 gray levels, which may lie a
         little below 0 and above 255.
 
     Raises:
@@ -141,7 +141,7 @@ def resize_window(
 def resize_as_tensorflow(
     pixels: np.ndarray, window: Window, size: tuple[int, int], cubic: TensorFlowCubic
 ) -> np.ndarray:
-    """A window of (H, W, C) grey levels as TensorFlow resizes it, without anti-aliasing.
+    """A window of (H, W, C) gray levels as TensorFlow resizes it, without anti-aliasing.
 
     Pixels outside of the window count: cut it out first where they should not.
 
@@ -173,7 +173,7 @@ def _taps(
         (4, count) numbers of pixels, and (4, count) float32 weights.
     """
     scale, place = np.float32(length / count), np.arange(count, dtype=np.float32)
-    if cubic.has_centres:
+    if cubic.has_centers:
         source = (place + np.float32(0.5)) * scale - np.float32(0.5)
     else:
         source = place * scale
@@ -183,7 +183,7 @@ def _taps(
     offsets = np.arange(-1, 3)[:, None]
     weights = _keys(np.abs(beyond - offsets), cubic.a)  # (4, count)
     pixels = first.astype(np.int64) + offsets
-    if cubic.has_centres:
+    if cubic.has_centers:
         weights = np.where((pixels >= 0) & (pixels < limit), weights, 0)
         weights = weights / weights.sum(0)
     return pixels.clip(0, limit - 1), weights.astype(np.float32)
@@ -197,7 +197,7 @@ def _keys(distance: np.ndarray, a: float) -> np.ndarray:
 
 
 def as_bytes(levels: np.ndarray) -> np.ndarray:
-    """Grey levels as uint8: rounded, and clipped to what bytes can hold."""
+    """Gray levels as uint8: rounded, and clipped to what bytes can hold."""
     if levels.dtype == np.uint8:
         return levels
     return np.rint(levels).clip(0, 255).astype(np.uint8)
@@ -216,8 +216,8 @@ def _reduction(image: Image.Image, shrinking: float) -> int:
 def decode_rgb(image: Image.Image) -> Image.Image:
     """The pixels of an opened image in 8 bits of red, green and blue.
 
-    What is transparent lies on white, as in img2dataset and transformers. Grey of more than 8 bits
-    and of floats is scaled by :func:`grey_range`. All else is converted as Pillow does it.
+    What is transparent lies on white, as in img2dataset and transformers. Gray of more than 8 bits
+    and of floats is scaled by :func:`gray_range`. All else is converted as Pillow does it.
 
     Raises:
         Damaged: if they cannot be decoded.
@@ -254,7 +254,7 @@ def _from_levels(image: Image.Image) -> Image.Image:
     if not is_finite.all():
         levels = np.where(is_finite, levels, np.where(levels == np.inf, levels[is_finite].max(), 0))
     tags = getattr(image, "tag_v2", {})
-    darkest, brightest = grey_range(
+    darkest, brightest = gray_range(
         float(levels.min()),
         float(levels.max()),
         is_float=image.mode[0] == "F",
@@ -262,8 +262,8 @@ def _from_levels(image: Image.Image) -> Image.Image:
         limit=_first(tags.get(_MAX_SAMPLE_VALUE)),
     )
     scale = 255.0 / (brightest - darkest)
-    grey = levels * scale - darkest * scale
-    return Image.fromarray(grey.clip(0.0, 255.0).round().astype(np.uint8)).convert("RGB")
+    gray = levels * scale - darkest * scale
+    return Image.fromarray(gray.clip(0.0, 255.0).round().astype(np.uint8)).convert("RGB")
 
 
 def _first(tag: object) -> float | None:
@@ -272,10 +272,10 @@ def _first(tag: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def grey_range(
+def gray_range(
     least: float, most: float, *, is_float: bool, bits: float | None, limit: float | None
 ) -> tuple[float, float]:
-    """Which levels of a grey picture of more than 8 bits are black and white.
+    """Which levels of a gray picture of more than 8 bits are black and white.
 
     Black is 0, or the least level where that is negative. White is what the file says (TIFF's
     MaxSampleValue, or less than 16 bits per sample); else, of whole numbers, the highest of the

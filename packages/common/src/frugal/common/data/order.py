@@ -55,7 +55,7 @@ class GlobalOrder:
         self._cache()
 
     def _cache(self) -> None:
-        # The batches of two neighbouring windows or epochs may alternate; no others do.
+        # The batches of two neighboring windows or epochs may alternate; no others do.
         self._epoch = lru_cache(2)(self._draw_epoch)
         self._samples = lru_cache(2)(self._draw_window)
 

@@ -26,9 +26,9 @@ from frugal.common.data.loader import Loader
 from frugal.common.data.pairs import BatchBuilder, Preparation
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import Fields, RawSample, assemble
+from frugal.common.data.stores.url import Patience, UrlStream
 from frugal.common.data.stream import Share
 from frugal.common.data.streamed import StreamedTar
-from frugal.common.data.url_stream import Patience, UrlStream
 from frugal.common.files import reason_of, refuse_exhaustion
 from frugal.common.randomness import sample_generator
 

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from frugal.common.data.folders import FileList, Log, open_image_folder, tell_classes
 from frugal.common.data.image_walk import KNOWN_FILES, has_image, subfolders
 from frugal.common.data.index import (
     SUFFIX,
@@ -19,15 +18,16 @@ from frugal.common.data.index import (
     read_summary,
     write_index,
 )
-from frugal.common.data.lists import open_list
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.patterns import expand_braces, matching_paths, natural_key
-from frugal.common.data.records import RecordShard, index_records
 from frugal.common.data.samples import Fields, Shard
-from frugal.common.data.tars import TarShard, index_tar
+from frugal.common.data.stores.csv import open_list
+from frugal.common.data.stores.folder import FileList, Log, open_image_folder, tell_classes
+from frugal.common.data.stores.tar import TarShard, index_tar
+from frugal.common.data.stores.tfrecord import RecordShard, index_records
+from frugal.common.distributed import launcher_ranks
 from frugal.common.errors import InputError
 from frugal.common.files import is_system_name, reason_of
-from frugal.common.launchers import launcher_ranks
 
 _STREAM = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 _KIND_OF_NAME = {

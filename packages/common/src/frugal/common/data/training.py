@@ -13,7 +13,6 @@ from frugal.common.data.class_matching import keep_classes
 from frugal.common.data.config import StoredData
 from frugal.common.data.contents import contents_of, streamed_contents
 from frugal.common.data.damage import Damaged
-from frugal.common.data.folders import FileList, refuse_without_words
 from frugal.common.data.order import GlobalOrder, Order, WeightedOrder
 from frugal.common.data.pairs import Pairs, Preparation, Shelf
 from frugal.common.data.passed_over import PassedOver, shortened
@@ -27,9 +26,10 @@ from frugal.common.data.sources import (
     is_stream,
     open_source,
 )
+from frugal.common.data.stores.folder import FileList, refuse_without_words
+from frugal.common.data.stores.url import can_read
 from frugal.common.data.stream import IndexedStream, Share
 from frugal.common.data.tokenizers import Tokenizer
-from frugal.common.data.url_stream import can_read
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run

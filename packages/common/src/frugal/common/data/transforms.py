@@ -1,4 +1,4 @@
-"""Which part of an image is seen: random crops for training, centred ones for evaluation.
+"""Which part of an image is seen: random crops for training, centered ones for evaluation.
 
 Each is a part of a recipe that turns an encoded picture into a uint8 array; the draw of a random
 one comes from a generator that belongs to the sample.
@@ -64,8 +64,8 @@ def random_window(
     return None
 
 
-def centre_window(height: int, width: int, *, size: tuple[int, int], margin: int = 0) -> Window:
-    """The largest centred window of the shape of ``size``, less a margin.
+def center_window(height: int, width: int, *, size: tuple[int, int], margin: int = 0) -> Window:
+    """The largest centered window of the shape of ``size``, less a margin.
 
     With a margin, a window that will be ``size`` leaves room for ``margin`` pixels of it around
     itself: 0.875 of the shorter side for 32 pixels at 224. Odd rests go to the top and left, as
@@ -82,7 +82,7 @@ def centre_window(height: int, width: int, *, size: tuple[int, int], margin: int
 
 
 def clamped_window(height: int, width: int, *, ratio: tuple[float, float]) -> Window:
-    """The largest centred window whose width over height lies within ``ratio`` (torchvision)."""
+    """The largest centered window whose width over height lies within ``ratio`` (torchvision)."""
     low, high = ratio
     window_height, window_width = height, width
     if width / height < low:
@@ -125,13 +125,13 @@ class RandomResizedCrop:
     """Probability of mirroring left and right."""
     tries: Count = 10
     """Rectangles drawn until one fits."""
-    fallback: Literal["centre", "clamp"] = "centre"
-    """If none fits. centre: FLIP's centred window with a margin of 32 pixels at the size of the
-    result. clamp: torchvision's largest centred window of an allowed ratio."""
+    fallback: Literal["center", "clamp"] = "center"
+    """If none fits. center: FLIP's centered window with a margin of 32 pixels at the size of the
+    result. clamp: torchvision's largest centered window of an allowed ratio."""
     interpolation: Interpolation = "bicubic"
     """bicubic, bilinear: with anti-aliasing (torchvision). tf2_bicubic: TensorFlow's without it,
     with which FLIP's published models were trained; tf1_bicubic: TensorFlow 1's. What either of
-    the two puts between and beyond the 256 grey levels is rounded and clipped in training."""
+    the two puts between and beyond the 256 gray levels is rounded and clipped in training."""
     reduced_decoding: bool = True
     """Decode JPEG at a reduced scale where the crop is shrunk that much anyway; TensorFlow's
     kernels take every pixel."""
@@ -154,8 +154,8 @@ class RandomResizedCrop:
             log_ratios=[log_low + (log_high - log_low) * draw for draw in draws[self.tries : -3]],
             place=(draws[-3], draws[-2]),
         )
-        if window is None and self.fallback == "centre":
-            window = centre_window(height, width, size=size, margin=32)
+        if window is None and self.fallback == "center":
+            window = center_window(height, width, size=size, margin=32)
         elif window is None:
             window = clamped_window(height, width, ratio=self.ratio)
         return window, draws[-1] < self.flip
@@ -184,7 +184,7 @@ class CenterCrop:
 
     order: Literal["resize_first", "crop_first", "stretch"] = "resize_first"
     """resize_first: shrink the shorter side to the size, then cut out the middle (open_clip,
-    torchvision). crop_first: cut out the centred window of the full shorter side, then resize it
+    torchvision). crop_first: cut out the centered window of the full shorter side, then resize it
     (FLIP). stretch: resize the whole image, whatever its shape (CLIPA-v2)."""
     interpolation: Interpolation = "bicubic"
     """bicubic, bilinear, lanczos, box, hamming: with anti-aliasing (torchvision). nearest: one
@@ -213,9 +213,9 @@ class CenterCrop:
         generator: np.random.Generator | None = None,
     ) -> np.ndarray:
         """(3, height, width) uint8; raises ``Damaged`` if the picture cannot be decoded."""
-        return as_bytes(self.grey_levels(encoded, size=size))
+        return as_bytes(self.gray_levels(encoded, size=size))
 
-    def grey_levels(self, encoded: bytes, *, size: tuple[int, int]) -> np.ndarray:
+    def gray_levels(self, encoded: bytes, *, size: tuple[int, int]) -> np.ndarray:
         """The same before it is rounded to bytes: what evaluations take.
 
         Returns:
@@ -228,7 +228,7 @@ class CenterCrop:
         image = open_image(encoded)
         height, width = image.height, image.width
         if self.order == "crop_first":
-            window = centre_window(height, width, size=size)
+            window = center_window(height, width, size=size)
         else:
             window = self._middle(height, width, size)
         isolated = self.order == "crop_first"

@@ -18,12 +18,12 @@ from torch import nn
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.contracts import Batch, CountingObjective, PreparedReduction, Stream
 from frugal.common.data.damage import DamageCounter, warning
-from frugal.common.engine.backend import Engine
+from frugal.common.engine.engine import Engine
+from frugal.common.engine.logger import Watch
+from frugal.common.engine.metrics import Step, Values, read
 from frugal.common.engine.saving import WeightAverage, collect, gather_values
-from frugal.common.engine.termination import Agreement, Termination, WaitInterrupted
+from frugal.common.engine.signals import Agreement, Termination, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
-from frugal.common.engine.unread import Step, Values, read
-from frugal.common.engine.watch import Watch
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import write_json
 from frugal.common.objectives.gradient_cache import cached_backward
@@ -271,10 +271,10 @@ def _give_up(
 
 
 def _step(training: Training, step: int, micro_batches: list[Batch]) -> Step:
-    """One optimiser step; what is known of it before the device has taken it."""
+    """One optimizer step; what is known of it before the device has taken it."""
     recipe, engine = training.recipe, training.engine
     rate = recipe.schedule.learning_rate(
-        step * recipe.batch_size, peak=recipe.optimiser.peak(recipe.batch_size)
+        step * recipe.batch_size, peak=recipe.optimizer.peak(recipe.batch_size)
     )
     for batch in micro_batches:
         notes, sources = batch.damage_notes, batch.sources

@@ -16,7 +16,7 @@ from frugal.common.data.config import StoredData
 from frugal.common.data.pairs import BatchBuilder
 from frugal.common.data.samples import RawSample
 from frugal.common.data.training import make_preparation
-from frugal.common.engine.backend import Engine
+from frugal.common.engine.engine import Engine
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 

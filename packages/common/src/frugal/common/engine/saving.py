@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from frugal.common.checkpoint.store import Checkpoint, owners
-from frugal.common.engine.backend import Engine
+from frugal.common.engine.engine import Engine
 from frugal.common.errors import InputError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from frugal.common.errors import InputError
-from frugal.common.evaluation.outcomes import Outcomes, bootstrap, interval, load_outcomes
+from frugal.common.evaluation.bootstrap import Outcomes, bootstrap, interval, load_outcomes
 from frugal.common.evaluation.results import OUTCOMES, read_facts
 from frugal.common.evaluation.sections import section
 

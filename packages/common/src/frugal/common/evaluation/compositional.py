@@ -17,18 +17,18 @@ from torch.utils.data import Dataset
 from frugal.common.contracts import Show
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import as_bytes
-from frugal.common.data.labelled import GROUP
+from frugal.common.data.labeled import GROUP
 from frugal.common.data.loader import Loader
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
 from frugal.common.evaluation.config import Compositional
-from frugal.common.evaluation.contrasts import CATEGORIES, KINDS, read_contrasts
 from frugal.common.evaluation.embed import Embedder
-from frugal.common.evaluation.identity import identify
-from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
+from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import embed
+from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS, read_contrasts
 from frugal.common.files import reason_of
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -51,7 +51,7 @@ class Contrasts(Dataset[dict[str, Any]]):
             folder: holds ``replace_obj.json`` and so on.
             images: the folder of images; by default the one beside the files.
             size: (height, width) of the images handed out.
-            crop: the evaluation transform; resize and centre crop if not given.
+            crop: the evaluation transform; resize and center crop if not given.
 
         Raises:
             InputError: if a file cannot be used, or an image is missing.
@@ -81,7 +81,7 @@ class Contrasts(Dataset[dict[str, Any]]):
             path = self._folder / self.files[place]
             try:
                 encoded = path.read_bytes()
-                images.append(self._crop.grey_levels(encoded, size=self._size))
+                images.append(self._crop.gray_levels(encoded, size=self._size))
             except (OSError, Damaged) as error:
                 return {"mistake": f"{path} cannot be evaluated ({error}); repair or replace it"}
             contents.append(_sha256(encoded))
@@ -141,7 +141,7 @@ class Contrasts(Dataset[dict[str, Any]]):
         """This process's part of the images: every image comes once, on one process.
 
         Yields:
-            images (b, 3, H, W) uint8, or float32 grey levels where the crop resizes with a kernel
+            images (b, 3, H, W) uint8, or float32 gray levels where the crop resizes with a kernel
             of TensorFlow; places among the images (b,) int64.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from frugal.common.contracts import EvaluationTask, Show
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluation.contrasts import CATEGORIES, KINDS
+from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS
 from frugal.common.evaluation.suites import Metric, listed
 from frugal.common.ranges import (
     Count,
@@ -24,7 +24,7 @@ from frugal.common.ranges import (
 )
 
 if TYPE_CHECKING:
-    from frugal.common.evaluation.outcomes import Keep
+    from frugal.common.evaluation.bootstrap import Keep
     from frugal.common.recipe import Recipe
     from frugal.common.run import Run
 
@@ -202,10 +202,10 @@ class ZeroShot(ImageEvaluation):
         folder = self.folder()
         if folder is None:
             return self._skip(run)
-        from frugal.common.data.labelled import is_multi_labelled
+        from frugal.common.data.labeled import is_multi_labeled
         from frugal.common.evaluation import multi_label, zero_shot
 
-        if is_multi_labelled(folder):
+        if is_multi_labeled(folder):
             return multi_label.evaluate(self, folder, model, recipe, run, show, keep)
         return zero_shot.evaluate(self, folder, model, recipe, run, show, keep)
 

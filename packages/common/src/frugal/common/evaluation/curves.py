@@ -1,4 +1,4 @@
-"""Line charts as inline SVG that follows the colours of the page around it."""
+"""Line charts as inline SVG that follows the colors of the page around it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def line_chart(
     from_zero: bool = False,
     smoothed: bool = False,
 ) -> str:
-    """An ``<svg>`` of the curves, each in the CSS colour ``--line-1``, ``--line-2``, ...
+    """An ``<svg>`` of the curves, each in the CSS color ``--line-1``, ``--line-2``, ...
 
     Args:
         title: what is drawn, for people who hear the page.
@@ -141,7 +141,7 @@ def line_chart(
         f'text-anchor="end">{escape(x_name)}</text>'
     )
     for number, curve in enumerate(curves):
-        colour = f'style="stroke:var(--line-{number % 3 + 1})"'
+        color = f'style="stroke:var(--line-{number % 3 + 1})"'
         lines = [("line", curve.points)]
         if smoothed and len(curve.points) >= 20:
             running = smooth(curve.points, window=max(3, len(curve.points) // 20))
@@ -149,7 +149,7 @@ def line_chart(
         for kind, points in lines:
             path = _path(thin(points), at)
             if path.count("L"):
-                parts.append(f'<path class="{kind}" {colour} d="{path}"/>')
+                parts.append(f'<path class="{kind}" {color} d="{path}"/>')
         if len(curve.points) == 1 and math.isfinite(curve.points[0][1]):
             x, y = curve.points[0]
             parts.append(

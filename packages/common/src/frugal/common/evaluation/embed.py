@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor, nn
 
-from frugal.common.data.labelled import GROUP
+from frugal.common.data.labeled import GROUP
 from frugal.common.data.tokenizers import text_length
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.models.config import ImageTower
-from frugal.common.models.image_tower import ImageTransformer
+from frugal.common.models.vit import ImageTransformer
 from frugal.common.randomness import SampleNoise, sample_generator
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Kept, PatchView
@@ -257,10 +257,10 @@ class Embedder:
         """(B, E) float32 unit vectors on the device.
 
         Args:
-            images: (B, 3, H, W) on any device; uint8, or float32 grey levels.
+            images: (B, 3, H, W) on any device; uint8, or float32 gray levels.
             places: (B,) int64 numbers of the images in their data, which views are drawn for.
         """
-        images = self._normalised(images.to(self.device, non_blocking=True))
+        images = self._normalized(images.to(self.device, non_blocking=True))
         self._asked[0] += len(images)
         if self.views is None:
             return self._unit(self._see(images), 0)
@@ -275,8 +275,8 @@ class Embedder:
             features: Tensor = self.model.encode_image(images, *kept)
         return features.float()  # (B, E)
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        """Float images as towers take them; they normalise uint8 themselves."""
+    def _normalized(self, images: Tensor) -> Tensor:
+        """Float images as towers take them; they normalize uint8 themselves."""
         if images.dtype == torch.uint8:
             return images
         assert self.image is not None

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from frugal.common.data.decoding import as_bytes
-from frugal.common.data.labelled import GROUP
+from frugal.common.data.labeled import GROUP
 from frugal.common.evaluation.compositional import Contrasts
-from frugal.common.evaluation.contrasts import PARTS
 from frugal.common.evaluation.embed import Embedder, similarity, text_table
-from frugal.common.evaluation.pictures import Picture, as_array, example_places, grey_dropped
+from frugal.common.evaluation.pictures import Picture, as_array, example_places, gray_dropped
 from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.sugarcrepe import PARTS
 from frugal.common.evaluation.zero_shot import Answers
 
 
@@ -80,7 +80,7 @@ def masked_examples(
     count, _, height, width = images.shape
     patches = (height // patch_size) * (width // patch_size)
     mask = torch.ones(count, patches).bool() if kept is None else kept.mask(patches)
-    masked = grey_dropped(images, mask, patch_size)
+    masked = gray_dropped(images, mask, patch_size)
     return [
         MaskedExample(
             image=as_array(images[row]),
@@ -148,7 +148,7 @@ def zero_shot_examples(
 
     Args:
         embedder: its model in evaluation mode, without gradients.
-        data: labelled images, as for ``zero_shot.answer``.
+        data: labeled images, as for ``zero_shot.answer``.
         classes: (C, E) from ``class_embeddings``.
         names: one per class.
         count: images.
@@ -231,7 +231,7 @@ def compositional_examples(embedder: Embedder, data: Contrasts, *, count: int = 
 def recall_by_class(
     answers: Answers, names: Sequence[str], held_out: Sequence[int] = ()
 ) -> list[ClassRecall]:
-    """The images of every class, and how many of them were recognised."""
+    """The images of every class, and how many of them were recognized."""
     images = torch.bincount(answers.labels, minlength=len(names)).tolist()
     found = answers.labels[answers.best == answers.labels]
     right = torch.bincount(found, minlength=len(names)).tolist()

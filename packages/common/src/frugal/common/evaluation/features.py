@@ -1,4 +1,4 @@
-"""Embeddings of labelled images, kept on disk for the next time they are asked for."""
+"""Embeddings of labeled images, kept on disk for the next time they are asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.labeled import LabeledImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder, grouped
 from frugal.common.evaluation.ranks import Ranks, check_delivery
@@ -48,8 +48,8 @@ class Features:
         )
 
 
-def embed_labelled(
-    embedder: Embedder, data: LabelledImages, *, batch_size: int, workers: int, ranks: Ranks
+def embed_labeled(
+    embedder: Embedder, data: LabeledImages, *, batch_size: int, workers: int, ranks: Ranks
 ) -> Features:
     """Embed every image once, whatever the number of processes and the batch size."""
     embeddings = torch.zeros(len(data), embedder.width, device=embedder.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.contracts import ImageReduction
-from frugal.common.data.labelled import is_multi_labelled
+from frugal.common.data.labeled import is_multi_labeled
 from frugal.common.evaluation.compositional import open_contrasts
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating
@@ -89,7 +89,7 @@ def gather(
                 continue
             embedder = embedder or Embedder.of(model, recipe, run)
             if isinstance(task, ZeroShot) and "classified" not in parts:
-                if is_multi_labelled(folder):  # such an image has no class of its own
+                if is_multi_labeled(folder):  # such an image has no class of its own
                     continue
                 parts |= _classified(task, folder, embedder, recipe, count)
             elif isinstance(task, Retrieval) and "retrieved" not in parts:

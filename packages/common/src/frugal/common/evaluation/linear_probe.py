@@ -19,15 +19,15 @@ import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor
 
 from frugal.common.data.class_matching import class_numbers
-from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.passed_over import PassedOver
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import Keep
 from frugal.common.evaluation.config import LinearProbe
 from frugal.common.evaluation.embed import Embedder
-from frugal.common.evaluation.features import Features, embed_labelled, kept
-from frugal.common.evaluation.identity import config_digest, identify, weights_digest
+from frugal.common.evaluation.features import Features, embed_labeled, kept
 from frugal.common.evaluation.metrics import ranked_classes
-from frugal.common.evaluation.outcomes import Keep
+from frugal.common.evaluation.provenance import config_digest, identify, weights_digest
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.remarks import Remarks
 from frugal.common.evaluation.zero_shot import Answers, held_out_classes
@@ -84,7 +84,7 @@ def fit(
 def _optimum(
     features: Features, num_classes: int, weight_decay: float, device: torch.device
 ) -> Linear:
-    """What minimises the mean cross-entropy plus half the weight decay times the squared weights.
+    """What minimizes the mean cross-entropy plus half the weight decay times the squared weights.
 
     The problem is convex: nothing is drawn, and the bias is not decayed.
     """
@@ -187,9 +187,9 @@ def search(accuracy: Callable[[float], float]) -> float:
 class Parts:
     """The images of a probe."""
 
-    train: LabelledImages
-    test: LabelledImages
-    validation: LabelledImages | None
+    train: LabeledImages
+    test: LabeledImages
+    validation: LabeledImages | None
     """Those that choose the weight decay, where they lie apart."""
 
 
@@ -216,13 +216,13 @@ def open_parts(task: LinearProbe, folder: Path, recipe: Recipe) -> Parts:
             f"{folder}, one of them twice; name different sub-folders"
         )
     size = recipe.model.image.height_width
-    opened = [LabelledImages(folder / name, size=size, crop=task.crop) for name in names]
+    opened = [LabeledImages(folder / name, size=size, crop=task.crop) for name in names]
     for name, part in list(zip(names, opened, strict=True))[1:]:
         _match(opened[0], part, folder / task.train, folder / name)
     return Parts(opened[0], opened[1], opened[2] if validation else None)
 
 
-def _match(train: LabelledImages, part: LabelledImages, trained: Path, source: Path) -> None:
+def _match(train: LabeledImages, part: LabeledImages, trained: Path, source: Path) -> None:
     """Have the labels of a part be the numbers that its classes have in training.
 
     Raises:
@@ -262,11 +262,11 @@ def evaluate(
     embedder, ranks = Embedder.of(model, recipe, run, task), Ranks.current()
     key = _key(task, model, recipe, run) if task.features else {}
 
-    def embedded(data: LabelledImages) -> Features:
+    def embedded(data: LabeledImages) -> Features:
         def make() -> Features:
             options = {"batch_size": task.batch_size, "workers": task.workers, "ranks": ranks}
             with embedder.measuring(ranks):
-                return embed_labelled(embedder, data, **options)  # type: ignore[arg-type]
+                return embed_labeled(embedder, data, **options)  # type: ignore[arg-type]
 
         ranks.same_data(data, task.name)
         digest = partial(_digest, data, ranks, run)
@@ -327,7 +327,7 @@ def _remarks(parts: Parts, train: Features, answers: Answers, held_out: Sequence
     return Remarks(without_images=without, passed_over=passed_over)
 
 
-def _digest(data: LabelledImages, ranks: Ranks, run: Run) -> str:
+def _digest(data: LabeledImages, ranks: Ranks, run: Run) -> str:
     return identify(data, ranks, run.device).sha256
 
 
@@ -339,7 +339,7 @@ def _key(task: LinearProbe, model: Any, recipe: Recipe, run: Run) -> dict[str, A
         "config": config_digest(model, recipe),
         "crop": to_json(task.crop),
         "size": list(image.height_width),
-        "normalisation": [list(image.mean), list(image.std)],
+        "normalization": [list(image.mean), list(image.std)],
         "precision": recipe.engine.precision,
         "device": run.device.type,
         "views": [task.mask_ratio, task.views, recipe.run.seed] if task.mask_ratio else None,

@@ -48,7 +48,7 @@ def mean_per_class_recall(predicted: Tensor, labels: Tensor) -> float:
 
 
 def roc_auc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Area under the receiver operating characteristic; a tie counts half.
+    """Area under the receiver operating characteriztic; a tie counts half.
 
     Args:
         scores: (N,) higher for what is held to be positive.

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from frugal.common.contracts import Show
-from frugal.common.data.labelled import MultiLabelledImages
+from frugal.common.data.labeled import MultiLabeledImages
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
 from frugal.common.evaluation.class_names import names_and_templates
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import Embedder, grouped, similarity
-from frugal.common.evaluation.identity import identify
 from frugal.common.evaluation.metrics import average_precision
-from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.prompts import class_embeddings
+from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.remarks import Remarks, same_names
 from frugal.common.recipe import Recipe
@@ -34,7 +34,7 @@ def evaluate(
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.ZeroShot.evaluate`."""
     del show
-    data = MultiLabelledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
+    data = MultiLabeledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
     names, templates = names_and_templates(task, data, folder)
     if data.targets.shape[1] != len(names):
         raise InputError(

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Picture = NDArray[np.uint8]
 
-_GREY, _LIGHT, _DARK = 128, 150, 124
+_GRAY, _LIGHT, _DARK = 128, 150, 124
 _GAP = 3
 _LABEL_HEIGHT = 18
 _RIGHT, _WRONG, _INK, _PAPER = (24, 121, 78), (186, 52, 40), (40, 40, 40), (250, 250, 248)
@@ -34,8 +34,8 @@ def as_array(values: Any) -> NDArray:
     return np.asarray(values)
 
 
-def grey_dropped(images: Any, kept_mask: Any, patch_size: int) -> Picture:
-    """The images with every patch that is not kept hatched in grey.
+def gray_dropped(images: Any, kept_mask: Any, patch_size: int) -> Picture:
+    """The images with every patch that is not kept hatched in gray.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -61,9 +61,9 @@ def grey_dropped(images: Any, kept_mask: Any, patch_size: int) -> Picture:
     stays = kept.reshape(count, 1, rows, columns)
     stays = stays.repeat(patch_size, axis=2).repeat(patch_size, axis=3)  # (B, 1, H, W)
     light = pictures.mean(axis=1, keepdims=True)  # (B, 1, H, W)
-    # hatched, so that a dropped patch shows on a grey background too
+    # hatched, so that a dropped patch shows on a gray background too
     stripes = np.add.outer(np.arange(height), np.arange(width)) % 4 < 2  # (H, W)
-    hatched = np.where(stripes, _LIGHT, _DARK) + 0.2 * (light - _GREY)
+    hatched = np.where(stripes, _LIGHT, _DARK) + 0.2 * (light - _GRAY)
     return np.where(stays, pictures, np.round(hatched).astype(np.uint8))
 
 
@@ -86,7 +86,7 @@ def tile(images: Any, *, columns: int | None = None) -> Picture:
     return sheet
 
 
-def labelled_row(label: str, images: Any, *, side: int = 96) -> Picture:
+def labeled_row(label: str, images: Any, *, side: int = 96) -> Picture:
     """Images side by side under a line of text.
 
     Args:
@@ -108,7 +108,7 @@ def labelled_row(label: str, images: Any, *, side: int = 96) -> Picture:
 def draw_masked(
     images: Any, kept_mask: Any, patch_size: int, *, columns: int | None = None
 ) -> Picture:
-    """A batch with its mask: kept patches as they are, dropped ones hatched in grey.
+    """A batch with its mask: kept patches as they are, dropped ones hatched in gray.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -119,7 +119,7 @@ def draw_masked(
     Returns:
         (3, H*, W*) uint8, for ``SummaryWriter.add_image``.
     """
-    return tile(grey_dropped(images, kept_mask, patch_size), columns=columns)
+    return tile(gray_dropped(images, kept_mask, patch_size), columns=columns)
 
 
 def _wrapped(text: str, width: int, font: Any) -> list[str]:
@@ -148,7 +148,7 @@ def draw_predictions(
     Args:
         images: (B, 3, H, W) uint8.
         captions: one per image.
-        right: one per image; without it all are written in one colour.
+        right: one per image; without it all are written in one color.
         columns: images side by side.
         side: width of an image in the picture, in pixels.
         text_lines: lines of text under each image; more is cut off.

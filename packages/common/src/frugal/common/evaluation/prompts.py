@@ -84,8 +84,8 @@ def class_embeddings(
 ) -> Tensor:
     """(C, E) float32: the direction of each class, the same on every process.
 
-    Each prompt is embedded and normalised, the prompts of a class are averaged over names and
-    templates, and the mean is normalised again (FLIP spec, section 8). Classes of the same name
+    Each prompt is embedded and normalized, the prompts of a class are averaged over names and
+    templates, and the mean is normalized again (FLIP spec, section 8). Classes of the same name
     (ImageNet has two pairs) get the same embedding to the last bit.
 
     Raises:

@@ -14,9 +14,9 @@ from typing import Any
 
 from frugal.common.contracts import EvaluationTask
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import Outcomes
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
-from frugal.common.evaluation.contrasts import CATEGORIES
-from frugal.common.evaluation.outcomes import Outcomes
+from frugal.common.evaluation.sugarcrepe import CATEGORIES
 from frugal.common.files import finite, read_json_object, reason_of, write_file, write_json
 from frugal.common.recipe import to_json
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from frugal.common.contracts import Show
-from frugal.common.data.labelled import CaptionedImages
+from frugal.common.data.labeled import CaptionedImages
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
 from frugal.common.evaluation.config import Retrieval
 from frugal.common.evaluation.embed import Embedder, grouped, similarity, text_table
-from frugal.common.evaluation.identity import identify
 from frugal.common.evaluation.metrics import Recall, recall_at
-from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
+from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run

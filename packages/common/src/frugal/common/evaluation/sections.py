@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from frugal.common.evaluation.contrasts import KINDS, PARTS
 from frugal.common.evaluation.curves import Curve, line_chart, short_number
 from frugal.common.evaluation.pictures import as_array, to_pil
+from frugal.common.evaluation.sugarcrepe import KINDS, PARTS
 
 if TYPE_CHECKING:
     from frugal.common.evaluation.examples import (
@@ -413,7 +413,7 @@ def classes(classes: Sequence[ClassRecall], confused: Sequence[Confusion]) -> st
         )
         outlined = " Outlined: never seen in training." if any(c.held_out for c in classes) else ""
         parts.append(
-            f"<div><p>Percent of the images of each class that are recognised.{outlined}</p>"
+            f"<div><p>Percent of the images of each class that are recognized.{outlined}</p>"
             f'<div class="scroll"><table class="grid"><tr><td></td>{head}</tr>{body}</table></div>'
             "</div>"
         )

@@ -1,6 +1,6 @@
 """Class names and prompt templates of the 26 tasks on which CLIP-class models are compared.
 
-The files in ``slip_labels`` are those of SLIP (Mu et al., arXiv:2112.12750; MIT licence beside
+The files in ``slip_labels`` are those of SLIP (Mu et al., arXiv:2112.12750; MIT license beside
 them), which CiT (arXiv:2301.02241) uses too. Nothing here imports torch.
 """
 

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from frugal.common.contracts import Show
-from frugal.common.data.labelled import LabelledImages
+from frugal.common.data.labeled import LabeledImages
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
 from frugal.common.evaluation.class_names import naming
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import Embedder, grouped, similarity
-from frugal.common.evaluation.identity import identify
 from frugal.common.evaluation.metrics import (
     mean_per_class_recall,
     ranked_classes,
     roc_auc,
     top_k_accuracy,
 )
-from frugal.common.evaluation.outcomes import Keep, Measure, Outcomes
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.prompts import ClassName, class_embeddings
+from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.remarks import Remarks, same_names
 from frugal.common.evaluation.suites import Metric
@@ -197,9 +197,9 @@ def held_out_classes(data: Path, num_classes: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Question:
-    """A labelled data set with everything that is needed to ask a model about it."""
+    """A labeled data set with everything that is needed to ask a model about it."""
 
-    images: LabelledImages
+    images: LabeledImages
     names: list[ClassName]
     templates: list[str]
     held_out: list[int]
@@ -237,7 +237,7 @@ def open_question(task: ZeroShot, folder: Path, recipe: Recipe) -> Question:
     Raises:
         InputError: if the data or its class names cannot be used.
     """
-    images = LabelledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
+    images = LabeledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
     found = naming(task, images, folder)
     if found.numbers is not None:
         images.renumber(found.numbers)

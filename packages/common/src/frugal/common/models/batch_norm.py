@@ -41,7 +41,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W), normalised; computed in float32 at least, in the dtype of what came."""
+        """(B, C, H, W), normalized; computed in float32 at least, in the dtype of what came."""
         if not self.training:
             return super().forward(input)
         maps = precise(input)
@@ -49,23 +49,23 @@ class SharedBatchNorm(nn.BatchNorm2d):
         sums = sum_over_processes(torch.cat([maps.sum((0, 2, 3)), elements]))  # (C + 1,)
         count = sums[-1].detach().clamp(min=1)
         mean = sums[:-1] / count  # (C,)
-        centred = maps - mean[:, None, None]
-        variance = sum_over_processes(centred.square().sum((0, 2, 3))) / count
+        centered = maps - mean[:, None, None]
+        variance = sum_over_processes(centered.square().sum((0, 2, 3))) / count
         _remember(self, mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         factor = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None, None], centred, factor[:, None, None]).to(input)
+        return torch.addcmul(self.bias[:, None, None], centered, factor[:, None, None]).to(input)
 
 
 class SharedVectorNorm(nn.BatchNorm1d):
     """``nn.BatchNorm1d`` of vectors whose statistics in training are those of the joint batch.
 
-    Buffers have its names and meaning. Rows that :func:`counting` leaves out are normalised too,
+    Buffers have its names and meaning. Rows that :func:`counting` leaves out are normalized too,
     and change nothing for the others.
     """
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C), normalised; computed in float32 at least, in the dtype of what came."""
+        """(B, C), normalized; computed in float32 at least, in the dtype of what came."""
         if not self.training:
             return super().forward(input)
         rows = precise(input)
@@ -74,13 +74,13 @@ class SharedVectorNorm(nn.BatchNorm1d):
         sums = sum_over_processes(torch.cat([(rows * weight).sum(0), weight.sum(0)]))  # (C + 1,)
         count = sums[-1].detach().clamp(min=1)
         mean = sums[:-1] / count  # (C,)
-        centred = rows - mean
-        variance = sum_over_processes((centred.square() * weight).sum(0)) / count
+        centered = rows - mean
+        variance = sum_over_processes((centered.square() * weight).sum(0)) / count
         _remember(self, mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
-        normalised = centred * (variance + self.eps).rsqrt()
+        normalized = centered * (variance + self.eps).rsqrt()
         if self.affine:
-            normalised = torch.addcmul(self.bias, normalised, self.weight)
-        return normalised.to(input)
+            normalized = torch.addcmul(self.bias, normalized, self.weight)
+        return normalized.to(input)
 
 
 def _remember(layer: nn.BatchNorm1d | nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:

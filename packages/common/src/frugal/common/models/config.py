@@ -23,9 +23,9 @@ from frugal.common.ranges import (
 if TYPE_CHECKING:
     import torch
 
-    from frugal.common.models.dual_encoder import DualEncoder
-    from frugal.common.models.image_tower import ImageTransformer
-    from frugal.common.models.text_tower import TextTransformer
+    from frugal.common.models.clip import DualEncoder
+    from frugal.common.models.text import TextTransformer
+    from frugal.common.models.vit import ImageTransformer
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 """Exact GELU, its tanh approximation, or x * sigmoid(1.702 x)."""
@@ -38,7 +38,7 @@ ImagePooling = Literal["class", "mean", "mean_all"]
 TextPooling = Literal["first", "last", "end_of_text", "mean", "mean_all"]
 """The first slot, the last slot (padding included), the end-of-text token, the mean of the
 caption, or the mean of every slot (padding included)."""
-Initialisation = Literal["flip", "open_clip"]
+Initialization = Literal["flip", "open_clip"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -167,7 +167,7 @@ class ImageTower:
 
     def module(self, embed_dim: int | None = None) -> ImageTransformer:
         """The tower, its weights as torch's layers start."""
-        from frugal.common.models.image_tower import ImageTransformer
+        from frugal.common.models.vit import ImageTransformer
 
         return ImageTransformer(self, embed_dim)
 
@@ -219,7 +219,7 @@ class TextTower:
 
     def module(self, embed_dim: int | None = None) -> TextTransformer:
         """The tower, its weights as torch's layers start."""
-        from frugal.common.models.text_tower import TextTransformer
+        from frugal.common.models.text import TextTransformer
 
         return TextTransformer(self, embed_dim)
 
@@ -238,18 +238,18 @@ class DualEncoderConfig:
     """Of the sigmoid loss; without it there is none."""
     norm_epsilon: NotNegative = 1e-8
     """Added to the length of a vector before dividing by it."""
-    initialisation: Initialisation = "open_clip"
+    initialization: Initialization = "open_clip"
 
     def __post_init__(self) -> None:
         check_ranges(self, "model")
-        _check_choice("model", "initialisation", self.initialisation, Initialisation)
+        _check_choice("model", "initialization", self.initialization, Initialization)
 
     def build(self, generator: torch.Generator | None = None) -> DualEncoder:
         """The model, on the CPU in float32, with weights drawn from ``generator``.
 
         Without a generator the seed is 0.
         """
-        from frugal.common.models.dual_encoder import build
+        from frugal.common.models.clip import build
 
         return build(self, generator)
 
@@ -373,7 +373,7 @@ def flip_encoder(
         pooling="first",
     )
     return DualEncoderConfig(
-        image=image, text=text, embed_dim=_size(size)[2], initialisation="flip"
+        image=image, text=text, embed_dim=_size(size)[2], initialization="flip"
     )
 
 

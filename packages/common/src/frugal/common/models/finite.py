@@ -1,4 +1,4 @@
-"""Weights that are numbers: what is NaN, damaged or quantised is refused when it is read."""
+"""Weights that are numbers: what is NaN, damaged or quantized is refused when it is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from frugal.common.errors import InputError
 def refuse_not_finite(state: Mapping[str, Tensor], *, source: str) -> None:
     """Refuse weights with a NaN or an infinity; masks, which may hold infinities, are passed over.
 
-    Refuse too what is no plain floating-point weight: converted to float, quantised numbers would
+    Refuse too what is no plain floating-point weight: converted to float, quantized numbers would
     be weights without their scale. Every number is read once and no tensor is made of their size.
 
     Raises:
@@ -21,7 +21,7 @@ def refuse_not_finite(state: Mapping[str, Tensor], *, source: str) -> None:
     """
     for name, tensor in state.items():
         if kind := kind_of_no_weight(name, tensor):
-            raise quantised(name, kind, source=source)
+            raise quantized(name, kind, source=source)
     if odd := [name for name, tensor in state.items() if not _is_finite(name, tensor)]:
         raise _refusal(odd, source)
 
@@ -44,7 +44,7 @@ def kind_of_no_weight(name: str, tensor: Tensor) -> str | None:
     if tensor.is_meta:
         return "without its numbers"
     if tensor.is_quantized or tensor.is_complex():
-        return "quantised" if tensor.is_quantized else "complex"
+        return "quantized" if tensor.is_quantized else "complex"
     if tensor.layout is not torch.strided:
         return "sparse"
     if tensor.is_floating_point() or tensor.dtype == torch.bool or not tensor.ndim:
@@ -57,11 +57,11 @@ _WEIGHTS = ("weight", "bias", "kernel", "scale")
 """Last parts of names of what is never a table of whole numbers."""
 
 
-def quantised(name: str, kind: str, *, source: str) -> InputError:
+def quantized(name: str, kind: str, *, source: str) -> InputError:
     """The sentence for weights that are no floating-point numbers, to be raised."""
     return InputError(
         f"the weights of {source} are no floating-point numbers: {name} is {kind}; save them again "
-        "in float32 or half precision, where they were quantised or pruned"
+        "in float32 or half precision, where they were quantized or pruned"
     )
 
 

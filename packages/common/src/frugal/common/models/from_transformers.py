@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
-from frugal.common.models.finite import quantised, refuse_not_finite
+from frugal.common.models.finite import quantized, refuse_not_finite
 from frugal.common.models.in_words import some
 from frugal.common.quiet_transformers import quietly
 
@@ -32,7 +32,7 @@ def load_model(name: Path | str, *, config: Any = None, way_out: str) -> tuple[A
         The model, and the names of weights that it did not find and made up.
 
     Raises:
-        InputError: if they cannot be read, are of other shapes, quantised or not finite.
+        InputError: if they cannot be read, are of other shapes, quantized or not finite.
     """
     from transformers import AutoModel
 
@@ -68,12 +68,12 @@ def load_model(name: Path | str, *, config: Any = None, way_out: str) -> tuple[A
 
 
 def _refuse_whole_numbers(folder: Path) -> None:
-    """Refuse quantised weights, which transformers would take for weights without their scale."""
+    """Refuse quantized weights, which transformers would take for weights without their scale."""
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
                     if file.get_slice(name).get_dtype() in _WHOLE_NUMBERS:
-                        raise quantised(name, "of whole numbers", source=str(folder))
+                        raise quantized(name, "of whole numbers", source=str(folder))
         except (OSError, SafetensorError):
             continue  # said by whoever reads it

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.models.preparation import describe
+from frugal.common.models.preprocess import describe
 
 _FACTS = {
     "activation": "activation",
@@ -26,7 +26,7 @@ def in_words(model: Any, crop: CenterCrop | None = None, *, told_by: str = "") -
     Args:
         model: what a recipe calls so; its ``image`` and ``text`` where it has them.
         crop: how an image is cut and resized; None where that is not known.
-        told_by: see :class:`frugal.common.models.preparation.Preparation`.
+        told_by: see :class:`frugal.common.models.preprocess.Preparation`.
     """
     text = getattr(model, "text", None)
     parts = [f"text tower: {', '.join(_facts(text))}"] if text is not None else []

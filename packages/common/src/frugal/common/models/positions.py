@@ -115,8 +115,8 @@ def resample_length(
 def _triangle_weights(old: int, new: int) -> Tensor:
     """(new, old) weights of a triangle filter that widens when the table shrinks."""
     scale = old / new
-    centre = (torch.arange(new, dtype=torch.float64) + 0.5) * scale - 0.5
-    distance = (centre[:, None] - torch.arange(old, dtype=torch.float64)).abs()
+    center = (torch.arange(new, dtype=torch.float64) + 0.5) * scale - 0.5
+    distance = (center[:, None] - torch.arange(old, dtype=torch.float64)).abs()
     weights = (1 - distance / max(scale, 1.0)).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 

@@ -19,7 +19,7 @@ import tyro
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
 from frugal.common.models.config import IMAGENET_MEAN, IMAGENET_STD, DualEncoderConfig, ImageTower
-from frugal.common.models.preparation import (
+from frugal.common.models.preprocess import (
     PROCESSOR_FILES,
     pixels_of_timm,
     pixels_of_transformers,
@@ -33,7 +33,7 @@ from frugal.common.reduction.image import Channels, KeepAll
 if TYPE_CHECKING:
     import torch
 
-    from frugal.common.models.dual_encoder import DualEncoder
+    from frugal.common.models.clip import DualEncoder
     from frugal.common.models.pretrained_towers import (
         TimmImageModule,
         TransformersImageModule,
@@ -69,7 +69,7 @@ def _facts(name: str, given: str, *, with_pixels: bool = False) -> str:
     Args:
         name: a folder, or a name on the hub.
         given: what a recipe says.
-        with_pixels: with what transformers makes of the grey levels of an image.
+        with_pixels: with what transformers makes of the gray levels of an image.
     """
     if given and json.loads(given)["name"] == name:
         return given

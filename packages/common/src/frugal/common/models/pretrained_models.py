@@ -39,7 +39,7 @@ class Probe(NamedTuple):
 
 
 def pool_image(model: Any, config: TransformersImage | TimmImage, pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) normalised pixels to (B, D)."""
+    """(B, 3, H, W) normalized pixels to (B, D)."""
     if isinstance(config, TimmImage):
         return model(pixels).flatten(1)
     made = model(pixel_values=pixels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
-from frugal.common.models import dual_encoder
+from frugal.common.models import clip
 from frugal.common.models.pretrained import (
     PretrainedDualEncoderConfig,
     TimmImage,
@@ -28,7 +28,7 @@ from frugal.common.models.pretrained_models import (
 from frugal.common.reduction.image import Kept
 
 if TYPE_CHECKING:
-    from frugal.common.models.dual_encoder import DualEncoder
+    from frugal.common.models.clip import DualEncoder
 
 _COUNTS_FROM_ZERO = ("bert", "electra", "albert", "gpt2", "clip_text_model", "siglip_text_model")
 """Kinds of text models whose positions can be given, the first one being 0."""
@@ -42,7 +42,7 @@ class _Tower(nn.Module):
     """The library's."""
 
     def __init__(self, config: Any, embed_dim: int | None = None) -> None:
-        """Weights are uninitialised in effect; see :meth:`initialise`.
+        """Weights are uninitialized in effect; see :meth:`initialize`.
 
         Args:
             config: what it is made of.
@@ -59,7 +59,7 @@ class _Tower(nn.Module):
         self._checkpoint_activations = False
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Draw every weight afresh, as its library does."""
         seed = torch.randint(2**62, (), generator=generator).item()
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -148,7 +148,7 @@ class _ImageTower(_Tower):
         """Run the tower.
 
         Args:
-            images: (B, 3, H, W) uint8, which is normalised here, or float that already is.
+            images: (B, 3, H, W) uint8, which is normalized here, or float that already is.
             kept: None; this tower sees images whole.
             output: ``embedding``, the pooled and projected vector; ``pooled``, the same before
                 the projection.
@@ -166,14 +166,14 @@ class _ImageTower(_Tower):
                 f"images of {images.shape[2]}x{images.shape[3]} pixels reached a tower built for "
                 f"{self.config.image_size}; set model.image.image_size to the size of the images"
             )
-        pooled = pool_image(self.model, self.config, self._normalised(images))
+        pooled = pool_image(self.model, self.config, self._normalized(images))
         return pooled if output == "pooled" else self.projection(pooled)
 
     def forward_pooled(self, images: Tensor, kept: Kept | None = None) -> Tensor:
         """(B, D): the pooled vector before the projection."""
         return self(images, kept, output="pooled")
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             return images
         mean, std = (
@@ -251,7 +251,7 @@ def build(
 ) -> DualEncoder:
     """A dual encoder on the CPU in float32, every weight drawn from ``generator`` (or seed 0)."""
     generator = generator or torch.Generator().manual_seed(0)
-    model = dual_encoder.build(config, generator)
+    model = clip.build(config, generator)
     for tower in (model.image, model.text):
         limit = 1 / math.sqrt(tower.projection.in_features)
         with torch.no_grad():

@@ -23,7 +23,7 @@ MAY_DIFFER: Mapping[str, str] = {
     "drop_path": "acts in training alone",
     "dropout": "acts in training alone",
     "packed": "changes no number",
-    "initialisation": "the weights take its place",
+    "initialization": "the weights take its place",
     "initial_logit_scale": "the weights take its place",
     "initial_logit_bias": "the weights take its place",
     "layer_scale": "the weights take its place",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from frugal.common.data.colour import NO_CHANGE
+from frugal.common.data.color import NO_CHANGE
 from frugal.common.errors import InputError
 from frugal.common.randomness import weight_generator
 from frugal.common.ranges import Count, check_ranges
@@ -72,7 +72,7 @@ class Contrastive:
             reduction=recipe.reduction.image,
             seed=recipe.run.seed,
             samples=recipe.schedule.samples,
-            colour=getattr(recipe.data, "colour", NO_CHANGE),
+            color=getattr(recipe.data, "color", NO_CHANGE),
             tokenizer=getattr(recipe.data, "tokenizer", None),
         )
 

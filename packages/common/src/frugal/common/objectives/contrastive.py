@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from frugal.common.contracts import Batch, ImageReduction
-from frugal.common.data.colour import NO_CHANGE, ColourJitter
+from frugal.common.data.color import NO_CHANGE, ColorJitter
 from frugal.common.errors import InputError
-from frugal.common.models.cost import dual_encoder_flops
-from frugal.common.models.dual_encoder import DualEncoder
+from frugal.common.models.clip import DualEncoder
+from frugal.common.models.flops import dual_encoder_flops
 from frugal.common.objectives.config import Contrastive
 from frugal.common.objectives.contrastive_loss import (
     LARGEST_LOG_SCALE,
@@ -26,7 +26,7 @@ from frugal.common.reduction.image import Kept, PatchView
 if TYPE_CHECKING:
     import numpy as np
 
-_GREY = 128
+_GRAY = 128
 """Where a picture shows a patch that the tower does not see."""
 
 
@@ -58,7 +58,7 @@ class ContrastiveObjective(nn.Module):
         reduction: ImageReduction,
         seed: int,
         samples: int | None = None,
-        colour: ColourJitter = NO_CHANGE,
+        color: ColorJitter = NO_CHANGE,
         tokenizer: Any = None,
     ) -> None:
         """Take the model and train it.
@@ -69,7 +69,7 @@ class ContrastiveObjective(nn.Module):
             reduction: which patches stay; its noise is a function of seed and sample.
             seed: the run's.
             samples: that the run trains on, for reductions that change on the way.
-            colour: how the colours of images change; drawn from seed and sample too.
+            color: how the colors of images change; drawn from seed and sample too.
             tokenizer: of the data, in its configuration: weights go with the ids of one.
         """
         super().__init__()
@@ -79,7 +79,7 @@ class ContrastiveObjective(nn.Module):
         self.reduction = reduction
         self._seed = seed
         self._samples = samples
-        self._colour = colour
+        self._color = color
 
     def forward(
         self, batch: Batch, *, encode_only: bool = False, gradients: Encoded | None = None
@@ -106,7 +106,7 @@ class ContrastiveObjective(nn.Module):
         return self.loss(encoded, batch.valid)
 
     def _encode(self, batch: Batch) -> Encoded:
-        batch = self._coloured(batch)
+        batch = self._colored(batch)
         if batch.token_ids is None:
             raise InputError(
                 "a contrastive objective needs captions, but the data has none; choose a source "
@@ -125,9 +125,9 @@ class ContrastiveObjective(nn.Module):
             text_tokens=self._text_tokens(batch, batch.token_ids),
         )
 
-    def _coloured(self, batch: Batch) -> Batch:
+    def _colored(self, batch: Batch) -> Batch:
         noise = SampleNoise(self._seed, batch.sample_numbers)
-        return replace(batch, images=self._colour.apply(batch.images, noise=noise))
+        return replace(batch, images=self._color.apply(batch.images, noise=noise))
 
     def _keep(self, batch: Batch) -> Kept | None:
         view, noise = self._view(batch)
@@ -135,10 +135,10 @@ class ContrastiveObjective(nn.Module):
 
     def look(self, batch: Batch) -> tuple[PatchView, SampleNoise]:
         """What the image reduction sees of a batch, and where it gets its random numbers."""
-        return self._view(self._coloured(batch))
+        return self._view(self._colored(batch))
 
-    def _view(self, coloured: Batch) -> tuple[PatchView, SampleNoise]:
-        images, numbers = coloured.images, coloured.sample_numbers
+    def _view(self, colored: Batch) -> tuple[PatchView, SampleNoise]:
+        images, numbers = colored.images, colored.sample_numbers
         view = PatchView.of(
             images,
             self.model.config.image,
@@ -212,7 +212,7 @@ class ContrastiveObjective(nn.Module):
     @torch.no_grad()
     def draw(self, batch: Batch) -> np.ndarray:
         """Images above, what the tower sees of them below: (3, 2 H, B W) uint8."""
-        batch = self._coloured(batch)
+        batch = self._colored(batch)
         images = self._as_bytes(batch.images)  # (B, 3, H, W)
         kept = self._keep(batch)
         seen = images
@@ -221,7 +221,7 @@ class ContrastiveObjective(nn.Module):
             stays = kept.mask(tower.num_patches).view(-1, 1, *tower.grid)
             for side in (2, 3):
                 stays = stays.repeat_interleave(tower.patch_size, dim=side)  # (B, 1, H, W)
-            seen = images.where(stays, _GREY)
+            seen = images.where(stays, _GRAY)
         rows = [row.permute(1, 2, 0, 3).flatten(2) for row in (images, seen)]  # (3, H, B W)
         return torch.cat(rows, dim=1).cpu().numpy()
 
@@ -231,7 +231,7 @@ class ContrastiveObjective(nn.Module):
         draw = getattr(self.reduction, "draw", None)
         if draw is None:
             return None
-        batch = self._coloured(batch)
+        batch = self._colored(batch)
         view, noise = self._view(batch)
         return draw(view, self._as_bytes(batch.images), noise=noise)
 

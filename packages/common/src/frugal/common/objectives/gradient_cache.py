@@ -27,7 +27,7 @@ class Wrapper(Protocol):
         ...
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around every forward and backward; ``last`` marks the last of an optimiser step."""
+        """Around every forward and backward; ``last`` marks the last of an optimizer step."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -48,7 +48,7 @@ def cached_backward(
         batch: this process's micro-batch.
         chunk: samples encoded at a time.
         share: factor on the loss, a number or ().
-        last: whether this is the last backward pass before the optimiser's step.
+        last: whether this is the last backward pass before the optimizer's step.
 
     Returns:
         The objective's metrics and the ``loss`` itself, before ``share``.

@@ -28,7 +28,7 @@ class PatchView:
     """A batch of images, seen as patches."""
 
     images: Tensor
-    """(B, 3, H, W) uint8, or float that is normalised already."""
+    """(B, 3, H, W) uint8, or float that is normalized already."""
     patch_size: int
     """Side of a patch in pixels."""
     mean: Channels | None = None
@@ -89,7 +89,7 @@ class PatchView:
         return patches.reshape(len(self.images), rows * columns, 3 * side * side)
 
     @property
-    def normalised(self) -> Tensor:
+    def normalized(self) -> Tensor:
         """(B, N, P) float32: the pixels of every patch as the model takes them.
 
         Raises:
@@ -100,16 +100,16 @@ class PatchView:
         if self.images.dtype != torch.uint8:
             return self.pixels.float()
         if self.mean is None or self.std is None:
-            raise ValueError("a view of uint8 images needs a mean and a std to normalise them")
-        return normalise(self.pixels, mean=self.mean, std=self.std)
+            raise ValueError("a view of uint8 images needs a mean and a std to normalize them")
+        return normalize(self.pixels, mean=self.mean, std=self.std)
 
 
-def normalise(pixels: Tensor, *, mean: Channels, std: Channels) -> Tensor:
+def normalize(pixels: Tensor, *, mean: Channels, std: Channels) -> Tensor:
     """(..., P) uint8 pixels of patches as float32: (pixel / 255 - mean) / std of its channel."""
-    normalised = pixels.float()
-    for channel, centre, spread in zip(normalised.chunk(3, dim=-1), mean, std, strict=True):
-        channel.sub_(255 * centre).div_(255 * spread)
-    return normalised
+    normalized = pixels.float()
+    for channel, center, spread in zip(normalized.chunk(3, dim=-1), mean, std, strict=True):
+        channel.sub_(255 * center).div_(255 * spread)
+    return normalized
 
 
 @dataclass(frozen=True)

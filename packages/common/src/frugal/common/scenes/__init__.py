@@ -1,6 +1,6 @@
 """Captioned scenes drawn on the spot: the embedded data set.
 
-A small honest world in which colours, shapes, sizes, textures, places and relations combine, and
+A small honest world in which colors, shapes, sizes, textures, places and relations combine, and
 some combinations are held out of training. ``python -m frugal.common.scenes --out data/scenes``
 writes it as webdataset shards; :func:`sample_scene`, :func:`draw` and :func:`caption` are there
 for whoever needs one picture.
@@ -11,7 +11,7 @@ from frugal.common.scenes.drawing import draw, mask
 from frugal.common.scenes.settings import Settings
 from frugal.common.scenes.world import (
     CLASSES,
-    COLOURS,
+    COLORS,
     HELD_OUT,
     SEEN,
     SHAPES,
@@ -27,7 +27,7 @@ from frugal.common.scenes.writing import write
 
 __all__ = [
     "CLASSES",
-    "COLOURS",
+    "COLORS",
     "HELD_OUT",
     "SEEN",
     "SHAPES",

@@ -18,7 +18,7 @@ _NUMBERS = {1: "one thing", 2: "two things", 3: "three things"}
 def phrase(thing: Thing, mention: Collection[str] = ()) -> str:
     """Such as "a small striped red circle"; ``mention`` holds "size", "texture", both or none."""
     words = ["a", *(getattr(thing, name) for name in ("size", "texture") if name in mention)]
-    return " ".join([*words, thing.colour, thing.shape])
+    return " ".join([*words, thing.color, thing.shape])
 
 
 def where(thing: Thing) -> str | None:
@@ -41,9 +41,9 @@ def _some(generator: np.random.Generator, *, most: int) -> list[str]:
 
 
 def caption(scene: Scene, generator: np.random.Generator) -> str:
-    """A short sentence: every colour and shape, the rest sometimes.
+    """A short sentence: every color and shape, the rest sometimes.
 
-    At most 20 words; every thing is named once, colour directly before shape.
+    At most 20 words; every thing is named once, color directly before shape.
     """
     things = scene.things
     most = 1 if len(things) == 3 else 2

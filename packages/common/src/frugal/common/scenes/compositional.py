@@ -13,7 +13,7 @@ import numpy as np
 
 from frugal.common.scenes.captions import phrase
 from frugal.common.scenes.world import (
-    COLOURS,
+    COLORS,
     OPPOSITE,
     SEEN,
     SHAPES,
@@ -36,7 +36,7 @@ KINDS = (
     "add_att",
 )
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "colour": tuple(COLOURS),
+    "color": tuple(COLORS),
     "size": tuple(SIZES),
     "texture": TEXTURES,
 }
@@ -51,7 +51,7 @@ class Contrast:
     caption: str
     negative_caption: str
     changed: str
-    """In which respect they differ: order, colour, size, texture, shape, relation or thing."""
+    """In which respect they differ: order, color, size, texture, shape, relation or thing."""
 
 
 def _with(thing: Thing, name: str, value: str) -> Thing:
@@ -74,7 +74,7 @@ def _changed(
 
 def _are_seen(*things: Thing) -> bool:
     """Whether all are of different classes, none of them held out."""
-    pairs = {(thing.colour, thing.shape) for thing in things}
+    pairs = {(thing.color, thing.shape) for thing in things}
     return len(pairs) == len(things) and pairs <= set(SEEN)
 
 
@@ -90,8 +90,8 @@ def _attempt(kind: str, generator: np.random.Generator) -> Contrast | None:
     if kind == "replace_rel":
         return Contrast(scene, plain, f"{phrase(a)} {OPPOSITE[between]} {phrase(b)}", "relation")
     if kind == "add_obj":
-        colour, shape = pick(SEEN, generator)
-        third = replace(a, colour=colour, shape=shape)
+        color, shape = pick(SEEN, generator)
+        third = replace(a, color=color, shape=shape)
         negative = f"{plain}, and {phrase(third)}"
         return Contrast(scene, plain, negative, "thing") if _are_seen(a, b, third) else None
     if kind == "add_att":
@@ -100,7 +100,7 @@ def _attempt(kind: str, generator: np.random.Generator) -> Contrast | None:
         negative = f"{phrase(wrong, (name,))} {between} {phrase(b)}"
         return Contrast(scene, plain, negative, name) if wrong != a else None
     name, wrong_a, wrong_b = _changed(kind, a, b, generator)
-    is_order = kind == "swap_att" and a.shape == b.shape  # swapped colours would swap the things
+    is_order = kind == "swap_att" and a.shape == b.shape  # swapped colors would swap the things
     if wrong_a == a or is_order or not _are_seen(wrong_a, wrong_b):
         return None
     right = f"{phrase(a, (name,))} {between} {phrase(b, (name,))}"

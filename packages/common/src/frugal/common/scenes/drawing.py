@@ -79,16 +79,16 @@ def _outline(shape: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _planes(rgb: tuple[int, int, int]) -> np.ndarray:
-    """(3, 1, 1) float32: a colour for pictures that are drawn plane by plane, which is faster."""
+    """(3, 1, 1) float32: a color for pictures that are drawn plane by plane, which is faster."""
     return np.array(rgb, np.float32)[:, None, None]
 
 
 def _window(thing: Thing, image_size: int) -> tuple[slice, slice]:
     """The rows and columns of the picture that ``thing`` may reach."""
     spans = []
-    for centre in (thing.y, thing.x):
-        low = max(0, math.floor((centre - thing.radius) * image_size))
-        high = min(image_size, math.ceil((centre + thing.radius) * image_size))
+    for center in (thing.y, thing.x):
+        low = max(0, math.floor((center - thing.radius) * image_size))
+        high = min(image_size, math.ceil((center + thing.radius) * image_size))
         spans.append(slice(low, high))
     return spans[0], spans[1]
 
@@ -113,7 +113,7 @@ def _coverage(thing: Thing, window: tuple[slice, slice], image_size: int) -> np.
 
 
 def _tone(thing: Thing, window: tuple[slice, slice], image_size: int) -> np.ndarray | float:
-    """(height, width) brightness of the texture: 1 on the colour itself, darker on its marks."""
+    """(height, width) brightness of the texture: 1 on the color itself, darker on its marks."""
     if thing.texture == "plain":
         return 1.0
     rows, columns = window
@@ -163,8 +163,8 @@ def draw(scene: Scene, image_size: int) -> np.ndarray:
     for thing in scene.things:
         rows, columns = window = _window(thing, image_size)
         part = picture[:, rows, columns]
-        colour = _planes(thing.rgb) * _tone(thing, window, image_size)
-        part += _coverage(thing, window, image_size) * (colour - part)
+        color = _planes(thing.rgb) * _tone(thing, window, image_size)
+        part += _coverage(thing, window, image_size) * (color - part)
     noise = np.frombuffer(generator.bytes(picture.size), np.uint8).reshape(picture.shape)
     picture += scene.noise * (noise.astype(np.float32) / 127.5 - 1.0) + 0.5  # rounds below
     return np.clip(picture, 0, 255).astype(np.uint8).transpose(1, 2, 0)

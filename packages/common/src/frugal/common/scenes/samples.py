@@ -16,9 +16,9 @@ from PIL import Image
 
 from frugal.common.randomness import sample_generator
 from frugal.common.scenes.captions import caption, long_caption
+from frugal.common.scenes.distractors import draw_weather, sample_weather, weather_caption
 from frugal.common.scenes.drawing import draw, mask
 from frugal.common.scenes.settings import Settings
-from frugal.common.scenes.weather import draw_weather, sample_weather, weather_caption
 from frugal.common.scenes.world import CLASSES, SEEN, Scene, sample_scene
 
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {

@@ -24,9 +24,9 @@ class Settings:
     train_samples: int = 20_000
     """Training pairs."""
     zero_shot_samples: int = 1_280
-    """Labelled test pictures of one thing, spread evenly over all classes."""
+    """Labeled test pictures of one thing, spread evenly over all classes."""
     probe_samples: int = 2_240
-    """Labelled training pictures for linear probes, without the held-out classes."""
+    """Labeled training pictures for linear probes, without the held-out classes."""
     retrieval_samples: int = 500
     """Test pairs whose captions each fit one picture only."""
     compositional_samples: int = 100

@@ -16,9 +16,9 @@ import numpy as np
 Choice = TypeVar("Choice")
 RGB = tuple[int, int, int]
 Class = tuple[str, str]
-"""A colour and a shape."""
+"""A color and a shape."""
 
-COLOURS: dict[str, RGB] = {
+COLORS: dict[str, RGB] = {
     "red": (220, 35, 35),
     "brown": (145, 85, 40),
     "yellow": (245, 215, 40),
@@ -41,7 +41,7 @@ BACKGROUNDS: dict[str, RGB] = {
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 """The relations, each with the one that holds the other way round."""
 
-CLASSES: tuple[Class, ...] = tuple(product(COLOURS, SHAPES))
+CLASSES: tuple[Class, ...] = tuple(product(COLORS, SHAPES))
 HELD_OUT: frozenset[Class] = frozenset(
     {
         ("red", "moon"),
@@ -54,7 +54,7 @@ HELD_OUT: frozenset[Class] = frozenset(
         ("pink", "circle"),
     }
 )
-"""Never in a training picture or caption, only in the test classification set. Each colour and
+"""Never in a training picture or caption, only in the test classification set. Each color and
 each shape misses exactly one partner, so all of them stay equally frequent in training."""
 SEEN: tuple[Class, ...] = tuple(pair for pair in CLASSES if pair not in HELD_OUT)
 
@@ -66,12 +66,12 @@ _COUNT_WEIGHTS = (0.75, 0.18, 0.07)  # pictures of one, two and three things
 
 def class_names() -> list[str]:
     """The names of all classes, such as "red circle", by class index."""
-    return [f"{colour} {shape}" for colour, shape in CLASSES]
+    return [f"{color} {shape}" for color, shape in CLASSES]
 
 
-def class_index(colour: str, shape: str) -> int:
+def class_index(color: str, shape: str) -> int:
     """The index of a class in :func:`class_names`."""
-    return CLASSES.index((colour, shape))
+    return CLASSES.index((color, shape))
 
 
 def held_out() -> list[int]:
@@ -81,9 +81,9 @@ def held_out() -> list[int]:
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape."""
+    """One colored shape."""
 
-    colour: str
+    color: str
     shape: str
     size: str
     texture: str
@@ -94,12 +94,12 @@ class Thing:
     angle: float
     """Degrees, clockwise."""
     rgb: RGB
-    """The shade of its colour, 0-255."""
+    """The shade of its color, 0-255."""
 
     @property
     def label(self) -> int:
         """Its class index."""
-        return class_index(self.colour, self.shape)
+        return class_index(self.color, self.shape)
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,12 @@ def place(thing: Thing) -> tuple[str, str] | None:
         (top, middle or bottom; left, middle or right), or None near a border between ninths.
     """
     words = []
-    for centre, (low, high) in ((thing.y, ("top", "bottom")), (thing.x, ("left", "right"))):
-        if centre < 0.36:
+    for center, (low, high) in ((thing.y, ("top", "bottom")), (thing.x, ("left", "right"))):
+        if center < 0.36:
             words.append(low)
-        elif centre > 0.64:
+        elif center > 0.64:
             words.append(high)
-        elif abs(centre - 0.5) < 0.08:
+        elif abs(center - 0.5) < 0.08:
             words.append("middle")
         else:
             return None
@@ -176,14 +176,14 @@ def between(low: float, high: float, generator: np.random.Generator) -> float:
 
 
 def _in_a_row(first: float, second: float, generator: np.random.Generator) -> tuple[float, float]:
-    """Centres on one axis of two intervals of these half-lengths, apart and inside [0, 1]."""
+    """Centers on one axis of two intervals of these half-lengths, apart and inside [0, 1]."""
     slack = 1.0 - 2 * (first + second) - 3 * _MARGIN
     cuts = sorted((slack * generator.random(), slack * generator.random()))
     return _MARGIN + cuts[0] + first, 2 * _MARGIN + cuts[1] + 2 * first + second
 
 
 def _arrange(radii: Sequence[float], generator: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres of things of these radii: the first two side by side, a third beyond both."""
+    """Centers of things of these radii: the first two side by side, a third beyond both."""
     if len(radii) == 1:
         low, high = radii[0] + _MARGIN, 1 - radii[0] - _MARGIN
         if radii[0] >= SIZES["big"][0]:
@@ -201,15 +201,15 @@ def _arrange(radii: Sequence[float], generator: np.random.Generator) -> list[tup
         across = [row, row, third]
         along.append(between(radii[2] + _MARGIN, 1 - radii[2] - _MARGIN, generator))
     flip, swap = generator.random() < 0.5, generator.random() < 0.5
-    centres = []
+    centers = []
     for a, b in zip(along, across, strict=True):
         x, y = round(1 - a if flip else a, 4), round(1 - b if flip else b, 4)
-        centres.append((y, x) if swap else (x, y))
-    return centres
+        centers.append((y, x) if swap else (x, y))
+    return centers
 
 
 def _shade(rgb: RGB, spread: int, generator: np.random.Generator) -> RGB:
-    """A colour near ``rgb``; each channel at most ``spread`` away."""
+    """A color near ``rgb``; each channel at most ``spread`` away."""
     red, green, blue = generator.integers(-spread, spread + 1, 3).tolist()
     return (
         min(255, max(0, rgb[0] + red)),
@@ -228,7 +228,7 @@ def sample_scene(
 
     Args:
         generator: the only source of randomness.
-        classes: colours and shapes to choose from, at least ``count`` of them.
+        classes: colors and shapes to choose from, at least ``count`` of them.
         count: things in the scene, 1 to 3; by default mostly one. A lone big thing is a
             close-up near the middle, because a small model learns shapes several times faster
             from close-ups than from things at any place.
@@ -253,7 +253,7 @@ def sample_scene(
         radii = [min(radius, _ROOM) for radius in radii]
     things = [
         Thing(
-            colour=colour,
+            color=color,
             shape=shape,
             size=size,
             texture="plain" if generator.random() < _PLAIN else pick(TEXTURES, generator),
@@ -261,9 +261,9 @@ def sample_scene(
             y=y,
             radius=radius,
             angle=between(-12.0, 12.0, generator),
-            rgb=_shade(COLOURS[colour], 12, generator),
+            rgb=_shade(COLORS[color], 12, generator),
         )
-        for (colour, shape), size, radius, (x, y) in zip(
+        for (color, shape), size, radius, (x, y) in zip(
             chosen, sizes, radii, _arrange(radii, generator), strict=True
         )
     ]

@@ -42,7 +42,7 @@ from frugal.common.scenes.samples import (
     segmentation_files,
 )
 from frugal.common.scenes.settings import ADDED, Settings
-from frugal.common.scenes.world import COLOURS, SHAPES, TEXTURES, class_names, held_out
+from frugal.common.scenes.world import COLORS, SHAPES, TEXTURES, class_names, held_out
 
 _INFO = "scenes.json"
 _UNFINISHED = "scenes.json.unfinished"
@@ -197,7 +197,7 @@ def _information(settings: Settings) -> str:
     """The text of scenes.json."""
     about = {
         "settings": settings.identity(),
-        "colours": list(COLOURS),
+        "colors": list(COLORS),
         "shapes": list(SHAPES),
         "textures": list(TEXTURES),
         "class_names": class_names(),

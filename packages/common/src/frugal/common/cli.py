@@ -1,0 +1,216 @@
+"""What every entry script shares: reading a recipe from the command line, ending politely."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+
+from frugal.common.contracts import ImageReduction, TextReduction
+from frugal.common.distributed import launcher_ranks, work_alone
+from frugal.common.errors import InputError, RunStopped
+from frugal.common.exits import of_system
+from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.words import command_words
+
+Recipes = Mapping[str, Callable[[], Recipe]]
+
+
+def read_command_line(
+    recipes: Recipes, *, program: str, arguments: list[str] | None = None
+) -> tuple[str, Recipe]:
+    """The recipe that the first word picks, with the fields that flags override.
+
+    The first word may also be the path of a saved ``recipe.json``. ``--reduction.image`` and
+    ``--reduction.text`` take the class of another strategy, of any installed method, by its import
+    path; flags override its fields as those of any other. ``--local_rank``, which the deepspeed
+    launcher adds, is accepted and ignored: ranks come from the environment.
+
+    Returns:
+        The name and the recipe. A mistake on the command line ends the process with exit code 2.
+    """
+    words = without_local_rank(command_words(arguments))
+    if words and words[0].endswith(".json"):
+        saved, words = _with_strategies(load_recipe(Path(words[0])), words)
+        recipe = tyro.cli(
+            Recipe,
+            default=saved,
+            args=words[1:],
+            prog=f"{program} {words[0]}",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+        return Path(words[0]).parent.name, recipe
+    choices = {_dashed(name): (_first_sentence(make), make()) for name, make in recipes.items()}
+    if words:
+        words = [_dashed(words[0]), *words[1:]]
+    if words and not words[0].startswith("-") and words[0] not in choices:
+        raise InputError(
+            f"there is no recipe {words[0]!r}; choose from {', '.join(choices)}, or give the path "
+            "of a recipe.json"
+        )
+    if words and words[0] in choices:
+        described, recipe = choices[words[0]]
+        recipe, words = _with_strategies(recipe, words)
+        choices[words[0]] = (described, recipe)
+    recipe = tyro.extras.overridable_config_cli(choices, args=words, prog=program)
+    return words[0], recipe
+
+
+def _with_strategies(recipe: Recipe, words: list[str]) -> tuple[Recipe, list[str]]:
+    """The recipe with the reductions that the words name by class, and the other words."""
+    rest: list[str] = []
+    strategies: dict[str, Any] = {}
+    waiting: str | None = None
+    for word in words:
+        flag, _, name = word.partition("=")
+        if waiting is not None:
+            strategies[waiting], waiting = _strategy(f"--reduction.{waiting}", word), None
+        elif flag not in ("--reduction.image", "--reduction.text"):
+            rest.append(word)
+        elif name:
+            strategies[flag.rpartition(".")[2]] = _strategy(flag, name)
+        else:
+            waiting = flag.rpartition(".")[2]
+    if waiting is not None:
+        raise InputError(
+            f"--reduction.{waiting} needs the import path of a class, such as {_EXAMPLE}"
+        )
+    return replace(recipe, reduction=replace(recipe.reduction, **strategies)), rest
+
+
+_EXAMPLE = "frugal.common.reduction.random_masking.RandomMasking"
+
+
+def _strategy(flag: str, name: str) -> Any:
+    """A reduction in its default form.
+
+    Raises:
+        InputError: if there is no such class, or it is no reduction of this kind.
+    """
+    module, _, kind = name.rpartition(".")
+    wanted = {"--reduction.image": ImageReduction, "--reduction.text": TextReduction}[flag]
+    if not module.startswith("frugal."):
+        raise InputError(
+            f"{flag} is {name!r}; give the import path of one of Frugal's classes, such as "
+            f"{_EXAMPLE}"
+        )
+    try:
+        strategy = getattr(importlib.import_module(module), kind)()
+    except (ImportError, AttributeError):
+        raise InputError(
+            f"{flag} names {name!r}, which is not installed; the READMEs of the packages list what "
+            "there is"
+        ) from None
+    if not isinstance(strategy, wanted):
+        raise InputError(f"{flag} names {name!r}, which is no {wanted.__name__}")
+    return strategy
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _first_sentence(make: Callable[[], Recipe]) -> str:
+    return (make.__doc__ or "").strip().split("\n")[0]
+
+
+def without_local_rank(words: list[str]) -> list[str]:
+    """The words of a command line without the one that the deepspeed launcher adds."""
+    kept = []
+    skip = False
+    for word in words:
+        if skip:
+            skip = False
+        elif word in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not word.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(word)
+    return kept
+
+
+def run_politely(command: Callable[[], None], *, alone: bool = False) -> NoReturn:
+    """Run a command; a user's mistake becomes one sentence and exit code 2.
+
+    Every process of a run meets most mistakes alike. The first speaks; the others wait for it,
+    and speak only if they are still alive then, which means that the mistake was theirs alone.
+    Ctrl-C and a reader of the output that has gone are no mistakes and need no words.
+
+    Args:
+        command: what to run.
+        alone: it is the work of one process, whatever launchers left in the environment.
+    """
+    if alone:
+        work_alone()
+    try:
+        command()
+        sys.stdout.flush()
+    except InputError as error:
+        _say(str(error), exit_code=2)
+    except RunStopped as stopped:
+        _say(str(stopped), exit_code=stopped.exit_code)
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
+    except BrokenPipeError:
+        _leave(128 + signal.SIGPIPE)
+    except OSError as error:
+        if (sentence := of_system(error)) is None:
+            raise
+        _say(sentence, exit_code=2)
+    except Exception as error:
+        words = str(error)
+        if any(part in words for part in _UNWRITTEN):
+            reason = words.strip().partition("\n")[0]
+            _say(
+                f"a file cannot be written ({reason}); make room, or choose another place",
+                exit_code=2,
+            )
+        if not (isinstance(error, RuntimeError) and any(part in words for part in _LOST)):
+            raise
+        _say(
+            "another process of this run has ended, and says why in its own words; the same "
+            "command continues from the last checkpoint",
+            exit_code=1,
+        )
+    sys.exit(0)
+
+
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "gloo/transport/tcp",
+    "remote process exited", "ncclRemoteError",
+)  # fmt: skip
+"""In the words of gloo and NCCL when another process is gone."""
+_UNWRITTEN = (
+    "No space left on device (os error",
+    "PytorchStreamWriter failed writing",
+    "os error 27)",
+)
+"""In the words of safetensors and torch.save when a disk is full or a file may not grow."""
+
+
+def _say(sentence: str, *, exit_code: int) -> NoReturn:
+    try:
+        rank = launcher_ranks().rank
+    except InputError:  # which may be the sentence
+        rank = 0
+    if rank > 0:
+        time.sleep(5)
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"error: {sentence}\n" if exit_code != 143 else f"{sentence}\n")
+        sys.stderr.flush()
+    # other processes may wait in a collective; leaving without clean-up lets the launcher end them
+    _leave(exit_code)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(exit_code)

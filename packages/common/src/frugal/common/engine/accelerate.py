@@ -1,0 +1,116 @@
+"""The engine on Accelerate: one process, DDP, FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from typing_extensions import override
+
+from frugal.common.engine.engine import Engine, check_world_size, fresh_moments
+from frugal.common.optim.optimizers import (
+    build_optimizer,
+    set_learning_rate,
+    skip_unless_finite,
+)
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+
+
+class AccelerateEngine(Engine):
+    """``accelerate.Accelerator`` around the objective; precision and scaling stay ours."""
+
+    def __init__(self, objective: nn.Module, recipe: Recipe, run: Run) -> None:
+        super().__init__(objective, run, recipe)
+        on_cpu = run.device.type == "cpu"
+        # without cpu=True Accelerate ignores the launcher's ranks on a machine without GPU
+        self._accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
+        check_world_size(self._accelerator.num_processes, "Accelerate")
+        objective.to(run.device)
+        self._clip_norm = recipe.optimizer.clip_norm
+        self._optimizer = build_optimizer(objective, recipe.optimizer)
+        self._wrapped, prepared = self._accelerator.prepare(objective, self._optimizer)
+        self._optimizer = prepared.optimizer
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                self._optimizer.state[parameter] = fresh_moments(
+                    parameter, recipe.optimizer.moments
+                )
+        self.objective = self._accelerator.unwrap_model(self._wrapped)
+        self.name = _name(self._accelerator)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(*args, **kwargs)
+
+    @override
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        # until the last backward gradients stay on this process
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(self._wrapped)
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        if self._scale is not None:
+            loss = loss * self._scale.scale
+        loss.backward()
+
+    @override
+    def _step(self, learning_rate: float) -> Tensor:
+        parameters = [p for _, p in self.trainable() if p.grad is not None]
+        if self._scale is not None:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.div_(self._scale.scale)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        set_learning_rate(self._optimizer, learning_rate)
+        skip_unless_finite(self._optimizer, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _tensor(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        if kind == "weight":
+            return parameter.detach()
+        return self._optimizer.state[parameter][kind]
+
+    @override
+    def read(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        tensor = self._tensor(kind, parameter)
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    @override
+    def write(self, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
+        target = self._tensor(kind, parameter)
+        value = value.to(target.device)
+        if isinstance(target, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements)
+        with torch.no_grad():
+            target.copy_(value)
+
+    @override
+    def moments(self) -> Iterable[dict[str, Tensor]]:
+        return self._optimizer.state.values()
+
+    @override
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        sharded = [m for m in self.objective.modules() if hasattr(m, "unshard")]
+        for module in sharded:
+            module.unshard()
+        yield
+        for module in sharded:
+            module.reshard()
+
+
+def _name(accelerator: Accelerator) -> str:
+    kind = str(accelerator.distributed_type.value).lower()
+    return "accelerate" if kind == "no" else f"accelerate {kind.removeprefix('multi_')}"

@@ -1,0 +1,394 @@
+"""The engine on DeepSpeed: ZeRO 0 to 3 and offload, from a file of ds_configs/."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from pydantic import ValidationError
+from torch import Tensor, nn
+from typing_extensions import override
+
+from frugal.common.distributed import free_port
+from frugal.common.engine.engine import Engine, check_world_size, fresh_moments
+from frugal.common.errors import InputError
+from frugal.common.files import read_text, reason_of
+from frugal.common.optim.optimizers import (
+    Lars,
+    build_optimizer,
+    set_learning_rate,
+    skip_unless_finite,
+)
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+
+
+class DeepSpeedEngine(Engine):
+    """``deepspeed.initialize`` around the objective.
+
+    Weights stay float32 and the objective computes under autocast, as with Accelerate, so that
+    precision is the recipe's alone and the logit scale keeps all its digits at every stage.
+
+    The host waits for the device once or twice a step from stage 1 on, in DeepSpeed's optimizers:
+    they read there whether a gradient overflowed and whether its norm is finite (of offloaded
+    gradients the norm of every parameter). Stage 0 reads nothing.
+    """
+
+    def __init__(self, objective: nn.Module, recipe: Recipe, run: Run) -> None:
+        super().__init__(objective, run, recipe)
+        assert recipe.engine.deepspeed_config is not None
+        _announce_single_process()
+        _leave_out_shared_memory_operator()
+        backend = "nccl" if run.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        check_world_size(torch.distributed.get_world_size(), "DeepSpeed")
+        objective.to(run.device)
+        config = fill_config(recipe.engine.deepspeed_config, recipe, run.world_size)
+        self._clip_norm = recipe.optimizer.clip_norm
+        optimizer = build_optimizer(objective, recipe.optimizer)
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=objective,
+            optimizer=optimizer,
+            config=config,
+            dist_init_required=False,
+        )
+        self._stage = self._engine.zero_optimization_stage()
+        self.name = f"deepspeed zero{self._stage}"
+        if isinstance(optimizer, Lars) and self._stage > 0:
+            optimizer.total = self._sum_of_parts
+        self._create_moments(recipe.optimizer.moments)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    @override
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    @override
+    def backward(self, loss: Tensor) -> None:
+        # a new tensor: DeepSpeed hooks what forward returns, and divides the gradient of that by
+        # its own accumulation steps unless it has met the tensor given here before
+        loss = loss.clone()
+        if self._scale is not None:
+            if self._stage == 0:
+                loss = loss * self._scale.scale
+            else:
+                # a number of the host, which DeepSpeed compares; it has waited for it already
+                self._engine.optimizer.override_loss_scale(self._scale.scale.item())
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    @override
+    def _step(self, learning_rate: float) -> Tensor:
+        set_learning_rate(self._engine.optimizer, learning_rate)
+        return self._step_whole() if self._stage == 0 else self._step_zero()
+
+    def _step_whole(self) -> Tensor:
+        """Stage 0: gradients are whole on every process and the optimizer is torch's own."""
+        parameters = [p for _, p in self.trainable() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self._scale is not None:
+            torch._foreach_div_(gradients, self._scale.scale)
+        norm = nn.utils.get_total_norm(gradients)
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        skip_unless_finite(self._engine.optimizer, norm)
+        self._engine.step()
+        return norm
+
+    def _step_zero(self) -> Tensor:
+        """Stages 1 to 3: DeepSpeed clips, and skips a step without finite norm everywhere."""
+        self._engine.step()
+        applied = self._engine.was_step_applied()
+        norm = self._engine.get_global_grad_norm() if applied else torch.nan
+        return torch.as_tensor(norm, dtype=torch.float32)
+
+    def _state(self) -> dict[torch.Tensor, dict[str, Tensor]]:
+        base = self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+        return base.state
+
+    @override
+    def read(self, kind: str, parameter: nn.Parameter) -> Tensor:
+        if self._stage == 3 and not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole = parameter.detach().clone()
+        elif kind == "weight":
+            # below stage 3 the working copy is float32 and whole: it is the master copy
+            whole = safe_get_full_fp32_param(parameter) if self._stage == 3 else parameter.detach()
+        elif self._stage == 0:
+            whole = self._state()[parameter][kind]
+        else:
+            whole = safe_get_full_optimizer_state(parameter, kind)
+        return whole
+
+    @override
+    def write(self, kind: str, parameter: nn.Parameter, value: Tensor) -> None:
+        value = value.to(self.run.device)
+        if self._stage == 3:
+            self._write_partition(kind, parameter, value)
+        elif kind == "weight":
+            with torch.no_grad():
+                parameter.copy_(value)
+            if self._stage > 0 and parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, value)
+        elif self._stage == 0:
+            self._state()[parameter][kind].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _write_partition(self, kind: str, parameter: Any, value: Tensor) -> None:
+        """Stage 3: this process's part, of the master copy and of the working copy.
+
+        DeepSpeed's own setter for whole tensors fails on tensors that the processes do not
+        divide, and leaves the working copy stale.
+        """
+        size = parameter.ds_tensor.numel()
+        padded = torch.zeros(size * self.run.world_size, device=value.device)
+        padded[: value.numel()] = value.flatten()
+        part = padded[size * self.run.rank : size * (self.run.rank + 1)]
+        if kind == "weight":
+            if parameter.requires_grad:
+                safe_set_local_fp32_param(parameter, part)
+            parameter.ds_tensor.data.copy_(part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, kind)
+
+    @override
+    def moments(self) -> Iterable[dict[str, Tensor]]:
+        return self._state().values()
+
+    def _sum_of_parts(self, squares: Tensor) -> Tensor:
+        """Of numbers that each process found in its part of a tensor."""
+        total = squares.to(self.run.device)  # offloaded optimizers work on the CPU
+        torch.distributed.all_reduce(total)
+        return total.to(squares.device)
+
+    def _create_moments(self, moments: Sequence[str]) -> None:
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            flat = [p for group in optimizer.param_groups for p in group["params"]]
+        elif self._stage == 3:
+            flat = optimizer.fp32_partitioned_groups_flat
+        else:
+            flat = optimizer.single_partition_of_fp32_groups
+        for tensor in flat:
+            self._state()[tensor] = fresh_moments(tensor, moments)
+        if self._stage in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    @override
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        # gathering alone is not enough: hooks would give every module's weights back after its
+        # forward pass, and processes with unequal numbers of passes wait for each other for ever
+        with unwrap_model_for_generation(self._engine):
+            yield
+
+    @override
+    def close(self) -> None:
+        self._engine.destroy()
+        super().close()
+
+
+def _leave_out_shared_memory_operator() -> None:
+    """Have DeepSpeed not build its shared-memory all-reduce for CPUs, which only inference calls.
+
+    It would compile for half a minute at first use, and every process of every run would leave 66
+    MiB in ``/dev/shm`` that nothing takes back: some hundred runs fill the machine's memory.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _announce_single_process() -> None:
+    """Without a launcher, tell DeepSpeed of the one process there is."""
+    if "RANK" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return
+    os.environ.update(
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A DeepSpeed file.
+
+    Raises:
+        InputError: if there is none, or it is not a JSON object.
+    """
+    try:
+        text = read_text(path)
+    except InputError as error:
+        raise InputError(f"the DeepSpeed file {error}, or give one of ds_configs/") from None
+    try:
+        config = json.loads(text, object_pairs_hook=partial(_without_twins, path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the DeepSpeed file {path} is not JSON: {reason_of(error)}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"the DeepSpeed file {path} must hold a JSON object")
+    return config
+
+
+def _without_twins(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twin = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise InputError(f"the DeepSpeed file {path} has {twin!r} twice; remove one of them")
+    return content
+
+
+_NO_TIMERS = {"throughput": {"enabled": False}}
+"""DeepSpeed's throughput, which nobody prints, would cost two waits for the device per step."""
+
+
+_WITHOUT_EFFECT = {
+    "activation_checkpointing": "the recipe decides by engine.checkpoint_activations",
+    "compile": "the recipe decides by engine.compile",
+    "amp": "the recipe decides by engine.precision",
+    "curriculum_learning": "has no effect here",
+    "data_efficiency": "has no effect here",
+    "data_sampling": "has no effect here",
+    "progressive_layer_drop": "has no effect here",
+    "elasticity": "would change the batch size, which the recipe decides",
+    "autotuning": "has no effect here",
+    "compression_training": "has no effect here",
+    "quantize_training": "has no effect here",
+}
+"""Sections that DeepSpeed would read, or pass over, without a word."""
+_DECIDED_BY_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "bfloat16", "torch_autocast", "amp")
+_KNOWN = (
+    "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps", "gradient_clipping", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "communication_data_type", "data_types", "prescale_gradients",
+    "gradient_predivide_factor", "disable_allgather", "disable_python_gc", "aio", "checkpoint",
+    "nebula", "datastates_ckpt", "dataloader_drop_last", "steps_per_print", "dump_state",
+    "log_level", "wall_clock_breakdown", "memory_breakdown", "timers", "comms_logger",
+    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet",
+)  # fmt: skip
+"""What a file may set: memory, communication, and what DeepSpeed tells of itself. Every other name
+is one that DeepSpeed passes over without a word, or that would train something else."""
+
+
+def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed file with what the recipe decides filled in.
+
+    The file decides memory and communication; batch, clipping and precision are the recipe's,
+    and optimizer and schedule are ours. A value that stands in both must agree.
+
+    Raises:
+        InputError: if the file contradicts the recipe.
+    """
+    config = read_config(path)
+    for section in _DECIDED_BY_RECIPE:
+        given = config.pop(section, None)
+        if given is None or (isinstance(given, dict) and given.get("enabled") is False):
+            continue
+        owner = "optimizer" if section == "optimizer" else "schedule"
+        owner = owner if section in ("optimizer", "scheduler") else "engine.precision"
+        raise InputError(
+            f"the DeepSpeed file {path} has a section {section!r}, which the recipe decides by "
+            f"{owner}; remove it from the file"
+        )
+    for name, reason in _WITHOUT_EFFECT.items():
+        if config.get(name) not in (None, False, {}):
+            raise InputError(
+                f"the DeepSpeed file {path} has {name!r}, which {reason}; remove it from the file"
+            )
+    stage = _check_names(config, path)
+    backwards = backwards_per_step(recipe, world_size)
+    per_backward = max(recipe.batch_size // (world_size * backwards), 1)
+    decided = {
+        "train_batch_size": recipe.batch_size,
+        "train_micro_batch_size_per_gpu": recipe.local_batch(world_size),
+        "gradient_accumulation_steps": recipe.engine.accumulate,
+        "gradient_clipping": recipe.optimizer.clip_norm or 0.0,
+    }
+    for name, value in decided.items():
+        given = config.get(name, "auto")
+        if given not in ("auto", value):
+            raise InputError(
+                f"the DeepSpeed file {path} sets {name} to {given}, but the recipe makes it "
+                f'{value}; write "auto" there, or change the recipe'
+            )
+    return (
+        {"timers": _NO_TIMERS}
+        | config
+        | {
+            # with gradient caching DeepSpeed sees one backward per chunk, so its own arithmetic of
+            # batch = micro-batch x accumulation x processes is told in chunks
+            "train_batch_size": per_backward * backwards * world_size,
+            "train_micro_batch_size_per_gpu": per_backward,
+            "gradient_accumulation_steps": backwards,
+            # at stage 0 gradients are clipped here: DeepSpeed's own clipping waits for the device
+            "gradient_clipping": decided["gradient_clipping"] if stage else 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**62,
+        }
+    )
+
+
+def _check_names(config: dict[str, Any], path: Path) -> int:
+    """Refuse what DeepSpeed would pass over or end on; the ZeRO stage of the file.
+
+    Raises:
+        InputError: if a name is none of those a file may have, or a value of ZeRO cannot be.
+    """
+    for name in config.keys() - {*_KNOWN, *_WITHOUT_EFFECT}:
+        near = difflib.get_close_matches(name, _KNOWN, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "remove it from the file"
+        raise InputError(
+            f"the DeepSpeed file {path} has {name!r}, which is no setting of memory or "
+            f"communication that DeepSpeed has; {hint}"
+        )
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise InputError(
+            f"the DeepSpeed file {path} sets zero_optimization to {json.dumps(zero)}; write "
+            '{"stage": 1}, or another stage from 0 to 3'
+        )
+    try:
+        return int(DeepSpeedZeroConfig(**zero).stage)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(("zero_optimization", *map(str, first["loc"])))
+        raise InputError(
+            f"the DeepSpeed file {path} sets {place} to {json.dumps(first['input'], default=str)}, "
+            f"which DeepSpeed refuses: {first['msg']}; correct it"
+        ) from None
+
+
+def backwards_per_step(recipe: Recipe, world_size: int) -> int:
+    """Backward passes of one process in one optimizer step."""
+    if recipe.engine.cache_chunk is None:
+        return recipe.engine.accumulate
+    chunks = -(-recipe.local_batch(world_size) // recipe.engine.cache_chunk)
+    return recipe.engine.accumulate * chunks

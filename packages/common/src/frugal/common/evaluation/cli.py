@@ -1,0 +1,324 @@
+"""What the command line asks for: which evaluations of a recipe, and what they do differently."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from frugal.common.contracts import EvaluationTask
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import (
+    SUBSETS,
+    Compositional,
+    FolderEvaluation,
+    ImageEvaluation,
+    LinearProbe,
+    Retrieval,
+    Solver,
+    ZeroShot,
+)
+from frugal.common.evaluation.programs import check, installed
+from frugal.common.evaluation.sugarcrepe import has_contrasts
+from frugal.common.evaluation.suites import SUITES, find_parts, metric_of
+from frugal.common.evaluation.task_labels import TASKS
+from frugal.common.models.config import ImageTower
+from frugal.common.recipe import Recipe
+
+KINDS: dict[str, type[ImageEvaluation]] = {
+    "zero-shot": ZeroShot,
+    "retrieval": Retrieval,
+    "compositional": Compositional,
+    "linear-probe": LinearProbe,
+}
+"""Evaluations of every model of images and captions, by the word that asks for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure a model; under torchrun or deepspeed, on several processes.
+
+    What is not given here is as the run's recipe evaluates: its crop, prompts, masks and data. A
+    model of another library is measured with the crop that it comes with.
+    """
+
+    checkpoint: Path
+    """A run directory of any method, or one of its checkpoints; a folder of open_clip, of
+    transformers (CLIP, SigLIP, VisionTextDualEncoder, ViT) or of timm; a file of OpenAI's; or with
+    --model any file of weights that open_clip or timm loads."""
+    model: str | None = None
+    """Of a file of weights: open_clip's name of the model, such as ViT-B-16; openai for a state
+    dict of OpenAI's."""
+    weights_key: str | None = None
+    """Of a file that holds several sets of weights: the keys that lead to the one to take, such as
+    model_ema, or what stands in front of its names, such as momentum_encoder."""
+    data: Path | None = None
+    """A scenes folder, class-per-folder images, clip_benchmark's webdataset layout, or SugarCrepe's
+    JSON files; the URL of a folder in clip_benchmark's layout; for a suite the folder of its tasks'
+    folders; by default what the recipe's own evaluations name."""
+    tasks: tuple[str, ...] | None = None
+    """Any of zero-shot, retrieval, compositional, linear-probe; the suites clip-26 and
+    imagenet-robustness; the name of an evaluation of the recipe. By default, with data: zero-shot
+    of class folders and data with class names, retrieval of other captioned data, compositional
+    where the data has its files; of a model without captions, what
+    its recipe evaluates. Without data: all of the recipe's that name data. linear-probe also takes
+    image towers alone, of any run that has one: it looks at what they pool. milan-finetune,
+    milan-linear-probe and milan-segment train on top of the image tower, in a run directory of
+    their name in --out, and measure that."""
+    name: str | None = None
+    """Of the JSON file and first part of the name of every number, where one task is measured."""
+    templates: str | None = None
+    """Prompts of zero-shot classification: data (those the data comes with), imagenet_7,
+    imagenet_9, imagenet_80, name (the bare class name), or those of a task of clip-26."""
+    class_names: str | None = None
+    """Names of zero-shot classification: data, imagenet, imagenet_a, imagenet_r, or those of a task
+    of clip-26."""
+    reduce_prompts: bool | None = None
+    """Shorten prompts of zero-shot classification as the recipe shortens captions in training."""
+    images: Path | None = None
+    """Folder of the images that SugarCrepe's JSON files name (COCO's val2017); by default images/
+    or val2017/ beside them, or their own folder."""
+    solver: Solver | None = None
+    """Of linear probes: lbfgs (the optimum), adamw or sgd (epochs, as clip_benchmark trains)."""
+    weight_decay: float | None = None
+    """Of linear probes; by default searched on validation images."""
+    features: Path | None = None
+    """Folder where the embeddings of linear probes are kept; by default features/ in --out."""
+    recipe: str | None = None
+    """Of tasks that train: the recipe of their program, such as vit-b16 or demo."""
+    training: tuple[str, ...] = ()
+    """Of tasks that train: what the recipe is to do differently, such as schedule.samples=64000."""
+    published: bool = False
+    """Crop and resize the images as the method's published numbers were measured."""
+    mask_ratio: float | None = None
+    """Fraction of the patches that the image tower does not see."""
+    views: int | None = None
+    """Masked views of every image, whose embeddings are averaged."""
+    out: Path | None = None
+    """Folder for one JSON file per task, and what was found image by image; by default
+    evaluation/ in the run directory, or beside the file of weights in a folder of its name."""
+    csv: Path | None = None
+    """A table with clip_benchmark's columns that every task adds a row to; by default results.csv
+    in --out."""
+    batch_size: int = 256
+    """Images, or texts, per process at a time."""
+    workers: int = 2
+    """Processes that decode images, per process."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Of the matrix products on CUDA; by default as the recipe trains, or bfloat16."""
+
+
+_FLAGS = {
+    "templates": (ZeroShot, "zero-shot classification", "zero-shot"),
+    "class_names": (ZeroShot, "zero-shot classification", "zero-shot"),
+    "reduce_prompts": (ZeroShot, "zero-shot classification", "zero-shot"),
+    "images": (Compositional, "the images of the task compositional", "compositional"),
+    "solver": (LinearProbe, "linear probes", "linear-probe"),
+    "weight_decay": (LinearProbe, "linear probes", "linear-probe"),
+    "features": (LinearProbe, "linear probes", "linear-probe"),
+    "mask_ratio": (ImageEvaluation, "models of images and captions", "zero-shot"),
+    "views": (ImageEvaluation, "models of images and captions", "zero-shot"),
+}
+"""What each flag is for: the tasks that read it, in words, and what to ask for."""
+
+
+def chosen_tasks(options: Options, recipe: Recipe) -> list[EvaluationTask]:
+    """The evaluations that the command line asks for, with what it says differently.
+
+    Given data, one of each kind; the recipe's first, or one with its defaults where it has none.
+    Without, all of the recipe's that have data, those of its own method included.
+
+    Raises:
+        InputError: if there is nothing to measure, or a flag would have no effect.
+    """
+    words = _words(options, recipe)
+    programs = asked_programs(options)
+    if (options.recipe or options.training) and not programs:
+        raise InputError(
+            f"--recipe and --training are for tasks that train ({', '.join(installed())}); add one "
+            "to --tasks, or leave them out"
+        )
+    for program in programs:
+        check(program, options)
+    tasks = [task for word in words for task in _tasks(word, options, recipe)]
+    if not tasks and not programs:
+        _refuse_nothing(words, options, recipe)
+    if options.name is not None and len(tasks) + len(programs) > 1:
+        raise InputError(
+            f"--name {options.name} is for one evaluation, but there are "
+            f"{len(tasks) + len(programs)}; choose one with --tasks"
+        )
+    _check_flags(options, tasks)
+    return [_as_asked(task, options) for task in tasks]
+
+
+def asked_programs(options: Options) -> list[str]:
+    """The tasks that train."""
+    return [word for word in dict.fromkeys(options.tasks or ()) if word in installed()]
+
+
+def has_text(recipe: Recipe) -> bool:
+    """Whether the model of a recipe reads captions."""
+    return hasattr(recipe.model, "text")
+
+
+def _of_encoders(recipe: Recipe) -> list[str]:
+    """What measures an image tower alone, whatever trained it."""
+    return ["linear-probe"] if isinstance(getattr(recipe.model, "image", None), ImageTower) else []
+
+
+def _others(recipe: Recipe) -> dict[str, EvaluationTask]:
+    """The recipe's evaluations that no word stands for, by name."""
+    kinds = tuple(KINDS.values())
+    return {task.name: task for task in recipe.evaluation if not isinstance(task, kinds)}
+
+
+def _words(options: Options, recipe: Recipe) -> list[str]:
+    """What to look at."""
+    others = _others(recipe)
+    known = [*KINDS, *SUITES, *others, *installed()]
+    if options.tasks is not None:
+        if not options.tasks:
+            raise InputError(f"--tasks is empty; choose from {', '.join(known)}")
+        if unknown := [word for word in options.tasks if word not in known]:
+            raise InputError(f"there is no task {unknown[0]!r}; choose from {', '.join(known)}")
+        words = list(dict.fromkeys(options.tasks))
+        words = [word for word in words if word not in installed()]
+        fitting = words if has_text(recipe) else [*others, *_of_encoders(recipe)]
+        if odd := [word for word in words if word not in fitting]:
+            _refuse_without_text(options, recipe, odd[0])
+        return words
+    data = options.data
+    if not has_text(recipe):
+        return list(others)
+    if data is None:
+        return [*KINDS, *others]
+    usual = _usual(data)
+    return [*usual, "compositional"] if options.images or has_contrasts(data) else usual
+
+
+def _usual(data: Path) -> list[str]:
+    """What a folder says that it is for; both, where it says nothing."""
+    # readers of data import torch, which the options of the command do without
+    from frugal.common.data.labeled import dataset_type, has_class_names, holds_class_folders
+
+    if has_contrasts(data) or any((data / part).is_dir() for part in ("zero_shot", "retrieval")):
+        return ["zero-shot", "retrieval"]
+    kind = dataset_type(data)
+    if kind == "retrieval":
+        return ["retrieval"]
+    names_classes = has_class_names(data) or holds_class_folders(data)
+    return ["zero-shot"] if kind or names_classes else ["zero-shot", "retrieval"]
+
+
+def _refuse_nothing(words: list[str], options: Options, recipe: Recipe) -> None:
+    if not has_text(recipe):
+        of_texts = [kind for kind in KINDS if kind not in _of_encoders(recipe)]
+        _refuse_without_text(options, recipe, " or ".join(of_texts))
+    named = " or ".join(word for word in words if word in KINDS) or " or ".join(words)
+    raise InputError(
+        f"there is nothing to measure: the recipe of {options.checkpoint} names no data for "
+        f"{named}; give --data"
+    )
+
+
+def _refuse_without_text(options: Options, recipe: Recipe, word: str) -> None:
+    """An image tower alone is measured by what its recipe says, or by what is trained on top."""
+    said = f"{options.checkpoint} holds a model without a text tower"
+    ways = []
+    if others := list(_others(recipe)):
+        ways.append(f"its own {' and '.join(others)}: give --data")
+    if words := _of_encoders(recipe):
+        trained = f" (or {', '.join(installed())}, which train)" if installed() else ""
+        ways.append(f"--tasks {words[0]} --data DATA{trained}")
+    if not ways:
+        ways.append("the programs of its own method")
+    raise InputError(f"{said}, which {word} needs; it is measured by {', or by '.join(ways)}")
+
+
+def _tasks(word: str, options: Options, recipe: Recipe) -> list[EvaluationTask]:
+    """The evaluations of one word."""
+    if word in SUITES:
+        return _suite(word, options, recipe)
+    if word in KINDS:
+        kind = KINDS[word]
+        own: list[Any] = [task for task in recipe.evaluation if isinstance(task, kind)]
+        if options.data is None:
+            return [task for task in own if task.data is not None]
+        return [replace(own[0] if own else _default(kind, recipe), data=options.data)]
+    other = _others(recipe)[word]
+    if options.data is not None and not isinstance(other, FolderEvaluation):
+        raise InputError(
+            f"the evaluation {word!r} of {options.checkpoint} takes no --data; leave it out"
+        )
+    if options.data is not None:
+        other = replace(other, data=options.data)  # type: ignore[type-var]
+    return [] if other.folder() is None else [other]
+
+
+def _default(kind: type[ImageEvaluation], recipe: Recipe) -> ImageEvaluation:
+    """An evaluation that the recipe does not have; a probe sees images as its others do."""
+    crops = (getattr(task, "crop", None) for task in recipe.evaluation)
+    crop = next((crop for crop in crops if isinstance(crop, CenterCrop)), None)
+    return LinearProbe(crop=crop) if kind is LinearProbe and crop is not None else kind()  # type: ignore[call-arg]
+
+
+def _suite(word: str, options: Options, recipe: Recipe) -> list[EvaluationTask]:
+    """One zero-shot classification for every task of a suite that is there."""
+    if options.data is None:
+        raise InputError(f"{word} needs --data: the folder with a sub-folder for each of its tasks")
+    if options.class_names is not None:
+        raise InputError(f"--class-names is for one task, but {word} has names for each of its own")
+    if not options.data.is_dir():
+        raise InputError(f"the data of {word} is not there: {options.data} is no folder")
+    own = [task for task in recipe.evaluation if isinstance(task, ZeroShot)]
+    base = own[0] if own else _default(ZeroShot, recipe)
+    assert isinstance(base, ZeroShot)
+    tasks: list[EvaluationTask] = []
+    for name, folder in find_parts(options.data, word).items():
+        task = replace(base, data=folder, name=name)
+        if word == "clip-26":
+            names = "data" if name == "imagenet" else name
+            templates = name if name in TASKS else "data"
+            task = replace(task, class_names=names, templates=templates, metric=metric_of(name))
+        elif name in SUBSETS:
+            task = replace(task, class_names=name)
+        tasks.append(task)
+    return tasks
+
+
+def _check_flags(options: Options, tasks: list[EvaluationTask]) -> None:
+    """Refuse flags that none of the tasks reads."""
+    for name, (kind, purpose, word) in _FLAGS.items():
+        given = getattr(options, name) is not None
+        if given and not any(isinstance(task, kind) for task in tasks):
+            flags = [n for n, entry in _FLAGS.items() if entry[1] == purpose]
+            named = " and ".join([", ".join(map(_dashed, flags[:-1])), _dashed(flags[-1])])
+            named = named.removeprefix(" and ")
+            be = "is" if len(flags) == 1 else "are"
+            raise InputError(
+                f"{named} {be} for {purpose}; add {word} to --tasks, or leave {_dashed(name)} out"
+            )
+
+
+def _dashed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_asked(task: EvaluationTask, options: Options) -> EvaluationTask:
+    wanted = [*_FLAGS, "name", "batch_size", "workers"]
+    has = {field.name for field in dataclasses.fields(task)}  # type: ignore[arg-type]
+    given = {name: getattr(options, name) for name in wanted if name in has}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if options.published:
+        crop = getattr(task, "published_crop", None)
+        if crop is None:
+            raise InputError(
+                f"the recipe of {options.checkpoint} does not say how images were prepared for "
+                f"published numbers of {task.name}; leave out --published"
+            )
+        changes["crop"] = crop
+    return replace(task, **changes)  # type: ignore[type-var]

@@ -1,0 +1,253 @@
+"""Parameter groups by name, role and depth, and the optimizers over them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+from frugal.common.errors import InputError
+from frugal.common.recipe import LARS, AdamW, Optimizer
+
+_NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.GroupNorm, nn.RMSNorm)
+
+
+def parameter_roles(module: nn.Module) -> dict[str, set[str]]:
+    """What each parameter is, in the words of ``optimizer.no_decay``.
+
+    Returns:
+        For every parameter name a subset of bias, norm, position, class_token, logit_scale,
+        embedding and vector. Norms and embeddings are told by the type of their module.
+    """
+    roles: dict[str, set[str]] = {}
+    for prefix, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            mine = set()
+            if name.endswith("bias"):
+                mine.add("bias")
+            if isinstance(owner, _NORMS):
+                mine.add("norm")
+            if isinstance(owner, nn.Embedding):
+                mine.add("embedding")
+            if name == "pos_embed":
+                mine.add("position")
+            if name == "cls_token":
+                mine.add("class_token")
+            if name in ("logit_scale", "logit_bias"):
+                mine.add("logit_scale")
+                mine.discard("bias")
+            if parameter.ndim < 2:
+                mine.add("vector")
+            roles[f"{prefix}.{name}" if prefix else name] = mine
+    return roles
+
+
+def decayed_names(module: nn.Module, options: AdamW) -> set[str]:
+    """Names of the parameters that weight decay acts on."""
+    excluded = set(options.no_decay)
+    return {name for name, roles in parameter_roles(module).items() if not roles & excluded}
+
+
+_STEM = ("patch_embed", "token_embedding", "norm_pre")
+"""Modules of a tower that stand before its blocks, as its own parameters do."""
+
+
+def learning_rate_scales(module: nn.Module, layer_decay: float | None) -> dict[str, float]:
+    """The factor on the learning rate of every parameter, by name.
+
+    Every tower, a module with a child ``blocks`` of L blocks, counts for itself: block i has
+    ``layer_decay**(L - i)`` and what stands before the blocks ``layer_decay**(L + 1)``. All else
+    has 1. Source: Bao et al., arXiv:2106.08254, as in MAE (arXiv:2111.06377, appendix A.2).
+
+    Raises:
+        InputError: if there is a layer decay but no tower.
+    """
+    scales = {name: 1.0 for name, _ in module.named_parameters()}
+    if layer_decay is None:
+        return scales
+    towers = [
+        (f"{path}." if path else "", tower, len(blocks))
+        for path, tower in module.named_modules()
+        if isinstance(blocks := getattr(tower, "blocks", None), (nn.ModuleList, nn.Sequential))
+    ]
+    if not towers:
+        raise InputError(
+            f"optimizer.layer_decay is {layer_decay}, but this model has no blocks; leave it out"
+        )
+    for prefix, tower, depth in towers:
+        for name, _ in tower.named_parameters():
+            if name.startswith("blocks."):
+                scales[prefix + name] = layer_decay ** (depth - int(name.split(".")[1]))
+            elif "." not in name or name.split(".")[0] in _STEM:
+                scales[prefix + name] = layer_decay ** (depth + 1)
+    return scales
+
+
+def build_optimizer(module: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over the trainable parameters.
+
+    Every group has a ``lr_scale``; the engine sets ``lr`` to the schedule's rate times it before
+    every step.
+
+    Raises:
+        InputError: if the options do not go with the model.
+    """
+    if isinstance(options, LARS):
+        return build_lars(module, options)
+    assert isinstance(options, AdamW)
+    return build_adamw(module, options)
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Give every group of an optimizer its share of the schedule's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+
+
+def skip_unless_finite(optimizer: Any, norm: Tensor) -> None:
+    """Have the next step change nothing if the norm (), of its gradients is not finite.
+
+    This is decided on the device. torch's fused kernels know the mark from ``GradScaler``: where it
+    is 1, weights, moments and counters stay as they are.
+    """
+    optimizer.found_inf = (~norm.isfinite()).float()
+
+
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+_PROJECTION = re.compile(r"(.*\.)?(image|text)\.projection\.weight")
+"""What leads from a tower into the space that both share."""
+
+
+def weight_decays(module: nn.Module, options: AdamW) -> dict[str, float]:
+    """The weight decay of every parameter, by name.
+
+    Raises:
+        InputError: if projections have one of their own, but there are none.
+    """
+    decayed = decayed_names(module, options)
+    names = [name for name, _ in module.named_parameters()]
+    decays = {name: options.weight_decay if name in decayed else 0.0 for name in names}
+    if options.projection_weight_decay is None:
+        return decays
+    projections = [name for name in names if _PROJECTION.fullmatch(name)]
+    if not projections:
+        raise InputError(
+            f"optimizer.projection_weight_decay is {options.projection_weight_decay}, but this "
+            "model projects into no shared space; leave it out"
+        )
+    return decays | dict.fromkeys(projections, options.projection_weight_decay)
+
+
+def build_adamw(module: nn.Module, options: AdamW) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters: a group that decays, one that does not, and others.
+
+    Projections with a weight decay of their own are a third group. With layer decay there are as
+    many for every depth, in the order of their first parameters. The fused kernel is used: torch
+    has it for CPU and CUDA.
+    """
+    decays = weight_decays(module, options)
+    scales = learning_rate_scales(module, options.layer_decay)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    if options.layer_decay is None:
+        groups = {(1.0, options.weight_decay): [], (1.0, 0.0): []}
+    for name, parameter in _trained(module):
+        groups.setdefault((scales[name], decays[name]), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+            for (scale, decay), parameters in groups.items()
+            if parameters
+        ],
+        lr=0.0,
+        betas=options.betas,
+        eps=options.epsilon,
+        fused=True,
+    )
+
+
+class Lars(torch.optim.Optimizer):
+    """Momentum after scaling the gradient of each matrix to the norm of its weights.
+
+    You et al., arXiv:1708.03888, in the order of MoCo v3 and MAE (arXiv:2111.06377, appendix A.3):
+    decay, scale, add to the momentum, and only then the learning rate.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], options: LARS) -> None:
+        """Every matrix is a group of its own with ``is_matrix``.
+
+        So ZeRO, which lays a group out as one flat tensor and cuts it up among the processes, never
+        puts two matrices into one tensor.
+        """
+        super().__init__(
+            groups,
+            {
+                "lr": 0.0,
+                "momentum": options.momentum,
+                "weight_decay": options.weight_decay,
+                "trust": options.trust,
+            },
+        )
+        self.total: Callable[[Tensor], Tensor] = lambda squares: squares
+        """Adds up what the processes know of the squared norms of one matrix; each knows them
+        whole unless matrices are cut up."""
+        self.found_inf: Tensor | None = None
+        """(): 1 where a step must change nothing; see :func:`skip_unless_finite`."""
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = parameter.grad
+                if group["is_matrix"]:
+                    gradient = gradient + group["weight_decay"] * parameter
+                    gradient = gradient * self._factor(parameter, gradient, group["trust"])
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
+                moved = momentum.mul(group["momentum"]).add_(gradient)
+                self._replace(momentum, moved)
+                self._replace(parameter, parameter.add(moved, alpha=-group["lr"]))
+
+    def _replace(self, tensor: Tensor, value: Tensor) -> None:
+        if self.found_inf is not None:
+            value = torch.where(self.found_inf == 1, tensor, value)
+        tensor.copy_(value)
+
+    def _factor(self, weight: Tensor, gradient: Tensor, trust: float) -> Tensor:
+        """(): brings a gradient to ``trust`` times the norm of its weights; 1 if either is zero."""
+        squares = self.total(torch.stack([_square(weight), _square(gradient)]))
+        weight_norm, gradient_norm = squares.sqrt().unbind()
+        has_both = (weight_norm > 0) & (gradient_norm > 0)
+        return torch.where(has_both, trust * weight_norm / gradient_norm, 1.0)
+
+
+def _square(tensor: Tensor) -> Tensor:
+    square = tensor.square().sum()
+    return square.full_tensor() if isinstance(square, DTensor) else square
+
+
+def build_lars(module: nn.Module, options: LARS) -> Lars:
+    """LARS over the trainable parameters: a group for every matrix, one for all vectors."""
+    trained = _trained(module)
+    matrices = [[p] for _, p in trained if p.ndim > 1]
+    vectors = [p for _, p in trained if p.ndim < 2]
+    return Lars(
+        [
+            {"params": parameters, "is_matrix": parameters is not vectors, "lr_scale": 1.0}
+            for parameters in [*matrices, vectors]
+            if parameters
+        ],
+        options,
+    )

@@ -1,0 +1,168 @@
+"""Models of other libraries, ready to be measured: what a path holds, and what it is read as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from frugal.common.data.config import PairData
+from frugal.common.data.tokenizers import Tokenizer
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
+from frugal.common.models.clip import DualEncoder
+from frugal.common.models.config import DualEncoderConfig
+from frugal.common.models.fit import misfit
+from frugal.common.models.in_words import in_words
+from frugal.common.objectives.config import Contrastive
+from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
+from frugal.common.reduction.image import KeepAll
+from frugal.common.reduction.text import Truncate
+from frugal.common.weights.foreign_wrapped import WrappedModel
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPENAI = "openai"
+"""The name that stands for OpenAI's own models where a file does not say what it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """A dual encoder that another library wrote."""
+
+    model: nn.Module
+    """On the CPU in float32, in evaluation mode: our ``DualEncoder`` where its towers can be that,
+    else the library's own model."""
+    config: DualEncoderConfig | WrappedModel
+    tokenizer: Any
+    """Has ``load()``."""
+    crop: CenterCrop
+    """How the library prepares an image for it."""
+    told_by: str = ""
+    """The file that says so, or whose defaults these are."""
+    library: str
+    """As its users call it."""
+
+    @property
+    def described(self) -> str:
+        """What its weights do not say, in one line."""
+        return in_words(self.config, self.crop, told_by=self.told_by)
+
+    def recipe(self, folder: Path) -> Recipe:
+        """What evaluations read of a recipe; nothing is known of how the model was trained.
+
+        Args:
+            folder: where its evaluations go.
+        """
+        bias = getattr(self.config, "initial_logit_bias", None)
+        data: Any = PairData(train=(), tokenizer=self.tokenizer)
+        return Recipe(
+            model=self.config,
+            data=data,
+            reduction=Reductions(image=KeepAll(), text=Truncate()),
+            objective=Contrastive(loss="softmax" if bias is None else "sigmoid"),
+            optimizer=AdamW(learning_rate=1e-4),
+            schedule=WarmupCosine(samples=1),
+            batch_size=1,
+            run=RunOptions(dir=folder),
+            evaluation=(
+                ZeroShot(crop=self.crop),
+                Retrieval(crop=self.crop),
+                Compositional(crop=self.crop),
+                LinearProbe(crop=self.crop),
+            ),
+        )
+
+
+def fill(config: DualEncoderConfig, state: Mapping[str, Tensor], *, source: str) -> DualEncoder:
+    """Our towers with a state under our names, in float32 and evaluation mode.
+
+    Raises:
+        InputError: if the state is not of these towers.
+    """
+    model = config.build()
+    if what := misfit(state, model.state_dict()):
+        raise InputError(f"the weights of {source} are not of the model it is said to be: {what}")
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return model.eval()
+
+
+def refuse_unknown_ids(tokenizer: Tokenizer, rows: int, *, source: Path | str) -> None:
+    """Refuse a tokenizer that is another model's, as some of its ids would have no row.
+
+    Args:
+        tokenizer: of captions.
+        rows: of the table of tokens.
+        source: for messages.
+
+    Raises:
+        InputError: if it has more entries.
+    """
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"the tokenizer of {source} has {tokenizer.vocab_size:,} entries, more than the "
+            f"{rows:,} rows of the table of tokens; give the tokenizer that belongs to the weights"
+        )
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a path holds a model of another library and not a run or checkpoint of ours."""
+    if path.is_file():
+        endings = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt", ".index.json")
+        return path.name.endswith(endings)
+    if (path / "state.json").exists() or (path / "checkpoints").is_dir():
+        return False
+    return (path / OPEN_CLIP_CONFIG).is_file() or (path / "config.json").is_file()
+
+
+def load_foreign(path: Path, *, name: str | None = None, key: str | None = None) -> Foreign:
+    """The model of a folder of open_clip or transformers, or of a file of weights.
+
+    Args:
+        path: the folder or file.
+        name: an open_clip model name, or ``openai``, for a file that does not say what it holds.
+        key: which of several sets of weights in a file.
+
+    Raises:
+        InputError: if it cannot be read, is of a kind that is not known, or needs a name.
+    """
+    from frugal.common.weights import foreign_open_clip, foreign_openai, foreign_transformers
+    from frugal.common.weights.stored_files import read_weights
+    from frugal.common.weights.torchscript import is_torchscript
+
+    if path.is_dir():
+        refuse_for_folder(path, name, key)
+        if (path / OPEN_CLIP_CONFIG).is_file():
+            return foreign_open_clip.load_folder(path)
+        return foreign_transformers.load(path)
+    if name == OPENAI or (name is None and path.is_file() and is_torchscript(path)):
+        return foreign_openai.load(path, key=key)
+    if name is None:
+        if path.suffix != ".npz" and foreign_openai.is_openai(read_weights(path, key=key)):
+            return foreign_openai.load(path, key=key)
+        raise InputError(
+            f"{path} does not say which model its weights are of; give --model with open_clip's "
+            f"name of it, such as ViT-B-16, or --model {OPENAI} for a file of OpenAI's"
+        )
+    return foreign_open_clip.load_named(name, path, key=key)
+
+
+def refuse_for_folder(folder: Path, name: str | None, key: str | None) -> None:
+    """Refuse what only a file of weights leaves open.
+
+    Raises:
+        InputError: if a name or a key is given.
+    """
+    if name is not None:
+        raise InputError(
+            f"--model {name} is for a file that does not say what it holds, but {folder} is a "
+            "folder, which does; leave it out"
+        )
+    if key is not None:
+        raise InputError(
+            f"--weights-key {key} is for a file that holds several sets of weights, but {folder} "
+            "is a folder; leave it out, or give the file in it with --model"
+        )

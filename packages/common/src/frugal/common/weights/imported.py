@@ -1,0 +1,284 @@
+"""What a file or folder of another library holds, as a recipe and weights of this one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from frugal.common.data.config import ImageData
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import LinearProbe
+from frugal.common.files import read_json_object
+from frugal.common.models.config import DualEncoderConfig, ImagePositions, ImageTower
+from frugal.common.models.in_words import in_words
+from frugal.common.models.positions import image_table
+from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine
+from frugal.common.reduction.image import KeepAll
+from frugal.common.weights import timm_weights
+from frugal.common.weights.encoder_weights import EncoderWeights, encoder_of_state, read_encoder
+from frugal.common.weights.foreign_models import (
+    OPEN_CLIP_CONFIG,
+    OPENAI,
+    Foreign,
+    load_foreign,
+    refuse_for_folder,
+)
+from frugal.common.weights.foreign_openai import is_openai
+from frugal.common.weights.imported_encoder import ImportedEncoder, TrainedElsewhere
+from frugal.common.weights.stored_files import State, part_with, read_weights
+from frugal.common.weights.torchscript import is_torchscript
+
+_TWO_TOWERS = ("clip", "siglip", "vision-text-dual-encoder")
+_ONE_TOWER = ("clip_vision_model", "vit", "vit_mae")
+"""By transformers' names."""
+
+_NOT_SAID = "the usual one, as a file of weights says nothing of it"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model of another library under our names."""
+
+    recipe: Recipe
+    state: State
+    """Of the model, in float32."""
+    described: str
+    """In words."""
+    left: tuple[str, ...] = ()
+    """Names that have no place here."""
+
+
+def read(source: Path, *, name: str | None = None, key: str | None = None) -> Imported:
+    """The model of a file or folder that another library wrote.
+
+    Args:
+        source: the file or folder; no code in it is ever run.
+        name: of the model, for a file that does not say what it holds.
+        key: which of several sets of weights in a file.
+
+    Raises:
+        InputError: if there is none, it cannot be read, or it is of a kind that is not known here.
+    """
+    if not source.exists():
+        raise InputError(f"there is no file or folder {source}; check the path")
+    if name is not None and source.is_file() and _is_timm(name):
+        found = timm_weights.read_named(name, source, key=key)
+        return _encoder(found.weights, found.crop)
+    if source.is_dir():
+        return _folder(source, name, key)
+    return _file(source, name, key)
+
+
+def tower_library(path: Path, name: str | None) -> str | None:
+    """Whose image tower a folder holds, or a file of weights of this name; None for others."""
+    if path.is_file():
+        return "timm" if name is not None and _is_timm(name) else None
+    config = path / "config.json"
+    if (path / OPEN_CLIP_CONFIG).is_file() or not config.is_file():
+        return None
+    about = read_json_object(config)
+    if "architecture" in about:
+        return "timm"
+    return "transformers" if about.get("model_type") in _ONE_TOWER else None
+
+
+def converters() -> list[str]:
+    """The commands by which installed methods read the files of their releases."""
+    names = {(about.metadata["Name"] or "").replace("-", "_") for about in distributions()}
+    methods = sorted(n.removeprefix("frugal_") for n in names if n.startswith("frugal_"))
+    modules = [f"frugal.{method}.convert" for method in methods]
+    return [f"python -m {module}" for module in modules if _exists(module)]
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _elsewhere() -> str:
+    """Who may know what is not known here."""
+    known = converters()
+    return f"; {', '.join(known)} read what their methods released" if known else ""
+
+
+def _is_timm(name: str) -> bool:
+    import open_clip
+    import timm
+
+    return timm.is_model(name) and open_clip.get_model_config(name) is None
+
+
+def _folder(folder: Path, name: str | None, key: str | None) -> Imported:
+    exported = any((folder / file).is_file() for file in (OPEN_CLIP_CONFIG, "config.json"))
+    own = [folder / part for part in ("checkpoints", "state.json")]
+    if any(path.exists() for path in own) or folder.name == "checkpoints":
+        raise InputError(
+            f"{folder} is a run directory or checkpoint of this library already; give it as it is "
+            "to evaluate, export and --run.start-from"
+        )
+    if not exported:
+        raise InputError(
+            f"the folder {folder} holds no model that is known here: it has neither "
+            f"{OPEN_CLIP_CONFIG} nor config.json{_elsewhere()}"
+        )
+    refuse_for_folder(folder, name, key)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        return _two_towers(load_foreign(folder), folder)
+    about = read_json_object(folder / "config.json")
+    kind = about.get("model_type")
+    if kind in _TWO_TOWERS:
+        return _two_towers(load_foreign(folder), folder)
+    if "architecture" in about:
+        found = timm_weights.read_folder(folder)
+        return _encoder(found.weights, found.crop)
+    if kind in _ONE_TOWER:
+        tower = read_encoder(folder)
+        assert tower.preparation is not None
+        return _encoder(tower, tower.preparation.crop)
+    raise InputError(
+        f"{folder} holds a model of type {kind!r}; open_clip's, timm's and of transformers "
+        f"{', '.join((_TWO_TOWERS[0], *_ONE_TOWER))} can be imported{_elsewhere()}"
+    )
+
+
+def _file(path: Path, name: str | None, key: str | None) -> Imported:
+    if name is not None or is_torchscript(path):
+        return _two_towers(load_foreign(path, name=name, key=key), path)
+    if not path.name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".index.json")):
+        raise InputError(f"{path} is no file of weights that is known here{_elsewhere()}")
+    state = read_weights(path, key=key)
+    if is_openai(state):
+        return _two_towers(load_foreign(path, name=OPENAI, key=key), path)
+    if any(name.endswith("text_projection") for name in state):
+        return _two_towers(load_foreign(path), path)  # which says what is missing
+    state = part_with(state, "patch_embed.proj.weight", source=str(path))
+    if "patch_embed.proj.weight" in state:
+        return _encoder(_plain(path, state), CenterCrop())
+    raise InputError(
+        f"{path} does not say which model its weights are of, the first of them "
+        f"{min(state)!r}; give --model with open_clip's or timm's name of it{_elsewhere()}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Two towers
+
+
+def _two_towers(foreign: Foreign, source: Path) -> Imported:
+    config = foreign.config
+    if not isinstance(config, DualEncoderConfig):
+        kind = type(getattr(foreign.model, "model", foreign.model)).__name__
+        raise InputError(
+            f"{source} is a {kind} of {foreign.library} with parts that towers of this library "
+            f"do not have; python -m frugal.common.evaluate --checkpoint {source} measures it as "
+            f"it is{_elsewhere()}"
+        )
+    state = dict(foreign.model.state_dict())
+    image, state = _with_fixed_positions(config.image, state, "image.pos_embed")
+    recipe = foreign.recipe(source)
+    recipe = replace(recipe, model=replace(config, image=image))
+    text = config.text
+    described = (
+        f"{foreign.library}'s {_words(image)}; text tower {text.width} wide, {text.depth} blocks, "
+        f"{text.length} tokens, pooled by {text.pooling}; {_count(state)} parameters; "
+        f"{in_words(recipe.model, foreign.crop, told_by=foreign.told_by)}"
+    )
+    return Imported(recipe, state, described)
+
+
+def _with_fixed_positions(
+    tower: ImageTower, state: Mapping[str, Tensor], name: str
+) -> tuple[ImageTower, State]:
+    """A tower whose table is, bit for bit, one that it can compute, computes it."""
+    kinds = [kind for kind in get_args(ImagePositions) if kind != "learned"]
+    table = state.get(name)
+    if table is None or tower.width % 4 or tower.width < 8:
+        return tower, dict(state)
+    for kind in kinds:
+        fixed = replace(tower, positions=kind)
+        if torch.equal(image_table(fixed), table):
+            return fixed, {n: t for n, t in state.items() if n != name}
+    return tower, dict(state)
+
+
+def _words(tower: ImageTower) -> str:
+    height, width = tower.height_width
+    return (
+        f"image tower {tower.width} wide, {tower.depth} blocks, patches of {tower.patch_size}, "
+        f"{height}x{width} pixels, pooled by {tower.pooling}"
+    )
+
+
+def _count(state: Mapping[str, Tensor]) -> str:
+    return f"{sum(tensor.numel() for tensor in state.values()):,}"
+
+
+# ------------------------------------------------------------------------------------------------
+# An image tower alone
+
+
+def _plain(path: Path, state: State) -> EncoderWeights:
+    """A file in timm's layout; its shapes and what it holds besides say what it is."""
+    numbers = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    found = encoder_of_state(numbers, source=str(path))
+    table = numbers["pos_embed"]
+    if found.tower.positions != "learned":  # nearly so, perhaps; here every bit stays
+        found = replace(
+            found,
+            tower=replace(found.tower, positions="learned"),
+            state={**found.state, "pos_embed": table},
+        )
+    if "norm.weight" in found.state or "fc_norm.weight" not in found.rest:
+        return found
+    last = {f"norm.{leaf}": found.rest[f"fc_norm.{leaf}"] for leaf in ("weight", "bias")}
+    return replace(
+        found,
+        tower=replace(found.tower, pooling="mean", norm_after_pooling=True),
+        state={**found.state, **last},
+        rest={n: t for n, t in found.rest.items() if not n.startswith("fc_norm.")},
+    )
+
+
+def _encoder(found: EncoderWeights, crop: CenterCrop) -> Imported:
+    state, rest = dict(found.state), dict(found.rest)
+    if "projection.weight" in state:  # into the space of texts that are not there
+        rest["head.weight"] = state.pop("projection.weight")
+    weight = rest.pop("head.weight", None)
+    bias = rest.pop("head.bias", None)
+    tower, state = _with_fixed_positions(found.tower, state, "pos_embed")
+    if what := replace(found, tower=tower, state=state).misfit():
+        raise InputError(f"{found.source} does not hold one whole image tower: {what}")
+    named = {f"image.{name}": tensor.clone() for name, tensor in state.items()}
+    if weight is not None:
+        named["head.weight"] = weight.clone()
+        named["head.bias"] = weight.new_zeros(len(weight)) if bias is None else bias.clone()
+    classes = None if weight is None else len(weight)
+    data: Any = ImageData(train=())
+    recipe = Recipe(
+        model=ImportedEncoder(image=tower, num_classes=classes),
+        data=data,
+        reduction=Reductions(image=KeepAll()),
+        objective=TrainedElsewhere(),
+        optimizer=AdamW(learning_rate=1e-4),
+        schedule=WarmupCosine(samples=1),
+        batch_size=1,
+        evaluation=(LinearProbe(crop=crop),),
+    )
+    head = "" if classes is None else f", with a linear layer to {classes:,} numbers"
+    told_by = found.preparation.told_by if found.preparation else _NOT_SAID
+    described = (
+        f"{_words(tower)}{head}; {_count(named)} parameters; "
+        f"{in_words(recipe.model, crop, told_by=told_by)}"
+    )
+    left = sorted({name.split(".")[0] for name in rest})
+    return Imported(recipe, named, described, tuple(left))

@@ -1,0 +1,159 @@
+"""Variables of launchers: believed where they are whole, and otherwise named in one sentence."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from forks import fork
+from frugal.common import distributed
+from frugal.common.distributed import Ranks, free_port, launcher_ranks, meet, settle, work_alone
+from frugal.common.errors import InputError
+from frugal.common.exits import exit_politely
+from support import ROOT, environment
+
+LOG = logging.getLogger("test")
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+
+
+@pytest.fixture
+def announce() -> Iterator[Callable[[dict[str, str]], None]]:
+    """Announces processes, and nothing else; afterwards the environment is what it was."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("SLURM_", "OMPI_", "PMI_", "MASTER_")) or name.endswith("RANK"):
+            del os.environ[name]
+    os.environ.pop("WORLD_SIZE", None)
+    yield os.environ.update
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks"),
+    [
+        ({}, (0, 1, 0)),
+        (WHOLE, (1, 2, 0)),
+        (WHOLE | {"LOCAL_RANK": "1"}, (1, 2, 1)),
+        ({"RANK": "0"}, (0, 1, 0)),
+        ({"LOCAL_RANK": "2"}, (0, 1, 0)),
+        (SLURM, (0, 1, 0)),  # a batch script or an salloc shell: srun did not start it
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"} | {
+            "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (3, 4, 1)),
+        (OPEN_MPI, (0, 1, 0)),
+        (OPEN_MPI | WHOLE, (1, 2, 0)),
+    ],
+)  # fmt: skip
+def test_who_this_is(announce, variables, ranks) -> None:
+    announce(variables)
+    assert launcher_ranks() == Ranks(*ranks)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "abc"}, "RANK is 'abc'.*unset RANK"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "RANK=0, WORLD_SIZE=4.*unset RANK WORLD_SIZE"),
+        ({"WORLD_SIZE": "4"}, r"WORLD_SIZE=4.*\(RANK, MASTER_ADDR, MASTER_PORT are not set\)"),
+        (WHOLE | {"RANK": "2"}, "process 2 of 2"),
+        ({"RANK": "3"}, "process 3 of 1.*RANK=3"),
+        (WHOLE | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        (WHOLE | {"LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE is 'two'"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_NTASKS=4.*MASTER_ADDR.*env -u SLURM"),
+    ],
+)
+def test_what_contradicts_itself_is_named_with_the_way_out(announce, variables, words) -> None:
+    announce(variables)
+    with pytest.raises(InputError, match=words):
+        launcher_ranks()
+
+
+@pytest.mark.parametrize("left", [OPEN_MPI, {"PMI_SIZE": "2", "PMI_RANK": "1"}, SLURM])
+def test_what_is_left_over_is_told_and_not_believed_by_libraries(announce, left, caplog) -> None:
+    announce(left | {"LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1"})
+    assert settle(LOG) == Ranks(0, 1, 0)
+    for name, value in left.items():
+        assert f"{name}={value}" in caplog.text
+    assert "unset" in caplog.text
+    assert "LOCAL_RANK" not in os.environ and "PMI_SIZE" not in os.environ
+    assert "OMPI_COMM_WORLD_SIZE" not in os.environ
+
+
+def test_one_process_meets_nobody_elsewhere(announce) -> None:
+    announce(WHOLE | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "10.255.255.1"})
+    assert settle(LOG) == Ranks(0, 1, 0)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_command_of_one_process_forgets_every_launcher(announce) -> None:
+    announce(WHOLE | SLURM | OPEN_MPI)
+    work_alone()
+    assert settle(LOG) == Ranks(0, 1, 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_does_not_come_is_named_with_the_place_and_waited_for_with_a_limit(
+    announce, monkeypatch, caplog, rank
+) -> None:
+    port = free_port()
+    announce(WHOLE | {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_PORT": str(port)})
+    monkeypatch.setattr(distributed, "_VOICE", 0.3)
+    with pytest.raises(InputError, match=rf"at 127\.0\.0\.1:{port}.*unset RANK") as refused:
+        meet(launcher_ranks(), "gloo", LOG, limit=1.0)
+    who = r"2 of the 3 processes (1, 2)" if rank == 0 else "process 0, which keeps"
+    assert who in str(refused.value)
+    assert f"waiting for {who}" in caplog.text and f"127.0.0.1:{port}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("frugal.flip.train", ("demo", "--data.train=x")),
+        ("frugal.milan.pretrain", ("demo", "--data.train=x")),
+        ("frugal.common.evaluate", ("--checkpoint=openai.pt", "--data=x")),
+    ],
+)
+def test_a_command_says_it_in_one_sentence(module, words, tmp_path) -> None:
+    log = tmp_path / "log"
+    wrong = [environment() | {"RANK": "abc"}]
+    assert fork(module, words, log=log, cwd=ROOT, environments=wrong).wait(timeout=120) == 2
+    (line,) = log.read_text().splitlines()
+    assert line.startswith("error: ")
+
+
+def test_ctrl_c_closed_pipes_and_full_disks_leave_no_trace(capsys) -> None:
+    def raised(error):
+        def command() -> int:
+            raise error
+
+        return command
+
+    assert exit_politely(raised(KeyboardInterrupt())) == 128 + signal.SIGINT
+    full = OSError(28, "No space left on device", "/data/x.json")
+    assert exit_politely(raised(full)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: /data/x.json: No space left on device") and "\n" in said
+    with pytest.raises(OSError, match="odd"):
+        exit_politely(raised(OSError("odd")))
+
+
+def test_a_reader_that_goes_away_is_no_mistake(tmp_path) -> None:
+    script = (
+        "import sys; from frugal.common.cli import run_politely\n"
+        "run_politely(lambda: [print('x' * 99) for _ in range(99999)] and None)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
