@@ -29,6 +29,7 @@ LAYERS = [
     ("evaluation",),
     ("weights",),
     ("optim", "engine"),
+    ("transfer",),
     (
         "cli",
         "compare",

@@ -25,8 +25,8 @@ from frugal.common.recipe import EngineOptions, Recipe
 from frugal.common.reduction.image import KeepAll
 from frugal.common.run import Run, make_logger
 from frugal.common.train import make_engine
+from frugal.common.transfer.photometric import PhotometricDistortion
 from frugal.flip.recipes import demo
-from frugal.milan.photometric import PhotometricDistortion
 from frugal.milan.recipes import demo_pixels
 from frugal.milan.segmentation_recipes import SEGMENTATION
 from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING

@@ -9,6 +9,7 @@ import pytest
 from support import ALONE, train
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import golden_cases`
+sys.path.insert(0, str(Path(__file__).parents[1] / "common/transfer"))  # `import segment_cases`
 
 WORDS = (
     "--model.image.width=32", "--model.image.depth=2", "--model.image.heads=2",

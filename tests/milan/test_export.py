@@ -34,8 +34,8 @@ from frugal.common.loading import load_trained
 from frugal.common.models.weight_names import from_timm, from_vit_mae
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
+from frugal.common.transfer.classifier import pooled
 from frugal.common.weights.encoder_weights import read_encoder
-from frugal.milan.classification import pooled
 from frugal.milan.decoders import Split
 from frugal.milan.encoder import encoder
 from frugal.milan.recipes import demo, demo_pixels

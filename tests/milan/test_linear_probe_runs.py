@@ -14,7 +14,7 @@ from frugal.common.loading import load_trained
 from frugal.common.models.config import ImageTower
 from frugal.common.models.weight_names import to_timm
 from frugal.common.train import train_recipe
-from frugal.milan.classification import ClassifierConfig
+from frugal.common.transfer.classifier import ClassifierConfig
 from frugal.milan.transfer_recipes import LINEAR_PROBING
 from support import (
     ALONE,

@@ -205,11 +205,11 @@ def test_a_mistake_on_the_command_line_is_answered_by_a_sentence(
         train_recipe(replace(recipe, run=replace(recipe.run, dir=tmp_path / "run")))
 
 
-def test_help_and_recipes_need_no_torch() -> None:
+def test_help_and_recipes_need_nothing_slower_than_torch() -> None:
     check = (
         "import sys; from frugal.milan.segmentation_recipes import SEGMENTATION as m;"
         "[make() for make in m.values()];"
-        "sys.exit(' '.join({'torch', 'transformers', 'timm'} & sys.modules.keys()) or 0)"
+        "sys.exit(' '.join({'transformers', 'timm'} & sys.modules.keys()) or 0)"
     )
     result = subprocess.run(
         [sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, env=environment()

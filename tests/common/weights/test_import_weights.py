@@ -371,17 +371,16 @@ def test_a_vision_transformer_of_transformers_comes_in(kind: str, tmp_path: Path
 
 
 def test_an_image_tower_starts_what_is_trained_on_it(tmp_path: Path) -> None:
-    from frugal.milan.classification import ClassifierConfig
-    from frugal.milan.classifier import VisionClassifier
-    from frugal.milan.encoder_start import start_encoder, start_head
+    from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier
+    from frugal.common.transfer.init_from import init_encoder, init_head
 
     model, source = timm_folder(tmp_path / "timm")
     run = taken_in(source, tmp_path / "run")
     tower = load_trained(run, device="cpu").recipe.model.image
     log = logging.getLogger("test")
     classifier = VisionClassifier(ClassifierConfig(image=tower, num_classes=5))
-    found = start_encoder(classifier, run, interpolate=False, log=log)
-    start_head(classifier, found, log=log)
+    found = init_encoder(classifier.image, run, interpolate=False, log=log)
+    init_head(classifier, found, log=log)
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(classifier.eval()(images), model(images), rtol=0, atol=1e-5)

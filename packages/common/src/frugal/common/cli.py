@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,29 +40,49 @@ def read_command_line(
     """
     words = without_local_rank(command_words(arguments))
     if words and words[0].endswith(".json"):
-        saved, words = _with_strategies(load_recipe(Path(words[0])), words)
-        recipe = tyro.cli(
-            Recipe,
-            default=saved,
-            args=words[1:],
-            prog=f"{program} {words[0]}",
-            config=(tyro.conf.AvoidSubcommands,),
-        )
+        saved = load_recipe(Path(words[0]))
+        recipe = overridden(saved, words[1:], program=f"{program} {words[0]}")
         return Path(words[0]).parent.name, recipe
     choices = {_dashed(name): (_first_sentence(make), make()) for name, make in recipes.items()}
     if words:
         words = [_dashed(words[0]), *words[1:]]
     if words and not words[0].startswith("-") and words[0] not in choices:
-        raise InputError(
-            f"there is no recipe {words[0]!r}; choose from {', '.join(choices)}, or give the path "
-            "of a recipe.json"
-        )
+        raise _no_recipe(words[0], choices)
     if words and words[0] in choices:
         described, recipe = choices[words[0]]
         recipe, words = _with_strategies(recipe, words)
         choices[words[0]] = (described, recipe)
     recipe = tyro.extras.overridable_config_cli(choices, args=words, prog=program)
     return words[0], recipe
+
+
+def named_recipe(recipes: Recipes, name: str) -> Recipe:
+    """The recipe of a name, or that of a saved ``recipe.json``.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if name.endswith(".json"):
+        return load_recipe(Path(name))
+    named = {_dashed(known): make for known, make in recipes.items()}
+    if _dashed(name) not in named:
+        raise _no_recipe(name, named)
+    return named[_dashed(name)]()
+
+
+def overridden(recipe: Recipe, words: list[str], *, program: str) -> Recipe:
+    """A recipe with the fields that flags override; a mistake ends the process with exit code 2."""
+    recipe, words = _with_strategies(recipe, words)
+    return tyro.cli(
+        Recipe, default=recipe, args=words, prog=program, config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+def _no_recipe(name: str, known: Iterable[str]) -> InputError:
+    return InputError(
+        f"there is no recipe {name!r}; choose from {', '.join(known)}, or give the path of a "
+        "recipe.json"
+    )
 
 
 def _with_strategies(recipe: Recipe, words: list[str]) -> tuple[Recipe, list[str]]:

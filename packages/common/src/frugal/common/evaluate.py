@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from frugal.common.cli import read_command_line, run_politely, without_local_rank
+from frugal.common.cli import named_recipe, overridden, run_politely, without_local_rank
 from frugal.common.errors import InputError
-from frugal.common.evaluation.cli import Options, asked_programs, chosen_tasks
-from frugal.common.evaluation.config import ImageEvaluation, LinearProbe
-from frugal.common.evaluation.programs import Program, installed
+from frugal.common.evaluation.cli import Options, chosen_tasks, chosen_trainings, transfer_tasks
+from frugal.common.evaluation.config import FolderEvaluation, ImageEvaluation, LinearProbe
 from frugal.common.evaluation.suites import SUITES
 from frugal.common.files import write_json
 from frugal.common.loading import Trained, look
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from frugal.common.contracts import EvaluationTask
     from frugal.common.evaluation.bootstrap import Outcomes
     from frugal.common.evaluation.results import Subject
+    from frugal.common.transfer.tasks import TransferTask
 
 
 def evaluate(options: Options) -> None:
@@ -38,6 +38,7 @@ def evaluate(options: Options) -> None:
     found = look(options.checkpoint, options.model, options.weights_key)
     options, url = _with_data(options)
     tasks = chosen_tasks(options, found.recipe)
+    trainings = [_training(word, options, found.recipe) for word in chosen_trainings(options)]
     for task in tasks:
         task.folder()
     engine = replace(found.recipe.engine, device=options.device)
@@ -53,39 +54,57 @@ def evaluate(options: Options) -> None:
             _report_suites(options, scores, _out(options, trained.run), _head(trained))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    for word in asked_programs(options):
-        _train_and_measure(word, options, found.recipe)
+    for evaluation, recipe in trainings:
+        _train_and_measure(evaluation, recipe, options)
 
 
-def _train_and_measure(word: str, options: Options, recipe: Recipe) -> None:
+def _training(word: str, options: Options, trained: Recipe) -> tuple[str, Recipe]:
+    """What a task trains on top of the tower of a model, and the evaluation that measures it.
+
+    Raises:
+        InputError: if a recipe or data is not named, or not there.
+    """
+    task: TransferTask = transfer_tasks()[word].load()
+    if options.recipe is None:
+        raise InputError(
+            f"{word} trains on top of {options.checkpoint}: say how with --recipe, one of "
+            f"{', '.join(task.recipes)}"
+        )
+    if options.data is None:
+        raise InputError(f"{word} needs --data: a folder to train and to measure on")
+    assert trained.run.dir is not None
+    out = options.out or trained.run.dir / "evaluation"
+    recipe = named_recipe(task.recipes, options.recipe)
+    recipe = task.on(recipe, options.checkpoint, options.data, out / word.replace("-", "_"))
+    recipe = replace(recipe, engine=replace(recipe.engine, device=options.device))
+    changes = [f"--{given.removeprefix('--')}" for given in options.training]
+    called = f"python -m frugal.common.evaluate --tasks {word} --recipe {options.recipe} --training"
+    return task.evaluation, overridden(recipe, changes, program=called)
+
+
+def _train_and_measure(evaluation: str, recipe: Recipe, options: Options) -> None:
     """Train on top of the tower, or go on where that was interrupted, then measure the best."""
     from frugal.common.train import train_recipe
 
-    assert recipe.run.dir is not None and options.recipe is not None and options.data is not None
-    program: Program = installed()[word].load()
-    out, name = options.out or recipe.run.dir / "evaluation", word.replace("-", "_")
-    train_on, measured_on = program.parts(options.data)
-    words = [
-        options.recipe,
-        f"--run.start-from={options.checkpoint}",
-        f"--run.dir={out / name}",
-        f"--data.train={train_on}",
-        f"--evaluation.0.data={measured_on}",
-        f"--engine.device={options.device}",
-        *(f"--{given.removeprefix('--')}" for given in options.training),
-    ]
-    called = f"python -m frugal.common.evaluate --tasks {word} --recipe"
-    train_recipe(read_command_line(program.recipes, program=called, arguments=words)[1])
-    best = out / name / "checkpoints" / "best.json"
-    plain = Options(
-        checkpoint=best if best.is_file() else out / name,
-        data=measured_on,
-        tasks=(program.task,),
-        name=options.name or name,
-        out=out,
+    train_recipe(recipe)
+    folder = recipe.run.dir
+    assert folder is not None
+    best = folder / "checkpoints" / "best.json"
+    measured = recipe.evaluation[0]
+    assert isinstance(measured, FolderEvaluation)
+    evaluate(
+        Options(
+            checkpoint=best if best.is_file() else folder,
+            data=measured.data,
+            tasks=(evaluation,),
+            name=options.name or folder.name,
+            out=folder.parent,
+            csv=options.csv,
+            workers=options.workers,
+            device=options.device,
+            precision=options.precision,
+        )
     )
-    asked = {key: getattr(options, key) for key in ("csv", "workers", "device", "precision")}
-    evaluate(replace(plain, **asked))
 
 
 def _out(options: Options, run: Run) -> Path:
@@ -174,7 +193,7 @@ def _with_data(options: Options) -> tuple[Options, str | None]:
     url = None if options.data is None else as_url(options.data)
     if url is None:
         return options, None
-    trains = "linear-probe" in (options.tasks or ()) or asked_programs(options)
+    trains = "linear-probe" in (options.tasks or ()) or chosen_trainings(options)
     splits = ["test", "train"] if trains else ["test"]
     return replace(options, data=fetch(url, splits)), url
 

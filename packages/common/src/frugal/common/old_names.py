@@ -6,6 +6,24 @@ runs and checkpoints of all earlier versions still load.
 
 from __future__ import annotations
 
+_TRANSFER = {
+    "augmentation.RandAugmentedCrop": "augmentation.RandAugmentedCrop",
+    "augmentation.SingleDrawCrop": "augmentation.SingleDrawCrop",
+    "classification.Accuracy": "accuracy.Accuracy",
+    "classification.Classification": "classification.Classification",
+    "classification.ClassifierConfig": "classifier.ClassifierConfig",
+    "classification.LinearProbe": "linear_probing.LinearProbing",
+    "mixing.Mixing": "mixing.Mixing",
+    "mixing.RandomErasing": "mixing.RandomErasing",
+    "photometric.PhotometricDistortion": "photometric.PhotometricDistortion",
+    "segmentation.MeanIoU": "mean_iou.MeanIoU",
+    "segmentation.Segmentation": "segmentation.Segmentation",
+    "segmentation.WarmupLinear": "segmentation.WarmupLinear",
+    "segmentation.SegmenterConfig": "segmenter.SegmenterConfig",
+    "segmentation_data.ScaledCrop": "segmentation_data.ScaledCrop",
+    "segmentation_data.SegmentationData": "segmentation_data.SegmentationData",
+}
+"""Parts that were MILAN's, and are of any image tower."""
 TYPES = {
     "frugal.common.data.colour.ColourJitter": "frugal.common.data.color.ColorJitter",
     "frugal.common.interop.imported_encoder.ImportedEncoder": (
@@ -14,7 +32,7 @@ TYPES = {
     "frugal.common.interop.imported_encoder.TrainedElsewhere": (
         "frugal.common.weights.imported_encoder.TrainedElsewhere"
     ),
-}
+} | {f"frugal.milan.{old}": f"frugal.common.transfer.{new}" for old, new in _TRANSFER.items()}
 FIELDS = {
     "centred": "centered",
     "colour": "color",

@@ -15,17 +15,14 @@ from pathlib import Path
 from frugal.common.models.config import ImageTower
 from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions
 from frugal.common.reduction.image import KeepAll
+from frugal.common.transfer.mean_iou import MeanIoU
+from frugal.common.transfer.photometric import PhotometricDistortion
+from frugal.common.transfer.segmentation import Segmentation, WarmupLinear
+from frugal.common.transfer.segmentation_data import SegmentationData
+from frugal.common.transfer.segmenter import SegmenterConfig, even_taps
+from frugal.common.transfer.tasks import TransferTask, masked_split
 from frugal.milan.encoder import encoder
-from frugal.milan.photometric import PhotometricDistortion
 from frugal.milan.recipes import demo as pretraining_demo
-from frugal.milan.segmentation import (
-    MeanIoU,
-    Segmentation,
-    SegmenterConfig,
-    WarmupLinear,
-    even_taps,
-)
-from frugal.milan.segmentation_data import SegmentationData
 
 _BATCH = 16
 _STEPS = 160_000
@@ -133,3 +130,4 @@ SEGMENTATION: dict[str, Callable[[], Recipe]] = {
     "vit-h14": vit_h14,
     "demo": demo,
 }
+SEGMENTATION_TASK = TransferTask(SEGMENTATION, "segmentation", masked_split)

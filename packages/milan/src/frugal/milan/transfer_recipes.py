@@ -28,16 +28,14 @@ from frugal.common.recipe import (
     WarmupCosine,
 )
 from frugal.common.reduction.image import KeepAll
-from frugal.milan.augmentation import RandAugmentedCrop, SingleDrawCrop
-from frugal.milan.classification import (
-    Accuracy,
-    Classification,
-    ClassifierConfig,
-    LinearProbe,
-    pooled,
-)
+from frugal.common.transfer.accuracy import Accuracy
+from frugal.common.transfer.augmentation import RandAugmentedCrop, SingleDrawCrop
+from frugal.common.transfer.classification import Classification
+from frugal.common.transfer.classifier import ClassifierConfig, pooled
+from frugal.common.transfer.linear_probing import LinearProbing
+from frugal.common.transfer.mixing import Mixing, RandomErasing
+from frugal.common.transfer.tasks import TransferTask, class_folder_split
 from frugal.milan.encoder import encoder
-from frugal.milan.mixing import Mixing, RandomErasing
 from frugal.milan.recipes import demo
 
 IMAGENET_IMAGES = 1_281_167
@@ -234,7 +232,7 @@ def _probing(name: str, *, epochs: int, learning_rate_per_256: float) -> Recipe:
         model=ClassifierConfig(image=encoder(name, positions="learned"), head_init_std=0.01),
         data=ImageData(train=(), augmentation=SingleDrawCrop(), workers=10),
         reduction=Reductions(image=KeepAll()),
-        objective=LinearProbe(),
+        objective=LinearProbing(),
         optimizer=LARS(learning_rate_per_256=learning_rate_per_256),
         schedule=WarmupCosine(
             samples=_epochs(epochs, batch_size=batch_size),
@@ -372,3 +370,5 @@ LINEAR_PROBING: dict[str, Callable[[], Recipe]] = {
     "demo": demo_probing,
     "demo-clip": demo_clip_probing,
 }
+FINE_TUNING_TASK = TransferTask(FINE_TUNING, "accuracy", class_folder_split)
+LINEAR_PROBING_TASK = TransferTask(LINEAR_PROBING, "accuracy", class_folder_split)

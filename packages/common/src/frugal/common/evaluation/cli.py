@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ from frugal.common.evaluation.config import (
     Solver,
     ZeroShot,
 )
-from frugal.common.evaluation.programs import check, installed
 from frugal.common.evaluation.sugarcrepe import has_contrasts
 from frugal.common.evaluation.suites import SUITES, find_parts, metric_of
 from frugal.common.evaluation.task_labels import TASKS
@@ -87,7 +87,8 @@ class Options:
     features: Path | None = None
     """Folder where the embeddings of linear probes are kept; by default features/ in --out."""
     recipe: str | None = None
-    """Of tasks that train: the recipe of their program, such as vit-b16 or demo."""
+    """Of tasks that train: which of their recipes, such as vit-b16 or demo, or the path of a
+    recipe.json."""
     training: tuple[str, ...] = ()
     """Of tasks that train: what the recipe is to do differently, such as schedule.samples=64000."""
     published: bool = False
@@ -135,29 +136,36 @@ def chosen_tasks(options: Options, recipe: Recipe) -> list[EvaluationTask]:
         InputError: if there is nothing to measure, or a flag would have no effect.
     """
     words = _words(options, recipe)
-    programs = asked_programs(options)
-    if (options.recipe or options.training) and not programs:
+    trainings = chosen_trainings(options)
+    if (options.recipe or options.training) and not trainings:
+        known = ", ".join(transfer_tasks())
         raise InputError(
-            f"--recipe and --training are for tasks that train ({', '.join(installed())}); add one "
-            "to --tasks, or leave them out"
+            f"--recipe and --training are for tasks that train ({known}); add one to --tasks, or "
+            "leave them out"
         )
-    for program in programs:
-        check(program, options)
     tasks = [task for word in words for task in _tasks(word, options, recipe)]
-    if not tasks and not programs:
+    if not tasks and not trainings:
         _refuse_nothing(words, options, recipe)
-    if options.name is not None and len(tasks) + len(programs) > 1:
+    if options.name is not None and len(tasks) + len(trainings) > 1:
         raise InputError(
             f"--name {options.name} is for one evaluation, but there are "
-            f"{len(tasks) + len(programs)}; choose one with --tasks"
+            f"{len(tasks) + len(trainings)}; choose one with --tasks"
         )
     _check_flags(options, tasks)
     return [_as_asked(task, options) for task in tasks]
 
 
-def asked_programs(options: Options) -> list[str]:
-    """The tasks that train."""
-    return [word for word in dict.fromkeys(options.tasks or ()) if word in installed()]
+def transfer_tasks() -> dict[str, EntryPoint]:
+    """The tasks that train on top of an image tower, none of them imported.
+
+    See :mod:`frugal.common.transfer.tasks`.
+    """
+    return {point.name: point for point in sorted(entry_points(group="frugal.transfer"))}
+
+
+def chosen_trainings(options: Options) -> list[str]:
+    """The words of those of them that the command line asks for."""
+    return [word for word in dict.fromkeys(options.tasks or ()) if word in transfer_tasks()]
 
 
 def has_text(recipe: Recipe) -> bool:
@@ -179,14 +187,14 @@ def _others(recipe: Recipe) -> dict[str, EvaluationTask]:
 def _words(options: Options, recipe: Recipe) -> list[str]:
     """What to look at."""
     others = _others(recipe)
-    known = [*KINDS, *SUITES, *others, *installed()]
+    known = [*KINDS, *SUITES, *others, *transfer_tasks()]
     if options.tasks is not None:
         if not options.tasks:
             raise InputError(f"--tasks is empty; choose from {', '.join(known)}")
         if unknown := [word for word in options.tasks if word not in known]:
             raise InputError(f"there is no task {unknown[0]!r}; choose from {', '.join(known)}")
         words = list(dict.fromkeys(options.tasks))
-        words = [word for word in words if word not in installed()]
+        words = [word for word in words if word not in transfer_tasks()]
         fitting = words if has_text(recipe) else [*others, *_of_encoders(recipe)]
         if odd := [word for word in words if word not in fitting]:
             _refuse_without_text(options, recipe, odd[0])
@@ -232,7 +240,7 @@ def _refuse_without_text(options: Options, recipe: Recipe, word: str) -> None:
     if others := list(_others(recipe)):
         ways.append(f"its own {' and '.join(others)}: give --data")
     if words := _of_encoders(recipe):
-        trained = f" (or {', '.join(installed())}, which train)" if installed() else ""
+        trained = f" (or {', '.join(transfer_tasks())}, which train)" if transfer_tasks() else ""
         ways.append(f"--tasks {words[0]} --data DATA{trained}")
     if not ways:
         ways.append("the programs of its own method")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,94 +21,161 @@ from frugal.common.contracts import Show
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import Window, resize_window
 from frugal.common.data.loader import Loader
+from frugal.common.data.samples import image_extensions
 from frugal.common.errors import InputError
+from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating
 from frugal.common.evaluation.pictures import example_places
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.files import write_file
+from frugal.common.ranges import Count, Positive, PositiveShare
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
-from frugal.milan.masked_folder import (
+from frugal.common.transfer.masked_folder import (
     IGNORED,
+    MOST_CLASSES,
     MaskedFolder,
     Misfit,
     class_names,
     open_masked_folder,
 )
-from frugal.milan.segmentation import MeanIoU
-from frugal.milan.segmentation_data import fitted_size
-from frugal.milan.segmentation_pictures import paint
+from frugal.common.transfer.pixels import normalized, paint
+from frugal.common.transfer.segmentation_data import fitted_size
 
 _MOST_SCORES = 1 << 26
 """Scores at the resolution of a picture that exist at a time: 256 MiB."""
 _SHOWN = 4
 
 
-def evaluate(
-    task: MeanIoU, folder: Path, model: Any, recipe: Recipe, run: Run, show: Show | None
-) -> dict[str, float | int]:
-    """See :meth:`frugal.milan.segmentation.MeanIoU.evaluate`."""
-    classes = recipe.model.num_classes
-    names = class_names(folder, classes)
-    data = open_masked_folder(folder, task.split, task.image_extensions)
-    pictures = _Pictures(data, task, size=recipe.model.image.height_width, num_classes=classes)
-    shown = set(example_places(len(data), _SHOWN))
-    ranks = Ranks.current()
-    ranks.same_data(data, task.name)
-    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
-    delivered = torch.zeros(len(data), dtype=torch.int64, device=run.device)
-    broken = torch.zeros(len(data), dtype=torch.int64, device=run.device)
-    with evaluating(model), autocast(recipe.engine.precision, run.device):
-        for place, views, labels in pictures.of(ranks, workers=task.workers):
-            with _noting_broken(model, broken[place]):
-                answer = segment(model, task, views, labels.shape, device=run.device)  # (H, W)
-            confusion += confusion_matrix(answer, labels.to(run.device), classes)
-            delivered[place] += 1
-            if show is not None and place in shown:
-                show(f"{task.name}/{place}", _picture(data, place, labels, answer, classes))
-    check_delivery(ranks.sum(delivered).cpu())
-    check_usable("scores", (int((ranks.sum(broken) > 0).sum()), len(data), "pictures"))
-    quality = Quality.of(ranks.sum(confusion).cpu())
-    if not quality.pixels.sum():
-        raise InputError(f"no pixel of the pictures in {data.images} has a class; check the masks")
-    if run.is_main:
-        _write_classes(run.dir / "evaluation" / f"{task.name}_classes.csv", names, quality)
-    if absent := [name for name, iou in zip(names, quality.iou, strict=True) if iou.isnan()]:
-        run.log.warning(
-            "%s: %d of the %d classes are in no picture and no answer, and in no mean: %s%s",
-            task.name,
-            len(absent),
-            classes,
-            ", ".join(absent[:5]),
-            " and others" if len(absent) > 5 else "",
-        )
-    numbers = {
-        "miou": _mean(quality.iou),
-        "pixel_accuracy": quality.pixel_accuracy,
-        "mean_accuracy": _mean(quality.accuracy),
-        "images": len(data),
-        "classes": int((~quality.iou.isnan()).sum()),
-    }
-    return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
+@dataclass(frozen=True, kw_only=True)
+class MeanIoU(FolderEvaluation):
+    """How well the pixels of every class are found: intersection over union, averaged.
+
+    Reads pictures and masks in ADE20K's layout, or a scenes folder with such pictures.
+    Intersections and unions are summed over all pictures, at their own resolution, before they are
+    divided.
+    """
+
+    name: str = "segmentation"
+    """First part of the name of every number."""
+    split: str = "validation"
+    """Name of the folders in images/ and annotations/ that are measured on."""
+    view: Literal["sliding", "whole"] = "sliding"
+    """sliding: the picture, resized to fit 4 times 1 windows, is seen through windows of the size
+    that the model was trained on, and scores are averaged where they overlap. whole: it is
+    stretched to that size."""
+    stride: PositiveShare = 2 / 3
+    """From one window to the next, over the side of a window: 341 pixels of 512. The public
+    configuration of MAE has one half."""
+    scales: tuple[Positive, ...] = (1.0,)
+    """Sizes of the picture, over that of published single-scale numbers; probabilities are
+    averaged. 0.5, 0.75, ... 1.75 for multi-scale numbers."""
+    flip: bool = False
+    """Average with the mirrored picture."""
+    windows: Count = 8
+    """Windows that the model takes at a time."""
+    image_extensions: tuple[str, ...] = image_extensions()
+    """Of the pictures."""
+
+    _part: ClassVar[str] = "segmentation"
+    _scores = ("miou", "pixel_accuracy", "mean_accuracy")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.scales:
+            raise InputError(f"MeanIoU.scales are {self.scales}; give positive factors")
+        if self.view == "whole" and self.scales != (1.0,):
+            raise InputError(
+                f"MeanIoU.scales are {self.scales}, but view=whole has one size; use view=sliding"
+            )
+
+    def folder(self) -> Path | None:
+        """Where the pictures are read from.
+
+        Raises:
+            InputError: if data is given and missing, laid out in another way, lacks masks, or has
+                masks of other pictures.
+        """
+        folder = super().folder()
+        if folder is not None:
+            open_masked_folder(folder, self.split, self.image_extensions).look(MOST_CLASSES)
+        return folder
+
+    def evaluate(
+        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+    ) -> dict[str, float | int]:
+        """``{name}_miou``, ``_pixel_accuracy``, ``_mean_accuracy``, ``_images``, ``_classes``.
+
+        The means are over the classes that occur. Every process of the run calls this and gets the
+        same numbers, whatever their number; {} where there is no data. The first process writes
+        the numbers of every class to ``evaluation/{name}_classes.csv``.
+
+        Raises:
+            InputError: if the data is missing, or a mask is none of its picture or of the model's
+                classes.
+        """
+        folder = self.folder()
+        if folder is None:
+            return self._skip(run)
+        classes = recipe.model.num_classes
+        names = class_names(folder, classes)
+        data = open_masked_folder(folder, self.split, self.image_extensions)
+        pictures = _Pictures(data, self, size=recipe.model.image.height_width, num_classes=classes)
+        shown = set(example_places(len(data), _SHOWN))
+        ranks = Ranks.current()
+        ranks.same_data(data, self.name)
+        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
+        delivered = torch.zeros(len(data), dtype=torch.int64, device=run.device)
+        broken = torch.zeros(len(data), dtype=torch.int64, device=run.device)
+        with evaluating(model), autocast(recipe.engine.precision, run.device):
+            for place, views, labels in pictures.of(ranks, workers=self.workers):
+                with _noting_broken(model, broken[place]):
+                    answer = segment(model, self, views, labels.shape, device=run.device)  # (H, W)
+                confusion += confusion_matrix(answer, labels.to(run.device), classes)
+                delivered[place] += 1
+                if show is not None and place in shown:
+                    show(f"{self.name}/{place}", _picture(data, place, labels, answer, classes))
+        check_delivery(ranks.sum(delivered).cpu())
+        check_usable("scores", (int((ranks.sum(broken) > 0).sum()), len(data), "pictures"))
+        quality = Quality.of(ranks.sum(confusion).cpu())
+        if not quality.pixels.sum():
+            raise InputError(
+                f"no pixel of the pictures in {data.images} has a class; check the masks"
+            )
+        if run.is_main:
+            _write_classes(run.dir / "evaluation" / f"{self.name}_classes.csv", names, quality)
+        if absent := [name for name, iou in zip(names, quality.iou, strict=True) if iou.isnan()]:
+            run.log.warning(
+                "%s: %d of the %d classes are in no picture and no answer, and in no mean: %s%s",
+                self.name,
+                len(absent),
+                classes,
+                ", ".join(absent[:5]),
+                " and others" if len(absent) > 5 else "",
+            )
+        numbers = {
+            "miou": _mean(quality.iou),
+            "pixel_accuracy": quality.pixel_accuracy,
+            "mean_accuracy": _mean(quality.accuracy),
+            "images": len(data),
+            "classes": int((~quality.iou.isnan()).sum()),
+        }
+        return {f"{self.name}_{kind}": number for kind, number in numbers.items()}
 
 
 @contextmanager
 def _noting_broken(model: nn.Module, counter: Tensor) -> Iterator[None]:
     """Count in a () int64 the passes of a model whose scores are not finite."""
 
-    def look(module: nn.Module, arguments: Any, scores: Tensor) -> None:
+    def count(module: nn.Module, arguments: Any, scores: Tensor) -> None:
         del module, arguments
         counter.add_((~scores.isfinite()).any())
 
-    hook = model.register_forward_hook(look)
+    hook = model.register_forward_hook(count)
     try:
         yield
     finally:
         hook.remove()
-
-
-# ------------------------------------------------------------------------------------------------
-# The measure
 
 
 def confusion_matrix(answer: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -140,9 +207,9 @@ class Quality:
     @classmethod
     def of(cls, confusion: Tensor) -> Quality:
         """From (C, C) int64, as :func:`confusion_matrix` counts."""
-        found, truth, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
+        found, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
         return cls(
-            iou=found.double() / (truth + said - found),
+            iou=found.double() / (truth + predicted - found),
             accuracy=found.double() / truth,
             pixels=truth,
             pixel_accuracy=int(found.sum()) / max(int(truth.sum()), 1),
@@ -162,10 +229,6 @@ def _write_classes(path: Path, names: Sequence[str], quality: Quality) -> None:
     for number, row in enumerate(zip(names, *(c.tolist() for c in columns), strict=True)):
         rows.writerow([number + 1, *("" if value != value else value for value in row)])
     write_file(path, text.getvalue())
-
-
-# ------------------------------------------------------------------------------------------------
-# The answer
 
 
 def segment(
@@ -192,7 +255,7 @@ def segment(
     stride = tuple(max(int(task.stride * side), 1) for side in window)
     parts = []
     for view, is_mirrored in product(views, (False, True) if task.flip else (False,)):
-        image = model.normalized(view.to(device))
+        image = normalized(view.to(device), model.config.image)
         image = image.flip(2) if is_mirrored else image
         scores = window_scores(model, image, window=window, stride=stride, at_once=task.windows)
         parts.append(scores.flip(2) if is_mirrored else scores)
@@ -266,10 +329,6 @@ def resized_rows(scores: Tensor, rows: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(
         band[None], size=(len(rows), size[1]), mode="bilinear", align_corners=False
     )[0]
-
-
-# ------------------------------------------------------------------------------------------------
-# The pictures
 
 
 class _Pictures(Dataset[dict[str, Any]]):

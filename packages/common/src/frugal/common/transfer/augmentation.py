@@ -1,4 +1,4 @@
-"""What fine-tuning and probing do to a picture in the loader; nothing here imports torch.
+"""What fine-tuning and probing do to a picture in the loader.
 
 Fine-tuning follows MAE (arXiv:2111.06377, appendix A.2): a random crop, then RandAugment (Cubuk et
 al., arXiv:1909.13719) with timm's operations. Probing follows it too (appendix A.3): the crop of

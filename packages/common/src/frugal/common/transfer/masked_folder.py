@@ -2,7 +2,7 @@
 
 Pictures lie in ``images/<split>``, and for each a PNG file of the same name in
 ``annotations/<split>``: 0 is ignored, 1 the first class (Zhou et al., "Scene Parsing through
-ADE20K Dataset", CVPR 2017). Nothing here imports torch.
+ADE20K Dataset", CVPR 2017).
 """
 
 from __future__ import annotations

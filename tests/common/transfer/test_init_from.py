@@ -18,16 +18,10 @@ from frugal.common.models.positions import resample_grid, sincos_table
 from frugal.common.models.weight_names import to_open_clip
 from frugal.common.recipe import to_json
 from frugal.common.reduction.image import KeepAll
-from frugal.milan.classification import (
-    Classification,
-    ClassifierConfig,
-    LinearProbe,
-    Pooling,
-    pooled,
-)
-from frugal.milan.classifier import VisionClassifier
-from frugal.milan.classifier_training import ClassificationObjective, ProbeObjective
-from frugal.milan.encoder_start import start_encoder, start_head
+from frugal.common.transfer.classification import Classification, ClassificationObjective
+from frugal.common.transfer.classifier import ClassifierConfig, Pooling, VisionClassifier, pooled
+from frugal.common.transfer.init_from import init_encoder, init_head
+from frugal.common.transfer.linear_probing import LinearProbing, ProbeObjective
 from frugal.milan.recipes import demo_pixels
 
 LOG = logging.getLogger("test")
@@ -40,8 +34,8 @@ def classifier(tower: ImageTower = TOWER, classes: int = 7, seed: int = 0) -> Vi
 
 
 def start(model: VisionClassifier, source: Path, *, interpolate: bool = False) -> VisionClassifier:
-    found = start_encoder(model, source, interpolate=interpolate, log=LOG)
-    start_head(model, found, log=LOG)
+    found = init_encoder(model.image, source, interpolate=interpolate, log=LOG)
+    init_head(model, found, log=LOG)
     return model
 
 
@@ -276,7 +270,7 @@ def test_an_encoder_must_be_given() -> None:
     tuned = ClassificationObjective(classifier(), Classification(), reduction=KeepAll(), seed=0)
     with pytest.raises(InputError, match=r"--run\.start-from"):
         tuned.start_from(None, interpolate=False, log=LOG)
-    probe = ProbeObjective(classifier(), LinearProbe(), reduction=KeepAll(), seed=0)
+    probe = ProbeObjective(classifier(), LinearProbing(), reduction=KeepAll(), seed=0)
     with pytest.raises(InputError, match="a linear probe measures an encoder"):
         probe.start_from(None, interpolate=False, log=LOG)
     scratch = Classification(from_scratch=True)

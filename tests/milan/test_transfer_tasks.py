@@ -106,6 +106,10 @@ def test_a_segmenter_is_trained_and_measured(
     [
         (lambda w: w.remove("demo") or w.remove("--recipe"), "say how with --recipe, one of vit-s"),
         (lambda w: w.__setitem__(w.index("demo"), "vit-b99"), "there is no recipe 'vit-b99'"),
+        (
+            lambda w: w.__setitem__(w.index("demo"), "tests/golden/runs_before/flip/recipe.json"),
+            "the recipe trains nothing on top of an image tower; choose from vit-s16",
+        ),
         (lambda w: w.__setitem__(3, "/nowhere"), "give a folder with images to train on in train/"),
         (lambda w: w.__setitem__(w.index("milan-finetune"), "linear-probe"), "add one to --tasks"),
     ],

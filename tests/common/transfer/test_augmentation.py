@@ -10,7 +10,7 @@ from timm.data.auto_augment import rand_augment_transform
 
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.errors import InputError
-from frugal.milan.augmentation import RandAugmentedCrop
+from frugal.common.transfer.augmentation import RandAugmentedCrop
 
 SIZE = (20, 28)
 

@@ -1,4 +1,4 @@
-"""Random changes of color for segmentation, on the device; nothing here imports torch early.
+"""Random changes of color for segmentation, made on the device.
 
 SSD's distortion (Liu et al., arXiv:1512.02325) as mmsegmentation has it: every change happens or
 not on its own, and leaves whole gray levels.
@@ -7,16 +7,15 @@ not on its own, and leaves whole gray levels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
+
+import torch
+from torch import Tensor
 
 from frugal.common.data.color import Changes, HueShare, change_colors
 from frugal.common.errors import InputError
+from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import NotNegative, Probability, Range, check_ranges
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from frugal.common.randomness import NoiseSource
 
 PURPOSE = "photometric distortion"
 """Name of the noise that decides how the colors of an image change."""
@@ -93,8 +92,6 @@ def _saturate(levels: Tensor, factor: Tensor) -> Tensor:
 
 def _turn_hue(levels: Tensor, turn: Tensor) -> Tensor:
     """(B, 3, H, W) whole levels whose hues are turned by (B,) shares of the color circle."""
-    import torch
-
     always = torch.ones_like(turn, dtype=torch.bool)
     order = torch.arange(4, device=turn.device).flip(0).expand(len(turn), 4)  # the hue comes first
     amounts = torch.ones_like(order, dtype=turn.dtype)

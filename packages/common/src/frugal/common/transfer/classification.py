@@ -1,28 +1,68 @@
-"""What trains a classifier: all of it (fine-tuning), or its last layer (linear probe)."""
+"""Fine-tuning of an image tower on images with classes, every weight trained.
+
+Source: MAE (arXiv:2111.06377, appendix A.2) and MILAN (arXiv:2208.06049). Linear probing, which
+does much alike, takes it from here.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
+import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from frugal.common.contracts import Batch, ImageReduction
+from frugal.common.contracts import Batch, ImageReduction, PreparedReduction
+from frugal.common.data.config import ImageData
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
+from frugal.common.models.batch_norm import sum_over_processes
 from frugal.common.models.flops import image_flops
-from frugal.common.randomness import SampleNoise
+from frugal.common.objectives.gather import place_in_world
+from frugal.common.randomness import SampleNoise, weight_generator
+from frugal.common.ranges import Range, check_ranges
+from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Kept, PatchView
-from frugal.milan.classification import Classification, LinearProbe
-from frugal.milan.classifier import FeatureNorm, VisionClassifier, mean_over_valid
-from frugal.milan.encoder_start import start_encoder, start_head
-from frugal.milan.mixing import mix, swap_neighbors
+from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier
+from frugal.common.transfer.init_from import init_encoder, init_head
+from frugal.common.transfer.mixing import Mixing, RandomErasing, mix, swap_neighbors
+from frugal.common.transfer.pixels import normalized, side_by_side
 
-if TYPE_CHECKING:
-    import numpy as np
+_Smoothing = Annotated[float, Range(least=0, below=1, words="must be at least 0 and less than 1")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Tell the class of an image; every weight is trained."""
+
+    smoothing: _Smoothing = 0.0
+    """Share of every label that is spread over all classes."""
+    erasing: RandomErasing = field(default_factory=lambda: RandomErasing(probability=0.0))
+    """Noise in a random rectangle; by default none."""
+    mixing: Mixing = field(default_factory=lambda: Mixing(mixup=0.0, cutmix=0.0))
+    """Mixup and CutMix; by default neither."""
+    from_scratch: bool = False
+    """Train random weights, without --run.start-from."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "objective")
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that does not train a classifier."""
+        check_classifier(recipe)
+        if self.from_scratch and recipe.run.start_from is not None:
+            raise InputError(
+                f"objective.from_scratch trains random weights, but run.start_from is "
+                f"{recipe.run.start_from}; choose one of them"
+            )
+
+    def build(self, recipe: Recipe) -> ClassificationObjective:
+        """The objective with freshly drawn weights, on the CPU in float32."""
+        return ClassificationObjective(
+            build_classifier(recipe), self, reduction=recipe.reduction.image, seed=recipe.run.seed
+        )
 
 
 class ClassificationObjective(nn.Module):
@@ -58,10 +98,11 @@ class ClassificationObjective(nn.Module):
         """
         labels = batch_labels(batch)
         images, shares = self._changed(batch)
-        kept = _keep(self.reduction, images, batch, self.model, self._seed)
+        view = PatchView.of(images, self.model.config.image)
+        kept = self.reduction.keep(view, noise=SampleNoise(self._seed, batch.sample_numbers))
         scores = self.model(images, kept).float()  # (B, C)
         losses = smoothed_cross_entropy(scores, labels, shares, smoothing=self._config.smoothing)
-        metrics = _token_metrics(self.model, kept, batch)
+        metrics = token_metrics(self.model, kept, batch)
         if shares is None:
             right = (scores.detach().argmax(1) == labels).float()
             metrics["accuracy"] = mean_over_valid(right, batch.valid)
@@ -73,7 +114,7 @@ class ClassificationObjective(nn.Module):
         images = batch.images
         if config.erasing.probability == 0 and config.mixing.is_off:
             return images, None
-        images = _normalized(images, self.model.config.image)
+        images = normalized(images, self.model.config.image)
         images = config.erasing.apply(images, seed=self._seed, sample_numbers=numbers)
         if config.mixing.is_off:
             return images, None
@@ -96,8 +137,8 @@ class ClassificationObjective(nn.Module):
             InputError: if there is no source, or its tower is not the model's.
         """
         if source is not None:
-            found = start_encoder(self.model, source, interpolate=interpolate, log=log)
-            start_head(self.model, found, log=log)
+            found = init_encoder(self.model.image, source, interpolate=interpolate, log=log)
+            init_head(self.model, found, log=log)
         elif not self._config.from_scratch:
             raise InputError(
                 "fine-tuning needs an encoder: give a pretraining run or a file of weights with "
@@ -110,7 +151,7 @@ class ClassificationObjective(nn.Module):
 
     def step_flops(self, metrics: dict[str, float]) -> float:
         """Forward and backward FLOPs of one sample; the backward pass costs twice the forward."""
-        return 3 * _forward_flops(self.model, metrics)
+        return 3 * forward_flops(self.model, metrics)
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> np.ndarray:
@@ -118,76 +159,7 @@ class ClassificationObjective(nn.Module):
         if len(batch) % 2 and not self._config.mixing.is_off:
             batch = batch.rows(0, len(batch) - 1)
         images, _ = self._changed(batch)
-        return _picture(images, self.model.config.image)
-
-
-class ProbeObjective(nn.Module):
-    """Images of a batch to their cross-entropy; a batch norm and a linear layer are trained."""
-
-    def __init__(
-        self,
-        model: VisionClassifier,
-        config: LinearProbe,
-        *,
-        reduction: ImageReduction,
-        seed: int,
-    ) -> None:
-        """Take the model, freeze its tower and put a batch norm before its linear layer.
-
-        Args:
-            model: the classifier.
-            config: what the batch norm is computed from.
-            reduction: which patches stay.
-            seed: the run's.
-        """
-        super().__init__()
-        norm = FeatureNorm(model.config.image.width, of=config.statistics)
-        model.head = nn.Sequential(norm, model.head)
-        model.freeze_features()
-        self.model = model
-        self.reduction = reduction
-        self._seed = seed
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics): the mean of the loss over the processes is that of their joint batch."""
-        labels = batch_labels(batch)
-        kept = _keep(self.reduction, batch.images, batch, self.model, self._seed)
-        norm, linear = self.model.head.children()
-        with torch.no_grad():
-            features = self.model.features(batch.images, kept)  # (B, D)
-        scores = linear(norm(features, batch.valid)).float()  # (B, C)
-        losses = F.cross_entropy(scores, labels, reduction="none")
-        right = (scores.detach().argmax(1) == labels).float()
-        metrics = {
-            **_token_metrics(self.model, kept, batch),
-            "accuracy": mean_over_valid(right, batch.valid),
-        }
-        return mean_over_valid(losses, batch.valid), metrics
-
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> None:
-        """Take the tower of a pretraining run or file.
-
-        Raises:
-            InputError: if there is no source, or its tower is not the model's.
-        """
-        if source is None:
-            raise InputError(
-                "a linear probe measures an encoder: give a pretraining run or a file of weights "
-                "with --run.start-from"
-            )
-        start_encoder(self.model, source, interpolate=interpolate, log=log)
-
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """None: no parameter is kept within bounds."""
-        return {}
-
-    def step_flops(self, metrics: dict[str, float]) -> float:
-        """Forward FLOPs of one sample; what the linear layer needs backward does not count."""
-        return _forward_flops(self.model, metrics)
-
-    def draw(self, batch: Batch) -> np.ndarray:
-        """Images as the model sees them: (3, H, B W) uint8."""
-        return _picture(batch.images, self.model.config.image)
+        return side_by_side(images, self.model.config.image)
 
 
 def batch_labels(batch: Batch) -> Tensor:
@@ -224,40 +196,66 @@ def smoothed_cross_entropy(
     return -(1 - smoothing) * own - smoothing * log_probabilities.mean(1)
 
 
-def _keep(
-    reduction: ImageReduction, images: Tensor, batch: Batch, model: VisionClassifier, seed: int
-) -> Kept | None:
-    view = PatchView.of(images, model.config.image)
-    return reduction.keep(view, noise=SampleNoise(seed, batch.sample_numbers))
-
-
-def _token_metrics(model: VisionClassifier, kept: Kept | None, batch: Batch) -> dict[str, Tensor]:
+def token_metrics(model: VisionClassifier, kept: Kept | None, batch: Batch) -> dict[str, Tensor]:
+    """``image_tokens``: the mean number of tokens that the tower saw of one image."""
     tower = model.config.image
     patches = batch.sample_numbers.new_full((len(batch),), tower.num_patches)
     counts = patches if kept is None else kept.counts
     return {"image_tokens": counts.float().mean() + (tower.class_token != "none")}
 
 
-def _forward_flops(model: VisionClassifier, metrics: dict[str, float]) -> float:
+def forward_flops(model: VisionClassifier, metrics: dict[str, float]) -> float:
+    """Forward FLOPs of one image, whose tokens are those of :func:`token_metrics`."""
     tower = model.config.image
     patches = metrics["image_tokens"] - (tower.class_token != "none")
     return image_flops(tower, patches) + 2 * tower.width * model.config.num_classes
 
 
-def _channels(values: Any, images: Tensor) -> Tensor:
-    return torch.tensor(values, device=images.device).view(3, 1, 1)
+def check_classifier(recipe: Recipe) -> None:
+    """Refuse what no classifier can be trained with."""
+    if not isinstance(recipe.data, ImageData):
+        raise InputError(
+            f"a classifier needs images with classes, but data is {type(recipe.data).__name__}; "
+            "choose ImageData"
+        )
+    if not isinstance(recipe.model, ClassifierConfig):
+        raise InputError(
+            "a classifier needs a model with classes (frugal.common.transfer.classifier."
+            f"ClassifierConfig), not {type(recipe.model).__name__}"
+        )
+    if recipe.model.image.positions != "learned":
+        raise InputError(
+            f"model.image.positions is {recipe.model.image.positions!r}, but a classifier has its "
+            "positions as weights; choose learned, which starts from the encoder's table"
+        )
+    image = recipe.reduction.image
+    if isinstance(image, PreparedReduction) and image.images_to_see:
+        raise InputError(
+            f"reduction.image looks for its {image.measured[0]} on the first images of a run, "
+            f"which a classifier does not show; give --reduction.image.{image.measured[0]}"
+        )
+    if recipe.reduction.text is not None:
+        raise InputError(
+            "reduction.text is given, but a classifier reads no captions; leave it out"
+        )
+    if recipe.engine.cache_chunk is not None:
+        raise InputError(
+            "engine.cache_chunk is for losses that compare samples with each other; for a "
+            "classifier use engine.accumulate"
+        )
 
 
-def _normalized(images: Tensor, tower: ImageTower) -> Tensor:
-    """(B, 3, H, W) float32 as the tower takes it."""
-    if images.dtype != torch.uint8:
-        return images
-    return (images / 255 - _channels(tower.mean, images)) / _channels(tower.std, images)
+def build_classifier(recipe: Recipe) -> VisionClassifier:
+    """The model of a recipe, with freshly drawn weights, on the CPU in float32."""
+    model: VisionClassifier = recipe.model.build(weight_generator(recipe.run.seed))
+    model.image.blocks.checkpoint_activations = recipe.engine.checkpoint_activations
+    if recipe.engine.compile:
+        model.image.compile()
+    return model
 
 
-def _picture(images: Tensor, tower: ImageTower) -> np.ndarray:
-    """(B, 3, H, W) images beside each other: (3, H, B W) uint8."""
-    if images.dtype != torch.uint8:
-        levels = images * _channels(tower.std, images) + _channels(tower.mean, images)
-        images = (levels * 255).round().clamp(0, 255).to(torch.uint8)
-    return images.permute(1, 2, 0, 3).flatten(2).cpu().numpy()
+def mean_over_valid(values: Tensor, valid: Tensor) -> Tensor:
+    """A scalar whose mean over the processes is the mean of all valid values; any one shape."""
+    world_size = place_in_world()[1]
+    count = sum_over_processes(valid.sum()).clamp(min=1)
+    return torch.where(valid, values, 0.0).sum() * (world_size / count)

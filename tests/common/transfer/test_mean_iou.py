@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
-from frugal.milan.mean_iou import (
+from frugal.common.transfer.mean_iou import (
+    MeanIoU,
     Quality,
     confusion_matrix,
     resized_rows,
@@ -22,8 +23,7 @@ from frugal.milan.mean_iou import (
     window_scores,
     window_starts,
 )
-from frugal.milan.segmentation import MeanIoU
-from frugal.milan.segmentation_data import fitted_size
+from frugal.common.transfer.segmentation_data import fitted_size
 
 # ------------------------------------------------------------------------------------------------
 # The measure

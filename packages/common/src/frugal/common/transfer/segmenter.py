@@ -1,20 +1,21 @@
-"""The segmenter, and what trains it: UperNet's heads on four levels of a vision transformer."""
+"""The model of segmentation: UperNet's heads on four levels of a vision transformer.
+
+UperNet (Xiao et al., arXiv:1807.10221) stands on an encoder after masked pretraining, as MAE
+(arXiv:2111.06377, appendix A.4) and BEiT (arXiv:2106.08254) are measured on ADE20K.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Self, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import UperNetConfig
-from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
 from typing_extensions import override
 
-from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import SharedBatchNorm, precise, share_statistics
 from frugal.common.models.config import ImageTower
@@ -22,15 +23,64 @@ from frugal.common.models.flops import image_flops
 from frugal.common.models.initialize import initialize_flip
 from frugal.common.models.positions import sincos_table
 from frugal.common.models.vit import ImageTransformer
-from frugal.common.randomness import SampleNoise
-from frugal.milan.classifier import mean_over_valid
-from frugal.milan.encoder_start import start_encoder
-from frugal.milan.masked_folder import IGNORED, PADDING
-from frugal.milan.segmentation import Segmentation, SegmenterConfig
-from frugal.milan.segmentation_pictures import paint
+from frugal.common.ranges import Count, Range, ShareBelowOne, check_ranges
+from frugal.common.transfer.masked_folder import MOST_CLASSES
 
-if TYPE_CHECKING:
-    import numpy as np
+
+def even_taps(depth: int) -> tuple[int, int, int, int]:
+    """Blocks at a third, a half, two thirds and the end: 4, 6, 8, 12 and 8, 12, 16, 24."""
+    return round(depth / 3), depth // 2, round(2 * depth / 3), depth
+
+
+_Classes = Annotated[int, Range(least=2, most=MOST_CLASSES)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterConfig:
+    """A vision transformer whose blocks put out four levels of features, and UperNet on them."""
+
+    image: ImageTower
+    num_classes: _Classes = 150
+    taps: tuple[int, int, int, int]
+    """Blocks, counted from 1, whose outputs are the levels, finest first; the last is the last."""
+    width: Count | None = None
+    """Channels of UperNet; without it as many as the tower has."""
+    pool_scales: tuple[Count, ...] = (1, 2, 3, 6)
+    """Sides of what UperNet pools the coarsest level to."""
+    auxiliary_width: Count = 256
+    """Channels of the convolution on the third level, which only training reads."""
+    dropout: ShareBelowOne = 0.1
+    """Share of the channels that are dropped before each of the two classifiers."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model")
+        object.__setattr__(self, "taps", tuple(self.taps))
+        if len(self.taps) != 4 or sorted({*self.taps, 0}) != [0, *self.taps]:
+            raise InputError(
+                f"model.taps are {self.taps}; give four blocks, counted from 1, in ascending order"
+            )
+        if self.taps[-1] != self.image.depth:
+            raise InputError(
+                f"model.taps end at block {self.taps[-1]}, but model.image.depth is "
+                f"{self.image.depth}; end at the last block, such as with "
+                f"{' '.join(map(str, even_taps(self.image.depth)))}"
+            )
+        if min(self.image.grid) < 2:
+            raise InputError(
+                f"images of {self.image.height_width} pixels are "
+                f"{self.image.grid[0]}x{self.image.grid[1]} patches, too few for the coarsest "
+                "level; use larger images or smaller patches"
+            )
+        if not self.pool_scales:
+            raise InputError(
+                f"model.pool_scales are {self.pool_scales}; give sides of at least 1, such as "
+                "1 2 3 6"
+            )
+
+    def build(self, generator: torch.Generator) -> Segmenter:
+        """The model, on the CPU in float32, with weights drawn from ``generator``."""
+        return Segmenter.initialized(self, generator)
+
 
 _CLASSIFIER_STD = 0.01
 
@@ -77,6 +127,9 @@ class Segmenter(nn.Module):
 
     def __init__(self, config: SegmenterConfig) -> None:
         """Parameters are uninitialized in effect; see :meth:`initialized`."""
+        from transformers import UperNetConfig
+        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
         super().__init__()
         self.config = config
         tower, width = config.image, config.width or config.image.width
@@ -141,16 +194,6 @@ class Segmenter(nn.Module):
         levels = self.levels(images)
         return self.decode_head(levels), self.auxiliary_head(levels)
 
-    def normalized(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 images in float32 as the tower takes them."""
-        mean, std = _channels(self.config.image, images)
-        return (images / 255 - mean) / std
-
-    def shown(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`normalized`."""
-        mean, std = _channels(self.config.image, images)
-        return ((images * std + mean) * 255).round().clamp(0, 255).byte()
-
 
 def _initialize_convolution(
     layer: nn.Conv2d | nn.ConvTranspose2d, generator: torch.Generator
@@ -172,112 +215,9 @@ def _initialize_convolution(
         layer.bias.zero_()
 
 
-def enlarged(scores: Tensor, size: Any) -> Tensor:
+def enlarged(scores: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, h, w) scores at another (height, width), in float32 at least."""
     return F.interpolate(precise(scores), size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def _channels(tower: ImageTower, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(3, 1, 1) each: the mean and the standard deviation of a tower's images."""
-    mean, std = torch.tensor((tower.mean, tower.std), device=images.device)[..., None, None]
-    return mean, std
-
-
-class SegmentationObjective(nn.Module):
-    """Images of a batch to the cross-entropy of their pixels, every weight trained."""
-
-    def __init__(self, model: Segmenter, config: Segmentation, *, seed: int) -> None:
-        """Take the model and train it.
-
-        Args:
-            model: the segmenter.
-            config: the weight of the auxiliary head; how colors are changed.
-            seed: the run's; with the number of a sample it decides about every change.
-        """
-        super().__init__()
-        self.model = model
-        self._config = config
-        self._seed = seed
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics): the mean of the loss over the processes is that of their joint batch.
-
-        Every pixel counts alike that has a class; others, and damaged samples, count nowhere, in
-        batch norm neither.
-        """
-        images, labels = self._seen(batch)
-        known = labels != IGNORED  # (B, H, W)
-        main, auxiliary = (enlarged(scores, labels.shape[1:]) for scores in self.model.both(images))
-        main_loss, auxiliary_loss = (
-            mean_over_valid(_losses(scores, labels), known) for scores in (main, auxiliary)
-        )
-        right = (main.detach().argmax(1) == labels).float()
-        tower = self.model.config.image
-        metrics = {
-            "main_loss": main_loss.detach(),
-            "auxiliary_loss": auxiliary_loss.detach(),
-            "pixel_accuracy": mean_over_valid(right, known),
-            "image_tokens": main_loss.new_tensor(_tokens(tower)),
-        }
-        return main_loss + self._config.auxiliary_weight * auxiliary_loss, metrics
-
-    def counted(self, batch: Batch) -> Tensor:
-        """(): the pixels that have a class."""
-        assert batch.labels is not None
-        has_class = (batch.labels != PADDING) & (batch.labels != IGNORED)  # (B, H, W)
-        return (has_class & batch.valid[:, None, None]).sum()
-
-    def _seen(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Normalized images (B, 3, H, W) and labels (B, H, W) int64 of the samples that count."""
-        assert batch.labels is not None
-        images, labels, numbers = batch.images, batch.labels, batch.sample_numbers
-        if batch.damage:  # known without asking the device
-            images, labels, numbers = (part[batch.valid] for part in (images, labels, numbers))
-        noise = SampleNoise(self._seed, numbers)
-        images = self.model.normalized(self._config.distortion.apply(images, noise=noise))
-        is_padding = labels == PADDING
-        images = images.masked_fill(is_padding[:, None], 0.0)
-        return images, labels.long().masked_fill(is_padding, IGNORED)
-
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> None:
-        """Take the tower of a pretraining run or file.
-
-        Raises:
-            InputError: if there is no source, or its tower is not the model's.
-        """
-        if source is not None:
-            start_encoder(cast("Any", self.model), source, interpolate=interpolate, log=log)
-        elif not self._config.from_scratch:
-            raise InputError(
-                "segmentation needs an encoder: give a pretraining run or a file of weights with "
-                "--run.start-from, or train random weights with --objective.from-scratch"
-            )
-
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """None: no parameter is kept within bounds."""
-        return {}
-
-    def step_flops(self, metrics: dict[str, float]) -> float:
-        """Forward and backward FLOPs of one sample; the backward pass costs twice the forward."""
-        del metrics
-        return 3 * segmenter_flops(self.model.config)
-
-    @torch.no_grad()
-    def draw(self, batch: Batch) -> np.ndarray:
-        """Images as the model sees them above their classes: (3, 2 H, B W) uint8."""
-        images, labels = self._seen(batch)
-        classes = paint(labels.cpu().numpy(), self.model.config.num_classes)  # (B, 3, H, W)
-        both = torch.cat([self.model.shown(images).cpu(), torch.from_numpy(classes)], dim=2)
-        return both.permute(1, 2, 0, 3).flatten(2).numpy()
-
-
-def _losses(scores: Tensor, labels: Tensor) -> Tensor:
-    """(B, H, W) cross-entropies of (B, C, H, W) scores; 0 where a label is ignored."""
-    return F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="none")
-
-
-def _tokens(tower: ImageTower) -> float:
-    return float(tower.num_patches + (tower.class_token != "none"))
 
 
 def segmenter_flops(config: SegmenterConfig) -> float:

@@ -17,7 +17,8 @@ from frugal.common.errors import InputError
 from frugal.common.models.config import ImageTower
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
-from frugal.milan.classification import Accuracy, ClassifierConfig
+from frugal.common.transfer.accuracy import Accuracy
+from frugal.common.transfer.classifier import ClassifierConfig
 from frugal.milan.transfer_recipes import FINE_TUNING
 
 TOWER = ImageTower(width=16, depth=1, heads=2, mlp_width=16, patch_size=8, image_size=16)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.randomness import SampleNoise
+from frugal.common.randomness import NoiseSource, SampleNoise
 from frugal.common.ranges import (
     CountOrZero,
     NotNegative,
@@ -21,11 +24,6 @@ from frugal.common.ranges import (
     Share,
     check_ranges,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from frugal.common.randomness import NoiseSource
 
 _TRIES = 10
 _CHUNK_NUMBERS = 1 << 22
@@ -42,8 +40,6 @@ class Boxes(NamedTuple):
 
     def mask(self, height: int, width: int) -> Tensor:
         """(B, 1, H, W) bool: True inside."""
-        import torch
-
         row = torch.arange(height, device=self.top.device)[:, None]
         column = torch.arange(width, device=self.top.device)
         top, bottom, left, right = (side.view(-1, 1, 1, 1) for side in self)
@@ -81,8 +77,6 @@ class RandomErasing:
 
     def boxes(self, height: int, width: int, *, noise: NoiseSource) -> Boxes:
         """The rectangle that each image loses: the first of ten drawn ones that fits."""
-        import torch
-
         draws = noise.uniform("erase", 3 + 2 * _TRIES)  # (B, 23)
         (least, largest), (low, high) = self.area, map(math.log, self.ratio)
         area = (least + (largest - least) * draws[:, 3 : 3 + _TRIES]) * (height * width)
@@ -98,8 +92,6 @@ class RandomErasing:
 
     def apply(self, images: Tensor, *, seed: int, sample_numbers: Tensor) -> Tensor:
         """(B, 3, H, W) normalized float images with their rectangles full of normal noise."""
-        import torch
-
         if self.probability == 0:
             return images
         height, width = images.shape[2:]
@@ -153,8 +145,6 @@ class Mixing:
             The share that it keeps, (B,) float32, as its label has it, and the rectangle that is
             swapped, which is empty for mixup.
         """
-        import torch
-
         noise = SampleNoise(seed, sample_numbers // self.together)
         draws = noise.uniform("mix", 3)  # (B, 3)
         has_both = self.mixup > 0 and self.cutmix > 0
@@ -170,8 +160,6 @@ class Mixing:
 
 def _clipped(down: Tensor, across: Tensor, side: Tensor, *, height: int, width: int) -> Boxes:
     """Rectangles of a share of both sides around random pixels, cut off where the image ends."""
-    import torch
-
     tall, wide = ((side * length).to(torch.int64) for length in (height, width))
     row, column = (down * height).to(torch.int64), (across * width).to(torch.int64)
     return Boxes(
@@ -194,8 +182,6 @@ def mix(images: Tensor, shares: Tensor, boxes: Boxes, *, mixes: Tensor) -> Tenso
     Returns:
         (B, 3, H, W).
     """
-    import torch
-
     partner = swap_neighbors(images)
     share = shares.view(-1, 1, 1, 1).to(images.dtype)
     inside = boxes.mask(*images.shape[2:])
@@ -212,8 +198,6 @@ def swap_neighbors(values: Tensor) -> Tensor:
 
 def normal(noise: NoiseSource, purpose: str, count: int) -> Tensor:
     """(B, count) numbers of a standard normal distribution, count even (Box and Muller, 1958)."""
-    import torch
-
     draws = noise.uniform(purpose, count + count % 2)
     radius, angle = draws.chunk(2, dim=1)
     radius = (-2 * (1 - radius).log()).sqrt()

@@ -1,4 +1,4 @@
-"""Where a classifier gets its first weights: the tower, and perhaps the head, of another model.
+"""The first weights of what stands on an image tower: those of the tower of another model.
 
 Source: MILAN (arXiv:2208.06049) and MAE (arXiv:2111.06377, appendix A.2). Everything a tower needs
 must be there; what may be missing or left over is named here.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -19,10 +18,9 @@ from frugal.common.models.config import ImageTower
 from frugal.common.models.in_words import some
 from frugal.common.models.positions import image_table
 from frugal.common.models.same_function import refuse_other_function
+from frugal.common.models.vit import ImageTransformer
+from frugal.common.transfer.classifier import VisionClassifier
 from frugal.common.weights.encoder_weights import EncoderWeights, read_encoder
-
-if TYPE_CHECKING:
-    from frugal.milan.classifier import VisionClassifier
 
 _FREE = {
     "pooling": "what is on top of the tower is new, or compared by its shape",
@@ -35,13 +33,13 @@ _LEFT_OUT = ("projection.",)
 """Of a tower: leads into the space that it shares with texts."""
 
 
-def start_encoder(
-    model: VisionClassifier, source: Path, *, interpolate: bool, log: logging.Logger
+def init_encoder(
+    image: ImageTransformer, source: Path, *, interpolate: bool, log: logging.Logger
 ) -> EncoderWeights:
-    """Give a classifier the tower of a run, a file or a folder.
+    """Give an image tower the weights of that of a run, a file or a folder.
 
     Args:
-        model: whose tower has learned positions; they start from those of the source.
+        image: has learned positions; they start from those of the source.
         source: see :mod:`frugal.common.weights.encoder_weights`.
         interpolate: whether positions may be brought to another grid.
         log: told what was taken.
@@ -50,14 +48,13 @@ def start_encoder(
         What was read.
 
     Raises:
-        InputError: if it holds no tower, or another one than the model's; the model is unchanged
-            then.
+        InputError: if it holds no tower, or another one than this; this one is unchanged then.
     """
     is_best = source.name == BEST and source.is_file()
     found = read_encoder(find_checkpoint(source).folder if is_best else source)
     refuse_other_function(
         found.tower,
-        model.config.image,
+        image.config,
         part="model.image",
         what=f"the encoder of {source}",
         log=log,
@@ -65,13 +62,13 @@ def start_encoder(
         free=_FREE,
     )
     notes = [str(source)]
-    if found.tower.grid != model.config.image.grid:
-        notes.append(_resized(found.tower, model.config.image, source, interpolate=interpolate))
-    found = _with_learned_table(found).for_images(model.config.image.height_width)
+    if found.tower.grid != image.config.grid:
+        notes.append(_resized(found.tower, image.config, source, interpolate=interpolate))
+    found = _with_learned_table(found).for_images(image.config.height_width)
     state = {n: t for n, t in found.state.items() if not n.startswith(_LEFT_OUT)}
-    if isinstance(model.image.norm, nn.Identity):  # pooled features have a norm of their own
+    if isinstance(image.norm, nn.Identity):  # pooled features have a norm of their own
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
-    wanted = model.image.state_dict()
+    wanted = image.state_dict()
     if missing := sorted(wanted.keys() - state.keys()):
         raise InputError(
             f"the encoder of {source} has no {some(missing)}, which this model needs"
@@ -93,12 +90,12 @@ def start_encoder(
                 f"{name} of the encoder of {source} has the shape {tuple(state[name].shape)}, here "
                 f"it has {tuple(tensor.shape)}; fine-tune a model of the same shape"
             )
-    model.image.load_state_dict(state)
+    image.load_state_dict(state)
     log.info("the encoder starts from %s: %d tensors", ", ".join(notes), len(state))
     return found
 
 
-def start_head(model: VisionClassifier, found: EncoderWeights, *, log: logging.Logger) -> None:
+def init_head(model: VisionClassifier, found: EncoderWeights, *, log: logging.Logger) -> None:
     """Give a classifier the head of a fine-tuned model, and the norm before it, where they fit."""
     fresh = []
     for name, part in (("fc_norm", model.fc_norm), ("head", model.head)):

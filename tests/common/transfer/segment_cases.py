@@ -12,8 +12,9 @@ from frugal.common.contracts import Batch
 from frugal.common.models.config import ImageTower
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
-from frugal.milan.segmentation import Segmentation, SegmenterConfig
-from frugal.milan.segmentation_data import SegmentationData
+from frugal.common.transfer.segmentation import Segmentation
+from frugal.common.transfer.segmentation_data import SegmentationData
+from frugal.common.transfer.segmenter import SegmenterConfig
 from frugal.milan.segmentation_recipes import demo
 
 TOWER = ImageTower(width=16, depth=4, heads=2, mlp_width=32, patch_size=8, image_size=(32, 48))

@@ -1,19 +1,56 @@
-"""A vision transformer that tells classes, and the norm of a linear probe."""
+"""The model of fine-tuning and linear probing: a vision transformer and a linear layer on it."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
+from frugal.common.models.config import ImageTower
 from frugal.common.models.positions import sincos_table
 from frugal.common.models.vit import ImageTransformer
-from frugal.common.objectives.gather import place_in_world
+from frugal.common.ranges import Range, check_ranges
 from frugal.common.reduction.image import Kept
-from frugal.milan.classification import ClassifierConfig
+
+Pooling = Literal["class", "mean", "mean_all"]
+"""MAE's and MILAN's three: the class token behind the last norm (cls), or the mean of the patches
+(global_pool) or of all tokens (global_pool_wcls) before a norm of its own."""
+
+
+def pooled(tower: ImageTower, pooling: Pooling) -> ImageTower:
+    """A tower that pools in one of the three ways."""
+    return replace(tower, pooling=pooling, norm_after_pooling=pooling != "class")
+
+
+_Classes = Annotated[
+    int,
+    Range(
+        least=2,
+        words="must be at least 2: with fewer classes there is nothing to tell apart",
+    ),
+]
+_HeadStd = Annotated[float, Range(above=0, hint="the released code uses 0.02, MAE's 2e-5")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """A vision transformer and a linear layer on what it pools."""
+
+    image: ImageTower
+    num_classes: _Classes = 1000
+    head_init_std: _HeadStd = 0.02
+    """Standard deviation of the linear layer's first weights."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model")
+
+    def build(self, generator: torch.Generator) -> VisionClassifier:
+        """The model, on the CPU in float32, with weights drawn from ``generator``."""
+        return VisionClassifier.initialized(self, generator)
+
 
 _STD = 0.02
 
@@ -94,77 +131,3 @@ def _as_convolution(layer: nn.Linear, generator: torch.Generator) -> None:
 
 def _truncated_normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
     nn.init.trunc_normal_(tensor, std=std, a=-2.0, b=2.0, generator=generator)
-
-
-class FeatureNorm(nn.Module):
-    """Batch norm of features that carry no gradient, without learned factors.
-
-    Buffers have the names of ``nn.BatchNorm1d`` and its meaning: ``running_var`` is unbiased.
-    """
-
-    epsilon = 1e-6
-    momentum = 0.1
-
-    def __init__(self, width: int, *, of: Literal["all_processes", "each_process"]) -> None:
-        super().__init__()
-        self._of = of
-        self.running_mean: Tensor
-        self.running_var: Tensor
-        self.num_batches_tracked: Tensor
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(B, D) float32, normalized by the batch in training and by what was seen otherwise.
-
-        Args:
-            features: (B, D).
-            valid: (B,) bool; other rows count nowhere.
-        """
-        features = features.float()
-        mean, variance = self.running_mean, self.running_var
-        if self.training:
-            if valid is None:
-                valid = torch.ones(len(features), dtype=torch.bool, device=features.device)
-            mean, variance = self._measure(features, valid)
-        return (features - mean) * (variance + self.epsilon).rsqrt()
-
-    @torch.no_grad()
-    def _measure(self, features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (D,) of a batch, remembered in the running ones."""
-        weight = valid.float()[:, None]  # (B, 1)
-        count = self._total(weight.sum()).clamp(min=1)
-        mean = self._total((features * weight).sum(0)) / count
-        variance = self._total(((features - mean).square() * weight).sum(0)) / count
-        unbiased = variance * count / (count - 1).clamp(min=1)
-        self.running_mean.lerp_(self._shared(mean), self.momentum)
-        self.running_var.lerp_(self._shared(unbiased), self.momentum)
-        self.num_batches_tracked += 1
-        return mean, variance
-
-    def _total(self, local: Tensor) -> Tensor:
-        """The sum over the processes whose features count."""
-        return total_over_processes(local) if self._of == "all_processes" else local
-
-    def _shared(self, statistic: Tensor) -> Tensor:
-        """What all processes remember: where each counts for itself, their mean."""
-        if self._of == "all_processes":
-            return statistic
-        return total_over_processes(statistic) / place_in_world()[1]
-
-
-def total_over_processes(local: Tensor) -> Tensor:
-    """The sum of a small tensor over the processes, without gradients."""
-    if place_in_world()[1] == 1:
-        return local
-    total = local.clone()
-    dist.all_reduce(total)
-    return total
-
-
-def mean_over_valid(values: Tensor, valid: Tensor) -> Tensor:
-    """A scalar whose mean over the processes is the mean of the valid ones of all (B,) values."""
-    world_size = place_in_world()[1]
-    count = total_over_processes(valid.sum()).clamp(min=1)
-    return torch.where(valid, values, 0.0).sum() * (world_size / count)

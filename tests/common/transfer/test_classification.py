@@ -15,13 +15,16 @@ from frugal.common.models.weight_names import to_timm
 from frugal.common.optim.optimizers import build_adamw
 from frugal.common.recipe import WarmupCosine
 from frugal.common.reduction.image import KeepAll
-from frugal.milan.classification import Classification, ClassifierConfig, pooled
-from frugal.milan.classifier import VisionClassifier
-from frugal.milan.classifier_training import ClassificationObjective, smoothed_cross_entropy
-from frugal.milan.encoder_start import start_encoder
+from frugal.common.transfer.classification import (
+    Classification,
+    ClassificationObjective,
+    smoothed_cross_entropy,
+)
+from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier, pooled
+from frugal.common.transfer.init_from import init_encoder
 from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING, vit_b16
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "milan"
+GOLDEN = Path(__file__).parents[2] / "golden" / "milan"
 LOG = logging.getLogger("test")
 TOWER = ImageTower(width=64, depth=2, heads=4, mlp_width=256, patch_size=8, image_size=32)
 
@@ -52,7 +55,7 @@ def classifier(pretrained: Path) -> VisionClassifier:
     """The recorded fine-tuning model."""
     config = ClassifierConfig(image=pooled(TOWER, "mean"), num_classes=10)
     model = config.build(torch.Generator().manual_seed(0))
-    start_encoder(model, pretrained, interpolate=False, log=LOG)
+    init_encoder(model.image, pretrained, interpolate=False, log=LOG)
     golden = numbers("finetune_global_pool")
     for name in ("head", "fc_norm"):
         part = {leaf: golden[f"state/{name}.{leaf}"] for leaf in ("weight", "bias")}
@@ -205,6 +208,6 @@ def test_positions_are_resampled_as_recorded(tmp_path: Path) -> None:
     model = ClassifierConfig(image=pooled(wider, "mean"), num_classes=2).build(
         torch.Generator().manual_seed(1)
     )
-    start_encoder(model, tmp_path / "encoder.safetensors", interpolate=True, log=LOG)
+    init_encoder(model.image, tmp_path / "encoder.safetensors", interpolate=True, log=LOG)
     wanted = golden["grid4_to_7_dim16/result"]
     torch.testing.assert_close(model.image.pos_embed.data, wanted, rtol=0, atol=1e-5)

@@ -17,9 +17,13 @@ from frugal.common.data.contents import keep_contents
 from frugal.common.data.damage import Damaged
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
-from frugal.milan.masked_folder import IGNORED, PADDING, class_names, open_masked_folder
-from frugal.milan.segmentation_data import ScaledCrop, SegmentationData, fitted_size
-from frugal.milan.segmentation_stream import open_folders
+from frugal.common.transfer.masked_folder import IGNORED, PADDING, class_names, open_masked_folder
+from frugal.common.transfer.segmentation_data import (
+    ScaledCrop,
+    SegmentationData,
+    fitted_size,
+    open_folders,
+)
 
 EXTENSIONS = ("jpg", "png")
 

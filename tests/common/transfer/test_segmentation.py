@@ -26,15 +26,17 @@ from frugal.common.models.weight_names import to_timm
 from frugal.common.optim.optimizers import learning_rate_scales
 from frugal.common.recipe import from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
-from frugal.milan.photometric import PhotometricDistortion
-from frugal.milan.segmentation import Segmentation, SegmenterConfig, WarmupLinear, even_taps
-from frugal.milan.segmentation_recipes import SEGMENTATION
-from frugal.milan.segmenter import (
+from frugal.common.transfer.photometric import PhotometricDistortion
+from frugal.common.transfer.pixels import normalized
+from frugal.common.transfer.segmentation import Segmentation, SegmentationObjective, WarmupLinear
+from frugal.common.transfer.segmenter import (
     PixelClassifier,
-    SegmentationObjective,
     Segmenter,
+    SegmenterConfig,
+    even_taps,
     segmenter_flops,
 )
+from frugal.milan.segmentation_recipes import SEGMENTATION
 
 SQUARE = SegmenterConfig(
     image=ImageTower(width=32, depth=6, heads=4, mlp_width=48, patch_size=8, image_size=64),
@@ -144,7 +146,7 @@ def test_a_training_step_has_the_loss_and_gradients_of_transformers() -> None:
     batch = cases.batch(model=SQUARE)
     still = Segmentation(distortion=PhotometricDistortion(probability=0.0))
     objective = SegmentationObjective(ours, still, seed=0).train()
-    images = ours.normalized(batch.images)  # float32, as in training
+    images = normalized(batch.images, ours.config.image)  # float32, as in training
     expected = other(images.double(), labels=batch.labels.long()).loss
     expected.backward()
     found, metrics = objective(batch)
@@ -352,7 +354,9 @@ def test_what_lies_under_padding_is_never_seen_and_never_asked_about() -> None:
     still.model.image.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     still(replace(batch, labels=labels))
     assert not seen[0][:, :, 20:].any()
-    assert torch.allclose(seen[0][:, :, :20], still.model.normalized(batch.images)[:, :, :20])
+    assert torch.allclose(
+        seen[0][:, :, :20], normalized(batch.images, still.model.config.image)[:, :, :20]
+    )
 
 
 def test_every_pixel_with_a_class_counts_alike_whatever_image_it_is_of() -> None:
@@ -363,7 +367,7 @@ def test_every_pixel_with_a_class_counts_alike_whatever_image_it_is_of() -> None
     labels[0, 3:] = 255
     labels[1, :, 40:] = 254
     batch = replace(batch, labels=labels)
-    images = objective.model.normalized(batch.images)
+    images = normalized(batch.images, objective.model.config.image)
     images[1, :, :, 40:] = 0
     loss, metrics = objective(batch)
     total, known, right = [0.0, 0.0], 0, 0

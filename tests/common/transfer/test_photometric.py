@@ -8,7 +8,7 @@ import torch
 
 from frugal.common.errors import InputError
 from frugal.common.randomness import RecordedNoise, SampleNoise
-from frugal.milan.photometric import PURPOSE, PhotometricDistortion
+from frugal.common.transfer.photometric import PURPOSE, PhotometricDistortion
 
 
 def changed(image: list[list[int]], draws: list[float], options: PhotometricDistortion) -> list:

@@ -13,9 +13,13 @@ from frugal.common.errors import InputError
 from frugal.common.models.config import ImageTower
 from frugal.common.randomness import SampleNoise
 from frugal.common.reduction.image import KeepAll
-from frugal.milan.classification import Classification, ClassifierConfig
-from frugal.milan.classifier_training import ClassificationObjective, smoothed_cross_entropy
-from frugal.milan.mixing import Boxes, Mixing, RandomErasing, beta, gamma, mix, normal
+from frugal.common.transfer.classification import (
+    Classification,
+    ClassificationObjective,
+    smoothed_cross_entropy,
+)
+from frugal.common.transfer.classifier import ClassifierConfig
+from frugal.common.transfer.mixing import Boxes, Mixing, RandomErasing, beta, gamma, mix, normal
 
 HEIGHT, WIDTH = 24, 36
 

@@ -18,13 +18,12 @@ from frugal.common.models.config import ImageTower
 from frugal.common.optim.optimizers import build_optimizer, set_learning_rate
 from frugal.common.recipe import LARS
 from frugal.common.reduction.image import KeepAll
-from frugal.milan.augmentation import SingleDrawCrop, single_window
-from frugal.milan.classification import ClassifierConfig, LinearProbe
-from frugal.milan.classifier import FeatureNorm
-from frugal.milan.classifier_training import ProbeObjective
-from frugal.milan.encoder_start import start_encoder
+from frugal.common.transfer.augmentation import SingleDrawCrop, single_window
+from frugal.common.transfer.classifier import ClassifierConfig
+from frugal.common.transfer.init_from import init_encoder
+from frugal.common.transfer.linear_probing import FeatureNorm, LinearProbing, ProbeObjective
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "milan"
+GOLDEN = Path(__file__).parents[2] / "golden" / "milan"
 LOG = logging.getLogger("test")
 TOWER = ImageTower(width=64, depth=2, heads=4, mlp_width=256, patch_size=8, image_size=32)
 NUMBERS = load_file(GOLDEN / "linprobe_cls.safetensors")
@@ -46,8 +45,8 @@ def probe(pretrained: Path) -> ProbeObjective:
     """The recorded probe before its first step."""
     config = ClassifierConfig(image=TOWER, num_classes=10)
     model = config.build(torch.Generator().manual_seed(0))
-    start_encoder(model, pretrained, interpolate=False, log=LOG)
-    objective = ProbeObjective(model, LinearProbe(), reduction=KeepAll(), seed=0)
+    init_encoder(model.image, pretrained, interpolate=False, log=LOG)
+    objective = ProbeObjective(model, LinearProbing(), reduction=KeepAll(), seed=0)
     with torch.no_grad():
         model.head[1].weight.copy_(NUMBERS["state/head.1.weight"])
         model.head[1].bias.copy_(NUMBERS["state/head.1.bias"])

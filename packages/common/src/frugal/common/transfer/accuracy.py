@@ -1,0 +1,196 @@
+"""How often a classifier is right: the same number on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from frugal.common.contracts import Show
+from frugal.common.data.class_folders import read_class_folders
+from frugal.common.data.class_matching import class_numbers, kept_classes
+from frugal.common.data.config import ImageData
+from frugal.common.data.labeled import LabeledImages, test_split
+from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.samples import IMAGE_EXTENSIONS
+from frugal.common.data.sources import find_files
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.evaluation.config import FolderEvaluation
+from frugal.common.evaluation.embed import autocast, check_usable, evaluating, grouped
+from frugal.common.evaluation.metrics import ranked_classes, top_k_accuracy
+from frugal.common.evaluation.ranks import Ranks, check_delivery
+from frugal.common.evaluation.remarks import Remarks
+from frugal.common.evaluation.zero_shot import held_out_classes
+from frugal.common.ranges import Count
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+from frugal.common.transfer.pixels import normalize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(FolderEvaluation):
+    """How often a classifier is right, on images with classes that it was not trained on.
+
+    Class folders are brought together with those of the training by their names. Reads
+    class-per-folder images, clip_benchmark's webdataset layout, or a scenes folder, of which the
+    classes are left out that its training part does not have.
+    """
+
+    name: str = "accuracy"
+    """First part of the name of every number."""
+    crop: CenterCrop = field(default_factory=lambda: CenterCrop(share=0.875))
+    """Which part of an image the model sees."""
+    batch_size: Count = 64
+    """Images read at a time; the model takes 64 at a time whatever this is."""
+
+    _part: ClassVar[str] = "zero_shot"
+    _scores = ("top1", "top5")
+
+    def check_classes(self, trained: Sequence[str]) -> None:
+        """Refuse data with class folders that training does not have; calls for no model.
+
+        Raises:
+            InputError: if there is one with images.
+        """
+        folder = self.folder()
+        if folder is None:
+            return
+        files = find_files(str(test_split(folder)))
+        if not files[0].is_dir():
+            return
+        found = read_class_folders(files[0], IMAGE_EXTENSIONS, PassedOver())
+        filled = [name for name in found.names if found.images[name]]
+        class_numbers(trained, list(found.names), filled, source=files[0], of="the training data")
+
+    def evaluate(
+        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+    ) -> dict[str, float | int]:
+        """``{name}_top1``, ``_top5``, ``_loss`` (mean cross-entropy), ``_images``, ``_classes``.
+
+        Also ``_classes_without_images`` and ``_passed_over``, where there are such.
+
+        Every process of the run calls this and gets the same numbers, whatever their number; {}
+        where there is no data.
+
+        Raises:
+            InputError: if the data is missing, or its classes are not the model's.
+        """
+        del show
+        folder = self.folder()
+        if folder is None:
+            return self._skip(run)
+        data = LabeledImages(folder, size=recipe.model.image.height_width, crop=self.crop)
+        classes = recipe.model.num_classes
+        trained = _trained_classes(recipe, run)
+        if trained is not None and data.class_folders is not None:
+            filled = data.filled_folders
+            of = f"the training of {run.dir}"
+            data.renumber(class_numbers(trained, data.class_folders, filled, source=folder, of=of))
+        elif data.class_names is not None and len(data.class_names) != classes:
+            raise InputError(
+                f"{folder} has {len(data.class_names)} classes, the model {classes}; evaluate on "
+                "the classes that it is trained on, or set model.num_classes"
+            )
+        _explain_numbers(data, trained, folder, run)
+        if not len(data):
+            raise InputError(f"{folder} holds no image; check the folder of the evaluation")
+        Ranks.current().same_data(data, self.name)
+        with evaluating(model), autocast(recipe.engine.precision, run.device):
+            labels, ranked, losses = _predictions(self, data, model, run, classes=classes)
+        held_out = held_out_classes(folder, classes)
+        counted = ~torch.isin(labels, torch.tensor(held_out))
+        labels, ranked, losses = labels[counted], ranked[counted], losses[counted]
+        if not len(labels):
+            raise InputError(f"{folder} holds held-out classes only; evaluate on others")
+        numbers = {
+            "top1": top_k_accuracy(ranked, labels, 1),
+            "top5": top_k_accuracy(ranked, labels, 5),
+            "loss": float(losses.mean()),
+            "images": len(labels),
+            "classes": classes,
+        }
+        without = sorted(set(range(classes)) - set(labels.tolist()) - set(held_out))
+        remarks = Remarks(without_images=without, passed_over=data.passed_over)
+        remarks.tell(self.name, trained or [f"class {n}" for n in range(classes)], run.log)
+        return {f"{self.name}_{kind}": n for kind, n in (numbers | remarks.numbers()).items()}
+
+
+def _trained_classes(recipe: Recipe, run: Run) -> list[str] | None:
+    """The class folders that a model was trained on; None where they cannot be known."""
+    kept = kept_classes(run.dir)
+    trained_on = recipe.data.train if isinstance(recipe.data, ImageData) else ()
+    if kept is not None or not trained_on or not Path(trained_on[0]).is_dir():
+        return kept
+    names = _class_folders(Path(trained_on[0]))  # runs of earlier versions kept no names
+    return names if len(names) == recipe.model.num_classes else None
+
+
+@cache
+def _class_folders(folder: Path) -> list[str]:
+    """The classes of a folder of class folders; [] for another."""
+    found = read_class_folders(folder, IMAGE_EXTENSIONS, PassedOver())
+    return list(found.names) if any(found.images.values()) else []
+
+
+def _explain_numbers(
+    data: LabeledImages, trained: list[str] | None, folder: Path, run: Run
+) -> None:
+    """Say what is taken for what where one side has names and the other has numbers."""
+    if trained is not None and data.class_folders is None:
+        run.log.warning(
+            "the images of %s have class numbers, and training had class folders: 0 is taken for "
+            "%s, %d for %s",
+            folder, trained[0], len(trained) - 1, trained[-1],
+        )  # fmt: skip
+    elif trained is None and data.class_folders:
+        last = len(data.class_folders) - 1
+        run.log.warning(
+            "%s has class folders, and it is not known what the classes of %s were called: %s is "
+            "taken for class 0, %s for class %d",
+            folder, run.dir, data.class_folders[0], data.class_folders[last], last,
+        )  # fmt: skip
+
+
+def _predictions(
+    task: Accuracy, data: LabeledImages, model: Any, run: Run, *, classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels and predictions of all images, in the order of the data, on every process.
+
+    Returns:
+        labels (N,) int64, the best classes (N, K) int64, best first, and the cross-entropies (N,)
+        float64, on the CPU.
+    """
+    ranks = Ranks.current()
+    width = min(5, classes)
+    # one row per image: how often it came, its label, whether its scores are finite, the ranks
+    table = torch.zeros(len(data), 3 + width, dtype=torch.int64, device=run.device)
+    losses = torch.zeros(len(data), dtype=torch.float64, device=run.device)
+    batches = data.batches(ranks.rank, ranks.world_size, task.batch_size, task.workers)
+    for images, labels, places in grouped(batches):
+        if int(labels.max()) >= classes:
+            raise InputError(
+                f"an image has the label {int(labels.max())}, but the model has {classes} classes; "
+                "evaluate on the classes that it is trained on, or set model.num_classes"
+            )
+        labels, places = labels.to(run.device), places.to(run.device)
+        scores = model(_as_the_model_takes(images.to(run.device), model)).float()  # (b, C)
+        counted = [torch.ones_like(labels), labels, scores.isfinite().all(1).long()]
+        rows = torch.cat([torch.stack(counted, dim=1), ranked_classes(scores)], dim=1)
+        table.index_add_(0, places, rows)
+        losses[places] = F.cross_entropy(scores.double(), labels, reduction="none")
+    table, losses = ranks.sum(table).cpu(), ranks.sum(losses).cpu()
+    check_delivery(table[:, 0])
+    check_usable("scores", (int((table[:, 2] == 0).sum()), len(table), "images"))
+    return table[:, 1], table[:, 3:], losses
+
+
+def _as_the_model_takes(images: Tensor, model: Any) -> Tensor:
+    """Bytes as they are; the float gray levels of crops with a kernel of TensorFlow, normalized."""
+    return images if images.dtype == torch.uint8 else normalize(images, model.config.image)
