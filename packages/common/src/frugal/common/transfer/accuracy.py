@@ -31,6 +31,7 @@ from frugal.common.evaluation.zero_shot import held_out_classes
 from frugal.common.ranges import Count
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
+from frugal.common.transfer.classifier import VisionClassifier
 from frugal.common.transfer.pixels import normalize
 
 
@@ -159,7 +160,7 @@ def _explain_numbers(
 
 
 def _predictions(
-    task: Accuracy, data: LabeledImages, model: Any, run: Run, *, classes: int
+    task: Accuracy, data: LabeledImages, model: VisionClassifier, run: Run, *, classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels and predictions of all images, in the order of the data, on every process.
 
@@ -191,6 +192,6 @@ def _predictions(
     return table[:, 1], table[:, 3:], losses
 
 
-def _as_the_model_takes(images: Tensor, model: Any) -> Tensor:
+def _as_the_model_takes(images: Tensor, model: VisionClassifier) -> Tensor:
     """Bytes as they are; the float gray levels of crops with a kernel of TensorFlow, normalized."""
     return images if images.dtype == torch.uint8 else normalize(images, model.config.image)

@@ -189,11 +189,11 @@ def smoothed_cross_entropy(
         smoothing: s, so that a label is 1 - s + s / C for its class and s / C for others.
     """
     log_probabilities = scores.log_softmax(1)
-    own = log_probabilities.gather(1, labels[:, None])[:, 0]
+    target = log_probabilities.gather(1, labels[:, None])[:, 0]
     if shares is not None:
-        other = log_probabilities.gather(1, swap_neighbors(labels)[:, None])[:, 0]
-        own = shares * own + (1 - shares) * other
-    return -(1 - smoothing) * own - smoothing * log_probabilities.mean(1)
+        partner = log_probabilities.gather(1, swap_neighbors(labels)[:, None])[:, 0]
+        target = shares * target + (1 - shares) * partner
+    return -(1 - smoothing) * target - smoothing * log_probabilities.mean(1)
 
 
 def token_metrics(model: VisionClassifier, kept: Kept | None, batch: Batch) -> dict[str, Tensor]:

@@ -68,8 +68,8 @@ def init_encoder(
     state = {n: t for n, t in found.state.items() if not n.startswith(_LEFT_OUT)}
     if isinstance(image.norm, nn.Identity):  # pooled features have a norm of their own
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
-    wanted = image.state_dict()
-    if missing := sorted(wanted.keys() - state.keys()):
+    needed = image.state_dict()
+    if missing := sorted(needed.keys() - state.keys()):
         raise InputError(
             f"the encoder of {source} has no {some(missing)}, which this model needs"
             + (
@@ -79,12 +79,12 @@ def init_encoder(
                 else ""
             )
         )
-    if unknown := sorted(state.keys() - wanted.keys()):
+    if unknown := sorted(state.keys() - needed.keys()):
         raise InputError(
             f"the encoder of {source} has {some(unknown)}, which this model has not; fine-tune a "
             "model of the same kind"
         )
-    for name, tensor in wanted.items():
+    for name, tensor in needed.items():
         if state[name].shape != tensor.shape:
             raise InputError(
                 f"{name} of the encoder of {source} has the shape {tuple(state[name].shape)}, here "
@@ -99,10 +99,10 @@ def init_head(model: VisionClassifier, found: EncoderWeights, *, log: logging.Lo
     """Give a classifier the head of a fine-tuned model, and the norm before it, where they fit."""
     fresh = []
     for name, part in (("fc_norm", model.fc_norm), ("head", model.head)):
-        wanted = part.state_dict()
-        stored = {n: found.rest[f"{name}.{n}"] for n in wanted if f"{name}.{n}" in found.rest}
-        fits = all(stored[n].shape == tensor.shape for n, tensor in wanted.items() if n in stored)
-        if stored.keys() == wanted.keys() and fits:
+        needed = part.state_dict()
+        stored = {n: found.rest[f"{name}.{n}"] for n in needed if f"{name}.{n}" in found.rest}
+        fits = all(stored[n].shape == tensor.shape for n, tensor in needed.items() if n in stored)
+        if stored.keys() == needed.keys() and fits:
             part.load_state_dict(stored)
         else:
             fresh.append(f"{name} (of another shape there)" if stored else name)

@@ -32,7 +32,7 @@ PADDING = 254
 """The label of pixels beyond the picture, which count nowhere either."""
 MOST_CLASSES = PADDING - 1
 """So that in a mask of bytes the number of a class is neither of the two."""
-_LOOKED_AT = 64
+_SAMPLED = 64
 _LAYOUT = (
     "images/{split} must hold pictures, and annotations/{split} a PNG mask of the same name for "
     "each, as in ADE20K's scene parsing data (scenes have them if drawn with "
@@ -40,7 +40,7 @@ _LAYOUT = (
 )
 
 
-class Misfit(Damaged):
+class MaskMismatch(Damaged):
     """A mask that is not one of its picture, or not of the model's classes."""
 
     def __init__(self, sentence: str) -> None:
@@ -71,14 +71,15 @@ class MaskedFolder:
     def listing(self) -> str:
         """SHA-256 of the names, and of 64 of the pictures and masks, for processes to compare."""
         found = hashlib.sha256(self.names.blob.tobytes())
-        for index in self._some():
+        for index in self._sample():
             for path in (self.image_path(index), self.mask_path(index)):
                 with contextlib.suppress(OSError):  # told when it is read
                     found.update(read_bytes(path))
         return found.hexdigest()
 
-    def _some(self) -> list[int]:
-        return np.unique(np.linspace(0, len(self) - 1, _LOOKED_AT).astype(int)).tolist()
+    def _sample(self) -> list[int]:
+        """Up to 64 places, evenly spread."""
+        return np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int)).tolist()
 
     def read(self, index: int, num_classes: int) -> tuple[Image.Image, np.ndarray]:
         """A picture that is not decoded yet, and the (H, W) uint8 classes of its pixels.
@@ -96,7 +97,7 @@ class MaskedFolder:
             raise Damaged("unreadable", reason_of(error)) from None
         image, mask = open_image(encoded), _decode_mask(encoded_mask)
         if fault := self._fault(index, image, mask, num_classes):
-            raise Misfit(fault)
+            raise MaskMismatch(fault)
         return image, np.where((mask == 0) | (mask == IGNORED), IGNORED, mask - 1).astype(np.uint8)
 
     def _fault(
@@ -124,18 +125,18 @@ class MaskedFolder:
             )
         return None
 
-    def look(self, num_classes: int) -> None:
+    def check(self, num_classes: int) -> None:
         """Refuse masks that are no masks of these pictures, as far as some of them tell.
 
         Raises:
             InputError: if one has another size than its picture, or a class that the model has
                 not.
         """
-        for index in self._some():
+        for index in self._sample():
             try:
                 self.read(index, num_classes)
-            except Misfit as misfit:
-                raise InputError(misfit.sentence) from None
+            except MaskMismatch as mismatch:
+                raise InputError(mismatch.sentence) from None
             except Damaged:
                 continue  # counted when it is read
 

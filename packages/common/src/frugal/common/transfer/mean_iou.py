@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -35,12 +35,13 @@ from frugal.common.transfer.masked_folder import (
     IGNORED,
     MOST_CLASSES,
     MaskedFolder,
-    Misfit,
+    MaskMismatch,
     class_names,
     open_masked_folder,
 )
 from frugal.common.transfer.pixels import normalized, paint
 from frugal.common.transfer.segmentation_data import fitted_size
+from frugal.common.transfer.segmenter import Segmenter
 
 _MOST_SCORES = 1 << 26
 """Scores at the resolution of a picture that exist at a time: 256 MiB."""
@@ -98,7 +99,7 @@ class MeanIoU(FolderEvaluation):
         """
         folder = super().folder()
         if folder is not None:
-            open_masked_folder(folder, self.split, self.image_extensions).look(MOST_CLASSES)
+            open_masked_folder(folder, self.split, self.image_extensions).check(MOST_CLASSES)
         return folder
 
     def evaluate(
@@ -232,7 +233,7 @@ def _write_classes(path: Path, names: Sequence[str], quality: Quality) -> None:
 
 
 def segment(
-    model: Any,
+    model: Segmenter,
     task: MeanIoU,
     views: Sequence[Tensor],
     size: Sequence[int],
@@ -279,7 +280,12 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def window_scores(
-    model: Any, image: Tensor, *, window: Sequence[int], stride: Sequence[int], at_once: int
+    model: Callable[[Tensor], Tensor],
+    image: Tensor,
+    *,
+    window: Sequence[int],
+    stride: Sequence[int],
+    at_once: int,
 ) -> Tensor:
     """The scores of an image that is seen through windows, averaged where they overlap.
 
@@ -352,8 +358,8 @@ class _Pictures(Dataset[dict[str, Any]]):
                 resize_window(image, whole, size, interpolation="bilinear")
                 for size in self._sizes(height, width)
             ]
-        except Misfit as misfit:
-            return {"mistake": misfit.sentence}
+        except MaskMismatch as mismatch:
+            return {"mistake": mismatch.sentence}
         except Damaged as damaged:
             path = self._data.image_path(place)
             return {"mistake": f"{path} cannot be evaluated ({damaged}); repair or remove it"}

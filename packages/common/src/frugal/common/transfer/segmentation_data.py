@@ -247,7 +247,7 @@ class SegmentationData(DataConfig):
 
 
 def open_folders(data: SegmentationData, *, num_classes: int) -> list[MaskedFolder]:
-    """The folders of a recipe, each looked at.
+    """The folders of a recipe, each checked.
 
     Raises:
         InputError: if there is none, one is named twice, or a model of so many classes cannot be
@@ -265,7 +265,7 @@ def open_folders(data: SegmentationData, *, num_classes: int) -> list[MaskedFold
     for name in data.train:
         class_names(Path(name), num_classes)
         folder = open_masked_folder(Path(name), data.split, data.image_extensions)
-        folder.look(num_classes)
+        folder.check(num_classes)
         folders.append(folder)
     return folders
 
