@@ -18,7 +18,7 @@ from pathlib import Path
 from measuring import write
 from small_runs import Outcome, lasting, scenes, speed, table, train_small, write_page
 
-from frugal.common.evaluation.curves import Curve
+from frugal.common.report.plots import Curve
 
 MODULE = "frugal.clipa.train"
 STEPS = ("--batch-size=64",)

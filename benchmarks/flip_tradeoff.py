@@ -17,7 +17,7 @@ from typing import Any
 from measuring import write
 from small_runs import Outcome, lasting, mean_and_spread, scenes, table, train_small, write_page
 
-from frugal.common.evaluation.curves import Curve
+from frugal.common.report.plots import Curve
 
 RATIOS = (0.0, 0.5, 0.75)
 Outcomes = dict[float, list[Outcome]]

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from measuring import write
 
-from frugal.common.evaluation.curves import Curve, line_chart
-from frugal.common.evaluation.page import PAGE, STYLE
+from frugal.common.report.page import render
+from frugal.common.report.plots import Curve, line_chart
 
 
 @dataclass(frozen=True)
@@ -159,20 +159,15 @@ def write_page(
     path: Path, *, title: str, summary: str, text: str, charts: dict[str, tuple[str, list[Curve]]]
 ) -> None:
     """A page with charts (title to name of the x axis and curves) and a table as text."""
-    parts = []
+    sections = []
     for name, (x_name, curves) in charts.items():
-        legend = ", ".join(
-            f'<span style="color:var(--line-{place % 3 + 1})">{escape(curve.name)}</span>'
+        legend = Markup(", ").join(
+            Markup('<span style="color:var(--line-{})">{}</span>').format(place % 3 + 1, curve.name)
             for place, curve in enumerate(curves)
         )
         chart = line_chart(name, curves, x_name=x_name, description=summary, from_zero=True)
-        parts.append(f"<section><h2>{escape(name)}</h2><p>{legend}</p>{chart}</section>")
-    parts.append(f"<section><pre>{escape(text)}</pre></section>")
-    page = PAGE.format(
-        title=escape(title),
-        style=STYLE,
-        summary=f'<p class="summary">{escape(summary)}</p>',
-        body="\n".join(parts),
-    )
+        sections.append((name, Markup("<p>{}</p>{}").format(legend, chart)))
+    sections.append(("Numbers", Markup("<pre>{}</pre>").format(text)))
+    page = render("page.html.j2", title=title, summary=summary, sections=sections)
     path.write_text(page, encoding="utf-8")
     print(f"written to {path}")

@@ -109,6 +109,8 @@ def test_no_package_takes_the_namespace_for_itself() -> None:
         ("frugal.milan.segmentation_recipes", ["SEGMENTATION"]),
         ("frugal.cit.recipes", ["RECIPES"]),
         ("frugal.common.scenes", []),
+        ("frugal.common.report.__main__", []),
+        ("frugal.common.compare", []),
     ],
 )
 def test_building_recipes_and_help_needs_nothing_slower_than_torch(

@@ -8,7 +8,7 @@ from cit_runs import curations
 
 from frugal.cit.curation_files import curations_of, read_about
 from frugal.cit.report import sections_of
-from frugal.common.report import describe_data, find_stages
+from frugal.common.report.collect import describe_data, find_stages
 
 
 def test_captions_that_were_chosen_and_rejected_stand_with_class_and_cosine(

@@ -17,11 +17,11 @@ from frugal.cluster_masking.masking import ClusterMasking
 from frugal.cluster_masking.pictures import mark_patches
 from frugal.cluster_masking.recipes import demo
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
-from frugal.common.evaluation.gathering import Gathered, gather
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking
+from frugal.common.report.examples import Examples, examples_of_model
 from frugal.common.run import Run, make_logger
 from support import ALONE, command, train
 
@@ -118,14 +118,14 @@ def test_a_run_whose_masking_draws_nothing_has_no_such_section(
     assert "How patches are chosen" not in page and "ClusterMasking draws" not in page
 
 
-def gathered(scenes: Path, masking: ClusterMasking, folder: Path) -> Gathered:
+def gathered(scenes: Path, masking: ClusterMasking, folder: Path) -> Examples:
     """What a report would show of a fresh model."""
     recipe: Recipe = replace(
         demo(), evaluation=(ZeroShot(), Retrieval(data=scenes), Compositional())
     )
     run = Run(folder, 0, 1, 0, torch.device("cpu"), make_logger(0))
     model = recipe.objective.build(recipe).model
-    return gather(model, recipe, run, reduction=masking, count=40)
+    return examples_of_model(model, recipe, run, reduction=masking, count=40)
 
 
 def test_many_examples_are_not_all_drawn(scenes: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from frugal.common.data.tokenizers import ClipBpe
+from frugal.common.evaluation.bootstrap import Measure, Outcomes
 from frugal.common.models.config import clip_encoder
 from frugal.common.recipe import EngineOptions
 from frugal.common.reduction.random_masking import RandomMasking
@@ -107,3 +108,27 @@ def multi_label_tars(folder: Path, targets: np.ndarray) -> Path:
     (folder / "classnames.txt").write_text("dog\ncat\nkite\n")
     (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\n")
     return folder
+
+
+def made(num_images: int = 40) -> Outcomes:
+    """Every kind of number, some of them of several rows per image."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(4, (num_images,), generator=generator)
+    image = torch.randint(num_images, (3 * num_images,), generator=generator)
+    tables = {
+        "right": (torch.rand(num_images, generator=generator) < 0.6).to(torch.uint8),
+        "labels": labels,
+        "two": (labels < 1).to(torch.uint8),
+        "margin": torch.randn(num_images, generator=generator).round(decimals=1),
+        "found": (torch.rand(3 * num_images, generator=generator) < 0.4).to(torch.uint8),
+        "image": image,
+        "both": torch.randint(2, (num_images, 2), generator=generator).to(torch.uint8),
+    }
+    measures = {
+        "mean": Measure("mean", "right"),
+        "groups": Measure("mean_of_groups", "right", groups="labels"),
+        "auc": Measure("roc_auc", "margin", groups="two"),
+        "rows": Measure("mean", "found", image="image"),
+        "halves": Measure("mean_of_means", "both"),
+    }
+    return Outcomes({"data_sha256": "x"}, num_images, tables, measures)

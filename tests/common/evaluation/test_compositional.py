@@ -25,8 +25,8 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.compositional import Contrasts, Verdicts, judge
 from frugal.common.evaluation.config import Compositional
 from frugal.common.evaluation.embed import Embedder, evaluating, grouped
-from frugal.common.evaluation.gathering import gather
 from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS
+from frugal.common.report.examples import examples_of_model
 from frugal.common.run import Run
 from frugal.common.scenes import compositional as scenes_compositional
 
@@ -366,7 +366,7 @@ def test_examples_show_both_captions_the_nearer_one_first(
     task = Compositional(data=sugar, crop=CenterCrop(interpolation=interpolation))
     plan = recipe(evaluation=(task, Compositional()))
     model = telling(plan)
-    gathered = gather(model, plan, run, count=24)
+    gathered = examples_of_model(model, plan, run, count=24)
     assert len(gathered.contrasted) == len(gathered.masked) == 12
     data = Contrasts(sugar, size=(24, 32), crop=task.crop)
     with evaluating(model):

@@ -24,12 +24,9 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating
-from frugal.common.evaluation.examples import confusions, recall_by_class
-from frugal.common.evaluation.gathering import gather
 from frugal.common.evaluation.prompts import named_templates
-from frugal.common.evaluation.zero_shot import Answers, open_question
+from frugal.common.evaluation.zero_shot import open_question
 from frugal.common.recipe import from_json, to_json
-from frugal.common.reduction.image import KeepAll
 from frugal.common.run import Run
 
 
@@ -276,7 +273,7 @@ def test_tasks_survive_json() -> None:
 
 
 def test_naming_an_evaluation_needs_no_torch() -> None:
-    for module in ("evaluation.config", "evaluate", "compare"):
+    for module in ("evaluation.config", "evaluate"):
         check = f"import sys, frugal.common.{module}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
@@ -294,59 +291,3 @@ def test_photos_of_any_shape_pass_through(real_data: Path, run: Run) -> None:
     )
     numbers = task.evaluate(model, plan, run)
     assert (numbers["zero_shot_images"], numbers["zero_shot_classes"]) == (167, 1000)
-
-
-# Examples for the report.
-
-
-def test_examples_show_the_model_at_work(scenes: Path, run: Run) -> None:
-    plan = recipe(evaluation=(ZeroShot(data=scenes), Retrieval(data=scenes), ZeroShot()))
-    model = plan.model.build().train()
-    gathered = gather(model, plan, run, count=8)
-    assert model.training
-    assert len(gathered.classified) == 8
-    assert len(gathered.retrieved) == len(gathered.masked) == 4
-    assert len({example.truth for example in gathered.classified}) > 4
-    for example in gathered.classified:
-        scores = [guess.score for guess in example.guesses]
-        assert scores == sorted(scores, reverse=True)
-        assert 0 < sum(scores) <= 1 + 1e-6
-        assert [g.right for g in example.guesses] == [
-            g.text in example.truth for g in example.guesses
-        ]
-    captions = CaptionedImages(scenes / "retrieval", size=(32, 32)).captions
-    for example in gathered.retrieved:
-        assert list(example.truth) in captions
-        assert [g.right for g in example.guesses] == [
-            g.text in example.truth for g in example.guesses
-        ]
-    for example in gathered.masked:
-        assert (example.kept, example.patches) == (8, 16)
-        assert (example.image != example.masked).any()
-    numbers = ZeroShot(data=scenes).evaluate(model, plan, run)
-    right = sum(item.right for item in gathered.classes)
-    assert right / 128 == numbers["zero_shot_top1"]
-    assert sum(item.held_out for item in gathered.classes) == 8
-    whole = gather(model, plan, run, reduction=KeepAll(), count=2)
-    assert all(example.kept == example.patches for example in whole.masked)
-
-
-def test_nothing_is_gathered_without_data(run: Run) -> None:
-    plan = recipe(evaluation=(ZeroShot(), Retrieval()))
-    assert gather(plan.model.build(), plan, run).masked == ()
-
-
-def test_classes_and_confusions_are_counted() -> None:
-    labels = torch.tensor([0, 0, 0, 2, 2, 2, 2])
-    best = torch.tensor([0, 1, 1, 2, 0, 1, 0])
-    answers = Answers(labels, best, best[:, None], 3)
-    names = ["a", "b", "c"]
-    counted = [
-        (c.name, c.right, c.images, c.held_out) for c in recall_by_class(answers, names, [2])
-    ]
-    assert counted == [("a", 1, 3, False), ("b", 0, 0, False), ("c", 1, 4, True)]
-    found = [(c.truth, c.said, c.images) for c in confusions(answers, names)]
-    assert found == [("a", "b", 2), ("c", "a", 2), ("c", "b", 1)]
-    assert len(confusions(answers, names, count=1)) == 1
-    none = Answers(labels, labels, labels[:, None], 3)
-    assert confusions(none, names) == []

@@ -19,11 +19,10 @@ from frugal.common.data.labeled import CaptionedImages, LabeledImages, MultiLabe
 from frugal.common.data.writing import NewSample, write_tars
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Measure, Outcomes
-from frugal.common.evaluation.comparison import Measured, refusals
-from frugal.common.evaluation.comparison import compare as compare_models
 from frugal.common.evaluation.compositional import Contrasts
 from frugal.common.evaluation.config import LinearProbe, ZeroShot
 from frugal.common.evaluation.provenance import config_digest, weights_digest
+from frugal.common.report.compare import Measured, compare_models, refusals
 from frugal.common.run import Run
 
 WORDS = ["one", "two", "three", "four", "five", "six"]

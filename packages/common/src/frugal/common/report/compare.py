@@ -1,20 +1,29 @@
-"""Several models on the same images: their numbers with intervals, and what lies between them."""
+"""Compare models on a page: ``python -m frugal.common.compare runs/a runs/b --out compared``.
+
+What was measured by ``python -m frugal.common.evaluate`` is read; no model is loaded. Intervals
+come from drawing the images anew with replacement (bootstrap), the same draws for every model.
+"""
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
+from markupsafe import Markup
 
+from frugal.common.cli import run_politely
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Outcomes, bootstrap, interval, load_outcomes
 from frugal.common.evaluation.results import OUTCOMES, read_facts
-from frugal.common.evaluation.sections import section
+from frugal.common.files import write_file, write_json
+from frugal.common.report.page import percent, render
+from frugal.common.report.plots import interval_chart
+from frugal.common.words import command_words
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,13 @@ class Measured:
     """By the name of the task."""
     facts: dict[str, dict[str, Any]]
     """What each task says of the model it measured."""
+
+    @property
+    def identity(self) -> list[str]:
+        """Checkpoint, weights, library and the first digits of the weights' SHA-256."""
+        facts = next(iter(self.facts.values()), {})
+        words = [str(facts.get(name, "")) for name in ("checkpoint", "pretrained", "library")]
+        return [*words, str(facts.get("weights_sha256", ""))[:16]]
 
 
 def read_measured(name: str, folder: Path) -> Measured:
@@ -83,7 +99,9 @@ class Row:
     entries: list[Entry]
 
 
-def compare(models: Sequence[Measured], *, times: int, confidence: float, seed: int) -> list[Row]:
+def compare_models(
+    models: Sequence[Measured], *, times: int, confidence: float, seed: int
+) -> list[Row]:
     """Every number that a model has, with bootstrap intervals over the images.
 
     Args:
@@ -174,68 +192,12 @@ def refusals(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-# As a page.
-
-_NAMES = 190
-_WIDTH = 640
-_LINE = 26
-
-
-def body(models: Sequence[Measured], rows: Sequence[Row]) -> str:
-    """A section for every task, and one that says which models these are."""
-    parts = []
-    for task in dict.fromkeys(row.task for row in rows):
-        own = [row for row in rows if row.task == task]
-        images = f"{own[0].num_images:,} images."
-        parts.append(
-            section(task.replace("_", " "), f"<p>{images}</p>{_figures(own)}{_table(own)}")
-        )
-    parts.append(section("Which models these are", _identities(models)))
-    return "\n".join(parts)
-
-
-def _figures(rows: Sequence[Row]) -> str:
-    figures = "".join(
-        f"<figure><figcaption>{escape(row.number)}</figcaption>{_chart(row)}</figure>"
-        for row in rows[:4]
-    )
-    return f'<div class="figures">{figures}</div>'
-
-
-def _chart(row: Row) -> str:
-    """A line from one end of the interval to the other, and a dot at the number."""
-    ends = [end for entry in row.entries for end in (entry.low, entry.high, entry.value)]
-    finite = [end for end in ends if math.isfinite(end)]
-    if not finite:
-        return ""
-    low, high = min(finite), max(finite)
-    margin = 0.06 * (high - low or max(abs(high), 1e-3))
-    low, high = low - margin, high + margin
-
-    def across(value: float) -> float:
-        return _NAMES + (value - low) / (high - low) * (_WIDTH - _NAMES - 10)
-
-    height = _LINE * len(row.entries) + 26
-    lines = []
-    for place, entry in enumerate(row.entries):
-        if not math.isfinite(entry.low + entry.high + entry.value):
-            continue
-        y = _LINE * place + _LINE / 2
-        lines.append(
-            f'<text class="tick" x="0" y="{y + 4:.1f}">{escape(_short(entry.model))}</text>'
-            f'<line x1="{across(entry.low):.1f}" x2="{across(entry.high):.1f}" y1="{y}" y2="{y}" '
-            'style="stroke: var(--line-1); stroke-width: 3; opacity: 0.45"/>'
-            f'<circle cx="{across(entry.value):.1f}" cy="{y}" r="5" style="fill: var(--line-1)"/>'
-        )
-    for value in (low + margin, high - margin):
-        lines.append(
-            f'<text class="tick" text-anchor="middle" x="{across(value):.1f}" y="{height - 6}">'
-            f"{_percent(value)}</text>"
-        )
-    label = f"{row.number} of {len(row.entries)} models with intervals"
-    return (
-        f'<svg class="chart" viewBox="-4 0 {_WIDTH + 30} {height}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(lines)}</svg>'
+def _chart(row: Row) -> Markup:
+    """The numbers of a row with their intervals, as a picture."""
+    return interval_chart(
+        f"{row.number} of {len(row.entries)} models with intervals",
+        [(_short(entry.model), entry.low, entry.value, entry.high) for entry in row.entries],
+        as_words=lambda share: percent(share).unescape(),
     )
 
 
@@ -243,59 +205,118 @@ def _short(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"
 
 
-def _table(rows: Sequence[Row]) -> str:
-    head = "".join(
-        f'<th scope="col">{escape(name)}</th>'
-        for name in dict.fromkeys(entry.model for row in rows for entry in row.entries)
+# The command.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write compare.html and compare.json about what several models were measured at."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Evaluation folders, or run directories; differences are from the first."""
+    out: Path = Path("compared")
+    """Folder of the page."""
+    names: tuple[str, ...] = ()
+    """What to call the models; by default the ends of their paths."""
+    resamples: int = 1_000
+    """Samples of images that are drawn."""
+    confidence: float = 0.95
+    """Share of the drawn numbers that an interval holds."""
+    seed: int = 0
+    """Of the draws."""
+
+
+def compare(options: Options) -> Path:
+    """Read, draw, write; the path of the page.
+
+    Raises:
+        InputError: if there is nothing to compare.
+    """
+    _check(options)
+    names = options.names or _names(options.folders)
+    models = [
+        read_measured(name, folder) for name, folder in zip(names, options.folders, strict=True)
+    ]
+    rows = compare_models(
+        models, times=options.resamples, confidence=options.confidence, seed=options.seed
     )
-    lines = []
+    summary = (
+        f"Intervals hold {options.confidence:.0%} of the numbers of {options.resamples:,} samples "
+        f"of the images, drawn with replacement (seed {options.seed}). Differences are from "
+        f"{names[0]} on the same samples; those whose interval leaves out zero are bold."
+    )
+    page = render(
+        "compare.html.j2",
+        title=f"{', '.join(names[:-1])} and {names[-1]}",
+        summary=summary,
+        models=models,
+        chart=_chart,
+        tasks={
+            task: [row for row in rows if row.task == task]
+            for task in dict.fromkeys(row.task for row in rows)
+        },
+    )
+    numbers = {
+        "confidence": options.confidence,
+        "resamples": options.resamples,
+        "seed": options.seed,
+        "numbers": content(rows),
+    }
+    path = options.out / "compare.html"
+    write_json(options.out / "compare.json", numbers)
+    write_file(path, page)
+    _print(rows)
+    for line in refusals(rows):
+        sys.stdout.write(f"\n{line}\n")
+    sys.stdout.write(f"\nThe comparison is {path}; open it in a browser.\n")
+    return path
+
+
+def _check(options: Options) -> None:
+    count = len(options.folders)
+    if count < 2:
+        raise InputError(
+            f"there {'is only one folder' if count else 'are no folders'} to compare; give two or "
+            "more"
+        )
+    if options.names and len(options.names) != count:
+        raise InputError(
+            f"--names has {len(options.names)} names for {count} folders; give one for each"
+        )
+    if len(set(options.names)) < len(options.names):
+        raise InputError("--names has a name twice; give every model its own")
+    if options.resamples < 1:
+        raise InputError(f"--resamples is {options.resamples}, must be at least 1")
+    if not 0 < options.confidence < 1:
+        raise InputError(f"--confidence is {options.confidence}, must lie between 0 and 1")
+
+
+def _names(folders: tuple[Path, ...]) -> tuple[str, ...]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [[p for p in folder.resolve().parts if p != "evaluation"] for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = tuple("/".join(own[-length:]) for own in parts)
+        if len(set(names)) == len(names):
+            return names
+    raise InputError("a folder is given twice; give every model once, or --names")
+
+
+def _print(rows: list[Row]) -> None:
     for row in rows:
-        found = {entry.model: entry for entry in row.entries}
-        names = dict.fromkeys(entry.model for other in rows for entry in other.entries)
-        cells = "".join(_cell(found.get(name)) for name in names)
-        lines.append(f'<tr><th scope="row">{escape(row.number)}</th>{cells}</tr>')
-    return (
-        '<div class="scroll"><table class="grid"><thead><tr><th></th>'
-        f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+        sys.stdout.write(f"{row.number} ({row.num_images:,} images)\n")
+        for entry in row.entries:
+            more = "   (other images: no difference is given)" if entry.other_images else ""
+            if entry.difference is not None:
+                value, low, high = entry.difference
+                more = f"   {value:+8.2%} ({low:+.2%} to {high:+.2%})"
+            span = f"({entry.low:.2%} to {entry.high:.2%})"
+            sys.stdout.write(f"{entry.model:>32}  {entry.value:8.2%} {span}{more}\n")
 
 
-def _cell(entry: Entry | None) -> str:
-    if entry is None:
-        return "<td>&ndash;</td>"
-    span = f'<span class="quiet">{_percent(entry.low)} to {_percent(entry.high)}</span>'
-    more = ""
-    if entry.other_images:
-        more = '<br><span class="quiet">other images</span>'
-    if entry.earlier:
-        more = '<br><span class="quiet">perhaps other images (of an earlier version)</span>'
-    if entry.difference is not None:
-        value, low, high = (_signed(part) for part in entry.difference)
-        words = f"{value} ({low} to {high})"
-        more = f"<br>{f'<b>{words}</b>' if entry.differs else words}"
-    return f"<td>{_percent(entry.value)}<br>{span}{more}</td>"
+def main() -> None:
+    """The body of ``python -m frugal.common.compare``."""
 
+    def command() -> None:
+        compare(tyro.cli(Options, args=command_words(), prog="python -m frugal.common.compare"))
 
-def _percent(value: float) -> str:
-    return "&ndash;" if math.isnan(value) else f"{100 * value:.1f}&thinsp;%"
-
-
-def _signed(value: float) -> str:
-    return "&ndash;" if math.isnan(value) else f"{100 * value:+.1f}".replace("-", "&minus;")
-
-
-def _identities(models: Sequence[Measured]) -> str:
-    lines = []
-    for model in models:
-        facts = next(iter(model.facts.values()), {})
-        words = [str(facts.get(name, "")) for name in ("checkpoint", "pretrained", "library")]
-        digest = str(facts.get("weights_sha256", ""))[:16]
-        cells = "".join(f"<td>{escape(word)}</td>" for word in (*words, digest))
-        lines.append(f'<tr><th scope="row">{escape(model.name)}</th>{cells}</tr>')
-    head = "".join(
-        f'<th scope="col">{name}</th>' for name in ("", "checkpoint", "weights", "from", "SHA-256")
-    )
-    return (
-        f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    run_politely(command, alone=True)

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of evaluations."""
+"""Fixtures of the tests of evaluations and of pages about them."""
 
 import logging
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `import evaluated`
+sys.path.insert(0, str(Path(__file__).parent / "evaluation"))  # for `import evaluated`
+sys.path.insert(0, str(Path(__file__).parent / "report"))  # for `import reported`
 
 from frugal.common.run import Run
 

@@ -1,0 +1,154 @@
+"""What run directories say of themselves: stages, logged metrics, numbers of evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from frugal.common.checkpoint.store import find_checkpoint
+from frugal.common.errors import InputError
+from frugal.common.files import read_json_object
+from frugal.common.recipe import Recipe, load_recipe
+
+REQUIRED = (
+    "zero_shot_top1",
+    "zero_shot_top1_held_out",
+    "image_retrieval_recall_at_1",
+    "text_retrieval_recall_at_1",
+    "retrieval_candidates",
+    "samples_seen",
+    "train_seconds",
+    "samples_per_second",
+    "world_size",
+    "engine",
+)
+"""Numbers that every ``report.json`` holds; null where the run did not measure one."""
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl`` in order; a line cut short by a crash is left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("samples"), (int, float)):
+            lines.append(line)
+    return lines
+
+
+def find_stages(folder: Path) -> dict[str, Path]:
+    """The run directories in a folder by name, each after the one it started from.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if (folder / "recipe.json").is_file():
+        return {folder.name: folder}
+    runs = [path.parent for path in sorted(folder.glob("*/recipe.json"))]
+    if not runs:
+        raise InputError(
+            f"{folder} holds no run (a folder with recipe.json); give a run directory, or a folder "
+            "of them"
+        )
+    origins = {run: load_recipe(run / "recipe.json").run.start_from for run in runs}
+
+    def ancestors(run: Path) -> int:
+        origin, count = origins[run], 0
+        while origin is not None and count < len(runs):
+            before = [r for r in runs if origin.resolve().is_relative_to(r.resolve())]
+            origin, count = (origins[before[0]], count + 1) if before else (None, count)
+        return count
+
+    return {run.name: run for run in sorted(runs, key=ancestors)}
+
+
+def collect_numbers(stages: Mapping[str, Path]) -> dict[str, Any]:
+    """What ``report.json`` holds: the last stage's evaluations, and how long all stages took.
+
+    Raises:
+        InputError: if a stage has no checkpoint, or the last one was to be evaluated and was not.
+    """
+    states = [find_checkpoint(run_dir).state for run_dir in stages.values()]
+    last = list(stages.values())[-1]
+    numbers: dict[str, Any] = dict.fromkeys(REQUIRED)
+    numbers |= _evaluated(last, load_recipe(last / "recipe.json"))
+    logged = [read_metrics(run_dir) for run_dir in stages.values()]
+    samples = sum(state["samples"] for state in states)
+    numbers |= {
+        "samples_seen": samples,
+        "train_seconds": sum(state["seconds"] for state in states),
+        "samples_per_second": samples_per_second(logged),
+        "world_size": states[-1]["world_size"],
+        "engine": states[-1]["engine"],
+    }
+    return numbers | read_in_all(logged)
+
+
+def _evaluated(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
+    """The numbers of the newest evaluation of a run, and what of it is not there."""
+    files = sorted((run_dir / "evaluation").glob("*.json"))
+    contents = {file.stem: read_json_object(file) for file in files}
+    tasks = {task.name: getattr(task, "data", None) for task in recipe.evaluation}
+    if not contents and any(data is not None for data in tasks.values()):
+        raise InputError(f"{run_dir} was not evaluated yet; start its training again to finish it")
+    newest = max((content["step"] for content in contents.values() if "step" in content), default=0)
+    older = {name: c["step"] for name, c in contents.items() if c.get("step", newest) != newest}
+    missing = {name: f"measured after step {step}, not {newest}" for name, step in older.items()}
+    for name, data in tasks.items():
+        if name not in contents:
+            missing[name] = "it was given no data" if data is None else "it was not measured"
+    numbers: dict[str, Any] = {}
+    for name, content in contents.items():
+        if name not in older:
+            # what was measured, and with what, is for repeating it; a page would hide the rest
+            numbers |= {n: value for n, value in content.items() if not n.endswith("_measured")}
+    for name in ("step", "samples"):
+        numbers.pop(name, None)
+    return numbers | ({"not_measured": missing} if missing else {})
+
+
+def samples_per_second(stages: Iterable[Sequence[Mapping[str, Any]]]) -> float | None:
+    """The mean of what the stages logged, every sample with the time of its steps alone.
+
+    Evaluations, checkpoints and pictures are no steps, and the log leaves their time out.
+
+    Args:
+        stages: the lines of ``metrics.jsonl`` of each stage.
+    """
+    samples = seconds = 0.0
+    for lines in stages:
+        before = 0.0
+        for line in lines:
+            trained, rate = line["samples"] - before, line.get("samples_per_second")
+            before = line["samples"]
+            if isinstance(rate, (int, float)) and rate > 0 and trained > 0:
+                samples, seconds = samples + trained, seconds + trained / rate
+    return samples / seconds if seconds else None
+
+
+def read_in_all(stages: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Samples read and damaged over all stages, and what was passed over; {} where none was."""
+    read = 0
+    counts: dict[str, Counter[str]] = {"damaged": Counter(), "passed_over": Counter()}
+    for lines in stages:
+        last = lines[-1] if lines else {}
+        read += last.get("read_samples", 0)
+        for name, counter in counts.items():
+            if isinstance(last.get(name), dict):
+                counter.update(last[name])
+    found = {name: dict(counter) for name, counter in counts.items() if counter.total()}
+    return {"read_samples": read, **found} if found else {}
+
+
+def describe_data(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
+    """Titles and HTML of what the data of every stage tells about itself."""
+    recipes = {run_dir: load_recipe(run_dir / "recipe.json") for run_dir in stages.values()}
+    return [part for run_dir, recipe in recipes.items() for part in recipe.data.report(run_dir)]
