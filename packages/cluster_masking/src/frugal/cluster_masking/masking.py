@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from frugal.cluster_masking.pictures import draw_masks
 from frugal.common.errors import InputError
 from frugal.common.ranges import Count, OpenShare, Positive, Range, check_ranges
 from frugal.common.reduction.image import Kept, PatchView
@@ -31,6 +32,8 @@ ANCHORS = "cluster anchors"
 """Name of the noise that draws the anchors."""
 CUT_OFF = "cluster cut-off"
 """Name of the noise that decides which patches stay where an image has too many visible ones."""
+_DRAWN_DISTANCES = (1.5, 1.0, 0.5)
+"""From 1, of the thresholds that are drawn, as shares of the own one's."""
 Overflow = Literal["random", "index"]
 
 
@@ -343,16 +346,22 @@ class ClusterMasking:
         )
 
     def draw(self, view: PatchView, images: Tensor, *, noise: NoiseSource) -> np.ndarray:
-        """Images, and their clusters at a few thresholds: see :mod:`.pictures`.
+        """Images, and what is left of them under a lower, the own and a higher threshold.
 
         Args:
             view: of the images as the model takes them.
             images: (B, 3, H, W) uint8, the same to be looked at.
             noise: as in :meth:`keep`.
         """
-        from frugal.cluster_masking.pictures import draw_thresholds
-
-        return draw_thresholds(self, view, images, noise=noise)
+        assert self.threshold is not None
+        masks = []
+        for distance in _DRAWN_DISTANCES:
+            threshold = max(1 - distance * (1 - self.threshold), -1.0)
+            mask = dataclasses.replace(self, threshold=threshold).mask(view, noise=noise)
+            share = float(mask.mask_ratio.mean())
+            label = f"threshold {threshold:.3g}: {share:.0%} masked, anchors framed"
+            masks.append((label, mask.stays, mask.anchors))
+        return draw_masks(images, masks, view.patch_size)
 
 
 LEAST_PATCHES = 1000

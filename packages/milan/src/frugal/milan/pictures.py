@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from torch import Tensor
 
@@ -71,6 +70,8 @@ def _as_bytes(images: np.ndarray, tower: ImageTower) -> Picture:
 
 def _map(values: Any, tower: ImageTower) -> Picture:
     """(B, N) numbers from 0 to 1 as (B, 3, H, W) colors, patch by patch."""
+    import matplotlib as mpl
+
     colored = mpl.colormaps["viridis"](as_array(values).clip(0, 1))[..., :3]  # (B, N, 3)
     grid = colored.reshape(len(colored), *tower.grid, 3).transpose(0, 3, 1, 2)
     side = tower.patch_size
