@@ -1,6 +1,5 @@
 """Released archives are read as they were written, in every style; damage is named."""
 
-import io
 import json
 import math
 import random
@@ -237,14 +236,14 @@ def test_the_index_is_read_as_the_msgpack_package_reads_it():
     for _ in range(30):
         tree = {"a": value(0), "b": value(0)}
         raw = msgpack.packb(tree)
-        assert read_index(io.BytesIO(raw), len(raw)) == tree
+        assert read_index(memoryview(raw)) == tree
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 8, 16, 255, 256, 70_000])
 def test_arrays_of_any_size_are_places_in_the_index(size: int):
     values = np.arange(size, dtype=np.uint8)
     raw = msgpack.packb({"a": array_extension(values), "b": 1})
-    tree = read_index(io.BytesIO(raw), len(raw))
+    tree = read_index(memoryview(raw))
     extent = tree["a"]
     assert tree["b"] == 1
     assert isinstance(extent, Extent)
@@ -572,13 +571,36 @@ def test_an_array_is_never_held_twice(tmp_path: Path, style: Style, packed: bool
     assert peak < values.nbytes // 4
 
 
-def test_reading_imports_neither_jax_nor_tensorstore_nor_zarr_nor_torch():
+@pytest.mark.parametrize("library", ["msgpack", "zarr"])
+def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, library: str):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=rf"{library}.*pip install frugal-flip\[t5x\]") as refusal:
+        parameters(ARCHIVE)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_full_disk_for_temporary_files_is_named(tmp_path: Path):
+    values = {"table": np.ones((1000, 1000), np.float32)}
+    folder = write_checkpoint(tmp_path / "checkpoint_2", values)
+    code = (
+        "import resource; from pathlib import Path; import numpy as np\n"
+        "from frugal.flip.t5x_archive import open_archive\n"
+        f"with open_archive(Path({str(folder)!r})) as archive:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_001, 2_000_001))\n"
+        "    archive.arrays['target/table'].read_into(np.empty((1000, 1000), np.float32))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "InputError" in done.stderr.splitlines()[-1]
+    assert "TMPDIR" in done.stderr.splitlines()[-1]
+
+
+def test_reading_imports_neither_jax_nor_tensorstore_nor_torch():
     code = (
         "import sys; from pathlib import Path; import numpy as np\n"
         "from frugal.flip.t5x_archive import open_archive\n"
         f"with open_archive(Path({str(ARCHIVE)!r})) as archive:\n"
         "    for array in archive.arrays.values():\n"
         "        array.read_into(np.empty(array.shape))\n"
-        "assert not {'jax', 'flax', 'tensorstore', 'zarr', 'torch', 'msgpack'} & set(sys.modules)"
+        "assert not {'jax', 'flax', 'tensorstore', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

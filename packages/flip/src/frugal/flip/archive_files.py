@@ -5,16 +5,24 @@ Paths are relative to the archive and joined by slashes.
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import posixpath
+import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, TypeAlias, cast
+
+import numpy as np
 
 from frugal.common.errors import InputError
 
+BLOCK = 1 << 20
+"""Bytes that are read or unpacked at a time."""
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
 """What reading a truncated or altered file raises."""
 MALFORMED = (*UNREADABLE, KeyError, TypeError)
@@ -36,31 +44,80 @@ def reason(error: Exception) -> str:
     return str(error) or "ends early"
 
 
-class Files(Protocol):
-    """The files of an archive."""
+def library(name: str) -> Any:
+    """A module that comes with the extra ``t5x`` of this package.
 
-    path: Path
-    """What the user named."""
+    Raises:
+        InputError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"t5x archives are read with {name}, which cannot be imported ({error}); run "
+            "`pip install frugal-flip[t5x]`"
+        ) from None
 
-    def named(self, name: str) -> list[str]:
-        """Paths of the files of one name, in any folder that holds no other of them."""
-        ...
 
-    def has(self, path: str) -> bool:
-        """Whether there is such a file."""
-        ...
+def unpacked(blocks: Iterator[bytes], size: int | None = None) -> BinaryIO:
+    """A file of these blocks for :func:`mapped`: of at most a MiB in memory, else on the disk.
 
-    def size(self, path: str) -> int:
-        """Bytes of a file."""
-        ...
+    Args:
+        blocks: each of at most a MiB.
+        size: bytes of all of them, where that is known.
 
-    def open(self, path: str) -> BinaryIO:
-        """A file to read, which can seek."""
-        ...
+    Raises:
+        ValueError, EOFError: if there are more or fewer.
+        InputError: if there is no room for them.
+    """
+    file, written = cast(BinaryIO, io.BytesIO()), 0
+    for block in blocks:
+        written += len(block)
+        if size is not None and written > size:
+            raise ValueError("is longer than its shape")
+        left = memoryview(block)
+        try:
+            if written > BLOCK and isinstance(file, io.BytesIO):
+                left = memoryview(file.getvalue() + block)
+                file = cast(BinaryIO, tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
+            while left:  # the last bytes that fit on a full disk are written without an error
+                left = left[file.write(left) :]
+        except OSError as error:
+            raise InputError(
+                f"{tempfile.gettempdir()} has no room to unpack an array or index ({error.strerror}"
+                "); name a folder with more in TMPDIR"
+            ) from None
+    if size is not None and written < size:
+        raise EOFError("ends early")
+    return file
 
-    def close(self) -> None:
-        """Let go of the archive."""
-        ...
+
+def mapped(file: BinaryIO, offset: int = 0, size: int | None = None) -> np.ndarray:
+    """Bytes of an :func:`unpacked` file, all of them or some; they outlive it."""
+    if isinstance(file, io.BytesIO):
+        return np.frombuffer(file.getvalue(), np.uint8)[offset:][:size]
+    return np.memmap(file, np.uint8, "r", offset, size)
+
+
+def content(file: BinaryIO) -> Iterator[bytes]:
+    """The blocks of a file."""
+    with file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def inflated(file: BinaryIO) -> Iterator[bytes]:
+    """The blocks that a file of gzip or zlib holds, whose checksum is verified at its end."""
+    stream = zlib.decompressobj(zlib.MAX_WBITS + 32)  # tells the two apart by their heads
+    with file:
+        while not stream.eof:
+            packed = stream.unconsumed_tail or file.read(1 << 16)
+            block = stream.decompress(packed, BLOCK)
+            if not packed and not block:
+                raise EOFError("ends early")
+            yield block
+        if stream.unused_data or file.read(1):
+            raise ValueError("goes on behind its end")
 
 
 class Folder:
@@ -87,10 +144,6 @@ class Folder:
         """Whether there is such a file."""
         return (self.path / path).is_file()
 
-    def size(self, path: str) -> int:
-        """Bytes of a file."""
-        return (self.path / path).stat().st_size
-
     def open(self, path: str) -> BinaryIO:
         """A file to read."""
         return (self.path / path).open("rb")
@@ -100,7 +153,7 @@ class Folder:
 
 
 class Zip:
-    """An archive as it was downloaded."""
+    """An archive as it was downloaded, with the methods of :class:`Folder`."""
 
     def __init__(self, path: Path) -> None:
         """Read the directory at the end of the file.
@@ -131,10 +184,6 @@ class Zip:
         """Whether there is such a file."""
         return path in self._members
 
-    def size(self, path: str) -> int:
-        """Bytes of a file when unpacked."""
-        return self._members[path].file_size
-
     def open(self, path: str) -> BinaryIO:
         """A file to read, whose checksum is verified at its end.
 
@@ -142,27 +191,19 @@ class Zip:
             InputError: if it is encrypted, or packed in a way that Python cannot undo.
         """
         try:
-            member: Any = self._zip.open(self._members[path])
+            return cast(BinaryIO, self._zip.open(self._members[path]))
         except (NotImplementedError, RuntimeError) as error:
             raise InputError(
                 f"{path} in {self.path} cannot be unpacked ({error}); unpack the zip file and "
                 "give the folder"
             ) from None
-        member.MAX_SEEK_READ = 1 << 16  # it seeks by reading: 16 MiB at a time, held three times
-        return member
 
     def close(self) -> None:
         """Close the file."""
         self._zip.close()
 
 
-def open_files(path: Path) -> Files:
-    """The files in a folder or a zip.
-
-    Raises:
-        InputError: if the zip is truncated.
-    """
-    return Folder(path) if path.is_dir() else Zip(path)
+Files: TypeAlias = Folder | Zip
 
 
 def is_zip(path: Path) -> bool:

@@ -1,32 +1,26 @@
 """Flax's msgpack as a tree in which arrays are places in the file, not values.
 
-An index may hold arrays of any size beside its descriptions. The msgpack package would hold all
-of them, and the largest three times; here they are skipped, and read later from where they are.
+An index may hold arrays of any size beside its descriptions, and msgpack's Unpacker hands out a
+value only once it holds all of it. Values beyond 128 KiB are therefore not shown to it but
+skipped; arrays are read later from where they are.
 """
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from dataclasses import dataclass, replace
+from typing import Any
+
+from frugal.flip.archive_files import library
 
 _DEEPEST = 200
-_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
-_NUMBERS = {
-    0xCA: "f", 0xCB: "d", 0xCC: "B", 0xCD: "H", 0xCE: "I", 0xCF: "Q",
-    0xD0: "b", 0xD1: "h", 0xD2: "i", 0xD3: "q",
-}  # fmt: skip
-_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
-_LENGTHS = {
-    0xC4: ("bytes", "B"), 0xC5: ("bytes", "H"), 0xC6: ("bytes", "I"),
-    0xC7: ("extension", "B"), 0xC8: ("extension", "H"), 0xC9: ("extension", "I"),
-    0xD9: ("text", "B"), 0xDA: ("text", "H"), 0xDB: ("text", "I"),
-    0xDC: ("list", "H"), 0xDD: ("list", "I"), 0xDE: ("map", "H"), 0xDF: ("map", "I"),
-}  # fmt: skip
-"""First bytes of values (msgpack specification): what follows, in struct's letters."""
+_LONGEST = 1 << 17
 _ARRAY, _SCALAR = 1, 3
 """Flax's extensions: [shape, dtype, values] of an array and of a numpy scalar. 2 is a complex
 number; it and others are skipped."""
+_MAPS = {*range(0x80, 0x90), 0xDE, 0xDF}
+_LISTS = {*range(0x90, 0xA0), 0xDC, 0xDD}
+_BYTES, _EXTENSION, _TEXT = 0xC6, 0xC9, 0xDB
+"""First bytes of values (msgpack specification); of the last three, four bytes of length follow."""
 
 
 @dataclass(frozen=True)
@@ -40,110 +34,27 @@ class Extent:
     """Bytes."""
 
 
-def read_index(file: BinaryIO, size: int) -> dict[str, Any]:
+def read_index(content: memoryview) -> dict[str, Any]:
     """The map that a whole file holds: maps, texts, numbers, and :class:`Extent` for every array.
 
     Args:
-        file: at its beginning; it is left at its end.
-        size: bytes of the file.
+        content: the file's bytes, mapped into memory.
 
     Raises:
         ValueError, EOFError: if it holds something else, or ends early.
+        InputError: if msgpack is not installed.
     """
-    reader = _Reader(file, size)
-    tree = reader.value(depth=0)
-    if not isinstance(tree, dict) or file.tell() != size:
+    reader = _Reader(content)
+    try:
+        tree = reader.value(depth=0)
+    except (reader.msgpack.OutOfData, IndexError):
+        raise EOFError("ends early") from None
+    if not isinstance(tree, dict) or reader.offset != len(content):
         raise ValueError("is no tree that flax has written")
     return tree
 
 
-class _Reader:
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file = file
-        self._size = size
-
-    def value(self, depth: int) -> Any:
-        """The value that begins here."""
-        if depth > _DEEPEST:
-            raise ValueError("is nested too deeply")
-        code = self._take(1)[0]
-        if code <= 0x7F:
-            return code
-        if code >= 0xE0:
-            return code - 0x100
-        if code <= 0xBF:
-            return self._sized(*_short(code), depth=depth)
-        if code in _CONSTANTS:
-            return _CONSTANTS[code]
-        if code in _NUMBERS:
-            return self._number(_NUMBERS[code])
-        if code in _EXTENSIONS:
-            return self._extension(_EXTENSIONS[code], depth)
-        if code not in _LENGTHS:
-            raise ValueError(f"has a byte {code:#x} where a value should begin")
-        kind, layout = _LENGTHS[code]
-        return self._sized(kind, self._number(layout), depth=depth)
-
-    def _sized(self, kind: str, length: int, *, depth: int) -> Any:
-        if kind == "map":
-            return {self._name(): self.value(depth + 1) for _ in range(length)}
-        if kind == "list":
-            return [self.value(depth + 1) for _ in range(length)]
-        if kind == "text":
-            return self._take(length).decode()
-        if kind == "extension":
-            return self._extension(length, depth)
-        self._skip(length)
-        return None
-
-    def _name(self) -> str:
-        name = self.value(_DEEPEST)
-        if not isinstance(name, (str, int)):
-            raise ValueError("has a name that is no text")
-        return str(name)
-
-    def _extension(self, length: int, depth: int) -> Extent | None:
-        kind = self._number("b")
-        start = self._file.tell()
-        if kind not in (_ARRAY, _SCALAR):
-            self._skip(length)
-            return None
-        code, shape, dtype = self._take(1)[0], self.value(depth + 1), self.value(depth + 1)
-        offset, size = self._raw()
-        is_whole = code == 0x93 and self._file.tell() == start + length  # a list of three
-        if not (is_whole and isinstance(shape, list) and isinstance(dtype, str)):
-            raise ValueError("holds an array that is malformed")
-        return Extent(sides(shape), dtype, offset, size)
-
-    def _raw(self) -> tuple[int, int]:
-        """Where the values of an array are; flax once wrote them as text."""
-        code = self._take(1)[0]
-        if 0xA0 <= code <= 0xBF:
-            return self._skip(code & 0x1F)
-        kind, layout = _LENGTHS.get(code, ("", ""))
-        if kind not in ("bytes", "text"):
-            raise ValueError("holds an array without values")
-        return self._skip(self._number(layout))
-
-    def _skip(self, length: int) -> tuple[int, int]:
-        """Where some bytes are, and how many; the file stands behind them afterwards."""
-        offset = self._file.tell()
-        if offset + length > self._size:
-            raise EOFError("ends early")
-        self._file.seek(offset + length)
-        return offset, length
-
-    def _take(self, size: int) -> bytes:
-        data = self._file.read(size)
-        if len(data) < size:
-            raise EOFError("ends early")
-        return data
-
-    def _number(self, layout: str) -> Any:
-        return struct.unpack(f">{layout}", self._take(struct.calcsize(layout)))[0]
-
-
-def sides(shape: list[Any]) -> tuple[int, ...]:
+def sides(shape: Any) -> tuple[int, ...]:
     """A shape as it was read.
 
     Raises:
@@ -154,10 +65,93 @@ def sides(shape: list[Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _short(code: int) -> tuple[str, int]:
-    """Maps, lists and texts whose length is in their first byte."""
-    if code <= 0x8F:
-        return "map", code & 0x0F
-    if code <= 0x9F:
-        return "list", code & 0x0F
-    return "text", code & 0x1F
+class _Tail:
+    """Bytes from an offset on, as msgpack wants a file."""
+
+    def __init__(self, content: memoryview, offset: int) -> None:
+        self._content = content
+        self._offset = offset
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        begin = self._offset
+        self._offset += size
+        return bytes(self._content[begin : self._offset])
+
+
+class _Reader:
+    def __init__(self, content: memoryview) -> None:
+        self.msgpack = library("msgpack")
+        self._content = content
+        self._go_on_from(0)
+
+    def _go_on_from(self, offset: int) -> None:
+        self._begin = offset
+        self._unpacker = self.msgpack.Unpacker(
+            _Tail(self._content, offset), read_size=1 << 14, ext_hook=self._extension
+        )
+
+    @property
+    def offset(self) -> int:
+        """Where the next value begins."""
+        return self._begin + self._unpacker.tell()
+
+    def value(self, depth: int) -> Any:
+        """The value that begins here."""
+        if depth > _DEEPEST:
+            raise ValueError("is nested too deeply")
+        code = self._content[self.offset]
+        if code in _MAPS:
+            pairs = range(self._unpacker.read_map_header())
+            return {self._name(): self.value(depth + 1) for _ in pairs}
+        if code in _LISTS:
+            return [self.value(depth + 1) for _ in range(self._unpacker.read_array_header())]
+        if code in (_BYTES, _EXTENSION, _TEXT) and self._length(self.offset) > _LONGEST:
+            return self._long(self.offset, is_extension=code == _EXTENSION)
+        value = self._unpacker.unpack()
+        if isinstance(value, Extent):  # its values end where the extension does
+            return replace(value, offset=self.offset - value.size)
+        return value
+
+    def _name(self) -> str:
+        name = self._unpacker.unpack()
+        if not isinstance(name, (str, int)):
+            raise ValueError("has a name that is no text")
+        return str(name)
+
+    def _length(self, offset: int) -> int:
+        return int.from_bytes(self._content[offset + 1 : offset + 5], "big")
+
+    def _extension(self, kind: int, data: bytes) -> Extent | None:
+        """An array that msgpack has read; where it was is not known here."""
+        if kind not in (_ARRAY, _SCALAR):
+            return None
+        parts = self.msgpack.unpackb(data, raw=True)  # flax once wrote the values as text
+        if not isinstance(parts, list) or len(parts) != 3 or not isinstance(parts[2], bytes):
+            raise ValueError("holds an array that is malformed")
+        return _extent(parts[0], parts[1], offset=0, size=len(parts[2]))
+
+    def _long(self, offset: int, *, is_extension: bool) -> Extent | None:
+        """The place of a long array, or nothing for what else is long."""
+        begin = offset + 5 + is_extension
+        end = begin + self._length(offset)
+        if end > len(self._content):
+            raise EOFError("ends early")
+        self._go_on_from(end)
+        if not is_extension or self._content[begin - 1] not in (_ARRAY, _SCALAR):
+            return None
+        unpacker = self.msgpack.Unpacker(raw=True)
+        unpacker.feed(self._content[begin : begin + _LONGEST])
+        parts, shape, dtype = unpacker.read_array_header(), unpacker.unpack(), unpacker.unpack()
+        values = begin + unpacker.tell()
+        found = _extent(shape, dtype, offset=values + 5, size=self._length(values))
+        is_whole = parts == 3 and found.offset + found.size == end
+        if not is_whole or self._content[values] not in (_BYTES, _TEXT):
+            raise ValueError("holds an array that is malformed")
+        return found
+
+
+def _extent(shape: Any, dtype: Any, *, offset: int, size: int) -> Extent:
+    if not isinstance(shape, list) or not isinstance(dtype, bytes):
+        raise ValueError("holds an array that is malformed")
+    return Extent(sides(shape), dtype.decode(), offset, size)

@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 
 from frugal.common.errors import InputError
-from frugal.flip.archive_files import MALFORMED, Files, Folder, is_zip, open_files, reason
+from frugal.flip.archive_files import (
+    MALFORMED,
+    Files,
+    Folder,
+    Zip,
+    content,
+    is_zip,
+    mapped,
+    reason,
+    unpacked,
+)
 from frugal.flip.flax_index import Extent, read_index, sides
 from frugal.flip.stored_arrays import InlineArray, StoredArray, ZarrArray
 
@@ -51,8 +61,8 @@ class T5xArchive:
         self.name = f"{files.path}/{self._folder}" if self._folder else str(files.path)
         """To begin a sentence with."""
         try:
-            self._index = files.open(index)
-            tree = read_index(self._index, files.size(index))
+            self._index = unpacked(content(files.open(index)))
+            tree = read_index(mapped(self._index).data)
         except MALFORMED as error:
             raise InputError(
                 f"{files.path / index} is damaged, or no index of a t5x checkpoint: it "
@@ -156,7 +166,7 @@ def open_archive(source: Path) -> T5xArchive:
         raise InputError(f"there is no {source}; give FLIP's archive, or the folder it unpacks to")
     if source.is_file() and not is_zip(source):
         return T5xArchive(Folder(source.parent), source.name)
-    files = open_files(source)
+    files = Folder(source) if source.is_dir() else Zip(source)
     index, *older = _newest_first(files)
     return T5xArchive(files, index, older=[posixpath.dirname(path) for path in older])
 
