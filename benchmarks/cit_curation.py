@@ -115,8 +115,9 @@ def enlarged(folder: Path, pairs: int, shorter_side: int) -> Path:
 
 def larger(folder: Path, shorter_side: int) -> Iterator[NewSample]:
     """The samples of some shards with larger images."""
+    from frugal.common.data.patterns import find_files
     from frugal.common.data.samples import Fields
-    from frugal.common.data.sources import build_index, find_files, open_shard
+    from frugal.common.data.sources import build_index, open_shard
 
     for path in find_files(str(folder)):
         build_index(path)

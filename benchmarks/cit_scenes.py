@@ -19,8 +19,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from small_runs import finish, lasting, outcome, report_seeds
 
+from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import Fields
-from frugal.common.data.sources import build_index, find_files, open_shard
+from frugal.common.data.sources import build_index, open_shard
 from frugal.common.data.stores.tar import TarReader
 from frugal.common.data.writing import NewSample, new_folder, write_tars
 

@@ -22,7 +22,7 @@ import torch
 from measuring import write
 from PIL import Image
 
-from frugal.common.data.sources import find_files
+from frugal.common.data.patterns import find_files
 from frugal.common.data.transforms import RandomResizedCrop
 
 SCALE = (0.4, 1.0)

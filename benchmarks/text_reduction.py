@@ -27,8 +27,9 @@ from frugal.clipa.syntax_masking import SyntaxMasking
 from frugal.clipa.text_masking import BlockTextMasking, RandomTextMasking
 from frugal.clipa.word_counts import WordCounts
 from frugal.common.data.damage import Damaged
+from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import Fields
-from frugal.common.data.sources import find_files, index_missing, open_shard
+from frugal.common.data.sources import index_missing, open_shard
 from frugal.common.data.tokenizers import ClipBpe, Tokenizer, WordPiece
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator

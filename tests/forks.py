@@ -32,7 +32,7 @@ IMPORTED = (
     "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject", "deepspeed.moe.layer",
     "accelerate", "safetensors.torch", "tyro.extras", "PIL.JpegImagePlugin", "open_clip.tokenizer",
     "frugal.common.train", "frugal.common.engine.loop", "frugal.common.engine.deepspeed",
-    "frugal.common.engine.accelerate", "frugal.common.data.training",
+    "frugal.common.engine.accelerate", "frugal.common.data.config",
     "frugal.common.objectives.contrastive", "frugal.common.checkpoint.warm_start",
     "pyarrow.parquet",
 )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.damage import PassedOver
 from frugal.common.errors import InputError
 from frugal.common.files import (
     is_system_name,

@@ -80,7 +80,7 @@ import logging, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from frugal.common.cli import run_politely
-from frugal.common.data.agreement import check_same_data
+from frugal.common.data.contents import check_same_data
 from frugal.common.data.contents import Part, streamed_contents
 from frugal.common.run import Run
 rank = int(sys.argv[1])

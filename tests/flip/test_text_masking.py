@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from frugal.common.contracts import Batch, TextReduction
-from frugal.common.data.pairs import BatchBuilder, Preparation
+from frugal.common.data.sample_transform import Collator, SampleTransform
 from frugal.common.data.samples import RawSample
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
@@ -342,8 +342,8 @@ def test_positions_of_another_shape_are_refused() -> None:
 # Through the loader and the objective
 
 
-def preparation(masking: TextReduction, *, seed: int = 0) -> Preparation:
-    return Preparation(
+def transform(masking: TextReduction, *, seed: int = 0) -> SampleTransform:
+    return SampleTransform(
         seed=seed,
         augmentation=CenterCrop(),
         image_size=(8, 8),
@@ -368,13 +368,13 @@ def built(masking: TextReduction, picture: bytes, numbers: list[int], *, seed: i
     """Samples by their numbers; the number decides the caption too. Number 3 is damaged."""
     from frugal.common.data.damage import Damaged
 
-    builder = BatchBuilder(preparation(masking, seed=seed), np.asarray(numbers, np.int64))
+    collator = Collator(transform(masking, seed=seed), np.asarray(numbers, np.int64))
     for number in numbers:
         if number == 3:
-            builder.skip("damaged", Damaged("image"))
+            collator.skip("damaged", Damaged("image"))
         else:
-            builder.add(str(number), RawSample(picture, [caption_of(number)]))
-    return Batch(**builder.fields())
+            collator.add(str(number), RawSample(picture, [caption_of(number)]))
+    return Batch(**collator.fields())
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -13,11 +13,18 @@ import pytest
 
 from frugal.cit.texts import TextChoice
 from frugal.common import shards
-from frugal.common.data.captions import caption_lines, caption_text, caption_texts
 from frugal.common.data.damage import DamageCounter, Damaged, warning
-from frugal.common.data.resampled import stream_tar
-from frugal.common.data.samples import Fields, assemble, decode_classes, decode_label
+from frugal.common.data.samples import (
+    Fields,
+    assemble,
+    caption_lines,
+    caption_text,
+    caption_texts,
+    decode_classes,
+    decode_label,
+)
 from frugal.common.data.sources import build_index, open_source
+from frugal.common.data.stores.streamed_tar import stream_tar
 from frugal.common.data.stores.tar import TarReader
 from frugal.common.data.stores.tfrecord import RecordReader, crc32c, mask_checksum
 

@@ -8,9 +8,10 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from frugal.common.data.damage import Damaged
-from frugal.common.data.index import find_index, read_summary
+from frugal.common.data.patterns import find_files, is_stream
 from frugal.common.data.samples import Fields
-from frugal.common.data.sources import build_index, find_files, is_stream, open_source
+from frugal.common.data.sources import build_index, open_source
+from frugal.common.data.stores.index import find_index, read_summary
 from frugal.common.data.stores.tfrecord import RecordReader, crc32c, mask_checksum, parse_example
 from frugal.common.errors import InputError
 

@@ -10,13 +10,14 @@ import pytest
 import torchvision
 from PIL import Image
 
+from frugal.common.data.damage import PassedOver
 from frugal.common.data.decoding import FORMATS, decode_rgb, open_image
-from frugal.common.data.image_walk import image_files
 from frugal.common.data.labeled import CaptionedImages, LabeledImages, dataset_type
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import IMAGE_EXTENSIONS, Fields
-from frugal.common.data.sources import find_files, open_source
+from frugal.common.data.sources import open_source
 from frugal.common.data.stores.folder import refuse_without_words
+from frugal.common.data.stores.image_walk import image_files
 from frugal.common.errors import InputError
 from frugal.common.recipe import difference, from_json, to_json, with_measured
 from frugal.flip.recipes import RECIPES

@@ -8,12 +8,11 @@ from collections import Counter
 
 import pytest
 
-from frugal.common.data.damage import Damaged
-from frugal.common.data.index import find_earlier_index, find_index, load_index, read_summary
-from frugal.common.data.passed_over import PassedOver
-from frugal.common.data.resampled import stream_tar
+from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.samples import Fields, assemble
 from frugal.common.data.sources import build_index, open_source
+from frugal.common.data.stores.index import find_earlier_index, find_index, load_index, read_summary
+from frugal.common.data.stores.streamed_tar import stream_tar
 from frugal.common.data.stores.tar import TarReader, index_tar
 from frugal.common.errors import InputError
 

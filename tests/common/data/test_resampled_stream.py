@@ -5,8 +5,9 @@ from collections import Counter
 import pytest
 
 from frugal.common.data.damage import Damaged
-from frugal.common.data.resampled import ShardDraws, stream_tar
-from frugal.common.data.sources import find_streams
+from frugal.common.data.patterns import find_streams
+from frugal.common.data.resampled import ShardDraws
+from frugal.common.data.stores.streamed_tar import stream_tar
 from frugal.common.errors import InputError
 
 SHARDS = [5, 3, 9, 1, 4, 6]

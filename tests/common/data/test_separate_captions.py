@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from frugal.common.data.pairs import Preparation
+from frugal.common.data.sample_transform import SampleTransform
 from frugal.common.data.samples import Fields, RawSample
 from frugal.common.data.sources import build_index, open_source
 from frugal.common.data.stores.tfrecord import crc32c, mask_checksum
@@ -80,12 +80,12 @@ def record(features: dict[str, bytes]) -> bytes:
 
 
 def test_training_draws_among_the_texts_that_are_there() -> None:
-    preparation = Preparation(
+    transform = SampleTransform(
         seed=0, augmentation=RandomResizedCrop(), image_size=(8, 8), tokenizer=None, text=None,
         text_length=0,
     )  # fmt: skip
     raw = RawSample(b"", ["one", "", "a,b"])
-    drawn = Counter(preparation.caption(raw, number) for number in range(400))
+    drawn = Counter(transform.caption(raw, number) for number in range(400))
     assert drawn.keys() == {"one", "a,b"}
     assert abs(drawn["one"] - 200) < 40
 

@@ -8,9 +8,9 @@ import pytest
 import webdataset
 
 from frugal.common.data.damage import Damaged
-from frugal.common.data.index import find_index, load_index, read_summary
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import build_index
+from frugal.common.data.stores.index import find_index, load_index, read_summary
 from frugal.common.data.stores.tar import TarReader
 from frugal.common.errors import InputError
 

@@ -16,8 +16,9 @@ from PIL import Image
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.labeled import LabeledImages
+from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import Fields
-from frugal.common.data.sources import build_index, find_files, open_source
+from frugal.common.data.sources import build_index, open_source
 from frugal.common.data.stores.csv import open_list
 from frugal.common.data.stores.folder import open_image_folder
 from frugal.common.errors import InputError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from frugal.common.data import vocabularies
+from frugal.common.data import word_pieces
 from frugal.common.data.tokenizers import (
     ClipBpe,
     HuggingFace,
@@ -153,7 +153,7 @@ def test_word_pieces_equal_transformers_on_folded_text(word_piece: Tokenizer) ->
     )
     compared = 0
     for text in random_texts(11, 1500):
-        folded = vocabularies.fold_caption(text)
+        folded = word_pieces.fold_caption(text)
         if any(unicodedata.ucd_3_2_0.category(c) in ("Cn", "Co") for c in folded):
             continue  # transformers drops private use, and what its older tables do not know
         assert word_piece.encode(text) == reference(folded, add_special_tokens=False)["input_ids"]

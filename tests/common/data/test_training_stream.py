@@ -13,11 +13,12 @@ import torch
 
 from frugal.common.data.config import PairData
 from frugal.common.data.damage import DamageCounter, Damaged
-from frugal.common.data.index import find_index
-from frugal.common.data.pairs import Preparation, Shelf
+from frugal.common.data.sample_transform import SampleTransform
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import build_index, open_source
+from frugal.common.data.stores.index import find_index
 from frugal.common.data.stores.tar import TarReader
+from frugal.common.data.stream import ReaderCache
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError
@@ -427,16 +428,16 @@ def test_processes_share_the_indexing(tmp_path, write_pairs):
 def test_too_many_open_files_are_not_taken_for_damage(tmp_path, write_pairs):
     paths = write_pairs(tmp_path / "d", [1] * 8)
     source = open_source(f"{tmp_path}/d", Fields(), [p for p in paths if build_index(p)])
-    shelf = Shelf(source.shards, Fields())
+    readers = ReaderCache(source.shards, Fields())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert soft >= min(hard, 65_536)  # a shelf takes what it can get
+    assert soft >= min(hard, 65_536)  # a cache takes what it can get
     next_free = os.dup(0)
     os.close(next_free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (next_free + 3, hard))
     try:
         with pytest.raises(InputError, match=r"too many files are open.*ulimit -n.*shuffle-shards"):
             for shard in range(8):
-                shelf.reader(shard)
+                readers.reader(shard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -456,6 +457,6 @@ def test_a_missing_caption_is_told_with_the_members_that_there_are(tmp_path, wri
     path = write_tar(tmp_path / "0.tar", [pair(1)[0], ("000000001.title", b"w1")])
     build_index(path)
     raw = TarReader(path, Fields()).read(0)
-    preparation = Preparation.__new__(Preparation)
+    transform = SampleTransform.__new__(SampleTransform)
     with pytest.raises(Damaged, match=r"--data\.fields\.caption.*members are jpg, title"):
-        preparation.caption(raw, 0)
+        transform.caption(raw, 0)

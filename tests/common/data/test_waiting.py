@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from frugal.common.data import loader as loader_module
 from frugal.common.data.damage import DamageCounter, Damaged, note_of, warning
 from frugal.common.data.loader import Loader
-from frugal.common.data.resampled import ShardSizes, stream_tar
+from frugal.common.data.stores.streamed_tar import ShardSizes, stream_tar
 from frugal.common.data.stores.url import Patience, UrlStream
 from frugal.common.errors import InputError
 

@@ -14,7 +14,7 @@ import torch
 from evaluated import multi_label_tars, recipe, telling
 from PIL import Image
 
-from frugal.common.data.agreement import agree
+from frugal.common.data.contents import agree
 from frugal.common.data.labeled import CaptionedImages, LabeledImages, MultiLabeledImages
 from frugal.common.data.writing import NewSample, write_tars
 from frugal.common.errors import InputError

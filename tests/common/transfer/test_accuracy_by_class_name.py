@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from frugal.common.data.class_matching import CLASSES
 from frugal.common.data.config import ImageData
+from frugal.common.data.stores.class_folders import CLASSES
 from frugal.common.errors import InputError
 from frugal.common.models.config import ImageTower
 from frugal.common.recipe import Recipe

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, T5Tokenizer
 
-from frugal.common.data.pairs import BatchBuilder, Preparation
+from frugal.common.data.sample_transform import Collator, SampleTransform
 from frugal.common.data.samples import RawSample
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace, Tokenizer, WordPiece, text_length
 from frugal.common.data.transforms import RandomResizedCrop
@@ -205,15 +205,15 @@ def test_the_model_pools_where_open_clip_does(clip):
     embedder = Embedder(Model(), clip, context_length=LENGTH, device=torch.device("cpu"))
     embedder.texts([text, "a b"])
     assert seen == [[place + 1, 4]]
-    preparation = Preparation(
+    transform = SampleTransform(
         seed=0, augmentation=RandomResizedCrop(), image_size=(8, 8), tokenizer=clip,
         text=Truncate(), text_length=LENGTH,
     )  # fmt: skip
-    builder = BatchBuilder(preparation, np.zeros(1, np.int64))
+    collator = Collator(transform, np.zeros(1, np.int64))
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "PNG")
-    builder.add("key", RawSample(image.getvalue(), [text]))
-    assert builder.fields()["text_lengths"].tolist() == [place + 1]
+    collator.add("key", RawSample(image.getvalue(), [text]))
+    assert collator.fields()["text_lengths"].tolist() == [place + 1]
 
 
 # ------------------------------------------------------------------------------------------------

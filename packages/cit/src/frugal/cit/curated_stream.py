@@ -21,10 +21,8 @@ from frugal.cit.features import TextFeatures
 from frugal.cit.pool import Pool, open_pool
 from frugal.cit.texts import TextChoice
 from frugal.common.contracts import Batch, Stream
-from frugal.common.data.pairs import Pairs
 from frugal.common.data.samples import RawSample
-from frugal.common.data.stream import IndexedStream
-from frugal.common.data.training import make_share
+from frugal.common.data.stream import IndexedStream, OrderedSamples, RankSlice
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -128,7 +126,7 @@ class CuratedStream:
         """That training waited for curations since it last asked for scalars."""
         self._restore(state)
         # with files of its own: in the background it reads beside what is trained on
-        scanned = replace(pool, shelf=pool.shelf.again())
+        scanned = replace(pool, readers=pool.readers.copy())
         curator = Curator(data, scanned, classes, run, first_unit=self._next_unit)
         self._chooser = _Chooser(curator, pool, recipe, run, engine, background=data.background)
 
@@ -214,10 +212,10 @@ class CuratedStream:
         """The micro-batches of a period, which began at a sample, from a later one on."""
         micro_batch = self._recipe.batch_size // self._recipe.engine.accumulate
         order = _PeriodOrder(chosen, start, self._pool.choice)
-        pairs = Pairs(self._pool.shelf, order, self._pool.preparation, choose=order.choose)
+        pairs = OrderedSamples(self._pool.readers, order, self._pool.transform, choose=order.choose)
         stream = IndexedStream(
             pairs,
-            make_share(self._recipe, self._run, first_sample=sample),
+            RankSlice.of(self._recipe, self._run, first_sample=sample),
             epoch_samples=self.epoch_samples,
             workers=self._data.workers,
             pin_memory=self._run.device.type == "cuda",
@@ -280,8 +278,8 @@ class _Chooser:
     def _features(self, tower: torch.nn.Module) -> TextFeatures:
         return TextFeatures(
             tower,
-            self._pool.preparation.tokenizer,
-            length=self._pool.preparation.text_length,
+            self._pool.transform.tokenizer,
+            length=self._pool.transform.text_length,
             device=self._run.device,
             dtype=self._engine.dtype,
         )

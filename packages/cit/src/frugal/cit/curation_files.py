@@ -107,7 +107,7 @@ class CurationFiles:
         keys = [""] * len(chosen)
         for row in np.argsort(chosen.shards, kind="stable").tolist():
             shard = int(chosen.shards[row])
-            key = self._pool.shelf.reader(shard).key(int(chosen.indices[row]))
+            key = self._pool.readers.reader(shard).key(int(chosen.indices[row]))
             keys[row] = key.removeprefix(f"{self._pool.shards[shard].name}/")
         return keys
 

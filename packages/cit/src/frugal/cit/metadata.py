@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from frugal.common.data.captions import caption_texts
+from frugal.common.data.samples import caption_texts
 from frugal.common.errors import InputError
 from frugal.common.evaluation.task_labels import TASKS, task_labels
 from frugal.common.files import read_lines

@@ -15,15 +15,15 @@ from torch.utils.data import Dataset, Sampler
 from frugal.cit.curated_data import CuratedData
 from frugal.cit.texts import TextChoice
 from frugal.common.contracts import DamageNote
-from frugal.common.data.agreement import check_same_data
-from frugal.common.data.contents import Contents, contents_of
+from frugal.common.data.config import entries_of, make_order, make_transform, open_sources
+from frugal.common.data.contents import Contents, check_same_data, contents_of
 from frugal.common.data.damage import Damaged, note_of
 from frugal.common.data.loader import WAIT, Loader
 from frugal.common.data.order import Order
-from frugal.common.data.pairs import Preparation, Shelf
+from frugal.common.data.sample_transform import SampleTransform
 from frugal.common.data.samples import Shard
+from frugal.common.data.stream import ReaderCache
 from frugal.common.data.tokenizers import text_length
-from frugal.common.data.training import entries_of, make_order, make_preparation, open_sources
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -51,10 +51,10 @@ class Pool:
     """All pairs that a run may choose from, in an endless order."""
 
     shards: Sequence[Shard]
-    shelf: Shelf
+    readers: ReaderCache
     order: Order
     choice: TextChoice
-    preparation: Preparation
+    transform: SampleTransform
     scan: int
     """Samples of a unit."""
     contents: Contents = ()
@@ -86,7 +86,7 @@ class Pool:
 
     def text_at(self, shard: int, index: int, number: int) -> tuple[int, str] | None:
         """As :meth:`text`, where the place of the sample is known."""
-        return self.choice.draw(self.shelf.reader(shard).captions(index), number)
+        return self.choice.draw(self.readers.reader(shard).captions(index), number)
 
 
 def open_pool(data: CuratedData, recipe: Recipe, run: Run) -> Pool:
@@ -100,7 +100,7 @@ def open_pool(data: CuratedData, recipe: Recipe, run: Run) -> Pool:
             "data.train is empty; say where the pool of image-text pairs is, such as --data.train "
             "'path/to/{00000..00010}.tar'"
         )
-    preparation = make_preparation(data, recipe)
+    transform = make_transform(data, recipe)
     sources = open_sources(data, run)
     contents = contents_of(sources)
     check_same_data(contents, run)
@@ -116,10 +116,10 @@ def open_pool(data: CuratedData, recipe: Recipe, run: Run) -> Pool:
     run.log.info("pool: %s pairs in %s shards", f"{order.samples:,}", f"{len(shards):,}")
     return Pool(
         shards=shards,
-        shelf=Shelf(shards, data.fields, sources=entries_of(sources)),
+        readers=ReaderCache(shards, data.fields, sources=entries_of(sources)),
         order=order,
         choice=TextChoice(seed=recipe.run.seed, tags=data.tag_places),
-        preparation=preparation,
+        transform=transform,
         scan=data.scan,
         contents=contents,
     )
@@ -137,16 +137,16 @@ class _Texts(Dataset[dict[str, Any]]):
         tokens: list[list[int]] = [[] for _ in numbers]
         notes: list[DamageNote] = []
         shards, indices = (found.tolist() for found in self._pool.order.locate(numbers))
-        tokenizer, length = self._pool.preparation.tokenizer, self._pool.preparation.text_length
+        tokenizer, length = self._pool.transform.tokenizer, self._pool.transform.text_length
         assert tokenizer is not None
         for row, number in enumerate(numbers.tolist()):
             try:
                 drawn = self._pool.text_at(shards[row], indices[row], number)
             except Damaged as damaged:
                 texts[row] = UNREADABLE
-                shelf, shard = self._pool.shelf, shards[row]
-                key = f"{shelf.name(shard)}/{indices[row]}"
-                notes.append(note_of(key, damaged, source=shelf.source(shard)))
+                readers, shard = self._pool.readers, shards[row]
+                key = f"{readers.name(shard)}/{indices[row]}"
+                notes.append(note_of(key, damaged, source=readers.source(shard)))
                 continue
             if drawn is not None:
                 texts[row] = drawn[0]

@@ -22,14 +22,20 @@ import tyro
 from frugal.cit.curated_data import CuratedData
 from frugal.common.cli import run_politely
 from frugal.common.data.damage import Damaged
-from frugal.common.data.index import find_index
+from frugal.common.data.patterns import needs_index
 from frugal.common.data.samples import Fields, Reader
-from frugal.common.data.sources import build_index, needs_index, open_shard
-from frugal.common.data.writing import MOST_SAMPLES, NewSample, new_folder, write_tars
+from frugal.common.data.sources import build_index, open_shard
+from frugal.common.data.stores.index import find_index
+from frugal.common.data.writing import (
+    MOST_SAMPLES,
+    NewSample,
+    as_new_sample,
+    new_folder,
+    write_tars,
+)
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
 from frugal.common.recipe import from_json, load_recipe, to_json
-from frugal.common.shards import as_new_sample
 from frugal.common.words import command_words
 
 SCHEMA = pa.schema(

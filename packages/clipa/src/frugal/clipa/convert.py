@@ -21,7 +21,7 @@ from frugal.clipa.recipes import released
 from frugal.common.cli import run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
-from frugal.common.data.vocabularies import read_entries
+from frugal.common.data.word_pieces import read_entries
 from frugal.common.errors import InputError
 from frugal.common.models.config import ImagePooling
 from frugal.common.recipe import Recipe

@@ -20,18 +20,12 @@ from typing import Annotated, Any
 import tyro
 
 from frugal.clipa.frequency_masking import find_words, keep_probability
-from frugal.common.data.damage import Damaged
-from frugal.common.data.index import find_index
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.damage import Damaged, PassedOver
+from frugal.common.data.patterns import find_files, is_stream, needs_index
 from frugal.common.data.samples import Fields
-from frugal.common.data.sources import (
-    build_index,
-    find_files,
-    is_stream,
-    needs_index,
-    open_shard,
-)
+from frugal.common.data.sources import build_index, open_shard
 from frugal.common.data.stores.folder import FileList
+from frugal.common.data.stores.index import find_index
 from frugal.common.errors import InputError
 from frugal.common.exits import exit_politely
 from frugal.common.words import command_words

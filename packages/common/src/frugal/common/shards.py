@@ -6,7 +6,6 @@ is damaged, 2 if the command cannot be done as given.
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections import Counter
@@ -15,38 +14,29 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from PIL import Image
 
-from frugal.common.data.damage import Damaged
+from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.decoding import decode_rgb, open_image
-from frugal.common.data.grouping import REPEATED
-from frugal.common.data.index import find_index, read_summary
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.patterns import find_files, find_streams, is_stream, needs_index
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard, assemble
-from frugal.common.data.sources import (
-    EMPTY,
-    build_index,
-    find_files,
-    find_streams,
-    is_stream,
-    needs_index,
-    open_shard,
-)
+from frugal.common.data.sources import EMPTY, build_index, open_shard
 from frugal.common.data.stores.folder import FileList, refuse_without_words
+from frugal.common.data.stores.grouping import REPEATED
+from frugal.common.data.stores.index import find_index, read_summary
+from frugal.common.data.stores.streamed_tar import stream_tar
 from frugal.common.data.stores.tar import TarReader
 from frugal.common.data.stores.tfrecord import RecordReader
-from frugal.common.data.writing import NewSample, new_folder, write_tars
+from frugal.common.data.writing import NewSample, as_new_sample, new_folder, write_tars
 from frugal.common.errors import InputError
 from frugal.common.exits import exit_politely
 from frugal.common.words import command_words
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _SHOWN = 10
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 _FIELDS = Fields()
 
@@ -269,8 +259,6 @@ def _check_file(path: Path, contents: Contents, *, fields: Fields, decode: int |
 
 
 def _check_stream(url: str, contents: Contents, *, fields: Fields, decode: int | None) -> None:
-    from frugal.common.data.resampled import stream_tar  # it takes torch along
-
     for key, members in stream_tar(url, passed_over=contents.passed_over):
         contents.samples += 1
         try:
@@ -401,39 +389,6 @@ def _remark_without_words(shard: FileList) -> None:
         refuse_without_words(shard)
     except InputError as error:
         _say(f"no captions are written: {error}")
-
-
-def as_new_sample(raw: RawSample, *, source: str, **about: Any) -> NewSample:
-    """A sample as it is written: the first caption as text, all of them in its JSON.
-
-    Args:
-        raw: as it is stored; pictures of other formats than tars usually hold become PNG.
-        source: where it comes from.
-        about: what else its JSON tells.
-
-    Raises:
-        Damaged: if the picture cannot be read.
-    """
-    image = open_image(raw.image)
-    extension = _EXTENSIONS.get(image.format or "")
-    described: dict[str, Any] = {"source": source, **about}
-    if raw.captions:
-        described["caption"] = raw.captions[0]
-    if len(raw.captions) > 1:
-        described["captions"] = raw.captions
-    return NewSample(
-        image=raw.image if extension else _as_png(decode_rgb(image)),
-        extension=extension or "png",
-        about=described,
-        text=raw.captions[0] if raw.captions else None,
-        label=raw.label,
-    )
-
-
-def _as_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _given(patterns: Sequence[str]) -> Sequence[str]:

@@ -22,7 +22,7 @@ import tyro
 from frugal.common.cli import run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
-from frugal.common.data.vocabularies import read_entries
+from frugal.common.data.word_pieces import read_entries
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe
 from frugal.common.run import make_logger

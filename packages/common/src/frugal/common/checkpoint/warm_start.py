@@ -16,8 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from frugal.common.checkpoint.store import Checkpoint, find_checkpoint
-from frugal.common.data.same_tokens import token_difference
-from frugal.common.data.tokenizers import TokenizerConfig, load_tokenizer
+from frugal.common.data.tokenizers import TokenizerConfig, load_tokenizer, token_difference
 from frugal.common.errors import InputError
 from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.models.finite import refuse_not_finite

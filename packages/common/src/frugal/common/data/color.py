@@ -1,4 +1,4 @@
-"""Random changes of color, on the device that holds the images; nothing here imports torch early.
+"""Random changes of color, on the device that holds the images.
 
 SimCLR's (Chen et al., arXiv:2002.05709, appendix A) in the strengths of CLIPA (arXiv:2305.07017).
 The distribution is that of ``torchvision.transforms.ColorJitter`` on uint8 tensors, every operation
@@ -8,15 +8,14 @@ rounding down to whole gray levels; what is drawn for an image is a function of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
+
+import torch
+from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import NotNegative, Probability, Range, check_ranges
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from frugal.common.randomness import NoiseSource
 
 PURPOSE = "colour"
 """Name of the noise that decides how the colors of an image change."""
@@ -67,8 +66,6 @@ class ColorJitter:
         """
         if self.probability == 0 and self.gray == 0:
             return images
-        import torch
-
         if images.dtype != torch.uint8:
             raise InputError(
                 f"data.color changes uint8 images, but these are {images.dtype}; set "
@@ -85,8 +82,6 @@ class ColorJitter:
 
     def _changes(self, draws: Tensor) -> Changes:
         """What happens to each image, from (B, 10) uniform numbers."""
-        import torch
-
         factors = (self.brightness, self.contrast, self.saturation)
         lows = (*(max(0.0, 1 - by) for by in factors), -self.hue)
         highs = (*(1 + by for by in factors), self.hue)
@@ -129,8 +124,6 @@ def change_colors(images: Tensor, changes: Changes) -> Tensor:
     operation with three choices. They run before the hue turns and again behind it, each time for
     those images alone whose order says so; the costly turn happens once.
     """
-    import torch
-
     levels = images.float()
     hue_place = (changes.order == _HUE).int().argmax(dim=1)  # (B,)
     for place in range(_HUE):
@@ -173,8 +166,6 @@ def _turn_hue(levels: Tensor, shift: Tensor) -> Tensor:
     Value and chroma stay. Each channel falls from the value by the chroma as its hue is further
     from the channel's own: a trapezoid over the six sectors of the circle.
     """
-    import torch
-
     red, green, blue = levels.unbind(1)  # (B, H, W) each
     value = levels.amax(1)
     chroma = value - levels.amin(1)

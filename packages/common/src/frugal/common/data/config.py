@@ -1,24 +1,34 @@
-"""The part of a recipe that says what a run is trained on; nothing here imports torch."""
+"""The part of a recipe that says what a run is trained on, and how its stream is built."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from frugal.common.contracts import DataConfig
+from frugal.common.contracts import DataConfig, Stream
 from frugal.common.data.color import NO_CHANGE, ColorJitter
-from frugal.common.data.samples import Fields, image_extensions
-from frugal.common.data.tokenizers import TokenizerConfig
+from frugal.common.data.contents import check_same_data, contents_of, streamed_contents
+from frugal.common.data.damage import Damaged, PassedOver, shortened
+from frugal.common.data.order import GlobalOrder, Order, WeightedOrder
+from frugal.common.data.patterns import find_files, find_streams, is_stream
+from frugal.common.data.resampled import ResampledStream, ShardDraws
+from frugal.common.data.sample_transform import SampleTransform
+from frugal.common.data.samples import Fields, Shard, image_extensions
+from frugal.common.data.sources import Source, index_missing, open_source
+from frugal.common.data.stores.class_folders import keep_classes
+from frugal.common.data.stores.folder import FileList, refuse_without_words
+from frugal.common.data.stores.url import can_read
+from frugal.common.data.stream import IndexedStream, OrderedSamples, RankSlice, ReaderCache
+from frugal.common.data.tokenizers import Tokenizer, TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
 from frugal.common.errors import InputError
 from frugal.common.ranges import Count, CountOrZero, Positive, Range, Share, check_ranges
-
-if TYPE_CHECKING:
-    from frugal.common.contracts import Stream
-    from frugal.common.recipe import Recipe
-    from frugal.common.run import Run
-
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
 
 _Weight = Annotated[float, Range(above=0, hint="leave out what is not to be read")]
 
@@ -46,15 +56,15 @@ class StoredData(DataConfig):
     """Without any data for so long the run ends with a sentence. A URL or command that gives
     nothing for half as long counts as a damaged shard."""
 
-    if TYPE_CHECKING:  # fields of one kind of data, and the same for all data of another
+    @property
+    @abstractmethod
+    def sample_fields(self) -> Fields:
+        """Where images and captions are found in a sample."""
 
-        @property
-        def fields(self) -> Fields:
-            """Where images and captions are found in a sample."""
-
-        @property
-        def tokenizer(self) -> TokenizerConfig | None:
-            """What makes tokens of captions; None reads images alone."""
+    @property
+    @abstractmethod
+    def caption_tokenizer(self) -> TokenizerConfig | None:
+        """What makes tokens of captions; None reads images alone."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
@@ -80,10 +90,18 @@ class StoredData(DataConfig):
         Raises:
             InputError: if there is no data, or it cannot be read.
         """
-        from frugal.common.data.training import build_stream
-
         del engine  # such data does not ask the model
-        return build_stream(self, recipe, run, first_sample=first_sample, state=state)
+        if not self.train:
+            what = "images" if self.caption_tokenizer is None else "image-text pairs"
+            raise InputError(
+                f"data.train is empty; say where the {what} are, such as --data.train "
+                "'path/to/{00000..00010}.tar'"
+            )
+        transform = make_transform(self, recipe)
+        rank_slice = RankSlice.of(recipe, run, first_sample=first_sample)
+        if self.resampled_samples is not None:
+            return _resampled(self, self.resampled_samples, run, transform, rank_slice, state)
+        return _indexed(self, recipe, run, transform, rank_slice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +113,16 @@ class PairData(StoredData):
     color: ColorJitter = NO_CHANGE
     """Random changes of color, made on the device; by default none."""
     fields: Fields = field(default_factory=Fields)
+
+    @property
+    def sample_fields(self) -> Fields:
+        """Where images and captions are found in a sample."""
+        return self.fields
+
+    @property
+    def caption_tokenizer(self) -> TokenizerConfig | None:
+        """What makes tokens of captions; None reads images alone."""
+        return self.tokenizer
 
     def save_tokenizer(self, folder: Path) -> None:
         """Keep with a run what is needed to tokenize as it did."""
@@ -115,11 +143,274 @@ class ImageData(StoredData):
     """Of images in tars, TFRecords and folders; the first that a sample has."""
 
     @property
-    def fields(self) -> Fields:
+    def sample_fields(self) -> Fields:
         """Where images are found in a sample."""
         return Fields(image=self.image_extensions, caption=())
 
     @property
-    def tokenizer(self) -> None:
+    def caption_tokenizer(self) -> None:
         """None: there is nothing to tokenize."""
         return None
+
+
+def _indexed(
+    data: StoredData, recipe: Recipe, run: Run, transform: SampleTransform, rank_slice: RankSlice
+) -> IndexedStream:
+    """Samples that can be read in any order: each comes exactly once per epoch."""
+    sources = open_sources(data, run, num_classes=transform.num_classes)
+    contents = contents_of(sources)
+    check_same_data(contents, run)
+    order = make_order(data, sources, seed=recipe.run.seed)
+    if transform.num_classes is not None:
+        _keep_classes(sources, recipe, run, is_resumed=rank_slice.first_sample > 0)
+    shards = [shard for source in sources for shard in source.shards]
+    run.log.info("data: %s samples in %s shards", f"{order.samples:,}", f"{len(shards):,}")
+    readers = ReaderCache(shards, data.sample_fields, sources=entries_of(sources))
+    return IndexedStream(
+        OrderedSamples(readers, order, transform),
+        rank_slice,
+        epoch_samples=order.samples,
+        workers=data.workers,
+        pin_memory=run.device.type == "cuda",
+        contents=contents,
+        limit=60 * data.timeout_minutes,
+    )
+
+
+def _resampled(
+    data: StoredData,
+    epoch_samples: int,
+    run: Run,
+    transform: SampleTransform,
+    rank_slice: RankSlice,
+    state: dict[str, Any],
+) -> ResampledStream:
+    """Shards that can only be read from their beginning on, drawn with replacement."""
+    passed_over = PassedOver()
+    urls = [find_streams(pattern, passed_over) for pattern in data.train]
+    contents = streamed_contents(urls)
+    check_same_data(contents, run)
+    odd = next((url for part in urls for url in part if not can_read(url)), None)
+    if odd is not None:
+        raise InputError(
+            f"data.train names {odd}, and there is no command for URLs of this kind; give one "
+            f"yourself, such as 'pipe:aws s3 cp {odd} -'"
+        )
+    for line in passed_over.lines():
+        run.log.warning("data: %s", line)
+    run.log.info(
+        "data: %s samples to an epoch, drawn with replacement from %s shards",
+        f"{epoch_samples:,}",
+        f"{sum(map(len, urls)):,}",
+    )
+    return ResampledStream(
+        ShardDraws(urls, data.weights, seed=transform.seed),
+        data.sample_fields,
+        transform,
+        rank_slice,
+        state=state,
+        epoch_samples=epoch_samples,
+        open_shards=data.shuffle_shards,
+        workers=data.workers,
+        pin_memory=run.device.type == "cuda",
+        contents=contents,
+        limit=60 * data.timeout_minutes,
+    )
+
+
+def entries_of(sources: Sequence[Source]) -> list[int]:
+    """The entry of ``data.train`` that each shard is of; empty where there is one."""
+    if len(sources) == 1:
+        return []
+    return [entry for entry, source in enumerate(sources) for _ in source.shards]
+
+
+def make_transform(data: StoredData, recipe: Recipe) -> SampleTransform:
+    """What a recipe does to every sample between the store and the model.
+
+    Raises:
+        InputError: if tokenizer and text tower do not fit, or cannot be loaded.
+    """
+    tokenizer = None
+    if data.caption_tokenizer is not None:
+        tokenizer = data.caption_tokenizer.load()
+        _check_tokenizer(tokenizer, recipe)
+        tokenizer.assemble((), recipe.model.text.length)  # refuses what leaves no room for words
+        if recipe.reduction.text is None:
+            raise InputError(
+                "reduction.text is None, but captions are read; choose what stays of them, such as "
+                "with --reduction.text frugal.common.reduction.text.Truncate"
+            )
+        prepare = getattr(recipe.reduction.text, "prepare", None)
+        if prepare is not None:
+            prepare(tokenizer, length=recipe.model.text.length)
+    return SampleTransform(
+        seed=recipe.run.seed,
+        augmentation=data.augmentation,
+        image_size=recipe.model.image.height_width,
+        tokenizer=tokenizer,
+        text=recipe.reduction.text,
+        text_length=0 if tokenizer is None else recipe.model.text.length,
+        num_classes=getattr(recipe.model, "num_classes", None),
+    )
+
+
+def _check_tokenizer(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    text = recipe.model.text
+    if tokenizer.vocab_size > text.vocabulary:
+        raise InputError(
+            f"data.tokenizer has {tokenizer.vocab_size} tokens, more than the table of "
+            f"model.text.vocabulary = {text.vocabulary} rows; raise it, or choose the tokenizer "
+            "that the model was made for"
+        )
+    if tokenizer.pad_id != text.pad_id:
+        raise InputError(
+            f"data.tokenizer pads with {tokenizer.pad_id}, but model.text.pad_id is {text.pad_id}; "
+            "make them equal"
+        )
+
+
+def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) -> list[Source]:
+    """The shards of every entry of ``data.train``; every process of a run must call this.
+
+    Args:
+        data: the part of a recipe.
+        run: for its log.
+        num_classes: classes that the model tells apart; None where it needs none.
+
+    Raises:
+        InputError: if something is missing, altered or named twice, or the classes are others.
+    """
+    url = next((pattern for pattern in data.train if is_stream(pattern)), None)
+    if url is not None:
+        raise InputError(
+            f"data.train names {url}, which can only be read from its beginning on; set "
+            "data.resampled_samples to the samples of an epoch and read it with replacement"
+        )
+    without_classes = data.caption_tokenizer is None and num_classes is None
+    passed_over = PassedOver()
+    files = [
+        find_files(
+            pattern,
+            fields=data.sample_fields,
+            without_classes=without_classes,
+            passed_over=passed_over,
+        )
+        for pattern in data.train
+    ]
+    counts = Counter(path for found in files for path in found)
+    twice = next((path for path, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"data.train names {twice} more than once; name every shard once")
+    index_missing([path for found in files for path in found], run.log)
+    # where nobody reads captions, text beside images is passed over like any other file
+    fields = data.sample_fields
+    if data.caption_tokenizer is None:
+        fields = replace(fields, caption=())
+    sources = [
+        open_source(pattern, fields, found)
+        for pattern, found in zip(data.train, files, strict=True)
+    ]
+    for line in passed_over.lines():
+        run.log.warning("data: %s", line)
+    for source in sources:
+        source.tell(run.log)
+    if data.caption_tokenizer is not None:
+        for shard in image_folders(sources):
+            refuse_without_words(shard)
+        _refuse_one_caption(sources)
+    if num_classes is not None:
+        _check_classes(sources, data.sample_fields, num_classes)
+    return sources
+
+
+def _refuse_one_caption(sources: list[Source]) -> None:
+    """Refuse class folders of one class as the only source of captions.
+
+    Raises:
+        InputError: if every image would have the same caption.
+    """
+    folders = image_folders(sources)
+    classes = {name for shard in folders for name in shard.class_names}
+    if len(classes) == 1 and len(folders) == sum(len(source.shards) for source in sources):
+        raise InputError(
+            f"{folders[0].name} holds images in one class folder only ({min(classes)}), so that "
+            "every image would have the same caption; give a .csv or .tsv list of images and "
+            "captions, tars, or more class folders"
+        )
+
+
+def _keep_classes(sources: list[Source], recipe: Recipe, run: Run, *, is_resumed: bool) -> None:
+    """Keep the classes with the run, and refuse now what would be measured on others.
+
+    Every source has the same ones.
+    """
+    folder = next((shard for shard in image_folders(sources) if shard.class_folders), None)
+    if folder is None:
+        return
+    for task in recipe.evaluation:
+        check = getattr(task, "check_classes", None)
+        if check is not None:
+            without = folder.classes_without_images
+            check([name for name in folder.class_folders if name not in without])
+    keep_classes(
+        run.dir,
+        folder.class_folders,
+        folder.class_names,
+        source=folder.name,
+        is_resumed=is_resumed,
+        is_main=run.is_main,
+    )
+
+
+def image_folders(sources: Sequence[Source]) -> list[FileList]:
+    """The folders of images among some sources; a list, or a folder, is the one shard of its."""
+    return [shard for source in sources for shard in source.lists]
+
+
+def _check_classes(sources: list[Source], fields: Fields, num_classes: int) -> None:
+    """Refuse data whose classes are not those of the model, as far as a first look can tell."""
+    numbered: FileList | None = None
+    for shard in (shard for source in sources for shard in source.shards[:1]):
+        folders = shard.class_folders if isinstance(shard, FileList) else ()
+        if isinstance(shard, FileList) and folders and len(folders) != num_classes:
+            without = shard.empty_folders
+            empty = f" with images (none: {shortened(without)})" if without else ""
+            raise InputError(
+                f"{shard.name} has {len(folders)} class folders{empty}, but the model tells apart "
+                f"model.num_classes = {num_classes}; make them equal"
+            )
+        if isinstance(shard, FileList) and folders:
+            if numbered is not None and numbered.class_folders != folders:
+                raise InputError(
+                    f"{shard.name} has other class folders than {numbered.name}, so that a number "
+                    "would mean two classes; give them the same names"
+                )
+            numbered = shard
+        if not folders and not _has_class(shard, fields):
+            raise InputError(
+                f"the images of {shard.name} have no classes, which this model needs; give folders "
+                "with one folder of images per class, or tars with cls members"
+            )
+
+
+def _has_class(shard: Shard, fields: Fields) -> bool:
+    """Whether the first sample that can be read has a class; True where none can be read."""
+    reader = shard.open(fields)
+    try:
+        for index in range(shard.num_samples):
+            try:
+                return reader.read(index).label is not None
+            except Damaged:
+                continue
+    finally:
+        reader.close()
+    return True
+
+
+def make_order(data: StoredData, sources: list[Source], *, seed: int) -> Order:
+    """The global order of the samples of all sources."""
+    counts = [source.counts for source in sources]
+    if data.weights:
+        return WeightedOrder(counts, data.weights, seed=seed, window=data.shuffle_shards)
+    return GlobalOrder([n for part in counts for n in part], seed=seed, window=data.shuffle_shards)

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from frugal.common.data.class_folders import find_objectnet, read_class_names
-from frugal.common.data.damage import Damaged
+from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.decoding import as_bytes
-from frugal.common.data.index import load_index
 from frugal.common.data.loader import Loader
-from frugal.common.data.pairs import Shelf
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.patterns import find_files, kind_of
 from frugal.common.data.samples import Fields, RawSample, Reader, decode_classes
-from frugal.common.data.sources import find_files, index_missing, kind_of, open_source
+from frugal.common.data.sources import index_missing, open_source
+from frugal.common.data.stores.class_folders import find_objectnet, read_class_names
 from frugal.common.data.stores.folder import FileList
+from frugal.common.data.stores.index import load_index
 from frugal.common.data.stores.tar import TarReader
+from frugal.common.data.stream import ReaderCache
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.files import is_system_name, read_lines
@@ -74,7 +74,7 @@ class _Images(Dataset[dict[str, Any]]):
         self.passed_over.update(self.source.passed_over)
         if self.class_folders is not None:
             self.passed_over.update(self.class_folders.passed_over)
-        self._shelf = Shelf(self.source.shards, fields)
+        self._readers = ReaderCache(self.source.shards, fields)
         self._ends = np.cumsum(self.source.counts)
         self._size = size
         self._crop = crop
@@ -87,7 +87,7 @@ class _Images(Dataset[dict[str, Any]]):
         """The reader of the shard that holds an image, and the place within it."""
         shard = int(np.searchsorted(self._ends, place, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
-        return self._shelf.reader(shard), place - first
+        return self._readers.reader(shard), place - first
 
     def __getitem__(self, places: Sequence[int]) -> dict[str, Any]:
         """Images (b, 3, H, W), labels (b,) with -1 for none, places (b,) and contents (b, 8).

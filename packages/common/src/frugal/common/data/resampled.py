@@ -1,17 +1,16 @@
 """Shards that can only be streamed: drawn with replacement, and continued where a run stopped.
 
-Every loader process of every rank keeps a few *lanes* open. A lane is an endless row of shards,
-each drawn from all shards by (seed, lane, number of the draw), and the slots of a batch are
-filled from the lanes in turn. What a checkpoint keeps of a lane is the number of its draw and how
-many samples of that shard were used: it opens the shard again and passes over those.
+Every loader process of every rank keeps a few *shard streams* open. A shard stream is an endless
+row of shards, each drawn from all shards by (seed, name of the stream, number of the draw), and the
+slots of a batch are filled from the streams in turn. What a checkpoint keeps of a stream is the
+number of its draw and how many samples of that shard were used: it opens the shard again and passes
+over those.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -21,112 +20,20 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from frugal.common.contracts import Batch
 from frugal.common.data.contents import Contents
-from frugal.common.data.damage import Damaged, Kind
+from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.loader import Loader
-from frugal.common.data.pairs import BatchBuilder, Preparation
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.sample_transform import Collator, SampleTransform
 from frugal.common.data.samples import Fields, RawSample, assemble
-from frugal.common.data.stores.url import Patience, UrlStream
-from frugal.common.data.stream import Share
-from frugal.common.data.streamed import StreamedTar
-from frugal.common.files import reason_of, refuse_exhaustion
+from frugal.common.data.stores.streamed_tar import ShardSizes, Streamed, stream_tar
+from frugal.common.data.stores.url import Patience
+from frugal.common.data.stream import RankSlice
 from frugal.common.randomness import sample_generator
 
 _LOG = logging.getLogger("frugal")
-Streamed = tuple[str, dict[str, bytes] | Damaged]
-"""``shard/key`` and the members of a sample by extension, or what is wrong with it."""
-
-
-class ShardSizes:
-    """Samples of the shards that one reader has read whole: what one lost of others."""
-
-    def __init__(self) -> None:
-        self._sizes: dict[str, int] = {}
-
-    def learn(self, url: str, samples: int) -> None:
-        """A shard was read whole."""
-        self._sizes[url] = samples
-
-    def lost(self, url: str, read: int) -> tuple[int, str]:
-        """(samples lost, in words) of a shard that ends with its ``read``-th, which is damaged.
-
-        By what it held when it was read whole; otherwise by what the others hold on average.
-        """
-        done = f"sample {read} is damaged" if read > 1 else "no sample was read"
-        if url in self._sizes:
-            whole = self._sizes[url]
-            return max(whole - read, 0), f"{done}, it held {whole}"
-        if self._sizes:
-            mean = round(sum(self._sizes.values()) / len(self._sizes))
-            return max(mean - read, 0), f"{done}, others hold {mean} on average"
-        return 0, f"{done}, and nobody knows how many it holds"
-
-
-def stream_tar(
-    url: str,
-    *,
-    patience: Patience | None = None,
-    sizes: ShardSizes | None = None,
-    passed_over: PassedOver | None = None,
-) -> Iterator[Streamed]:
-    """The samples of a tar in the order of the file; at least one, if only a damaged one.
-
-    A shard that cannot be opened or goes on unreadably counts as one damaged sample with the
-    number of those that were lost with it, and so does the last sample of a shard that ends
-    without an end-of-archive marker. So does a whole archive whose command failed.
-
-    Args:
-        url: a path, ``pipe:`` with a command, or a URL.
-        patience: limits the waiting; ten minutes by default.
-        sizes: of other shards, and of this one when it was read before.
-        passed_over: counts the members that belong to no sample.
-
-    Raises:
-        InputError: if nothing comes at all.
-    """
-    sizes = sizes or ShardSizes()
-    try:
-        stream = UrlStream(url, patience or Patience(600.0))
-    except (OSError, ValueError) as error:
-        refuse_exhaustion(error)
-        lost, _ = sizes.lost(url, 1)
-        yield url, Damaged("unreadable", reason_of(error), lost=lost)
-        return
-    try:
-        yield from _samples(url, stream, sizes, passed_over)
-    finally:
-        stream.close()
-
-
-def _samples(
-    url: str, stream: UrlStream, sizes: ShardSizes, passed_over: PassedOver | None
-) -> Iterator[Streamed]:
-    archive = StreamedTar(stream, passed_over)
-    told, read = False, 0
-    try:
-        for key, sample in archive:
-            told, read = True, read + bool(key)
-            yield f"{url}/{key}" if key else url, sample
-    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        cut = told or archive.pending
-        where = f"{url}/{archive.pending}" if archive.pending else url
-        reason = stream.failure() or reason_of(error)
-        lost, words = sizes.lost(url, read + 1)
-        kind: Kind = "truncated" if cut else "unreadable"
-        yield where, Damaged(kind, f"{reason}; {words}", lost=lost)
-        return
-    reason = stream.failure()
-    if not told:
-        lost, words = sizes.lost(url, 1)
-        yield url, Damaged("unreadable", f"{reason or 'it holds no sample'}; {words}", lost=lost)
-        return
-    sizes.learn(url, read)
-    if reason:
-        yield url, Damaged("truncated", reason)
 
 
 class ShardDraws:
-    """Which shard a lane opens next."""
+    """Which shard a shard stream opens next."""
 
     def __init__(
         self, urls: Sequence[Sequence[str]], weights: Sequence[float], *, seed: int
@@ -148,21 +55,22 @@ class ShardDraws:
         """Shards of all sources."""
         return sum(map(len, self._urls))
 
-    def url(self, lane: str, draw: int) -> str:
+    def url(self, stream: str, draw: int) -> str:
         """The shard of a draw."""
-        return self.shard(lane, draw)[1]
+        return self.shard(stream, draw)[1]
 
-    def shard(self, lane: str, draw: int) -> tuple[int, str]:
+    def shard(self, stream: str, draw: int) -> tuple[int, str]:
         """The source of a draw, by its place, and its shard."""
-        generator = sample_generator(self._seed, f"shard of lane {lane}", draw)
+        # "lane" is part of the seed: with another word every run would draw other shards
+        generator = sample_generator(self._seed, f"shard of lane {stream}", draw)
         source = int(np.searchsorted(self._bounds, generator.random(), side="right"))
         source = min(source, len(self._urls) - 1)
         urls = self._urls[source]
         return source, urls[int(generator.integers(len(urls)))]
 
 
-class Lane:
-    """An endless row of samples."""
+class ShardStream:
+    """The samples of one drawn shard after the other, without end."""
 
     def __init__(
         self,
@@ -191,6 +99,7 @@ class Lane:
         self.draw = draw
         self.taken = taken
         self.source = 0
+        # a stream cannot seek: what was used before is read again and passed over
         self._samples: Iterator[Streamed] = itertools.islice(self._open(), taken, None)
 
     def _open(self) -> Iterator[Streamed]:
@@ -211,63 +120,69 @@ class Lane:
 
 
 class _Resampled(IterableDataset[dict[str, Any]]):
-    """The micro-batches of one process; each loader process makes every n-th of them."""
+    """The micro-batches of one rank; each of its loader processes makes every n-th of them."""
 
     def __init__(
         self,
         draws: ShardDraws,
         fields: Fields,
-        preparation: Preparation,
-        share: Share,
+        transform: SampleTransform,
+        rank_slice: RankSlice,
         *,
         state: dict[str, Any],
-        num_lanes: int,
+        num_streams: int,
         limit: float,
     ) -> None:
         self._draws = draws
         self._fields = fields
-        self._preparation = preparation
-        self._share = share
+        self._transform = transform
+        self._rank_slice = rank_slice
         self._state = state
-        self._num_lanes = num_lanes
+        self._num_streams = num_streams
         self._limit = limit
 
-    def _lanes(self, worker: int, passed_over: PassedOver) -> list[Lane]:
+    def _streams(self, worker: int, passed_over: PassedOver) -> list[ShardStream]:
         saved = self._state["workers"].get(str(worker), [])
-        lanes = []
+        streams = []
         patience, sizes = Patience(self._limit), ShardSizes()
-        for number in range(self._num_lanes):
-            # a run that continues on other ranks draws afresh: its lanes have another origin
-            name = f"{self._state['origin']}/{self._share.rank}/{worker}/{number}"
+        for number in range(self._num_streams):
+            # a run that continues on other ranks draws afresh: its streams have another origin
+            name = f"{self._state['origin']}/{self._rank_slice.rank}/{worker}/{number}"
             place = saved[number] if number < len(saved) else (0, 0)
             shard_of = partial(self._draws.shard, name)
-            lanes.append(
-                Lane(shard_of, *place, patience=patience, sizes=sizes, passed_over=passed_over)
+            stream = ShardStream(
+                shard_of, *place, patience=patience, sizes=sizes, passed_over=passed_over
             )
-        return lanes
+            streams.append(stream)
+        return streams
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         number, count = (info.id, info.num_workers) if info else (0, 1)
-        # the same lanes make the same micro-batches wherever a run was interrupted
-        worker = (self._share.first_sample // self._share.micro_batch + number) % count
+        # Process `number` makes the micro-batches number, number + count, ... from here on. Streams
+        # are named by the micro-batch within the run instead, so that the same streams make the
+        # same micro-batches wherever the run was interrupted.
+        worker = (self._rank_slice.first_sample // self._rank_slice.micro_batch + number) % count
         passed_over, told = PassedOver(), 0
-        lanes = self._lanes(worker, passed_over)
+        streams = self._streams(worker, passed_over)
         for micro_batch in itertools.count(number, count):
-            builder = BatchBuilder(self._preparation, self._share.numbers(micro_batch))
-            for slot in range(len(builder.numbers)):
-                lane = lanes[slot % len(lanes)]
-                key, sample = lane.take()
+            # numbers decide crops and captions, streams which samples come: both are the run's own
+            collator = Collator(self._transform, self._rank_slice.numbers(micro_batch))
+            for slot in range(len(collator.numbers)):
+                stream = streams[slot % len(streams)]
+                key, sample = stream.take()
                 try:
-                    builder.add(key, self._raw(sample), source=lane.source)
+                    collator.add(key, self._raw(sample), source=stream.source)
                 except Damaged as damaged:
-                    builder.skip(key, damaged, source=lane.source)
+                    collator.skip(key, damaged, source=stream.source)
             if number == 0 and len(passed_over.counts) > told:
                 for line in passed_over.lines()[told:]:
                     _LOG.warning("%s, and others like them: `shards check` counts all", line)
                 told = len(passed_over.counts)
-            progress = [(lane.draw, lane.taken) for lane in lanes]
-            yield builder.fields() | {"worker": worker, "progress": progress}
+            # travels with the batch: the loader is ahead of the training by what it prefetched, and
+            # a checkpoint must say where the streams stood behind the last batch trained on
+            progress = [(stream.draw, stream.taken) for stream in streams]
+            yield collator.fields() | {"worker": worker, "progress": progress}
 
     def _raw(self, sample: dict[str, bytes] | Damaged) -> RawSample:
         if isinstance(sample, Damaged):
@@ -282,8 +197,8 @@ class ResampledStream:
         self,
         draws: ShardDraws,
         fields: Fields,
-        preparation: Preparation,
-        share: Share,
+        transform: SampleTransform,
+        rank_slice: RankSlice,
         *,
         state: dict[str, Any],
         epoch_samples: int,
@@ -298,8 +213,8 @@ class ResampledStream:
         Args:
             draws: which shards.
             fields: where images and captions are in a sample.
-            preparation: what is done to a sample.
-            share: which sample numbers.
+            transform: what is done to a sample.
+            rank_slice: which sample numbers.
             state: of an interrupted run with as many processes, or {}.
             epoch_samples: samples that count as an epoch.
             open_shards: shards whose samples this process mixes, where there are as many.
@@ -310,14 +225,14 @@ class ResampledStream:
         """
         self.contents = contents
         self.epoch_samples = epoch_samples
-        self._state = state or {"origin": share.first_sample, "workers": {}}
+        self._state = state or {"origin": rank_slice.first_sample, "workers": {}}
         dataset = _Resampled(
             draws,
             fields,
-            preparation,
-            share,
+            transform,
+            rank_slice,
             state=self._state,
-            num_lanes=max(min(open_shards, draws.num_shards) // max(workers, 1), 1),
+            num_streams=max(min(open_shards, draws.num_shards) // max(workers, 1), 1),
             limit=limit,
         )
         self._loader = Loader(dataset, workers=workers, pin_memory=pin_memory, limit=limit)
@@ -329,7 +244,7 @@ class ResampledStream:
             yield Batch(**fields)
 
     def state(self) -> dict[str, Any]:
-        """Where every lane of this process stands (JSON)."""
+        """Where every shard stream of this process stands (JSON)."""
         return {"origin": self._state["origin"], "workers": dict(self._state["workers"])}
 
     def scalars(self) -> dict[str, float]:

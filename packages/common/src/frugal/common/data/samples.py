@@ -6,16 +6,16 @@ import codecs
 import dataclasses
 import io
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from frugal.common.data.captions import caption_lines, caption_texts
 from frugal.common.data.damage import Damaged
-from frugal.common.data.grouping import describe_members, last_parts
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
 from frugal.common.recipe import FORMER_DEFAULTS
@@ -356,3 +356,71 @@ def decode_classes(encoded: bytes) -> np.ndarray:
     if target.ndim != 1 or not np.isin(target, (0, 1)).all():
         raise Damaged("label", "it is no row of zeros and ones")
     return target.astype(bool)
+
+
+def printable(name: str) -> str:
+    """A member's name in one line of UTF-8, whatever its bytes are."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+
+
+def describe_members(extensions: Iterable[str]) -> str:
+    """The extensions of a sample, for a sentence."""
+    listed = sorted(map(printable, extensions))
+    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+    return ", ".join(listed[:8]) + more if listed else "none"
+
+
+def last_parts(extensions: Collection[str]) -> dict[str, str]:
+    """Compound extensions (``output.txt``) by their last part, where it can mean only one."""
+    compound = [name for name in extensions if "." in name]
+    if not compound:
+        return {}
+    counts = Counter(name.rpartition(".")[2] for name in extensions)
+    by_last = {name.rpartition(".")[2]: name for name in compound}
+    return {last: name for last, name in by_last.items() if counts[last] == 1}
+
+
+# ------------------------------------------------------------------------------------------------
+# What is a caption: one rule for every store.
+#
+# A caption is text with something to read in it. Numbers are text too (a title may be `7`); truth
+# values, objects and `null` are not. White space, control characters and byte-order marks around
+# a caption go, and what holds nothing else, or only characters without a glyph, is none.
+
+_CONTROLS = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
+_SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))
+_EDGES = _CONTROLS + _SPACES + "\ufeff"
+_WITHOUT_GLYPH = re.compile(
+    # what Unicode calls default ignorable and format characters, spaces and controls
+    "[\\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5"
+    "\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0"
+    "\ufff0-\ufffb\U000e0000-\U000e0fff]*"
+)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def caption_text(value: Any) -> str:
+    """The caption that a stored value is, stripped; "" where it is none."""
+    if not isinstance(value, str):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return str(value) if is_number and math.isfinite(value) else ""
+    text = value.strip()
+    if text.isascii() and text.isprintable():  # 9 in 10 captions
+        return text
+    text = text.strip(_EDGES)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which no encoding holds: as open_clip repairs it
+        text = _SURROGATES.sub("\ufffd", text)
+    return "" if _WITHOUT_GLYPH.fullmatch(text) else text
+
+
+def caption_texts(value: Any) -> list[str]:
+    """The captions that a stored value holds: itself, or those of a list that are some."""
+    values = value if isinstance(value, list) else [value]
+    return [text for item in values if (text := caption_text(item))]
+
+
+def caption_lines(text: str) -> list[str]:
+    r"""Every line that is a caption; ``\n``, ``\r\n`` and ``\r`` end one."""
+    return caption_texts(text.replace("\r", "\n").split("\n"))

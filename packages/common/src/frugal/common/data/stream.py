@@ -1,9 +1,15 @@
-"""The micro-batches of one process, from any sample number on, built by loader processes."""
+"""The micro-batches of one process, from any sample number on, built by loader processes.
+
+A sample on its way to the model: :class:`RankSlice` says which numbers this process reads, the
+order (``order.py``) where they are stored, :class:`ReaderCache` opens the shard, and a
+:class:`Collator` prepares the samples and puts them into one batch.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +18,118 @@ from torch.utils.data import Dataset, Sampler
 
 from frugal.common.contracts import Batch
 from frugal.common.data.contents import Contents
+from frugal.common.data.damage import Damaged
 from frugal.common.data.loader import WAIT, Loader
+from frugal.common.data.order import Order
+from frugal.common.data.sample_transform import Collator, SampleTransform
+from frugal.common.data.samples import Fields, RawSample, Reader, Shard
+from frugal.common.files import raise_open_files_limit, reason_of, refuse_exhaustion
+from frugal.common.recipe import Recipe
+from frugal.common.run import Run
+
+_OPEN_SHARDS = 64
+
+
+class ReaderCache:
+    """Many shards, of which this process keeps a few open."""
+
+    def __init__(
+        self, shards: Sequence[Shard], fields: Fields, *, sources: Sequence[int] = ()
+    ) -> None:
+        """Read shards.
+
+        Args:
+            shards: by number.
+            fields: where images and captions are in a sample.
+            sources: the entry of ``data.train`` that each shard is of; all of the first by default.
+        """
+        self._shards = shards
+        self._fields = fields
+        self._sources = sources
+        self._readers: OrderedDict[int, Reader] = OrderedDict()
+        raise_open_files_limit()
+
+    def copy(self) -> ReaderCache:
+        """The same shards with files of their own, to be read at the same time."""
+        return ReaderCache(self._shards, self._fields, sources=self._sources)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_readers": OrderedDict()}
+
+    def reader(self, shard: int) -> Reader:
+        """The reader of a shard by its number.
+
+        Raises:
+            Damaged: if the shard cannot be opened any more.
+            InputError: if it is not the shard that was indexed, or too many files are open.
+        """
+        if shard in self._readers:
+            self._readers.move_to_end(shard)
+            return self._readers[shard]
+        try:
+            reader = self._shards[shard].open(self._fields)
+        except OSError as error:
+            refuse_exhaustion(error)
+            raise Damaged("unreadable", reason_of(error)) from None
+        self._readers[shard] = reader
+        if len(self._readers) > _OPEN_SHARDS:
+            self._readers.popitem(last=False)[1].close()
+        return reader
+
+    def name(self, shard: int) -> str:
+        """The path of a shard."""
+        return self._shards[shard].name
+
+    def source(self, shard: int) -> int:
+        """The entry of ``data.train`` that a shard is of."""
+        return self._sources[shard] if self._sources else 0
+
+
+class OrderedSamples(Dataset[dict[str, Any]]):
+    """The endless run of samples that an order makes of shards."""
+
+    def __init__(
+        self,
+        readers: ReaderCache,
+        order: Order,
+        transform: SampleTransform,
+        *,
+        choose: Callable[[RawSample, int], RawSample] | None = None,
+    ) -> None:
+        """Put samples in an order.
+
+        Args:
+            readers: where they are read.
+            order: which one a number stands for.
+            transform: what is done to them.
+            choose: what of a sample is used, from the sample and its number; all by default.
+        """
+        self._readers = readers
+        self._order = order
+        self._transform = transform
+        self._choose = choose
+
+    def __getitem__(self, numbers: np.ndarray) -> dict[str, Any]:
+        """The fields of the ``Batch`` of some sample numbers (B,), damaged samples included."""
+        collator = Collator(self._transform, numbers)
+        shards, indices = self._order.locate(numbers)
+        for number, shard, index in zip(
+            numbers.tolist(), shards.tolist(), indices.tolist(), strict=True
+        ):
+            key, source = f"{self._readers.name(shard)}/{index}", self._readers.source(shard)
+            try:
+                reader = self._readers.reader(shard)
+                key = reader.key(index)
+                raw = reader.read(index)
+                raw = raw if self._choose is None else self._choose(raw, number)
+                collator.add(key, raw, source=source)
+            except Damaged as damaged:
+                collator.skip(key, damaged, source=source)
+        return collator.fields()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RankSlice:
     """Which sample numbers one process reads, micro-batch by micro-batch."""
 
     first_sample: int
@@ -25,6 +138,16 @@ class Share:
     """Samples of a micro-batch over all processes."""
     rank: int
     world_size: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, run: Run, *, first_sample: int) -> RankSlice:
+        """What of the samples from ``first_sample`` on this process reads."""
+        return cls(
+            first_sample=first_sample,
+            micro_batch=recipe.batch_size // recipe.engine.accumulate,
+            rank=run.rank,
+            world_size=run.world_size,
+        )
 
     def numbers(self, micro_batch: int) -> np.ndarray:
         """(B,) int64: the contiguous part of a micro-batch that belongs to this process.
@@ -40,13 +163,13 @@ class Share:
 class _Numbers(Sampler[np.ndarray]):
     """Sample numbers of one process, a micro-batch at a time."""
 
-    def __init__(self, share: Share, micro_batches: int | None) -> None:
-        self._share = share
+    def __init__(self, rank_slice: RankSlice, micro_batches: int | None) -> None:
+        self._rank_slice = rank_slice
         self._micro_batches = micro_batches
 
     def __iter__(self) -> Iterator[np.ndarray]:
         endless = itertools.count()
-        return map(self._share.numbers, itertools.islice(endless, self._micro_batches))
+        return map(self._rank_slice.numbers, itertools.islice(endless, self._micro_batches))
 
 
 class IndexedStream:
@@ -55,7 +178,7 @@ class IndexedStream:
     def __init__(
         self,
         samples: Dataset[dict[str, Any]],
-        share: Share,
+        rank_slice: RankSlice,
         *,
         epoch_samples: int,
         workers: int,
@@ -68,7 +191,7 @@ class IndexedStream:
 
         Args:
             samples: from sample numbers (B,) to the fields of a ``Batch``.
-            share: which numbers.
+            rank_slice: which numbers.
             epoch_samples: samples until every one has come once.
             workers: loader processes; 0 loads in this process.
             pin_memory: put the tensors where a GPU can fetch them.
@@ -80,7 +203,7 @@ class IndexedStream:
         self.epoch_samples = epoch_samples
         self._loader = Loader(
             samples,
-            sampler=_Numbers(share, micro_batches),
+            sampler=_Numbers(rank_slice, micro_batches),
             workers=workers,
             pin_memory=pin_memory,
             limit=limit,

@@ -9,7 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from frugal.common.data.decoding import (
     Interpolation,
@@ -20,9 +24,6 @@ from frugal.common.data.decoding import (
 )
 from frugal.common.errors import InputError
 from frugal.common.ranges import Count, Positive, PositiveShare, Probability, check_ranges
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @runtime_checkable
@@ -257,3 +258,22 @@ def resized_size(height: int, width: int, *, least: tuple[int, int]) -> tuple[in
         return (least[0], longer) if height <= width else (longer, least[0])
     shrinking = min(height / least[0], width / least[1])
     return max(round(height / shrinking), least[0]), max(round(width / shrinking), least[1])
+
+
+def normalize(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Gray levels as towers take them: (level / 255 - mean) / std of its channel.
+
+    Args:
+        images: (..., 3, H, W) from 0 to 255, uint8 or float, on any device.
+        mean: of each channel, of levels from 0 to 1.
+        std: the same of the standard deviation.
+
+    Returns:
+        (..., 3, H, W) float32, or of the images' own dtype where that is floating.
+    """
+    dtype = images.dtype if images.is_floating_point() else torch.float32
+    center, spread = (
+        torch.tensor(values, dtype=dtype, device=images.device).view(3, 1, 1)
+        for values in (mean, std)
+    )
+    return (images / 255 - center) / spread

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from frugal.common.data.decoding import decode_rgb, open_image
+from frugal.common.data.samples import RawSample
 from frugal.common.data.sources import build_index
 from frugal.common.errors import InputError
 
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MOST_SAMPLES = 10_000
 """Of a shard: the keys have four digits for the place in it."""
 
@@ -43,6 +48,39 @@ class NewSample:
         described = json.dumps({"key": key, **self.about}, ensure_ascii=False)
         # a path may hold bytes that are no text
         yield "json", described.encode("utf-8", "backslashreplace")
+
+
+def as_new_sample(raw: RawSample, *, source: str, **about: Any) -> NewSample:
+    """A sample as it is written: the first caption as text, all of them in its JSON.
+
+    Args:
+        raw: as it is stored; pictures of other formats than tars usually hold become PNG.
+        source: where it comes from.
+        about: what else its JSON tells.
+
+    Raises:
+        Damaged: if the picture cannot be read.
+    """
+    image = open_image(raw.image)
+    extension = _EXTENSIONS.get(image.format or "")
+    described: dict[str, Any] = {"source": source, **about}
+    if raw.captions:
+        described["caption"] = raw.captions[0]
+    if len(raw.captions) > 1:
+        described["captions"] = raw.captions
+    return NewSample(
+        image=raw.image if extension else _as_png(decode_rgb(image)),
+        extension=extension or "png",
+        about=described,
+        text=raw.captions[0] if raw.captions else None,
+        label=raw.label,
+    )
+
+
+def _as_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def new_folder(out: Path, *, samples_per_shard: int) -> None:

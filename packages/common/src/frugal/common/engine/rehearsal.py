@@ -12,10 +12,9 @@ from PIL import Image
 from torch import nn
 
 from frugal.common.contracts import Batch
-from frugal.common.data.config import StoredData
-from frugal.common.data.pairs import BatchBuilder
+from frugal.common.data.config import StoredData, make_transform
+from frugal.common.data.sample_transform import Collator
 from frugal.common.data.samples import RawSample
-from frugal.common.data.training import make_preparation
 from frugal.common.engine.engine import Engine
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -50,14 +49,14 @@ def _made_up(recipe: Recipe, *, first: int, count: int) -> Batch | None:
     if not isinstance(recipe.data, StoredData):
         return None
     numbers = np.arange(first, first + count, dtype=np.int64)
-    builder = BatchBuilder(make_preparation(recipe.data, recipe), numbers)
+    collator = Collator(make_transform(recipe.data, recipe), numbers)
     draws = np.random.default_rng(0)
     for number in numbers:
         file = io.BytesIO()
         pixels = draws.integers(256, size=(_SIDE, _SIDE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(file, format="png")
-        builder.add(str(number), RawSample(image=file.getvalue(), captions=[_CAPTION], label=0))
-    return Batch(**builder.fields())
+        collator.add(str(number), RawSample(image=file.getvalue(), captions=[_CAPTION], label=0))
+    return Batch(**collator.fields())
 
 
 @contextlib.contextmanager

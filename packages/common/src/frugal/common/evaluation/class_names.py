@@ -9,9 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from frugal.common.data.class_folders import is_bare_number, is_wordnet_id
-from frugal.common.data.passed_over import shortened
+from frugal.common.data.damage import shortened
 from frugal.common.data.patterns import natural_key
+from frugal.common.data.stores.class_folders import is_bare_number, is_wordnet_id
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import SUBSETS, ZeroShot
 from frugal.common.evaluation.prompts import ClassName, imagenet_class_names, named_templates

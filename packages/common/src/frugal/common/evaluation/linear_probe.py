@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor
 
-from frugal.common.data.class_matching import class_numbers
+from frugal.common.data.damage import PassedOver
 from frugal.common.data.labeled import LabeledImages
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.stores.class_folders import class_numbers
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep
 from frugal.common.evaluation.config import LinearProbe

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from frugal.common.data.agreement import agree
+from frugal.common.data.contents import agree
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from frugal.common.data.passed_over import PassedOver, shortened
+from frugal.common.data.damage import PassedOver, shortened
 from frugal.common.evaluation.prompts import ClassName, prompts
 
 

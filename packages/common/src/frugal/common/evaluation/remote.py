@@ -13,7 +13,7 @@ from http import HTTPStatus
 from http.client import HTTPException
 from pathlib import Path
 
-from frugal.common.data.index import cache_folder, find_index
+from frugal.common.data.stores.index import cache_folder, find_index
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, read_text, write_json
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frugal.common.data.captions import caption_text
+from frugal.common.data.samples import caption_text
 from frugal.common.errors import InputError
 
 PARTS = {"obj": "object", "att": "attribute", "rel": "relation"}

@@ -10,8 +10,8 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from frugal.common.data.image_walk import subfolders
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.damage import PassedOver
+from frugal.common.data.stores.image_walk import subfolders
 from frugal.common.errors import InputError
 from frugal.common.evaluation.task_labels import TASKS
 

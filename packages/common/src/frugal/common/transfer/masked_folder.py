@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from frugal.common.data.damage import Damaged
+from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.decoding import open_image
-from frugal.common.data.image_walk import image_files
-from frugal.common.data.passed_over import PassedOver
 from frugal.common.data.samples import StringTable
+from frugal.common.data.stores.image_walk import image_files
 from frugal.common.errors import InputError
 from frugal.common.files import read_bytes, read_lines, reason_of, refuse_exhaustion
 

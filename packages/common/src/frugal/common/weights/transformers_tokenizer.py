@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from frugal.common.data.tokenizers import Tokenizer
-from frugal.common.data.vocabularies import (
-    BytePairs,
-    Transformers,
-    WordPieces,
-    split_special_pieces,
-)
+from frugal.common.data.vocabularies import BytePairs, Transformers, split_special_pieces
+from frugal.common.data.word_pieces import WordPieces
 from frugal.common.errors import InputError
 from frugal.common.weights.clip_normalizer import DIFFERENCES as CLIP_DIFFERENCES
 from frugal.common.weights.clip_normalizer import clip_normalizer

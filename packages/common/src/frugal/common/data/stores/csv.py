@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from frugal.common.data.captions import caption_text
-from frugal.common.data.passed_over import PassedOver
-from frugal.common.data.samples import Fields, StringTable
+from frugal.common.data.damage import PassedOver
+from frugal.common.data.samples import Fields, StringTable, caption_text
 from frugal.common.data.stores.folder import FileList
 from frugal.common.errors import InputError
 from frugal.common.files import open_file, reason_of

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from frugal.common.data.captions import caption_text
-from frugal.common.data.class_folders import is_bare_number, is_wordnet_id, read_class_folders
-from frugal.common.data.damage import Damaged
-from frugal.common.data.grouping import printable
-from frugal.common.data.image_walk import images_below, pass_over_files
-from frugal.common.data.lists_beside import refuse_lists, refuse_texts_of_images
-from frugal.common.data.passed_over import PassedOver, shortened
-from frugal.common.data.samples import Fields, RawSample, StringTable
+from frugal.common.data.damage import Damaged, PassedOver, shortened
+from frugal.common.data.samples import Fields, RawSample, StringTable, caption_text, printable
+from frugal.common.data.stores.class_folders import (
+    is_bare_number,
+    is_wordnet_id,
+    read_class_folders,
+)
+from frugal.common.data.stores.image_walk import (
+    images_below,
+    pass_over_files,
+    refuse_lists,
+    refuse_texts_of_images,
+)
 from frugal.common.errors import InputError
 from frugal.common.files import read_bytes, reason_of, refuse_exhaustion
 

@@ -13,24 +13,29 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from frugal.common.data.damage import Damaged
-from frugal.common.data.foreign import foreign_content, refuse_empty, unreadable_shard
-from frugal.common.data.grouping import (
-    describe_members,
-    group_members,
-    is_plain,
-    printable,
-    reason_without_sample,
-    split_name,
-)
-from frugal.common.data.index import ShardIndex, damage_code, load_index
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.samples import (
     Fields,
     RawSample,
     StringTable,
     assemble,
     assemble_captions,
+    describe_members,
+    printable,
+)
+from frugal.common.data.stores.grouping import (
+    group_members,
+    is_plain,
+    reason_without_sample,
+    split_name,
+)
+from frugal.common.data.stores.index import (
+    ShardIndex,
+    damage_code,
+    foreign_content,
+    load_index,
+    refuse_empty,
+    unreadable_shard,
 )
 from frugal.common.errors import InputError
 from frugal.common.files import open_file

@@ -18,19 +18,26 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from frugal.common.data.captions import caption_lines, caption_text
 from frugal.common.data.damage import Damaged
-from frugal.common.data.foreign import foreign_content, refuse_empty, unreadable_shard
-from frugal.common.data.index import ShardIndex, damage_code, load_index
 from frugal.common.data.samples import (
     Fields,
     RawSample,
     StringTable,
+    caption_lines,
+    caption_text,
     class_number,
     decode_label,
     decode_text,
     no_image,
     select_captions,
+)
+from frugal.common.data.stores.index import (
+    ShardIndex,
+    damage_code,
+    foreign_content,
+    load_index,
+    refuse_empty,
+    unreadable_shard,
 )
 from frugal.common.errors import InputError
 from frugal.common.files import open_file

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.damage import PassedOver
+from frugal.common.data.samples import printable
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _METADATA = re.compile(r"__[^/]*__($|/)")
@@ -54,11 +55,6 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def printable(name: str) -> str:
-    """A member's name in one line of UTF-8, whatever its bytes are."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
-
-
 def is_plain(member: tarfile.TarInfo) -> bool:
     """Whether the bytes of a member lie in the tar as they are, one after the other."""
     return member.isreg() and not member.issparse()
@@ -79,16 +75,6 @@ def reason_without_sample(member: tarfile.TarInfo) -> str | None:
     if _METADATA.match(name):
         return "metadata of webdataset (__name__)"
     return "members without an extension"
-
-
-def last_parts(extensions: Collection[str]) -> dict[str, str]:
-    """Compound extensions (``output.txt``) by their last part, where it can mean only one."""
-    compound = [name for name in extensions if "." in name]
-    if not compound:
-        return {}
-    counts = Counter(name.rpartition(".")[2] for name in extensions)
-    by_last = {name.rpartition(".")[2]: name for name in compound}
-    return {last: name for last, name in by_last.items() if counts[last] == 1}
 
 
 def _is_image(extension: str) -> bool:
@@ -294,10 +280,3 @@ def _is_word(middle: str, recurs: bool | None) -> bool:
     if recurs is None:
         return not any(character.isdigit() for character in middle)
     return recurs
-
-
-def describe_members(extensions: Iterable[str]) -> str:
-    """The extensions of a sample, for a sentence."""
-    listed = sorted(map(printable, extensions))
-    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return ", ".join(listed[:8]) + more if listed else "none"

@@ -1,9 +1,8 @@
-"""Samples by number: read, decode, draw a caption and tokenize it, put in batches."""
+"""What is done to a sample between the store and the model, and how samples become a batch."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,82 +11,22 @@ import torch
 
 from frugal.common.contracts import DamageNote, TextReduction
 from frugal.common.data.damage import REPAIRED, Damaged, note_of
-from frugal.common.data.grouping import describe_members
-from frugal.common.data.order import Order
-from frugal.common.data.samples import Fields, RawSample, Reader, Shard
-from frugal.common.data.tokenizers import text_length
+from frugal.common.data.samples import RawSample, describe_members
+from frugal.common.data.tokenizers import Tokenizer, text_length
 from frugal.common.data.transforms import Augmentation
-from frugal.common.files import raise_open_files_limit, reason_of, refuse_exhaustion
 from frugal.common.randomness import sample_generator
 from frugal.common.reduction.text import Placed
 
-_OPEN_SHARDS = 64
-
-
-class Shelf:
-    """Many shards, of which this process keeps a few open."""
-
-    def __init__(
-        self, shards: Sequence[Shard], fields: Fields, *, sources: Sequence[int] = ()
-    ) -> None:
-        """Read shards.
-
-        Args:
-            shards: by number.
-            fields: where images and captions are in a sample.
-            sources: the entry of ``data.train`` that each shard is of; all of the first by default.
-        """
-        self._shards = shards
-        self._fields = fields
-        self._sources = sources
-        self._readers: OrderedDict[int, Reader] = OrderedDict()
-        raise_open_files_limit()
-
-    def again(self) -> Shelf:
-        """The same shards with files of their own, to be read at the same time."""
-        return Shelf(self._shards, self._fields, sources=self._sources)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_readers": OrderedDict()}
-
-    def reader(self, shard: int) -> Reader:
-        """The reader of a shard by its number.
-
-        Raises:
-            Damaged: if the shard cannot be opened any more.
-            InputError: if it is not the shard that was indexed, or too many files are open.
-        """
-        if shard in self._readers:
-            self._readers.move_to_end(shard)
-            return self._readers[shard]
-        try:
-            reader = self._shards[shard].open(self._fields)
-        except OSError as error:
-            refuse_exhaustion(error)
-            raise Damaged("unreadable", reason_of(error)) from None
-        self._readers[shard] = reader
-        if len(self._readers) > _OPEN_SHARDS:
-            self._readers.popitem(last=False)[1].close()
-        return reader
-
-    def name(self, shard: int) -> str:
-        """The path of a shard."""
-        return self._shards[shard].name
-
-    def source(self, shard: int) -> int:
-        """The entry of ``data.train`` that a shard is of."""
-        return self._sources[shard] if self._sources else 0
-
 
 @dataclass(frozen=True, kw_only=True)
-class Preparation:
+class SampleTransform:
     """What is done to a sample between the store and the model; all draws belong to the sample."""
 
     seed: int
     augmentation: Augmentation
     image_size: tuple[int, int]
     """(height, width)."""
-    tokenizer: Any | None
+    tokenizer: Tokenizer | None
     """None for images without text."""
     text: TextReduction | None
     text_length: int
@@ -131,10 +70,10 @@ class Preparation:
 
 
 @dataclass
-class BatchBuilder:
+class Collator:
     """Fills the slots of one batch; a slot that is never filled stays damaged and zero."""
 
-    preparation: Preparation
+    transform: SampleTransform
     numbers: np.ndarray
     """(B,) int64."""
     keys: list[str] = field(default_factory=list)
@@ -143,17 +82,17 @@ class BatchBuilder:
     sources: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        count, preparation = len(self.numbers), self.preparation
-        self.images = np.zeros((count, 3, *preparation.image_size), np.uint8)
+        count, transform = len(self.numbers), self.transform
+        self.images = np.zeros((count, 3, *transform.image_size), np.uint8)
         self.valid = np.zeros(count, np.bool_)
-        if preparation.tokenizer is not None:
-            shape = (count, preparation.text_length)
-            self.token_ids = np.full(shape, preparation.tokenizer.pad_id, np.int64)
+        if transform.tokenizer is not None:
+            shape = (count, transform.text_length)
+            self.token_ids = np.full(shape, transform.tokenizer.pad_id, np.int64)
             # one token, so that attention over the empty slot of a damaged sample stays finite
             self.lengths = np.ones(count, np.int64)
         self.positions: np.ndarray | None = None
         self.labels: np.ndarray | None = None
-        if preparation.num_classes is not None:
+        if transform.num_classes is not None:
             self.labels = np.zeros(count, np.int64)
 
     def add(self, key: str, raw: RawSample, *, source: int = 0) -> None:
@@ -164,10 +103,10 @@ class BatchBuilder:
         slot = len(self.keys)
         number = int(self.numbers[slot])
         tokens: list[int] | Placed | None = None
-        if self.preparation.tokenizer is not None:
-            tokens = self.preparation.token_ids(self.preparation.caption(raw, number), number)
-        label = self.preparation.label(raw)
-        self.images[slot] = self.preparation.image(raw, number)
+        if self.transform.tokenizer is not None:
+            tokens = self.transform.token_ids(self.transform.caption(raw, number), number)
+        label = self.transform.label(raw)
+        self.images[slot] = self.transform.image(raw, number)
         if label is not None:
             self._add_label(slot, label)
         if tokens is not None:
@@ -181,7 +120,7 @@ class BatchBuilder:
     def _add_text(self, slot: int, tokens: list[int] | Placed) -> None:
         ids = tokens.ids if isinstance(tokens, Placed) else tokens
         self.token_ids[slot, : len(ids)] = ids
-        self.lengths[slot] = max(text_length(ids, self.preparation.tokenizer), 1)
+        self.lengths[slot] = max(text_length(ids, self.transform.tokenizer), 1)
         if isinstance(tokens, Placed):
             if self.positions is None:  # a damaged sample keeps the first slots
                 first = np.arange(len(tokens.positions), dtype=np.int64)
@@ -210,7 +149,7 @@ class BatchBuilder:
             "damage_notes": self.notes,
             "sources": dict(self.sources),
         }
-        if self.preparation.tokenizer is not None:
+        if self.transform.tokenizer is not None:
             fields["token_ids"] = torch.from_numpy(self.token_ids)  # (B, T)
             fields["text_lengths"] = torch.from_numpy(self.lengths)  # (B,)
         if self.labels is not None:
@@ -220,46 +159,3 @@ class BatchBuilder:
             fields["token_ids"] = fields["token_ids"][:, :slots].contiguous()  # (B, K)
             fields["text_positions"] = torch.from_numpy(self.positions)  # (B, K)
         return fields
-
-
-class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
-    """The endless run of samples that an order makes of shards."""
-
-    def __init__(
-        self,
-        shelf: Shelf,
-        order: Order,
-        preparation: Preparation,
-        *,
-        choose: Callable[[RawSample, int], RawSample] | None = None,
-    ) -> None:
-        """Put samples in an order.
-
-        Args:
-            shelf: where they are read.
-            order: which one a number stands for.
-            preparation: what is done to them.
-            choose: what of a sample is used, from the sample and its number; all by default.
-        """
-        self._shelf = shelf
-        self._order = order
-        self._preparation = preparation
-        self._choose = choose
-
-    def __getitem__(self, numbers: np.ndarray) -> dict[str, Any]:
-        """The fields of the ``Batch`` of some sample numbers (B,), damaged samples included."""
-        builder = BatchBuilder(self._preparation, numbers)
-        shards, indices = self._order.locate(numbers)
-        for number, shard, index in zip(
-            numbers.tolist(), shards.tolist(), indices.tolist(), strict=True
-        ):
-            key, source = f"{self._shelf.name(shard)}/{index}", self._shelf.source(shard)
-            try:
-                reader = self._shelf.reader(shard)
-                key = reader.key(index)
-                raw = reader.read(index)
-                raw = raw if self._choose is None else self._choose(raw, number)
-                builder.add(key, raw, source=source)
-            except Damaged as damaged:
-                builder.skip(key, damaged, source=source)
-        return builder.fields()

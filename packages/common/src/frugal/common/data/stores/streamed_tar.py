@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, Self
 
-from frugal.common.data.damage import Damaged
-from frugal.common.data.grouping import (
+from frugal.common.data.damage import Damaged, Kind, PassedOver
+from frugal.common.data.samples import describe_members, printable
+from frugal.common.data.stores.grouping import (
     Group,
     count_doubled,
-    describe_members,
-    printable,
     reason_without_sample,
     split_group,
     split_name,
 )
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.stores.url import Patience, UrlStream
+from frugal.common.files import reason_of, refuse_exhaustion
 
 _APART = (
     "members of one key lie apart in the tar, which a stream cannot join; write them one after "
@@ -24,6 +25,8 @@ _APART = (
 )
 
 
+Streamed = tuple[str, dict[str, bytes] | Damaged]
+"""``shard/key`` and the members of a sample by extension, or what is wrong with it."""
 _BUFFER = 1 << 16
 """Bytes that are read at a time."""
 
@@ -157,3 +160,91 @@ class StreamedTar:
             return
         for part in split_group(group, names, lambda middle: None) or [group]:
             yield part.key, {name: contents[number] for name, number in part.members.items()}
+
+
+class ShardSizes:
+    """Samples of the shards that one reader has read whole: what one lost of others."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
+
+    def learn(self, url: str, samples: int) -> None:
+        """A shard was read whole."""
+        self._sizes[url] = samples
+
+    def lost(self, url: str, read: int) -> tuple[int, str]:
+        """(samples lost, in words) of a shard that ends with its ``read``-th, which is damaged.
+
+        By what it held when it was read whole; otherwise by what the others hold on average.
+        """
+        done = f"sample {read} is damaged" if read > 1 else "no sample was read"
+        if url in self._sizes:
+            whole = self._sizes[url]
+            return max(whole - read, 0), f"{done}, it held {whole}"
+        if self._sizes:
+            mean = round(sum(self._sizes.values()) / len(self._sizes))
+            return max(mean - read, 0), f"{done}, others hold {mean} on average"
+        return 0, f"{done}, and nobody knows how many it holds"
+
+
+def stream_tar(
+    url: str,
+    *,
+    patience: Patience | None = None,
+    sizes: ShardSizes | None = None,
+    passed_over: PassedOver | None = None,
+) -> Iterator[Streamed]:
+    """The samples of a tar in the order of the file; at least one, if only a damaged one.
+
+    A shard that cannot be opened or goes on unreadably counts as one damaged sample with the
+    number of those that were lost with it, and so does the last sample of a shard that ends
+    without an end-of-archive marker. So does a whole archive whose command failed.
+
+    Args:
+        url: a path, ``pipe:`` with a command, or a URL.
+        patience: limits the waiting; ten minutes by default.
+        sizes: of other shards, and of this one when it was read before.
+        passed_over: counts the members that belong to no sample.
+
+    Raises:
+        InputError: if nothing comes at all.
+    """
+    sizes = sizes or ShardSizes()
+    try:
+        stream = UrlStream(url, patience or Patience(600.0))
+    except (OSError, ValueError) as error:
+        refuse_exhaustion(error)
+        lost, _ = sizes.lost(url, 1)
+        yield url, Damaged("unreadable", reason_of(error), lost=lost)
+        return
+    try:
+        yield from _samples(url, stream, sizes, passed_over)
+    finally:
+        stream.close()
+
+
+def _samples(
+    url: str, stream: UrlStream, sizes: ShardSizes, passed_over: PassedOver | None
+) -> Iterator[Streamed]:
+    archive = StreamedTar(stream, passed_over)
+    told, read = False, 0
+    try:
+        for key, sample in archive:
+            told, read = True, read + bool(key)
+            yield f"{url}/{key}" if key else url, sample
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        cut = told or archive.pending
+        where = f"{url}/{archive.pending}" if archive.pending else url
+        reason = stream.failure() or reason_of(error)
+        lost, words = sizes.lost(url, read + 1)
+        kind: Kind = "truncated" if cut else "unreadable"
+        yield where, Damaged(kind, f"{reason}; {words}", lost=lost)
+        return
+    reason = stream.failure()
+    if not told:
+        lost, words = sizes.lost(url, 1)
+        yield url, Damaged("unreadable", f"{reason or 'it holds no sample'}; {words}", lost=lost)
+        return
+    sizes.learn(url, read)
+    if reason:
+        yield url, Damaged("truncated", reason)
