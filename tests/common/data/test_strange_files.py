@@ -161,7 +161,7 @@ def test_a_list_of_class_names_beside_a_mapping_is_told(tmp_path: Path) -> None:
     (folder / "classnames.txt").write_text("axe\nbow\n")
     found = open_image_folder(folder, Fields())
     assert found.class_names == ("ape", "bee")
-    assert any("classnames.txt" in line for line in found.told())
+    assert any("classnames.txt" in line for line in found.warnings())
 
 
 def test_class_folders_have_no_spaces_around_their_names_and_a_blank_one_is_refused(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from frugal.common.data import word_pieces
+from frugal.common.data import vocabularies, word_pieces
 from frugal.common.data.tokenizers import (
     ClipBpe,
     HuggingFace,

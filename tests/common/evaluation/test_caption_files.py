@@ -14,7 +14,8 @@ from clip_benchmark.metrics import zeroshot_retrieval
 from evaluated import OpenClipLike, recipe, telling, tokenizer
 from PIL import Image
 
-from frugal.common.data.labeled import CaptionedImages, is_multi_labeled
+from frugal.common.data.benchmark_layout import is_multi_labeled
+from frugal.common.data.labeled import CaptionedImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval
 from frugal.common.run import Run

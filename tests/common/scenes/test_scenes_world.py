@@ -26,7 +26,7 @@ from frugal.common.scenes import (
     sample_scene,
 )
 from frugal.common.scenes.compositional import KINDS, sample_contrast
-from frugal.common.scenes.distractors import draw_weather, sample_weather, weather_caption
+from frugal.common.scenes.distractors import distractor_caption, draw_distractor, sample_distractor
 from frugal.common.scenes.world import OPPOSITE, SIZES, TEXTURES, place
 
 THING = re.compile(
@@ -454,14 +454,14 @@ def test_weather_shares_no_color_or_shape_with_scenes() -> None:
     table = np.array(list(COLORS.values()), float)
     texts = set()
     for _ in range(100):
-        weather = sample_weather(generator)
-        text = weather_caption(weather, generator)
+        weather = sample_distractor(generator)
+        text = distractor_caption(weather, generator)
         texts.add(text)
         assert not words & set(re.findall(r"\w+", text))
         assert {weather.sky, weather.hour, weather.region} <= {
             part for part in (weather.sky, weather.hour, weather.region) if part in text
         }
-        picture = draw_weather(weather, 48)
+        picture = draw_distractor(weather, 48)
         assert picture.shape == (48, 48, 3)
         distance = np.linalg.norm(picture.reshape(-1, 1, 3) - table, axis=2).min(axis=1)
         assert np.median(distance) > 40

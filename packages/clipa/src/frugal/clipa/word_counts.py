@@ -144,7 +144,7 @@ def _count_shard(path: Path, *, fields: Fields) -> WordCounts:
     shard, summary = open_shard(path, fields)
     found = WordCounts(notes=[f"{path} is {summary.note}"] if summary.note else [])
     if isinstance(shard, FileList):
-        found.notes += shard.told()
+        found.notes += shard.warnings()
     reader = shard.open(fields)
     for number in range(shard.num_samples):
         try:

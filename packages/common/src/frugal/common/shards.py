@@ -52,11 +52,11 @@ def index(patterns: Patterns, *, processes: int | None = None, rebuild: bool = F
         rebuild: replace indexes that there are, for shards that were replaced.
     """
     paths = [path for path in _files(patterns) if needs_index(path)]
-    wanted = [path for path in paths if rebuild or find_index(path) is None]
-    with _pool(processes, len(wanted)) as pool:
-        done = pool.map(partial(_index_one, rebuild=rebuild), wanted)
+    missing = [path for path in paths if rebuild or find_index(path) is None]
+    with _pool(processes, len(missing)) as pool:
+        done = pool.map(partial(_index_one, rebuild=rebuild), missing)
         mistakes = [mistake for mistake in done if mistake]
-    _say(f"indexed {len(wanted) - len(mistakes)} of {len(paths)} shards")
+    _say(f"indexed {len(missing) - len(mistakes)} of {len(paths)} shards")
     samples = 0
     passed_over, remarks = PassedOver(), PassedOver()
     for path in paths:
@@ -111,7 +111,7 @@ class Contents:
     """Samples by what is wrong with a part of them that another part makes up for."""
     without_caption: list[str] = field(default_factory=list)
     """The first images without a caption, by their keys."""
-    told: list[str] = field(default_factory=list)
+    about_lists: list[str] = field(default_factory=list)
     """What lists hold, and what was passed over or guessed."""
 
     def add(self, other: Contents) -> None:
@@ -122,7 +122,7 @@ class Contents:
         self.bytes += other.bytes
         self.decoded += other.decoded
         self.details += other.details
-        self.told += other.told
+        self.about_lists += other.about_lists
         self.without_caption += other.without_caption
         for name in ("members", "captions", "sizes", "damage", "repaired"):
             getattr(self, name).update(getattr(other, name))
@@ -152,7 +152,7 @@ class Contents:
         yield from self.passed_over.lines()
         yield f"damage: {_listed(self.damage)}"
         yield from _repaired(self.repaired)
-        yield from self.told
+        yield from self.about_lists
         yield from self.details[:_SHOWN]
         if (more := len(self.details[_SHOWN:]) + self.num_details) > 0:
             yield f"... and {more:,} more"
@@ -241,7 +241,7 @@ def _check_file(path: Path, contents: Contents, *, fields: Fields, decode: int |
         contents.damage["repeated key"] += repeated
     contents.passed_over.update(summary.passed_over)
     contents.remarks.update(summary.remarks)
-    contents.told += _told(shard)
+    contents.about_lists += _about_list(shard)
     contents.samples = shard.num_samples
     if not shard.num_samples:
         contents.remarks.add(EMPTY, str(path))
@@ -274,11 +274,11 @@ def _check_stream(url: str, contents: Contents, *, fields: Fields, decode: int |
             contents.details.append(f"{key}: {damaged}")
 
 
-def _told(shard: Shard) -> list[str]:
+def _about_list(shard: Shard) -> list[str]:
     """What a list holds, and what of it was passed over or guessed."""
     if not isinstance(shard, FileList):
         return []
-    return [*([f"{shard.name}: {shard.counted}"] if shard.counted else []), *shard.told()]
+    return [*([f"{shard.name}: {shard.counted}"] if shard.counted else []), *shard.warnings()]
 
 
 def _repaired(repaired: Counter[str]) -> Iterator[str]:
@@ -339,7 +339,7 @@ def convert(
     written, number = write_tars(out, samples, samples_per_shard=samples_per_shard)
     for line in [*found.details, *found.remarks.lines(""), *found.passed_over.lines()]:
         _say(line)
-    for line in [*_repaired(found.repaired), *found.told]:
+    for line in [*_repaired(found.repaired), *found.about_lists]:
         _say(line)
     if without := found.captions[0]:
         _say(f"{without:,} of the samples written have no caption")
@@ -360,7 +360,7 @@ def _undamaged(paths: Sequence[Path], fields: Fields, found: Contents) -> Iterat
         found.details += summary.lines(path)
         found.passed_over.update(summary.passed_over)
         found.remarks.update(summary.remarks)
-        found.told += _told(shard)
+        found.about_lists += _about_list(shard)
         if isinstance(shard, FileList):
             _remark_without_words(shard)
         reader = shard.open(fields)

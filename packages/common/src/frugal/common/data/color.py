@@ -177,8 +177,8 @@ def _turn_hue(levels: Tensor, shift: Tensor) -> Tensor:
     )
     sector = sector + 6 * shift.view(-1, 1, 1)
     channels = []
-    for own in (5.0, 3.0, 1.0):
-        k = (sector + own) % 6
+    for offset in (5.0, 3.0, 1.0):
+        k = (sector + offset) % 6
         channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
     turned = torch.stack(channels, dim=1).round()
     return torch.where(_per_image(shift != 0), turned, levels)

@@ -34,7 +34,7 @@ WAIT = 600.0
 SHARED_MEMORY = "/dev/shm"
 """Where Linux keeps what processes share."""
 _ALONE = "--data.workers 0 (evaluate: --workers 0)"
-_VOICE = 60.0
+_FIRST_WARNING = 60.0
 """Seconds of waiting after which it is said; then after twice as many, and so on."""
 _GRACE = 2.0
 """Seconds that a loader process has to hear that it may end."""
@@ -101,13 +101,13 @@ class Loader:
     def _rows(
         self, items: Iterator[dict[str, Any]], processes: list[BaseProcess]
     ) -> Iterator[dict[str, Any]]:
-        told = False
+        warned = False
         with _ended_afterwards(items, processes):
             for fields in self._items(items, processes):
                 if "mistake" in fields:
                     raise InputError(fields["mistake"])
                 if (reason := fields.pop(_UNSHARED, None)) is not None:
-                    told = told or _tell_of_pipes(reason, self._workers)
+                    warned = warned or _warn_of_pipes(reason, self._workers)
                     yield _mapped(fields, self._to_tensor)
                 else:
                     yield fields
@@ -121,7 +121,7 @@ class Loader:
     def _items(
         self, items: Iterator[dict[str, Any]], processes: list[BaseProcess]
     ) -> Iterator[dict[str, Any]]:
-        started, voice = time.monotonic(), _VOICE
+        started, next_warning = time.monotonic(), _FIRST_WARNING
         while True:
             try:
                 fields = next(items)
@@ -138,17 +138,17 @@ class Loader:
                         "the storage of the data answers, or read in one process with "
                         f"{_ALONE}"
                     ) from None
-                if waited > voice:
+                if waited > next_warning:
                     # as an error: every process says it, since the others may wait for this one
                     logging.getLogger("frugal").error(
                         "waiting for data: %s gave nothing for %.0f seconds",
                         _named(processes),
                         waited,
                     )
-                    voice *= 2
+                    next_warning *= 2
                 continue
             yield fields
-            started, voice = time.monotonic(), _VOICE
+            started, next_warning = time.monotonic(), _FIRST_WARNING
 
 
 def _unchanged(fields: Any) -> Any:
@@ -413,7 +413,7 @@ def _free_shared_memory() -> int:
     return found.f_bavail * found.f_frsize
 
 
-def _tell_of_pipes(reason: str, workers: int) -> bool:
+def _warn_of_pipes(reason: str, workers: int) -> bool:
     logging.getLogger("frugal").warning(
         "the %d loader processes hand their data over through pipes, which is slower: %s, or read "
         "in one process with %s",

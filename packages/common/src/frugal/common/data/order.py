@@ -18,10 +18,16 @@ from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
 
 _CYCLE = 1 << 14
+"""Samples over which a mixture holds every source in its share: short enough that any stretch of a
+run is mixed as the whole, long enough that a weight of 1 in 16,384 still occurs."""
 
 
 class Order(Protocol):
-    """Where every sample of an endless run is found."""
+    """Where every sample of an endless run is found.
+
+    A pure function of its settings and the sample number: a resumed run, another number of ranks or
+    of loader workers asks for the same numbers and gets the same samples.
+    """
 
     @property
     def samples(self) -> int:
@@ -34,7 +40,12 @@ class Order(Protocol):
 
 
 class GlobalOrder:
-    """Every sample once per epoch."""
+    """Every sample once per epoch.
+
+    Shards are opened a window at a time, since a disk or network file system reads a few files well
+    and tens of thousands badly; mixing within windows of drawn shards is the shuffle that
+    remains possible.
+    """
 
     def __init__(self, counts: Sequence[int], *, seed: int, window: int, source: int = 0) -> None:
         """Order the samples of shards.
@@ -55,11 +66,13 @@ class GlobalOrder:
         self._cache()
 
     def _cache(self) -> None:
-        # The batches of two neighboring windows or epochs may alternate; no others do.
+        # An order is drawn once per window, not once per batch. Loader workers ask for batches in
+        # turn, so that those of two neighboring windows or epochs may alternate; no others do.
         self._epoch = lru_cache(2)(self._draw_epoch)
         self._samples = lru_cache(2)(self._draw_window)
 
     def __getstate__(self) -> dict[str, object]:
+        # caches cannot be pickled, and a loader worker draws what it needs anew
         return {
             name: value for name, value in vars(self).items() if not hasattr(value, "cache_clear")
         }
@@ -75,6 +88,7 @@ class GlobalOrder:
         """The shards of an epoch in order, and the position at which each window begins."""
         shards = self._generator("shards", epoch).permutation(len(self._counts))
         ends = np.cumsum(self._counts[shards])
+        # what lies in front of shards 0, window, 2 window, ...; the last window may be smaller
         starts = np.concatenate([[0], ends])[: len(shards) : self._window]
         return shards, starts
 
@@ -84,8 +98,10 @@ class GlobalOrder:
         shards = self._epoch(epoch)[0][first : first + self._window]
         counts = self._counts[shards]
         total = int(counts.sum())
+        # every sample of the window in storage order, without a loop over its shards
         shard = np.repeat(shards, counts)
         index = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+        # one permutation of the whole window: samples of its shards mix, and each comes once
         order = self._generator(f"samples of epoch {epoch}", window).permutation(total)
         return shard[order], index[order]
 
@@ -148,7 +164,13 @@ class WeightedOrder:
             )
 
     def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of every slot of a cycle, and how many of that source came before it."""
+        """The source of every slot of a cycle, and how many of that source came before it.
+
+        Returns:
+            two (16384,) int64.
+        """
+        # exact counts in a drawn arrangement: drawing each slot by itself would drift from the
+        # shares, and then the n-th sample of a source could only be found by replaying the run
         source = np.repeat(np.arange(len(self._shares)), self._shares)
         source = sample_generator(self._seed, "mixture", cycle).permutation(source)
         before = np.empty(_CYCLE, np.int64)
@@ -165,8 +187,10 @@ class WeightedOrder:
             source, before = self._cycle(cycle)
             for number, order in enumerate(self._orders):
                 chosen = np.flatnonzero((cycles == cycle) & (source[slots] == number))
-                own_numbers = cycle * self._shares[number] + before[slots[chosen]]
-                shard, index = order.locate(own_numbers)
+                # every cycle takes the same count of a source, so its place in its own endless
+                # order follows from the cycle alone: a resume needs no counters
+                numbers_of_source = cycle * self._shares[number] + before[slots[chosen]]
+                shard, index = order.locate(numbers_of_source)
                 shards[chosen] = shard + self._first_shard[number]
                 indices[chosen] = index
         return shards, indices
@@ -177,5 +201,6 @@ def _whole_shares(weights: Sequence[float], total: int) -> np.ndarray:
     exact = np.asarray(weights, np.float64) / sum(weights) * total
     shares = np.floor(exact).astype(np.int64)
     missing = total - int(shares.sum())
+    # stable, so that equal remainders are settled alike on every machine
     shares[np.argsort(shares - exact, kind="stable")[:missing]] += 1
     return shares

@@ -295,7 +295,7 @@ def _pass_over(folder: Path, kind: str, shards: list[Path], passed_over: PassedO
     """Count what else lies in a folder of shards, and is no file that belongs to one of them."""
     if passed_over is None:
         return
-    own = {path.stem for path in shards}
+    stems = {path.stem for path in shards}
     for path in _inside(folder):
         if path.is_dir():
             if any(map(_is_shard, _inside(path))):
@@ -307,7 +307,7 @@ def _pass_over(folder: Path, kind: str, shards: list[Path], passed_over: PassedO
                 passed_over.add("hidden files", str(path))
         elif path in shards or path.name.endswith(SUFFIX) or path.name in KNOWN_FILES:
             continue
-        elif not any(path.name.startswith(f"{stem}{mark}") for stem in own for mark in "._") or (
+        elif not any(path.name.startswith(f"{stem}{mark}") for stem in stems for mark in "._") or (
             _LIKE_SHARDS.search(path.name)
         ):
             passed_over.add(f"files that are no {kind} ({path.suffix or 'no ending'})", str(path))

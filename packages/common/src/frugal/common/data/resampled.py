@@ -163,7 +163,7 @@ class _Resampled(IterableDataset[dict[str, Any]]):
         # are named by the micro-batch within the run instead, so that the same streams make the
         # same micro-batches wherever the run was interrupted.
         worker = (self._rank_slice.first_sample // self._rank_slice.micro_batch + number) % count
-        passed_over, told = PassedOver(), 0
+        passed_over, num_warned = PassedOver(), 0
         streams = self._streams(worker, passed_over)
         for micro_batch in itertools.count(number, count):
             # numbers decide crops and captions, streams which samples come: both are the run's own
@@ -175,10 +175,10 @@ class _Resampled(IterableDataset[dict[str, Any]]):
                     collator.add(key, self._raw(sample), source=stream.source)
                 except Damaged as damaged:
                     collator.skip(key, damaged, source=stream.source)
-            if number == 0 and len(passed_over.counts) > told:
-                for line in passed_over.lines()[told:]:
+            if number == 0 and len(passed_over.counts) > num_warned:
+                for line in passed_over.lines()[num_warned:]:
                     _LOG.warning("%s, and others like them: `shards check` counts all", line)
-                told = len(passed_over.counts)
+                num_warned = len(passed_over.counts)
             # travels with the batch: the loader is ahead of the training by what it prefetched, and
             # a checkpoint must say where the streams stood behind the last batch trained on
             progress = [(stream.draw, stream.taken) for stream in streams]

@@ -20,7 +20,11 @@ from frugal.common.reduction.text import Placed
 
 @dataclass(frozen=True, kw_only=True)
 class SampleTransform:
-    """What is done to a sample between the store and the model; all draws belong to the sample."""
+    """What is done to a sample between the store and the model.
+
+    Every draw (crop, caption, tokens that stay) has a generator of its own, a function of the seed
+    and the number of the sample: a caption of one more candidate moves no crop.
+    """
 
     seed: int
     augmentation: Augmentation
@@ -46,6 +50,7 @@ class SampleTransform:
             raise Damaged("no caption", f"nothing that --data.fields.caption names has text{names}")
         if len(raw.captions) == 1:
             return raw.captions[0]
+        # of separate fields, those that the sample lacks are blank and must not be drawn
         captions = [text for text in raw.captions if text] or raw.captions
         generator = sample_generator(self.seed, "caption", number)
         return captions[int(generator.integers(len(captions)))]
@@ -71,7 +76,10 @@ class SampleTransform:
 
 @dataclass
 class Collator:
-    """Fills the slots of one batch; a slot that is never filled stays damaged and zero."""
+    """Collates samples: fills the slots of one batch in order.
+
+    A slot that is never filled stays damaged and zero.
+    """
 
     transform: SampleTransform
     numbers: np.ndarray
@@ -102,6 +110,8 @@ class Collator:
         """
         slot = len(self.keys)
         number = int(self.numbers[slot])
+        # everything that may fail comes before anything is written: a damaged slot stays zero.
+        # The image is decoded last, because it costs the most and text or class may be damaged.
         tokens: list[int] | Placed | None = None
         if self.transform.tokenizer is not None:
             tokens = self.transform.token_ids(self.transform.caption(raw, number), number)
@@ -156,6 +166,7 @@ class Collator:
             fields["labels"] = torch.from_numpy(self.labels)  # (B,)
         if self.positions is not None:
             slots = self.positions.shape[1]
+            # a reduction with positions says how many slots stay: no padding beyond them travels
             fields["token_ids"] = fields["token_ids"][:, :slots].contiguous()  # (B, K)
             fields["text_positions"] = torch.from_numpy(self.positions)  # (B, K)
         return fields

@@ -1,4 +1,10 @@
-"""One undecoded sample, which of its fields are read, and what every kind of store offers."""
+"""One undecoded sample, which of its fields are read, and what every kind of store offers.
+
+What a caption is, is one rule for every store: text with something to read in it. Numbers are text
+too (a title may be ``7``); truth values, objects and ``null`` are not. White space, control
+characters and byte-order marks around a caption go, and what holds nothing else, or only characters
+without a glyph, is none.
+"""
 
 from __future__ import annotations
 
@@ -379,13 +385,6 @@ def last_parts(extensions: Collection[str]) -> dict[str, str]:
     by_last = {name.rpartition(".")[2]: name for name in compound}
     return {last: name for last, name in by_last.items() if counts[last] == 1}
 
-
-# ------------------------------------------------------------------------------------------------
-# What is a caption: one rule for every store.
-#
-# A caption is text with something to read in it. Numbers are text too (a title may be `7`); truth
-# values, objects and `null` are not. White space, control characters and byte-order marks around
-# a caption go, and what holds nothing else, or only characters without a glyph, is none.
 
 _CONTROLS = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
 _SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))

@@ -15,6 +15,7 @@ from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.stores.csv import open_list
 from frugal.common.data.stores.folder import FileList, Log, open_image_folder, tell_classes
 from frugal.common.data.stores.index import (
+    IndexedShard,
     ShardSummary,
     find_earlier_index,
     find_index,
@@ -22,8 +23,8 @@ from frugal.common.data.stores.index import (
     read_summary,
     write_index,
 )
-from frugal.common.data.stores.tar import TarShard, index_tar
-from frugal.common.data.stores.tfrecord import RecordShard, index_records
+from frugal.common.data.stores.tar import TarReader, index_tar
+from frugal.common.data.stores.tfrecord import RecordReader, index_records
 from frugal.common.distributed import launcher_ranks
 from frugal.common.errors import InputError
 
@@ -55,10 +56,10 @@ def index_missing(paths: Sequence[Path], log: Log) -> None:
     Raises:
         InputError: if a shard cannot be read, or its index not be written.
     """
-    wanted = [path for path in paths if needs_index(path)]
+    indexed = [path for path in paths if needs_index(path)]
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(find_index, wanted))
-        missing = [path for path, place in zip(wanted, found, strict=True) if place is None]
+        found = list(threads.map(find_index, indexed))
+        missing = [path for path, place in zip(indexed, found, strict=True) if place is None]
         earlier = list(threads.map(find_earlier_index, missing))
     if missing:
         renewed = sum(place is not None for place in earlier)
@@ -124,7 +125,7 @@ class Source:
             tell_classes(listed, log)
             if listed.counted:
                 log.info("%s: %s", listed.name, listed.counted)
-            for line in listed.told():
+            for line in listed.warnings():
                 log.warning("%s", line)
 
     @property
@@ -172,5 +173,5 @@ def open_shard(path: Path, fields: Fields) -> tuple[Shard, ShardSummary]:
         return files, ShardSummary(files.num_samples, "")
     summary = read_summary(path)
     if kind_of(path) == "tar":
-        return TarShard(path, summary.num_samples), summary
-    return RecordShard(path, summary.num_samples), summary
+        return IndexedShard(path, summary.num_samples, TarReader), summary
+    return IndexedShard(path, summary.num_samples, RecordReader), summary

@@ -28,10 +28,12 @@ from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
 _OPEN_SHARDS = 64
+"""Shards that a process keeps open: more than a window of the order holds by default, so that none
+is opened twice in a window."""
 
 
 class ReaderCache:
-    """Many shards, of which this process keeps a few open."""
+    """The readers of many shards, of which this process keeps those open that it used last."""
 
     def __init__(
         self, shards: Sequence[Shard], fields: Fields, *, sources: Sequence[int] = ()
@@ -54,6 +56,7 @@ class ReaderCache:
         return ReaderCache(self._shards, self._fields, sources=self._sources)
 
     def __getstate__(self) -> dict[str, Any]:
+        # open files cannot be pickled: a loader process opens its own
         return vars(self) | {"_readers": OrderedDict()}
 
     def reader(self, shard: int) -> Reader:
@@ -66,7 +69,7 @@ class ReaderCache:
         if shard in self._readers:
             self._readers.move_to_end(shard)
             return self._readers[shard]
-        try:
+        try:  # a shard may have gone since the run began: its samples are damaged, the run goes on
             reader = self._shards[shard].open(self._fields)
         except OSError as error:
             refuse_exhaustion(error)
@@ -116,6 +119,7 @@ class OrderedSamples(Dataset[dict[str, Any]]):
         for number, shard, index in zip(
             numbers.tolist(), shards.tolist(), indices.tolist(), strict=True
         ):
+            # a place, until the reader knows the sample's own key: opening it may fail
             key, source = f"{self._readers.name(shard)}/{index}", self._readers.source(shard)
             try:
                 reader = self._readers.reader(shard)
@@ -155,6 +159,8 @@ class RankSlice:
         Args:
             micro_batch: counted from the first one of this stream.
         """
+        # Contiguous, in rank order: the ranks' parts side by side are the global micro-batch, and
+        # the same sample is at the same place of it on any number of ranks.
         local = self.micro_batch // self.world_size
         first = self.first_sample + micro_batch * self.micro_batch + self.rank * local
         return np.arange(first, first + local, dtype=np.int64)
@@ -168,6 +174,8 @@ class _Numbers(Sampler[np.ndarray]):
         self._micro_batches = micro_batches
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        # numbers only: a loader process finds, reads and decodes what they stand for, and a resume
+        # starts at another number without reading anything that came before
         endless = itertools.count()
         return map(self._rank_slice.numbers, itertools.islice(endless, self._micro_batches))
 
@@ -215,6 +223,7 @@ class IndexedStream:
 
     def state(self) -> dict[str, Any]:
         """Nothing: the sample number says it all."""
+        # the order is a function of the number, and the checkpoint holds the number of the step
         return {}
 
     def scalars(self) -> dict[str, float]:

@@ -3,6 +3,9 @@
 A recipe holds one of the frozen configurations; ``load()`` reads the vocabulary and returns a
 :class:`Tokenizer`. A tokenizer can be pickled (loader workers) and saved as a folder of text
 files that needs neither the network nor the file it was made from.
+
+Weights mean nothing with the ids of another tokenizer; :func:`token_difference` says how two
+differ.
 """
 
 from __future__ import annotations
@@ -232,9 +235,6 @@ class SavedTokenizer:
 TokenizerConfig = ClipBpe | HuggingFace | WordPiece
 
 
-# ------------------------------------------------------------------------------------------------
-# whether two tokenizers make the same ids: weights mean nothing with the ids of another one
-
 _PLAIN = (
     "a photo of a cat.",
     "Two red circles, left of 3 blue squares!",
@@ -271,8 +271,8 @@ def token_difference(there: Tokenizer, here: Tokenizer) -> Difference | None:
     """
     for name, words in (("prefix", "begins a caption with"), ("suffix", "ends a caption with")):
         if getattr(there, name) != getattr(here, name):
-            said = f"{words} {getattr(there, name)} there and {getattr(here, name)} here"
-            return Difference(said, of_odd_texts=False)
+            difference = f"{words} {getattr(there, name)} there and {getattr(here, name)} here"
+            return Difference(difference, of_odd_texts=False)
     if odd := _other_ids(_PLAIN, there, here):
         return Difference(odd, of_odd_texts=False)
     if type(there._vocabulary) is type(here._vocabulary) and (row := _other_entry(there, here)):
@@ -284,16 +284,16 @@ def token_difference(there: Tokenizer, here: Tokenizer) -> Difference | None:
 
 def _other_ids(texts: tuple[str, ...], there: Tokenizer, here: Tokenizer) -> str | None:
     for text in texts:
-        theirs, ours = there.encode(text), here.encode(text)
-        if theirs != ours:
-            return f"makes {theirs[:8]} of {text!r} there and {ours[:8]} here"
+        ids_there, ids_here = there.encode(text), here.encode(text)
+        if ids_there != ids_here:
+            return f"makes {ids_there[:8]} of {text!r} there and {ids_here[:8]} here"
     return None
 
 
 def _other_entry(there: Tokenizer, here: Tokenizer) -> str | None:
     """The first id that stands for another text."""
     for token in range(min(there.vocab_size, here.vocab_size)):
-        theirs, ours = there.decode([token]), here.decode([token])
-        if theirs != ours:
-            return f"writes {theirs!r} as {token} there, which stands for {ours!r} here"
+        text_there, text_here = there.decode([token]), here.decode([token])
+        if text_there != text_here:
+            return f"writes {text_there!r} as {token} there, which stands for {text_here!r} here"
     return None

@@ -64,10 +64,6 @@ class WordCache:
         return ids
 
 
-# ------------------------------------------------------------------------------------------------
-# CLIP's byte pairs (Sennrich et al., arXiv:1508.07909; Radford et al., arXiv:2103.00020)
-
-
 @lru_cache(maxsize=1)
 def _byte_symbols() -> dict[int, str]:
     """A printable character for every byte: itself where it prints, else one from 256 upwards."""
@@ -86,7 +82,10 @@ def clean_caption(text: str) -> str:
 
 
 class BytePairs:
-    """CLIP's vocabulary: bytes, bytes that end a word, merges, start and end of text."""
+    """CLIP's vocabulary: bytes, bytes that end a word, merges, start and end of text.
+
+    Sources: Sennrich et al., arXiv:1508.07909; Radford et al., arXiv:2103.00020.
+    """
 
     num_merges = 48_894
     special_tokens = ("<start_of_text>", "<end_of_text>")
@@ -218,10 +217,6 @@ def merge_symbols(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> l
             if following[place] < count:
                 add(place)
     return [symbol for symbol in symbols if symbol]
-
-
-# ------------------------------------------------------------------------------------------------
-# Hugging Face
 
 
 class Transformers:

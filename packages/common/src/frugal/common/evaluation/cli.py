@@ -211,7 +211,11 @@ def _words(options: Options, recipe: Recipe) -> list[str]:
 def _usual(data: Path) -> list[str]:
     """What a folder says that it is for; both, where it says nothing."""
     # readers of data import torch, which the options of the command do without
-    from frugal.common.data.labeled import dataset_type, has_class_names, holds_class_folders
+    from frugal.common.data.benchmark_layout import (
+        dataset_type,
+        has_class_names,
+        holds_class_folders,
+    )
 
     if has_contrasts(data) or any((data / part).is_dir() for part in ("zero_shot", "retrieval")):
         return ["zero-shot", "retrieval"]

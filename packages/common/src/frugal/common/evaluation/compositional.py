@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from frugal.common.contracts import Show
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import as_bytes
-from frugal.common.data.labeled import GROUP
 from frugal.common.data.loader import Loader
+from frugal.common.data.stored_images import GROUP
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes

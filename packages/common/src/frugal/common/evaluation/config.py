@@ -202,7 +202,7 @@ class ZeroShot(ImageEvaluation):
         folder = self.folder()
         if folder is None:
             return self._skip(run)
-        from frugal.common.data.labeled import is_multi_labeled
+        from frugal.common.data.benchmark_layout import is_multi_labeled
         from frugal.common.evaluation import multi_label, zero_shot
 
         if is_multi_labeled(folder):

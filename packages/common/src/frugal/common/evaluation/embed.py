@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor, nn
 
-from frugal.common.data.labeled import GROUP
+from frugal.common.data.stored_images import GROUP
 from frugal.common.data.tokenizers import text_length
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ImageEvaluation, ZeroShot

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frugal.common.data.labeled import IMAGE, digest_of, num_repeated
+from frugal.common.data.stored_images import IMAGE, digest_of, num_repeated
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.recipe import Recipe, to_json
 

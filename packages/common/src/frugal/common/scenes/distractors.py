@@ -29,7 +29,7 @@ TEMPLATES = (
 
 
 @dataclass(frozen=True)
-class Weather:
+class Distractor:
     """Everything a sky shows."""
 
     sky: str
@@ -44,9 +44,9 @@ class Weather:
         return dict(vars(self))
 
 
-def sample_weather(generator: np.random.Generator) -> Weather:
+def sample_distractor(generator: np.random.Generator) -> Distractor:
     """A random sky."""
-    return Weather(
+    return Distractor(
         sky=pick(SKIES, generator),
         hour=pick(tuple(HOURS), generator),
         region=pick(REGIONS, generator),
@@ -55,24 +55,24 @@ def sample_weather(generator: np.random.Generator) -> Weather:
     )
 
 
-def weather_caption(weather: Weather, generator: np.random.Generator) -> str:
+def distractor_caption(distractor: Distractor, generator: np.random.Generator) -> str:
     """A short report that fits the picture."""
-    return pick(TEMPLATES, generator).format(**vars(weather))
+    return pick(TEMPLATES, generator).format(**vars(distractor))
 
 
-def draw_weather(weather: Weather, image_size: int) -> np.ndarray:
+def draw_distractor(distractor: Distractor, image_size: int) -> np.ndarray:
     """(image_size, image_size, 3) uint8 RGB picture of a sky."""
-    generator = np.random.Generator(np.random.Philox(key=weather.grain))
-    top, horizon = HOURS[weather.hour]
+    generator = np.random.Generator(np.random.Philox(key=distractor.grain))
+    top, horizon = HOURS[distractor.hour]
     sky = np.linspace(top, horizon, image_size)[:, None].repeat(image_size, axis=1)
-    if weather.sky != "clear skies":
+    if distractor.sky != "clear skies":
         coarse = Image.fromarray(generator.integers(0, 256, (5, 5), np.uint8))
         clouds = np.asarray(coarse.resize((image_size, image_size), Image.Resampling.BICUBIC))
         sky = sky + (clouds / 255.0 - 0.5) * 60
     canvas = Image.new("L", (2 * image_size, 2 * image_size))
     pen = ImageDraw.Draw(canvas)
-    if weather.sky in ("heavy rain", "light snow"):
-        fall = (0.03, 0.12) if weather.sky == "heavy rain" else (0.02, 0.0)
+    if distractor.sky in ("heavy rain", "light snow"):
+        fall = (0.03, 0.12) if distractor.sky == "heavy rain" else (0.02, 0.0)
         for x, y in generator.random((40, 2)).tolist():
             ends = (x, y, x + fall[0], y + fall[1])
             pen.line(

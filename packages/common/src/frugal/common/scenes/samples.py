@@ -16,7 +16,7 @@ from PIL import Image
 
 from frugal.common.randomness import sample_generator
 from frugal.common.scenes.captions import caption, long_caption
-from frugal.common.scenes.distractors import draw_weather, sample_weather, weather_caption
+from frugal.common.scenes.distractors import distractor_caption, draw_distractor, sample_distractor
 from frugal.common.scenes.drawing import draw, mask
 from frugal.common.scenes.settings import Settings
 from frugal.common.scenes.world import CLASSES, SEEN, Scene, sample_scene
@@ -62,9 +62,9 @@ def sample_files(settings: Settings, split: str, number: int, key: str) -> dict[
     scene = None
     if split == "train" and _is_irrelevant(number, settings.irrelevant):
         generator = sample_generator(settings.seed, "scenes/irrelevant", number)
-        weather = sample_weather(generator)
-        pixels, text = draw_weather(weather, size), weather_caption(weather, generator)
-        about |= {"caption": text, "relevant": False, "weather": weather.to_json()}
+        distractor = sample_distractor(generator)
+        pixels, text = draw_distractor(distractor, size), distractor_caption(distractor, generator)
+        about |= {"caption": text, "relevant": False, "weather": distractor.to_json()}
     else:
         scene, generator = _scene(settings, split, number)
         write_text = long_caption if settings.long_captions and split == "train" else caption

@@ -151,8 +151,8 @@ def _parts(settings: Settings) -> list[_Part]:
     parts = [
         part for split, numbers in splits.items() for part in _shards(settings, split, numbers)
     ]
-    wanted = settings.segmentation_samples
-    for name, count in (("training", wanted), ("validation", math.ceil(wanted / 4))):
+    training = settings.segmentation_samples
+    for name, count in (("training", training), ("validation", math.ceil(training / 4))):
         for start in range(0, count, settings.shard_size):
             numbers = range(start, min(start + settings.shard_size, count))
             parts.append(_Part(f"segmentation/{name}", "segmentation", 0, numbers))
@@ -231,14 +231,14 @@ def _parts_left(settings: Settings) -> list[_Part] | None:
         saved = dict(json.loads((out / found).read_text())["settings"])
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{out / found} cannot be read; give another --out") from None
-    wanted = settings.identity()
-    adds = ADDED in wanted and ADDED not in saved
-    saved.setdefault(ADDED, wanted.get(ADDED))
-    changed = [name for name in wanted if saved.get(name) != wanted[name]]
+    asked = settings.identity()
+    adds = ADDED in asked and ADDED not in saved
+    saved.setdefault(ADDED, asked.get(ADDED))
+    changed = [name for name in asked if saved.get(name) != asked[name]]
     if changed:
         name = changed[0]
         raise InputError(
-            f"--out {out} was drawn with {name} = {saved.get(name)!r}, not {wanted[name]!r}; give "
+            f"--out {out} was drawn with {name} = {saved.get(name)!r}, not {asked[name]!r}; give "
             "another folder or remove it"
         )
     if found == _UNFINISHED:

@@ -1,4 +1,7 @@
-"""Which sub-folders of a folder are classes, in which order, and what they are called."""
+"""Which sub-folders of a folder are classes, in which order, and what they are called.
+
+Classes of different folders are brought together by name, and a run keeps those it began with.
+"""
 
 from __future__ import annotations
 
@@ -208,9 +211,6 @@ def _read_names(path: Path) -> dict[str, str]:
         raise InputError(f"{path} has no name for {blank[0]!r}; write one")
     return {name: value.strip() for name, value in content.items()}
 
-
-# ------------------------------------------------------------------------------------------------
-# classes of different folders, brought together by name; a run keeps those it began with
 
 CLASSES = "classes.json"
 """In a run directory: what the classes of the model are called, in the order of their numbers."""

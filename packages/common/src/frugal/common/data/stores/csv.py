@@ -245,13 +245,13 @@ def _read_header(path: Path, header: str | None, fields: Fields) -> _Layout:
         raise InputError(f"{path} is empty (0 bytes); copy it again, or leave it out")
     if "\0" in header or _has_bad_bytes(header):
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8")
-    wanted = (fields.csv_image, fields.csv_caption)
+    needed = (fields.csv_image, fields.csv_caption)
     options = [fields.csv_separator] if fields.csv_separator else _SEPARATORS
     headers = {separator: _names(header, separator) for separator in options}
-    fitting = [s for s, names in headers.items() if set(wanted) <= set(names)]
+    fitting = [s for s, names in headers.items() if set(needed) <= set(names)]
     separator = fitting[0] if fitting else max(headers, key=lambda s: len(headers[s]))
     names = headers[separator]
-    for name in wanted:
+    for name in needed:
         if names.count(name) != 1:
             what = "two columns" if name in names else "no column"
             raise InputError(

@@ -83,7 +83,7 @@ class FileList:
             return str(Path(self.base, file))
         return f"{self.name}:{index if self.lines is None else self.lines[index]}"
 
-    def told(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What was damaged, guessed or passed over, one line each."""
         return [f"{self.name}: {line}" for line in (*self.remarks, *self.passed_over.lines())]
 

@@ -191,7 +191,7 @@ class Grouping:
         compound = [group for group in self.groups if any("." in name for name in group.members)]
         if compound:
             self._split(compound)
-        self._look()
+        self._remark_on_members()
 
     def _split(self, compound: list[Group]) -> None:
         keys = Counter(middle for group in compound for middle in {*map(_middle, group.members)})
@@ -215,7 +215,7 @@ class Grouping:
             (group for parts in parts_of for group in parts), key=lambda group: group.numbers[0]
         )
 
-    def _look(self) -> None:
+    def _remark_on_members(self) -> None:
         """Remark on samples of which a reader might take another member than its owner thinks."""
         with_image: list[str] = []
         without: list[str] = []

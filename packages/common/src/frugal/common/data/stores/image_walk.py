@@ -1,4 +1,7 @@
-"""Which images lie below a folder, without what systems put there and links that lead back."""
+"""Which images lie below a folder, without what systems put there and links that lead back.
+
+Captions that lie beside images, where images are read by their folders, are refused, not ignored.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def has_image(folder: Path, extensions: Iterable[str]) -> bool:
     walk = _Walk(str(folder), frozenset(extensions))
     waiting = [""]
     while waiting:
-        names, folders, links = walk.look(waiting.pop())
+        names, folders, links = walk.list_folder(waiting.pop())
         if names:
             return True
         waiting += [*folders, *(link for link in links if walk.is_new(link))]
@@ -94,14 +97,14 @@ KNOWN_FILES = frozenset(
 
 def pass_over_files(folder: Path, extensions: Iterable[str], passed_over: PassedOver) -> None:
     """Count the files beside class folders, which are of no class."""
-    wanted = frozenset(extensions)
+    image_extensions = frozenset(extensions)
     for entry in _entries(str(folder)):
         if _is_folder(entry) or entry.name in KNOWN_FILES:
             continue
         stem, _, extension = entry.name.rpartition(".")
         if is_system_name(entry.name):
             passed_over.add(_SYSTEM, entry.path)
-        elif stem and extension.lower() in wanted:
+        elif stem and extension.lower() in image_extensions:
             passed_over.add("images beside class folders, which have no class", entry.path)
         else:
             passed_over.add(_no_image(stem, extension), entry.path)
@@ -149,15 +152,15 @@ class _Walk:
             if link == part:
                 del self._found[part]
         return {
-            part: [f"{place}/{n}" if place else n for place in sorted(own) for n in own[place]]
-            for part, own in self._found.items()
+            part: [f"{place}/{n}" if place else n for place in sorted(files) for n in files[place]]
+            for part, files in self._found.items()
         }
 
     def _read(self, part: str, start: str) -> None:
         waiting = [start]
         while waiting:
             place = waiting.pop()
-            names, folders, links = self.look(place)
+            names, folders, links = self.list_folder(place)
             if names:
                 self._found[part][place] = names
             self._links += [(part, link) for link in links]
@@ -182,7 +185,7 @@ class _Walk:
         self._seen.add(key)
         return is_new
 
-    def look(self, place: str) -> tuple[list[str], list[str], list[str]]:
+    def list_folder(self, place: str) -> tuple[list[str], list[str], list[str]]:
         """The names of the images in a folder, and the places of its folders and links to some."""
         names: list[str] = []
         folders: list[str] = []
@@ -243,9 +246,6 @@ def _add(passed_over: PassedOver | None, reason: str, name: str) -> None:
         passed_over.add(reason, name)
 
 
-# ------------------------------------------------------------------------------------------------
-# captions that lie beside images, where images are read by their folders: refused, not ignored
-
 TEXT_EXTENSIONS = frozenset(("csv", "tsv", "jsonl", "ndjson", "txt", "caption"))
 """Of files that may hold captions."""
 _IMAGE = re.compile(rf"[^\s/:,;|\"]\.(?:{'|'.join(IMAGE_EXTENSIONS)})\b", re.IGNORECASE)
@@ -286,12 +286,12 @@ def refuse_texts_of_images(folder: Path, texts: Sequence[str], images: Sequence[
         InputError: if most of them have.
     """
     stems = {PurePath(name).with_suffix("") for name in texts}
-    own = [name for name in images if PurePath(name).with_suffix("") in stems] if stems else []
-    if 2 * len(own) > len(images):
+    paired = [name for name in images if PurePath(name).with_suffix("") in stems] if stems else []
+    if 2 * len(paired) > len(images):
         raise InputError(
-            f"{len(own)} of the {len(images)} images below {folder} have a text file of their "
-            f"name (such as {own[0]}), which class folders do not read; write a .csv or .tsv list "
-            "of images and captions, or tars, and give those"
+            f"{len(paired)} of the {len(images)} images below {folder} have a text file of their "
+            f"name (such as {paired[0]}), which class folders do not read; write a .csv or .tsv "
+            "list of images and captions, or tars, and give those"
         )
 
 

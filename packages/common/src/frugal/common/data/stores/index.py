@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from frugal.common.data.damage import Damaged, Kind, PassedOver
-from frugal.common.data.samples import StringTable
+from frugal.common.data.samples import Fields, Reader, StringTable
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of, refuse_exhaustion
 
@@ -313,8 +314,49 @@ def _load(place: Path, metadata: dict[str, str]) -> ShardIndex:
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# files that are no shards although their names say so, recognized by how they begin
+class IndexedReader:
+    """An opened shard of one process, whose samples are found by its index."""
+
+    def __init__(self, path: Path, fields: Fields) -> None:
+        """Open a shard.
+
+        Raises:
+            InputError: if it has no index, or is not the shard that was indexed.
+            OSError: if it cannot be opened.
+        """
+        self.path = path
+        self.fields = fields
+        self.index = load_index(path)
+        self._file = path.open("rb", buffering=0)
+
+    def close(self) -> None:
+        """Give back the file."""
+        self._file.close()
+
+    def content(self, member: int) -> bytes:
+        """The bytes of a member by its number; raises ``Damaged`` if they have changed."""
+        return self.index.read(self._file.fileno(), member)
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """A shard that has an index; a small value that can be pickled."""
+
+    path: Path
+    num_samples: int
+    """Samples, damaged ones included."""
+    reader: Callable[[Path, Fields], Reader]
+    """The reader of shards of this kind, a class that can be pickled by its name."""
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def open(self, fields: Fields) -> Reader:
+        """A reader for this process."""
+        return self.reader(self.path, fields)
+
 
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",

@@ -227,13 +227,13 @@ def _samples(
     url: str, stream: UrlStream, sizes: ShardSizes, passed_over: PassedOver | None
 ) -> Iterator[Streamed]:
     archive = StreamedTar(stream, passed_over)
-    told, read = False, 0
+    has_any, read = False, 0
     try:
         for key, sample in archive:
-            told, read = True, read + bool(key)
+            has_any, read = True, read + bool(key)
             yield f"{url}/{key}" if key else url, sample
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        cut = told or archive.pending
+        cut = has_any or archive.pending
         where = f"{url}/{archive.pending}" if archive.pending else url
         reason = stream.failure() or reason_of(error)
         lost, words = sizes.lost(url, read + 1)
@@ -241,7 +241,7 @@ def _samples(
         yield where, Damaged(kind, f"{reason}; {words}", lost=lost)
         return
     reason = stream.failure()
-    if not told:
+    if not has_any:
         lost, words = sizes.lost(url, 1)
         yield url, Damaged("unreadable", f"{reason or 'it holds no sample'}; {words}", lost=lost)
         return

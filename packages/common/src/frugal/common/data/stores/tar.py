@@ -15,7 +15,6 @@ import numpy as np
 
 from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.samples import (
-    Fields,
     RawSample,
     StringTable,
     assemble,
@@ -30,10 +29,10 @@ from frugal.common.data.stores.grouping import (
     split_name,
 )
 from frugal.common.data.stores.index import (
+    IndexedReader,
     ShardIndex,
     damage_code,
     foreign_content,
-    load_index,
     refuse_empty,
     unreadable_shard,
 )
@@ -287,18 +286,8 @@ class _Found:
         )
 
 
-class TarReader:
+class TarReader(IndexedReader):
     """An opened tar of one process."""
-
-    def __init__(self, path: Path, fields: Fields) -> None:
-        self.path = path
-        self.fields = fields
-        self.index = load_index(path)
-        self._file = path.open("rb", buffering=0)
-
-    def close(self) -> None:
-        """Give back the file."""
-        self._file.close()
 
     def key(self, index: int) -> str:
         """``shard/key`` of a sample."""
@@ -320,10 +309,6 @@ class TarReader:
             self.index.names[member][behind_key:].lower(): member for member in range(first, end)
         }
 
-    def content(self, member: int) -> bytes:
-        """The bytes of a member by its number; raises ``Damaged`` if they have changed."""
-        return self.index.read(self._file.fileno(), member)
-
     def captions(self, index: int) -> list[str]:
         """The captions of a sample, without reading its image; raises ``Damaged``."""
         members = self.members(index)
@@ -337,20 +322,3 @@ class TarReader:
         """
         members = self.members(index)
         return assemble(self.fields, members, lambda name: self.content(members[name]))
-
-
-@dataclass(frozen=True)
-class TarShard:
-    """An indexed tar."""
-
-    path: Path
-    num_samples: int
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.path)
-
-    def open(self, fields: Fields) -> TarReader:
-        """A reader for this process."""
-        return TarReader(self.path, fields)

@@ -11,7 +11,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +19,6 @@ import numpy as np
 
 from frugal.common.data.damage import Damaged
 from frugal.common.data.samples import (
-    Fields,
     RawSample,
     StringTable,
     caption_lines,
@@ -32,10 +30,10 @@ from frugal.common.data.samples import (
     select_captions,
 )
 from frugal.common.data.stores.index import (
+    IndexedReader,
     ShardIndex,
     damage_code,
     foreign_content,
-    load_index,
     refuse_empty,
     unreadable_shard,
 )
@@ -210,18 +208,8 @@ def _parse_example(data: memoryview, *, floats: bool) -> Features:
     return features
 
 
-class RecordReader:
+class RecordReader(IndexedReader):
     """An opened TFRecord file of one process."""
-
-    def __init__(self, path: Path, fields: Fields) -> None:
-        self.path = path
-        self.fields = fields
-        self.index = load_index(path)
-        self._file = path.open("rb", buffering=0)
-
-    def close(self) -> None:
-        """Give back the file."""
-        self._file.close()
 
     def key(self, index: int) -> str:
         """``shard/number`` of a record."""
@@ -236,7 +224,7 @@ class RecordReader:
         if kind := self.index.damage_of(index):
             raise Damaged(kind)
         try:
-            return parse_example(self.index.read(self._file.fileno(), index), floats=True)
+            return parse_example(self.content(index), floats=True)
         except ValueError as error:
             raise Damaged("unreadable", str(error)) from None
 
@@ -284,20 +272,3 @@ def _label(values: list[bytes] | list[int] | np.ndarray) -> int | None:
     if isinstance(values, np.ndarray):
         raise Damaged("label", f"{values[0]} is no class number")
     return decode_label(values[0]) if isinstance(values[0], bytes) else class_number(values[0])
-
-
-@dataclass(frozen=True)
-class RecordShard:
-    """An indexed TFRecord file."""
-
-    path: Path
-    num_samples: int
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.path)
-
-    def open(self, fields: Fields) -> RecordReader:
-        """A reader for this process."""
-        return RecordReader(self.path, fields)

@@ -38,7 +38,7 @@ exit $status
 """
 _PIPE_BYTES = 1 << 20
 """As much as Linux lets anybody put between two processes."""
-_VOICE = 30.0
+_FIRST_WARNING = 30.0
 """Seconds of waiting after which it is said; then after twice as many, and so on."""
 _BROKEN_PIPE = (0, 128 + signal.SIGPIPE, -signal.SIGPIPE)
 
@@ -73,7 +73,7 @@ class Patience:
             InputError: if no stream has given anything for the whole limit.
         """
         start = last = time.monotonic()
-        voice = _VOICE
+        next_warning = _FIRST_WARNING
         while not ready(min(1.0, self.limit / 10)):
             now = time.monotonic()
             self._waited += now - last
@@ -86,12 +86,12 @@ class Patience:
                 )
             if now - start >= self.limit / 2:
                 raise TimeoutError(f"nothing has come for {now - start:.0f} seconds")
-            if now - start >= voice:
+            if now - start >= next_warning:
                 # as an error: every process says it, since the others may wait for this one
                 logging.getLogger("frugal").error(
                     "waiting for %s: nothing has come for %.0f seconds", url, now - start
                 )
-                voice *= 2
+                next_warning *= 2
 
 
 class UrlStream:

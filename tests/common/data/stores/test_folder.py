@@ -10,9 +10,10 @@ import pytest
 import torchvision
 from PIL import Image
 
+from frugal.common.data.benchmark_layout import dataset_type
 from frugal.common.data.damage import PassedOver
 from frugal.common.data.decoding import FORMATS, decode_rgb, open_image
-from frugal.common.data.labeled import CaptionedImages, LabeledImages, dataset_type
+from frugal.common.data.labeled import CaptionedImages, LabeledImages
 from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import IMAGE_EXTENSIONS, Fields
 from frugal.common.data.sources import open_source

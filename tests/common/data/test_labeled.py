@@ -1,4 +1,8 @@
 import io
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import webdataset
 from open_clip.transform import image_transform
 from PIL import Image
 
-from frugal.common.data.labeled import CaptionedImages, LabeledImages
+from frugal.common.data.labeled import CaptionedImages, LabeledImages, walk_images
 from frugal.common.data.samples import Fields
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
@@ -197,3 +201,85 @@ def test_folders_left_out_of_the_names_are_not_read(tmp_path, make_picture):
     data = LabeledImages(tmp_path / "f", size=SIZE)
     assert (data.class_folders, data.class_names) == (["a", "c"], ["tall ship", "kite"])
     assert collect(data, 1, 4)[1].tolist() == [0, 1]
+
+
+class InThreads:
+    """One of several ranks that are threads."""
+
+    def __init__(self, rank: int, parts: list[torch.Tensor], barrier: threading.Barrier) -> None:
+        self.rank, self.world_size = rank, len(parts)
+        self._parts, self._barrier = parts, barrier
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._parts[self.rank] = tensor.clone()
+        self._barrier.wait(60)
+        total = torch.stack(self._parts).sum(0)
+        self._barrier.wait(60)
+        return tensor.copy_(total)
+
+
+class Numbered:
+    """Images that hold their own number, with labels; a rank has whole groups of 64."""
+
+    def __init__(self, count: int, *, repeats: int = 1) -> None:
+        self._count, self._repeats = count, repeats
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(
+        self, rank: int, world_size: int, batch_size: int, workers: int = 0
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        half = 64 * (self._count // 64 // world_size)
+        stop = half * (rank + 1) if rank + 1 < world_size else self._count
+        places = torch.arange(half * rank, stop).repeat(self._repeats)
+        for part in places.split(batch_size):
+            yield part.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2), part % 7, part
+
+
+def walked(
+    count: int, *, world_size: int, batch_size: int
+) -> tuple[list[list[torch.Tensor]], set[int]]:
+    """The tables of every rank, and how many images were computed at a time."""
+    parts, barrier = [torch.zeros(0)] * world_size, threading.Barrier(world_size)
+    sizes: set[int] = set()
+    tables = [
+        [torch.zeros(count, 2), torch.zeros(count, dtype=torch.int64)] for _ in range(world_size)
+    ]
+
+    def compute(images: torch.Tensor, labels: torch.Tensor, places: torch.Tensor) -> Any:
+        sizes.add(len(images))
+        return torch.stack([images.mean((1, 2, 3)), 2.0 * places], dim=1), labels
+
+    def work(rank: int) -> None:
+        ranks = InThreads(rank, parts, barrier)
+        walk_images(Numbered(count), compute, tables[rank], ranks=ranks, batch_size=batch_size)
+
+    with ThreadPoolExecutor(world_size) as threads:
+        list(threads.map(work, range(world_size)))
+    return tables, sizes
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 200), (1, 10), (2, 48), (3, 64)])
+def test_a_walk_computes_every_image_once_and_every_rank_has_all_rows(
+    world_size: int, batch_size: int
+) -> None:
+    tables, sizes = walked(201, world_size=world_size, batch_size=batch_size)
+    numbers = torch.arange(201)
+    for floats, labels in tables:
+        assert torch.equal(floats, torch.stack([numbers, 2 * numbers], dim=1).float())
+        assert torch.equal(labels, numbers % 7)
+    assert sizes == {64, 201 % 64}  # whatever the batches are that images are read in
+
+
+def test_a_walk_refuses_to_count_an_image_twice() -> None:
+    alone = InThreads(0, [torch.zeros(0)], threading.Barrier(1))
+    table = torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="5 of 5 images were not evaluated exactly once"):
+        walk_images(
+            Numbered(5, repeats=2),
+            lambda images, labels, places: [labels],
+            [table],
+            ranks=alone,
+            batch_size=2,
+        )

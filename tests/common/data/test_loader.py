@@ -74,7 +74,7 @@ def test_a_shard_that_hangs_is_damage_and_nothing_at_all_is_a_sentence() -> None
 
 
 def test_who_waits_says_for_what(monkeypatch, caplog) -> None:
-    monkeypatch.setattr("frugal.common.data.stores.url._VOICE", 0.1)
+    monkeypatch.setattr("frugal.common.data.stores.url._FIRST_WARNING", 0.1)
     list(stream_tar("pipe:sleep 54323", patience=Patience(0.6)))
     assert "waiting for pipe:sleep 54323" in caplog.text
 

@@ -98,7 +98,7 @@ def test_texts_in_quotes_are_read_as_the_csv_module_writes_them(folder, separato
     writer.writerows([f"img/{n}.jpg", text] for n, text in enumerate(texts))
     listed = opened(folder, buffer.getvalue(), "a.csv")
     assert [listed.captions(n) for n in range(6)] == [[t] if t else [] for t in texts]
-    guessed = [line for line in listed.told() if "separated" in line]
+    guessed = [line for line in listed.warnings() if "separated" in line]
     assert len(guessed) == (separator != ",")
 
 
@@ -123,7 +123,7 @@ def test_with_commas_a_damaged_row_costs_itself_and_no_other(folder, rows, lines
     assert captions.keys() == set(range(COUNT)) - {line - 2 for line in lines}
     assert listed.num_samples == COUNT
     assert not any("img/" in caption for caption in captions.values())
-    assert f"damaged rows: {len(lines)} (line {lines[0]}: " in listed.told()[0]
+    assert f"damaged rows: {len(lines)} (line {lines[0]}: " in listed.warnings()[0]
 
 
 def test_a_row_with_other_columns_than_the_header_is_damaged_with_its_line(folder):
@@ -136,7 +136,7 @@ def test_a_row_with_other_columns_than_the_header_is_damaged_with_its_line(folde
         "list.tsv:10": "row: 1 column instead of 2",
     }
     assert captions == all_but(3, 5, 6, n7="first")
-    assert listed.told()[-1].endswith("1 passed over: a line without content (line 8)")
+    assert listed.warnings()[-1].endswith("1 passed over: a line without content (line 8)")
     assert listed.counted == "12 rows in 14 lines"
 
 
@@ -144,7 +144,7 @@ def test_a_row_with_other_columns_than_the_header_is_damaged_with_its_line(folde
 def test_lines_of_other_systems_are_lines(folder, end):
     listed = opened(folder, content(end=end))
     assert read(listed) == (all_but(), {})
-    assert listed.counted == "12 rows in 13 lines" and listed.told() == []
+    assert listed.counted == "12 rows in 13 lines" and listed.warnings() == []
 
 
 def test_only_line_feeds_end_a_line(folder):
@@ -197,7 +197,9 @@ def test_spaces_around_paths_and_duplicates_are_no_damage(folder):
     listed = opened(folder, content(changed))
     assert read(listed) == (all_but(5, n4="another"), {})
     assert [listed.captions(n) for n in (4, 5)] == [["caption 4"], ["another"]]
-    assert listed.told() == [f"{folder / 'list.tsv'}: paths with spaces around them, which go: 1"]
+    assert listed.warnings() == [
+        f"{folder / 'list.tsv'}: paths with spaces around them, which go: 1"
+    ]
 
 
 def test_the_folder_of_the_paths_is_where_most_images_are_and_a_guess_is_told(
@@ -208,10 +210,10 @@ def test_the_folder_of_the_paths_is_where_most_images_are_and_a_guess_is_told(
     captions, damage = read(listed)
     assert captions == all_but(0, 1) and set(damage) == {"none.jpg", "a\0b.jpg"}
     assert all(text.startswith("unreadable") for text in damage.values())
-    assert "2 of 12 images that were looked for are missing" in listed.told()[0]
+    assert "2 of 12 images that were looked for are missing" in listed.warnings()[0]
     elsewhere = opened(tmp_path, content({0: "img/none.jpg\tx"}))
     assert read(elsewhere)[0] == all_but(0)
-    assert "relative to the working directory, where 11 of 12" in elsewhere.told()[0]
+    assert "relative to the working directory, where 11 of 12" in elsewhere.warnings()[0]
 
 
 def test_an_image_name_that_no_system_has_is_damage(folder):
