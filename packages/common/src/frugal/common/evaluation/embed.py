@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from frugal.common.data.stored_images import GROUP
 from frugal.common.data.tokenizers import text_length
+from frugal.common.data.transforms import normalize
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
 from frugal.common.evaluation.ranks import Ranks
@@ -280,10 +281,7 @@ class Embedder:
         if images.dtype == torch.uint8:
             return images
         assert self.image is not None
-        mean, std = (
-            images.new_tensor(values).view(3, 1, 1) for values in (self.image.mean, self.image.std)
-        )
-        return (images / 255 - mean) / std
+        return normalize(images, mean=self.image.mean, std=self.image.std)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(len(texts), E) float32 on the device, 256 texts at a time."""

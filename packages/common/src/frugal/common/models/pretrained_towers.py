@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from frugal.common.data.transforms import normalize
 from frugal.common.errors import InputError
 from frugal.common.models import clip
 from frugal.common.models.pretrained import (
@@ -176,11 +177,7 @@ class _ImageTower(_Tower):
     def _normalized(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             return images
-        mean, std = (
-            torch.tensor(values, device=images.device).view(3, 1, 1)
-            for values in (self.config.mean, self.config.std)
-        )
-        return (images / 255 - mean) / std
+        return normalize(images, mean=self.config.mean, std=self.config.std)
 
 
 class TransformersImageModule(_ImageTower):

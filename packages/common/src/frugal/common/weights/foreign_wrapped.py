@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frugal.common.data.transforms import normalize
+
 
 @dataclass(frozen=True, kw_only=True)
 class WrappedImage:
@@ -76,9 +78,6 @@ class Wrapped(nn.Module):
         text: from (B, T) token ids and their (B,) lengths to (B, E).
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         model: nn.Module,
@@ -91,14 +90,11 @@ class Wrapped(nn.Module):
         self.model = model
         self.config = config
         self._image, self._text = image, text
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(config.image, name)).view(3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, or float32 that is normalized, to (B, E)."""
         if images.dtype == torch.uint8:
-            images = (images / 255 - self.mean) / self.std
+            images = normalize(images, mean=self.config.image.mean, std=self.config.image.std)
         return as_tensor(self._image(self.model, images))
 
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:

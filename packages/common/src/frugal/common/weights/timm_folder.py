@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from frugal.common.data.transforms import normalize
 from frugal.common.models.config import SIZES, ImageTower
 from frugal.common.models.weight_names import State, to_timm
 from frugal.common.weights.folding import fold_patch_bias_of_tower
@@ -138,6 +139,5 @@ def see(folder: Path, pictures: Tensor) -> Seen:
 
     model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     about = model.pretrained_cfg
-    mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
-    tokens = model.forward_features((pictures / 255 - mean) / std)
+    tokens = model.forward_features(normalize(pictures, mean=about["mean"], std=about["std"]))
     return Seen(model.forward_head(tokens), tokens)
