@@ -188,7 +188,7 @@ def curate(pool_folder: Path, device: str) -> dict[str, Any]:
     tower = recipe.model.build().text.to(run.device)
     length = recipe.model.text.length
     features = TextFeatures(
-        tower, pool.preparation.tokenizer, length=length, device=run.device, dtype=torch.float32
+        tower, pool.transform.tokenizer, length=length, device=run.device, dtype=torch.float32
     )
     wanted = {"wanted": recipe.batch_size, "features": features, "gather": Gather(run)}
     for limit in (data.scan, pool.samples):  # the first chooses kernels

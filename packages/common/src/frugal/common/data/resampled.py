@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -119,37 +120,29 @@ class ShardStream:
         return sample
 
 
+@dataclass(eq=False)
 class _Resampled(IterableDataset[dict[str, Any]]):
     """The micro-batches of one rank; each of its loader processes makes every n-th of them."""
 
-    def __init__(
-        self,
-        draws: ShardDraws,
-        fields: Fields,
-        transform: SampleTransform,
-        rank_slice: RankSlice,
-        *,
-        state: dict[str, Any],
-        num_streams: int,
-        limit: float,
-    ) -> None:
-        self._draws = draws
-        self._fields = fields
-        self._transform = transform
-        self._rank_slice = rank_slice
-        self._state = state
-        self._num_streams = num_streams
-        self._limit = limit
+    draws: ShardDraws
+    fields: Fields
+    transform: SampleTransform
+    rank_slice: RankSlice
+    state: dict[str, Any]
+    num_streams: int
+    """Shard streams of a loader process."""
+    limit: float
+    """Seconds to wait for data."""
 
     def _streams(self, worker: int, passed_over: PassedOver) -> list[ShardStream]:
-        saved = self._state["workers"].get(str(worker), [])
+        saved = self.state["workers"].get(str(worker), [])
         streams = []
-        patience, sizes = Patience(self._limit), ShardSizes()
-        for number in range(self._num_streams):
+        patience, sizes = Patience(self.limit), ShardSizes()
+        for number in range(self.num_streams):
             # a run that continues on other ranks draws afresh: its streams have another origin
-            name = f"{self._state['origin']}/{self._rank_slice.rank}/{worker}/{number}"
+            name = f"{self.state['origin']}/{self.rank_slice.rank}/{worker}/{number}"
             place = saved[number] if number < len(saved) else (0, 0)
-            shard_of = partial(self._draws.shard, name)
+            shard_of = partial(self.draws.shard, name)
             stream = ShardStream(
                 shard_of, *place, patience=patience, sizes=sizes, passed_over=passed_over
             )
@@ -162,12 +155,12 @@ class _Resampled(IterableDataset[dict[str, Any]]):
         # Process `number` makes the micro-batches number, number + count, ... from here on. Streams
         # are named by the micro-batch within the run instead, so that the same streams make the
         # same micro-batches wherever the run was interrupted.
-        worker = (self._rank_slice.first_sample // self._rank_slice.micro_batch + number) % count
+        worker = (self.rank_slice.first_sample // self.rank_slice.micro_batch + number) % count
         passed_over, num_warned = PassedOver(), 0
         streams = self._streams(worker, passed_over)
         for micro_batch in itertools.count(number, count):
             # numbers decide crops and captions, streams which samples come: both are the run's own
-            collator = Collator(self._transform, self._rank_slice.numbers(micro_batch))
+            collator = Collator(self.transform, self.rank_slice.numbers(micro_batch))
             for slot in range(len(collator.numbers)):
                 stream = streams[slot % len(streams)]
                 key, sample = stream.take()
@@ -187,7 +180,7 @@ class _Resampled(IterableDataset[dict[str, Any]]):
     def _raw(self, sample: dict[str, bytes] | Damaged) -> RawSample:
         if isinstance(sample, Damaged):
             raise sample
-        return assemble(self._fields, sample, sample.__getitem__)
+        return assemble(self.fields, sample, sample.__getitem__)
 
 
 class ResampledStream:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from frugal.common.contracts import ImageReduction
+from frugal.common.data.benchmark_layout import is_multi_labeled
 from frugal.common.data.decoding import as_bytes
-from frugal.common.data.labeled import GROUP, is_multi_labeled
+from frugal.common.data.stored_images import GROUP
 from frugal.common.errors import InputError
 from frugal.common.evaluation.compositional import Contrasts, open_contrasts
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot

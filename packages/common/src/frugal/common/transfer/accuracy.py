@@ -13,14 +13,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from frugal.common.contracts import Show
-from frugal.common.data.class_folders import read_class_folders
-from frugal.common.data.class_matching import class_numbers, kept_classes
+from frugal.common.data.benchmark_layout import test_split
 from frugal.common.data.config import ImageData
-from frugal.common.data.labeled import LabeledImages, test_split
-from frugal.common.data.passed_over import PassedOver
+from frugal.common.data.damage import PassedOver
+from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.samples import IMAGE_EXTENSIONS
 from frugal.common.data.sources import find_files
-from frugal.common.data.transforms import CenterCrop
+from frugal.common.data.stores.class_folders import class_numbers, kept_classes, read_class_folders
+from frugal.common.data.transforms import CenterCrop, normalize
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating, grouped
@@ -32,7 +32,6 @@ from frugal.common.ranges import Count
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 from frugal.common.transfer.classifier import VisionClassifier
-from frugal.common.transfer.pixels import normalize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,4 +193,7 @@ def _predictions(
 
 def _as_the_model_takes(images: Tensor, model: VisionClassifier) -> Tensor:
     """Bytes as they are; the float gray levels of crops with a kernel of TensorFlow, normalized."""
-    return images if images.dtype == torch.uint8 else normalize(images, model.config.image)
+    if images.dtype == torch.uint8:
+        return images
+    tower = model.config.image
+    return normalize(images, mean=tower.mean, std=tower.std)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from frugal.common.data.transforms import normalize
 from frugal.common.models.config import ImageTower
 
 
@@ -16,13 +17,7 @@ def normalized(images: Tensor, tower: ImageTower) -> Tensor:
     """(..., 3, H, W) float32 as a tower takes it; float images are that already."""
     if images.dtype != torch.uint8:
         return images
-    return normalize(images, tower)
-
-
-def normalize(levels: Tensor, tower: ImageTower) -> Tensor:
-    """(..., 3, H, W) float32 as a tower takes it, of gray levels from 0 to 255 in any dtype."""
-    mean, std = _channels(tower, levels)
-    return (levels / 255 - mean) / std
+    return normalize(images, mean=tower.mean, std=tower.std)
 
 
 def gray_levels(images: Tensor, tower: ImageTower) -> Tensor:

@@ -17,13 +17,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from frugal.common.contracts import DamageNote, DataConfig, Stream
-from frugal.common.data.agreement import check_same_data
-from frugal.common.data.contents import Part, digest_of
+from frugal.common.data.contents import Part, check_same_data, digest_of
 from frugal.common.data.damage import Damaged, note_of
 from frugal.common.data.decoding import Window, resize_window
 from frugal.common.data.order import GlobalOrder
 from frugal.common.data.samples import image_extensions
-from frugal.common.data.stream import IndexedStream, Share
+from frugal.common.data.stream import IndexedStream, RankSlice
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
 from frugal.common.ranges import (
@@ -230,15 +229,9 @@ class SegmentationData(DataConfig):
             num_classes=recipe.model.num_classes,
             seed=recipe.run.seed,
         )
-        share = Share(
-            first_sample=first_sample,
-            micro_batch=recipe.batch_size // recipe.engine.accumulate,
-            rank=run.rank,
-            world_size=run.world_size,
-        )
         return IndexedStream(
             samples,
-            share,
+            RankSlice.of(recipe, run, first_sample=first_sample),
             epoch_samples=order.samples,
             workers=self.workers,
             pin_memory=run.device.type == "cuda",
