@@ -174,7 +174,7 @@ def teacher_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
     """What CLIP's ViT-B/16 says of a batch."""
     import torch
 
-    from frugal.common.models.config import clip_encoder
+    from frugal.common.models.named import clip_encoder
     from frugal.common.models.vit import ImageTransformer
     from frugal.common.weights.encoder_weights import EncoderWeights
     from frugal.milan import readable

@@ -28,8 +28,8 @@ from transformers import (
 from frugal.common.errors import InputError
 from frugal.common.export import Options, export
 from frugal.common.loading import load_trained
-from frugal.common.models.config import TextTower
 from frugal.common.models.pretrained import TimmImage, TransformersImage
+from frugal.common.models.text import TextTower
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40, "é"]
 NARROW = {

@@ -14,8 +14,7 @@ from cit_cases import case
 
 from frugal.cit.settings import LockedContrastive
 from frugal.common.models.clip import unit
-from frugal.common.objectives.config import BOTH
-from frugal.common.objectives.contrastive_loss import contrastive_loss
+from frugal.common.objectives.contrastive_loss import BOTH, contrastive_loss
 from support import start_ranks
 
 DIRECTIONS = {"i2t": LockedContrastive(train_image="all").directions, "sym": BOTH}

@@ -8,9 +8,7 @@ from cit_cases import case
 from tower_cases import LOG, moco_file
 
 from frugal.cit.tower_start import start_image
-from frugal.common.models.config import ImageTower
-from frugal.common.models.positions import image_table
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 
 NEAR = {"rtol": 0, "atol": 1e-5}
 

@@ -24,8 +24,8 @@ from frugal.cit.published_dual import to_released
 from frugal.cit.settings import LockedContrastive, published_optimizer
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
-from frugal.common.models.config import TextTower
 from frugal.common.models.pretrained import TimmImage
+from frugal.common.models.text import TextTower
 from frugal.common.objectives.contrastive_loss import LARGEST_LOG_SCALE
 from frugal.common.optim.optimizers import build_optimizer, set_learning_rate
 from frugal.common.recipe import AdamW, EngineOptions, Recipe, Reductions

@@ -30,8 +30,8 @@ from frugal.cit.published_vision import read_vision
 from frugal.cit.settings import augreg_tower, moco_tower, swag_tower
 from frugal.cit.tower_start import start_image
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower, flip_encoder
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.named import flip_encoder
+from frugal.common.models.vit import ImageTower, ImageTransformer
 
 NEAR = {"rtol": 1e-5, "atol": 1e-5}
 HALF = (0.5, 0.5, 0.5)

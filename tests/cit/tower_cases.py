@@ -18,8 +18,8 @@ from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.contracts import Batch
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import HuggingFace
-from frugal.common.models.config import ImageTower
 from frugal.common.models.pretrained import TransformersText
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe, Reductions, WarmupCosine, to_json
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate

@@ -17,7 +17,8 @@ from frugal.clipa.recipes import demo
 from frugal.common.checkpoint.warm_start import warm_start
 from frugal.common.errors import InputError
 from frugal.common.loading import load_trained
-from frugal.common.models.positions import resample_length, resample_table, sincos_table
+from frugal.common.models.clip import resample_table
+from frugal.common.models.positions import resample_length, sincos_table
 from frugal.common.models.weight_names import to_open_clip
 from support import command
 

@@ -13,14 +13,10 @@ from safetensors.torch import load_file
 
 from frugal.clipa.published_weights import from_big_vision, read_published
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import (
-    CLIP_MEAN,
-    DualEncoderConfig,
-    ImageTower,
-    TextTower,
-    clipa_encoder,
-)
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
+from frugal.common.models.named import clipa_encoder
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import CLIP_MEAN, ImageTower
 from frugal.common.models.weight_names import from_open_clip
 from frugal.common.objectives.contrastive_loss import contrastive_loss
 

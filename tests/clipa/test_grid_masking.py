@@ -7,7 +7,9 @@ import torch
 
 from frugal.clipa.grid_masking import GridMasking
 from frugal.common.errors import InputError
-from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import RecordedNoise, SampleNoise
 from frugal.common.reduction.image import PatchView
 

@@ -14,7 +14,7 @@ from frugal.clipa.syntax_masking import SyntaxMasking
 from frugal.common.cli import read_command_line
 from frugal.common.data.color import NO_CHANGE, ColorJitter
 from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import CLIP_MEAN, IMAGENET_MEAN
+from frugal.common.models.vit import CLIP_MEAN, IMAGENET_MEAN
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import from_json, to_json
 from frugal.common.reduction.image import PatchView

@@ -15,8 +15,7 @@ from frugal.clipa.named_models import MODELS, named_model
 from frugal.clipa.published_weights import Published, read_published
 from frugal.clipa.tower_of_weights import fit_towers
 from frugal.common.errors import InputError
-from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import DualEncoderConfig
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.weight_names import from_open_clip, to_open_clip
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clipa"

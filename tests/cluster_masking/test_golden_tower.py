@@ -20,8 +20,7 @@ from frugal.cluster_masking.published import (
     published_bias,
     tower_with_bias,
 )
-from frugal.common.models.config import CLIP_MEAN, CLIP_STD, ImageTower
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, ImageTower, ImageTransformer
 from frugal.common.models.weight_names import OPEN_CLIP, read_names
 from frugal.common.randomness import RecordedNoise
 from frugal.common.reduction.image import Kept, PatchView

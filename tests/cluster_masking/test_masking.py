@@ -17,7 +17,7 @@ from frugal.cluster_masking.masking import (
 )
 from frugal.common.contracts import ImageReduction
 from frugal.common.errors import InputError
-from frugal.common.models.config import image_tower
+from frugal.common.models.named import image_tower
 from frugal.common.randomness import RecordedNoise, SampleNoise
 from frugal.common.recipe import from_json, to_json
 from frugal.common.reduction.image import PatchView

@@ -11,7 +11,7 @@ from frugal.cluster_masking.recipes import RECIPES
 from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
 from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import clip_encoder
+from frugal.common.models.named import clip_encoder
 from frugal.common.optim.optimizers import decayed_names
 from frugal.common.recipe import Recipe, difference, from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking

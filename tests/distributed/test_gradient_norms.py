@@ -20,7 +20,8 @@ from frugal.cit.settings import LockedContrastive
 from frugal.common.contracts import Batch
 from frugal.common.engine.loop import accumulate
 from frugal.common.engine.metrics import Step, read
-from frugal.common.models.config import ImageTower, TextTower
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import EngineOptions, Recipe
 from frugal.common.reduction.image import KeepAll
 from frugal.common.run import Run, make_logger

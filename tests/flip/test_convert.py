@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from frugal.common.data.tokenizers import WordPiece, load_tokenizer
 from frugal.common.errors import InputError
 from frugal.common.loading import load_trained
-from frugal.common.models.config import flip_encoder
+from frugal.common.models.named import flip_encoder
 from frugal.common.recipe import load_recipe
 from frugal.flip.convert import Options, convert
 from frugal.flip.published_weights import (

@@ -9,14 +9,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from frugal.common.errors import InputError
-from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import (
-    DualEncoderConfig,
-    ImageTower,
-    TextTower,
-    flip_encoder,
-)
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
+from frugal.common.models.named import flip_encoder
 from frugal.common.models.positions import sincos_table
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import RecordedNoise
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import RandomMasking

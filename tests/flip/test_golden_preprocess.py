@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from frugal.common.data.decoding import Window, as_bytes, open_image, resize_window
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.evaluation.embed import Embedder
-from frugal.common.models.config import flip_encoder
+from frugal.common.models.named import flip_encoder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flip"
 CASES = json.loads((GOLDEN / "preprocess.json").read_text())

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from frugal.common.contracts import Batch
-from frugal.common.models.config import flip_encoder
+from frugal.common.models.named import flip_encoder
 from frugal.common.objectives.contrastive import ContrastiveObjective
 from frugal.common.optim.optimizers import build_adamw
 from frugal.common.randomness import RecordedNoise

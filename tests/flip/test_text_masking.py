@@ -18,9 +18,9 @@ from frugal.common.data.samples import RawSample
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.models.config import TextTower, flip_encoder
-from frugal.common.models.text import TextTransformer
-from frugal.common.objectives.config import Contrastive
+from frugal.common.models.named import flip_encoder
+from frugal.common.models.text import TextTower, TextTransformer
+from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import sample_generator
 from frugal.common.recipe import EngineOptions, RunOptions, from_json, to_json

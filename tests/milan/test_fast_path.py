@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from frugal.common.contracts import Batch
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.weights.encoder_weights import EncoderWeights
 from frugal.milan import readable

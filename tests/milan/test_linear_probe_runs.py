@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from frugal.common.cli import read_command_line
 from frugal.common.errors import InputError
 from frugal.common.loading import load_trained
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_timm
 from frugal.common.train import train_recipe
 from frugal.common.transfer.classifier import ClassifierConfig

@@ -12,7 +12,7 @@ from golden_cases import GOLDEN
 from safetensors.torch import load_file
 
 from frugal.common.errors import InputError
-from frugal.common.models.positions import image_table
+from frugal.common.models.vit import image_table
 from frugal.common.optim.optimizers import decayed_names
 from frugal.common.recipe import Reductions, from_json, to_json
 from frugal.common.reduction.image import KeepAll

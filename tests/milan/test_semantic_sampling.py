@@ -9,7 +9,7 @@ import torch
 from golden_cases import GOLDEN
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import RecordedNoise, SampleNoise, uniform_noise
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking

@@ -14,7 +14,7 @@ from golden_cases import GOLDEN
 from safetensors.torch import load_file, save_file
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from frugal.common.weights.encoder_weights import read_encoder
 from frugal.milan import readable
 from frugal.milan.encoder import encoder

@@ -7,14 +7,10 @@ import pytest
 import torch
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import (
-    DualEncoderConfig,
-    ImageTower,
-    TextTower,
-    clip_encoder,
-    clipa_encoder,
-    flip_encoder,
-)
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import clip_encoder, clipa_encoder, flip_encoder
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import from_open_clip, to_open_clip
 
 END = 49_407

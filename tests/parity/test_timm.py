@@ -5,8 +5,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from frugal.common.models.config import ImageTower, image_tower
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.named import image_tower
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.models.weight_names import from_timm, to_timm
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
-from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.positions import sincos_table
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.models.weight_names import (
     from_transformers_clip,
     from_vit_mae,

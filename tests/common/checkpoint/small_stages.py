@@ -9,7 +9,7 @@ import torch
 
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.checkpoint.warm_start import warm_start
-from frugal.common.models.positions import resample_table
+from frugal.common.models.clip import resample_table
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
 from frugal.flip.recipes import demo

@@ -18,8 +18,10 @@ from frugal.common.checkpoint.store import find_checkpoint, save_weights
 from frugal.common.cli import read_command_line
 from frugal.common.data.tokenizers import ClipBpe, WordPiece
 from frugal.common.errors import InputError
-from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.same_function import MAY_DIFFER, differences
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe, to_json
 
 IMAGE = {

@@ -9,12 +9,8 @@ from small_stages import LOG, recipe_of, saved, started
 
 from frugal.common.checkpoint.warm_start import warm_start
 from frugal.common.errors import InputError
-from frugal.common.models.positions import (
-    resample_grid,
-    resample_length,
-    resample_table,
-    sincos_table,
-)
+from frugal.common.models.clip import resample_table
+from frugal.common.models.positions import resample_grid, resample_length, sincos_table
 
 TABLE = "model.image.pos_embed"
 

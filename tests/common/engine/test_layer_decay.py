@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.optim.optimizers import (
     build_adamw,
     learning_rate_scales,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.evaluation.bootstrap import Measure, Outcomes
-from frugal.common.models.config import clip_encoder
+from frugal.common.models.named import clip_encoder
 from frugal.common.recipe import EngineOptions
 from frugal.common.reduction.random_masking import RandomMasking
 

@@ -27,7 +27,7 @@ from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import embed, open_captioned
 from frugal.common.evaluation.sugarcrepe import CATEGORIES
 from frugal.common.evaluation.zero_shot import ask, open_question
-from frugal.common.models.config import clip_encoder
+from frugal.common.models.named import clip_encoder
 from frugal.common.recipe import EngineOptions
 from frugal.common.run import Run, make_logger
 from support import start_ranks

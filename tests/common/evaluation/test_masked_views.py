@@ -16,7 +16,7 @@ from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, MaskedViews, evaluating
-from frugal.common.models.config import clip_encoder
+from frugal.common.models.named import clip_encoder
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import EngineOptions
 from frugal.common.reduction.image import Kept, PatchView

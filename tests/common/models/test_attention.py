@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from frugal.common.models import attention
-from frugal.common.models.attention import Attention, Layout, Packed, attend, attention_kernel
+from frugal.common.models.attention import Attention, attend, attention_kernel
+from frugal.common.models.layout import Layout, Packed
 
 LENGTHS = (5, 1, 7, 3)
 
@@ -86,7 +87,7 @@ def test_one_picked_token_gathers_what_it_gathers_among_all(packed):
         picked, expected = tokens[place], whole[place]
     else:
         picked, expected = tokens[torch.arange(4), place], whole[torch.arange(4), place]
-    torch.testing.assert_close(module.forward_picked(tokens, picked, layout, end), expected)
+    torch.testing.assert_close(module.forward_pooled_token(tokens, picked, layout, end), expected)
 
 
 @pytest.mark.parametrize("picked", [False, True])
@@ -98,7 +99,7 @@ def test_the_bias_of_the_keys_changes_nothing_and_gets_no_gradient(picked):
 
     def run():
         if picked:
-            return module.forward_picked(tokens, tokens[:, 0], Layout(), None)
+            return module.forward_pooled_token(tokens, tokens[:, 0], Layout(), None)
         return module(tokens, Layout())
 
     before = run()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from frugal.common.models.config import flip_encoder
 from frugal.common.models.flops import dual_encoder_flops, image_flops, text_flops
+from frugal.common.models.named import flip_encoder
 from frugal.common.reduction.image import Kept
 
 

@@ -6,8 +6,10 @@ import open_clip
 import pytest
 import torch
 
-from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower, clip_encoder
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
+from frugal.common.models.named import clip_encoder
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_open_clip
 
 SMALL = DualEncoderConfig(

@@ -9,13 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower, TextTower
-from frugal.common.models.positions import (
-    resample_grid,
-    resample_length,
-    resample_table,
-    sincos_table,
-)
+from frugal.common.models.clip import resample_table
+from frugal.common.models.positions import resample_grid, resample_length, sincos_table
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

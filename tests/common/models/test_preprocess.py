@@ -13,7 +13,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from PIL import Image
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import CLIP_MEAN, IMAGENET_MEAN, image_tower
+from frugal.common.models.named import image_tower
 from frugal.common.models.preprocess import (
     Preparation,
     describe,
@@ -25,6 +25,7 @@ from frugal.common.models.preprocess import (
     transformers_file,
 )
 from frugal.common.models.pretrained import TimmImage, TransformersImage
+from frugal.common.models.vit import CLIP_MEAN, IMAGENET_MEAN
 
 SHAPES = [(61, 47), (40, 91), (7, 100), (33, 33), (130, 77), (1, 1)]
 

@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import (
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import (
     SIZES,
-    DualEncoderConfig,
-    ImageTower,
-    TextTower,
     clip_encoder,
     clipa_encoder,
     flip_encoder,
     image_tower,
     text_tower,
 )
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import from_json, to_json
 
 IMAGE = ImageTower(width=32, depth=1, heads=4, mlp_width=64, patch_size=8, image_size=32)

@@ -7,12 +7,11 @@ import torch
 from torch.autograd import gradcheck
 
 from frugal.common.errors import InputError
-from frugal.common.models.attention import Layout
 from frugal.common.models.blocks import Block, activate
-from frugal.common.models.clip import unit
-from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
-from frugal.common.models.text import TextTransformer
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.clip import DualEncoderConfig, unit
+from frugal.common.models.layout import Layout
+from frugal.common.models.text import TextTower, TextTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.reduction.image import Kept
 
 IMAGE = ImageTower(

@@ -6,9 +6,8 @@ import torch
 
 from frugal.common.contracts import Batch
 from frugal.common.data.color import ColorJitter
-from frugal.common.models.config import clip_encoder
-from frugal.common.objectives.config import Contrastive
-from frugal.common.objectives.contrastive import ContrastiveObjective
+from frugal.common.models.named import clip_encoder
+from frugal.common.objectives.contrastive import Contrastive, ContrastiveObjective
 from frugal.common.randomness import SampleNoise
 from frugal.common.reduction.image import KeepAll
 

@@ -15,7 +15,8 @@ from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.engine.loop import accumulate
 from frugal.common.engine.rehearsal import _made_up, rehearse
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower, TextTower
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import EngineOptions, Recipe, Reductions
 from frugal.common.run import Run, make_logger
 from frugal.common.train import make_engine, train_recipe

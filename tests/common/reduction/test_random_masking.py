@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import image_tower
+from frugal.common.models.named import image_tower
 from frugal.common.randomness import RecordedNoise, SampleNoise
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking

@@ -14,8 +14,8 @@ from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
-from frugal.common.models.config import clip_encoder
-from frugal.common.objectives.config import Contrastive
+from frugal.common.models.named import clip_encoder
+from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate

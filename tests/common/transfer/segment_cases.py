@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from frugal.common.contracts import Batch
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 from frugal.common.transfer.segmentation import Segmentation

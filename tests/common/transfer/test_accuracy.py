@@ -13,7 +13,7 @@ from PIL import Image
 
 from frugal.common.data.labeled import LabeledImages
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.run import Run
 from frugal.common.transfer.accuracy import Accuracy
 from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier

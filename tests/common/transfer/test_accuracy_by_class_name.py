@@ -14,7 +14,7 @@ from PIL import Image
 from frugal.common.data.config import ImageData
 from frugal.common.data.stores.class_folders import CLASSES
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 from frugal.common.transfer.accuracy import Accuracy

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from frugal.common.contracts import Batch
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_timm
 from frugal.common.optim.optimizers import build_adamw
 from frugal.common.recipe import WarmupCosine

@@ -13,8 +13,10 @@ from torch import nn
 
 from frugal.common.checkpoint.store import save_weights
 from frugal.common.errors import InputError
-from frugal.common.models.config import DualEncoderConfig, ImageTower, clip_encoder, text_tower
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import clip_encoder, text_tower
 from frugal.common.models.positions import resample_grid, sincos_table
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_open_clip
 from frugal.common.recipe import to_json
 from frugal.common.reduction.image import KeepAll

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from frugal.common.contracts import Batch
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.optim.optimizers import build_optimizer, set_learning_rate
 from frugal.common.recipe import LARS
 from frugal.common.reduction.image import KeepAll

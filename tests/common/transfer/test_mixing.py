@@ -10,7 +10,7 @@ from timm.data.random_erasing import RandomErasing as TimmErasing
 
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import SampleNoise
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.classification import (

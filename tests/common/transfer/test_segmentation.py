@@ -18,10 +18,7 @@ from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentati
 from frugal.common.data.config import ImageData
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import SharedBatchNorm
-from frugal.common.models.config import ImageTower
-from frugal.common.models.initialize import initialize_flip
-from frugal.common.models.positions import image_table
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.models.weight_names import to_timm
 from frugal.common.optim.optimizers import learning_rate_scales
 from frugal.common.recipe import from_json, to_json
@@ -404,7 +401,7 @@ def official(tmp_path: Path) -> Path:
     """An encoder for images of 32 x 32 pixels with fixed positions, in the published layout."""
     tower = replace(encoder_like(cases.TOWER), image_size=32)
     module = ImageTransformer(tower)
-    initialize_flip(module, torch.Generator().manual_seed(9))
+    module.initialize(torch.Generator().manual_seed(9), "flip")
     state = to_timm(module.state_dict(), tower)
     state.setdefault("pos_embed", image_table(tower))
     file = tmp_path / "encoder.safetensors"
@@ -420,7 +417,7 @@ def test_the_tower_starts_from_a_file_its_positions_brought_to_the_crop(official
     objective.start_from(official, interpolate=True, log=LOG)
     small = replace(encoder_like(tower), image_size=32)
     reference = ImageTransformer(small)
-    initialize_flip(reference, torch.Generator().manual_seed(9))
+    reference.initialize(torch.Generator().manual_seed(9), "flip")
     table = image_table(small)
     patches = table[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     patches = F.interpolate(patches, (4, 6), mode="bicubic", align_corners=False)

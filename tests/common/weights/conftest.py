@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import run_directories`
 
 from run_directories import small, write_run
 
-from frugal.common.models.config import clip_encoder
+from frugal.common.models.named import clip_encoder
 
 
 @pytest.fixture

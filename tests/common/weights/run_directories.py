@@ -13,8 +13,8 @@ from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe, TokenizerConfig
 from frugal.common.evaluation.config import Retrieval, ZeroShot
-from frugal.common.models.config import DualEncoderConfig
-from frugal.common.objectives.config import Contrastive
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.recipe import AdamW, EngineOptions, Recipe, Reductions, WarmupCosine, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate

@@ -21,7 +21,7 @@ from frugal.common.data.tokenizers import HuggingFace, WordPiece
 from frugal.common.errors import InputError
 from frugal.common.export import LIBRARIES, Options, export
 from frugal.common.loading import load_exportable, load_trained
-from frugal.common.models.config import clip_encoder, flip_encoder
+from frugal.common.models.named import clip_encoder, flip_encoder
 from frugal.common.weights import targets as ways_out
 from frugal.flip.recipes import demo
 from support import command

@@ -34,7 +34,7 @@ from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.export import Options, export
 from frugal.common.loading import load_trained
 from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import clip_encoder, clipa_encoder
+from frugal.common.models.named import clip_encoder, clipa_encoder
 from frugal.common.weights.foreign_models import Foreign, is_foreign, load_foreign
 from frugal.common.weights.foreign_wrapped import Wrapped
 from frugal.common.weights.stored_files import read_weights

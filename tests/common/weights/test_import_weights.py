@@ -31,7 +31,7 @@ from frugal.common.export import Options as Export
 from frugal.common.export import export
 from frugal.common.import_weights import Options, import_weights
 from frugal.common.loading import load_exportable, load_trained
-from frugal.common.models.config import clip_encoder, clipa_encoder
+from frugal.common.models.named import clip_encoder, clipa_encoder
 from frugal.common.weights import open_clip_folder, transformers_folder
 from frugal.common.weights import timm_folder as timms_folder
 from frugal.common.weights.encoder_weights import read_encoder

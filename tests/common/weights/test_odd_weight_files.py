@@ -45,7 +45,7 @@ from frugal.common.export import export
 from frugal.common.import_weights import Options, import_weights
 from frugal.common.loading import load_trained, look
 from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import clip_encoder
+from frugal.common.models.named import clip_encoder
 from frugal.common.weights.encoder_weights import read_encoder
 from frugal.common.weights.foreign_models import Foreign, load_foreign
 from frugal.common.weights.foreign_wrapped import Wrapped

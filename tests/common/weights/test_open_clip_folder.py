@@ -21,7 +21,8 @@ from frugal.common.export import Options, export
 from frugal.common.import_weights import Options as ImportOptions
 from frugal.common.import_weights import import_weights
 from frugal.common.loading import load_trained
-from frugal.common.models.config import DualEncoderConfig, clip_encoder, clipa_encoder
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import clip_encoder, clipa_encoder
 from frugal.common.weights.open_clip_folder import model_config
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40]

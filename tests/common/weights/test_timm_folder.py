@@ -15,13 +15,8 @@ from frugal.common.data.tokenizers import WordPiece
 from frugal.common.errors import InputError
 from frugal.common.export import Options, export
 from frugal.common.loading import load_exportable
-from frugal.common.models.config import (
-    DualEncoderConfig,
-    clip_encoder,
-    clipa_encoder,
-    flip_encoder,
-    image_tower,
-)
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import clip_encoder, clipa_encoder, flip_encoder, image_tower
 from frugal.common.models.vit import ImageTransformer
 from frugal.common.models.weight_names import to_timm
 from frugal.common.weights.timm_folder import architecture

@@ -26,7 +26,8 @@ from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.export import Options, export
 from frugal.common.loading import load_exportable, load_trained
-from frugal.common.models.config import DualEncoderConfig, clip_encoder
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import clip_encoder
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40]
 

@@ -17,7 +17,7 @@ from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.checkpoint.tensor_bytes import copy_tensors, find_tensors
 from frugal.common.errors import InputError
 from frugal.common.export import Options, export
-from frugal.common.models.config import clip_encoder
+from frugal.common.models.named import clip_encoder
 from support import ALONE, ROOT, environment, train, zero
 
 MIB = 1 << 20

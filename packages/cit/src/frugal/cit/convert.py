@@ -25,7 +25,7 @@ from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval, ZeroShot
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe, Reductions, load_recipe
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate

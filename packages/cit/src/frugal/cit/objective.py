@@ -15,10 +15,10 @@ from frugal.common.checkpoint.warm_start import warm_start
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import counting
-from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import ImageTower, TextTower
+from frugal.common.models.clip import DualEncoder, resample_table
 from frugal.common.models.flops import projection_flops, projector_flops, tower_flops
-from frugal.common.models.positions import resample_table
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.objectives.contrastive import ContrastiveObjective, Encoded
 
 

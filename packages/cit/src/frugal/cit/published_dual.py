@@ -27,7 +27,6 @@ from frugal.cit.published_vision import (
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object
 from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import ImageTower
 from frugal.common.models.from_transformers import load_model
 from frugal.common.models.in_words import some
 from frugal.common.models.pretrained import (
@@ -37,6 +36,7 @@ from frugal.common.models.pretrained import (
     pixel_facts,
     transformers_config,
 )
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_timm
 from frugal.common.weights.stored_files import (
     State,

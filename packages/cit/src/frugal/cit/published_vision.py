@@ -18,7 +18,7 @@ from torch import Tensor
 
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import Rule, pairs, read_names, write_names
 from frugal.common.weights.encoder_weights import encoder_of_state, read_encoder
 from frugal.common.weights.stored_files import (

@@ -28,7 +28,8 @@ from frugal.common.demo import scenes_recipe, small_encoder
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.suites import metric_of
 from frugal.common.evaluation.task_labels import TASKS
-from frugal.common.models.config import ImageTower, image_tower
+from frugal.common.models.named import image_tower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe, Reductions, RunOptions, WarmupCosine
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower, TextTower, image_tower
+from frugal.common.models.named import image_tower
 from frugal.common.models.pretrained import PretrainedDualEncoderConfig, TransformersText
-from frugal.common.objectives.config import Contrastive, Direction
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
+from frugal.common.objectives.contrastive import Contrastive
+from frugal.common.objectives.contrastive_loss import Direction
 from frugal.common.recipe import AdamW, Recipe, WarmupCosine
 
 if TYPE_CHECKING:

@@ -14,12 +14,11 @@ from frugal.cit.published_vision import VisionWeights, read_vision
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.checkpoint.warm_start import load_weights, refuse_other_tokens
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.models.fit import misfit
-from frugal.common.models.positions import image_table, resample_grid, resample_length
+from frugal.common.models.positions import resample_grid, resample_length
 from frugal.common.models.same_function import refuse_other_function
-from frugal.common.models.text import TextTransformer
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.text import TextTower, TextTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.recipe import load_recipe
 from frugal.common.weights.stored_files import without_prefix
 

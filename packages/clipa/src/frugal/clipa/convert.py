@@ -23,7 +23,7 @@ from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.word_pieces import read_entries
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImagePooling
+from frugal.common.models.vit import ImagePooling
 from frugal.common.recipe import Recipe
 from frugal.common.run import make_logger
 from frugal.common.words import command_words

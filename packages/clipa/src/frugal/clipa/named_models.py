@@ -18,7 +18,8 @@ from functools import partial
 from typing import Any
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import DualEncoderConfig, clip_encoder, clipa_encoder
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import clip_encoder, clipa_encoder
 
 
 def clipa_v1_encoder(

@@ -23,8 +23,9 @@ from frugal.common.data.tokenizers import ClipBpe, WordPiece
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.demo import scenes_recipe, small_encoder
 from frugal.common.evaluation.config import Retrieval, ZeroShot
-from frugal.common.models.config import DualEncoderConfig, clipa_encoder
-from frugal.common.objectives.config import Contrastive
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import clipa_encoder
+from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.recipe import (
     AdamW,
     EngineOptions,

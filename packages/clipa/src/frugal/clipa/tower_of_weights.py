@@ -11,16 +11,10 @@ from torch import Tensor
 from frugal.clipa.named_models import clipa_v1_encoder, named_model
 from frugal.clipa.published_weights import Published
 from frugal.common.errors import InputError
-from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import (
-    SIZES,
-    DualEncoderConfig,
-    ImagePooling,
-    ImagePositions,
-    ImageTower,
-    clipa_encoder,
-)
-from frugal.common.models.positions import sincos_table
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
+from frugal.common.models.named import SIZES, clipa_encoder
+from frugal.common.models.positions import ImagePositions, sincos_table
+from frugal.common.models.vit import ImagePooling, ImageTower
 from frugal.common.models.weight_names import State
 
 _TABLE = "image.pos_embed"

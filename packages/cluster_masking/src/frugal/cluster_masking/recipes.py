@@ -16,8 +16,8 @@ from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.demo import scenes_recipe, small_encoder
 from frugal.common.evaluation.config import Retrieval, ZeroShot
-from frugal.common.models.config import clip_encoder
-from frugal.common.objectives.config import Contrastive
+from frugal.common.models.named import clip_encoder
+from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate

@@ -10,8 +10,9 @@ from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
-from frugal.common.models.config import DualEncoderConfig, clip_encoder
-from frugal.common.objectives.config import Contrastive
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import clip_encoder
+from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
 from frugal.common.reduction.text import Truncate
 

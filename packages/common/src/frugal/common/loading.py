@@ -11,7 +11,8 @@ from frugal.common.data.tokenizers import SavedTokenizer
 from frugal.common.errors import InputError
 from frugal.common.evaluation.cli import has_text
 from frugal.common.evaluation.config import LinearProbe
-from frugal.common.models.config import DualEncoderConfig, ImageTower
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 

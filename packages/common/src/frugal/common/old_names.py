@@ -32,6 +32,12 @@ TYPES = {
     "frugal.common.interop.imported_encoder.TrainedElsewhere": (
         "frugal.common.weights.imported_encoder.TrainedElsewhere"
     ),
+    "frugal.common.models.config.DualEncoderConfig": "frugal.common.models.clip.DualEncoderConfig",
+    "frugal.common.models.config.ImageTower": "frugal.common.models.vit.ImageTower",
+    "frugal.common.models.config.TextTower": "frugal.common.models.text.TextTower",
+    "frugal.common.objectives.config.Contrastive": (
+        "frugal.common.objectives.contrastive.Contrastive"
+    ),
 } | {f"frugal.milan.{old}": f"frugal.common.transfer.{new}" for old, new in _TRANSFER.items()}
 FIELDS = {
     "centred": "centered",

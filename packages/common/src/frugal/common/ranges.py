@@ -93,6 +93,36 @@ def check_ranges(part: object, name: str = "") -> None:
                 raise InputError(f"{full} is {value}, {sentence}")
 
 
+def check_choices(part: object, name: str) -> None:
+    """Refuse a part of a recipe in which a field of type ``Literal`` holds no such value.
+
+    Args:
+        part: a dataclass.
+        name: of the part, as the command line has it.
+
+    Raises:
+        InputError: naming the field, its value and the choices.
+    """
+    kind: Any = type(part)
+    for field, choices in _choices(kind).items():
+        value = getattr(part, field)
+        if value not in choices:
+            raise InputError(
+                f"{name}.{field} is {value!r}; choose from {', '.join(map(str, choices))}"
+            )
+
+
+@functools.cache
+def _choices(kind: Any) -> dict[str, tuple[Any, ...]]:
+    """Choices of every field of type ``Literal``."""
+    hints = typing.get_type_hints(kind)
+    return {
+        f.name: typing.get_args(hints[f.name])
+        for f in fields(kind)
+        if typing.get_origin(hints[f.name]) is typing.Literal
+    }
+
+
 def _refusal(number: Any, wanted: type, allowed: Range) -> str:
     """What a number must be, "" where it is that."""
     if not isinstance(number, int | float):  # from a file that somebody edited

@@ -21,7 +21,7 @@ from frugal.common.contracts import Batch, PreparedReduction
 from frugal.common.distributed import Ranks, launcher_ranks, meet, settle
 from frugal.common.errors import InputError
 from frugal.common.files import raise_open_files_limit, read_json_object, write_json
-from frugal.common.objectives.config import Contrastive
+from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.recipe import (
     Recipe,
     difference,
@@ -74,7 +74,7 @@ def train_recipe(recipe: Recipe) -> None:
     from frugal.common.engine.loop import Training, measure_what_was_missed, train
     from frugal.common.engine.rehearsal import rehearse
     from frugal.common.engine.saving import WeightAverage, gather_values, restore
-    from frugal.common.models.positions import resample_table
+    from frugal.common.models.clip import resample_table
 
     run = open_run(recipe)
     recipe.local_batch(run.world_size)  # refuse before anything is written

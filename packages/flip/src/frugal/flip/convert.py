@@ -32,7 +32,7 @@ from frugal.flip.stored_arrays import StoredArray
 from frugal.flip.t5x_archive import T5xArchive, open_archive
 
 if TYPE_CHECKING:
-    from frugal.common.models.config import DualEncoderConfig
+    from frugal.common.models.clip import DualEncoderConfig
     from frugal.common.models.weight_names import State
     from frugal.flip.published_weights import Sizes
 

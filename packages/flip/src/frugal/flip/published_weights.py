@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import DualEncoderConfig
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.flax_names import flax_blocks, flax_norm
-from frugal.common.models.positions import image_table
+from frugal.common.models.vit import image_table
 from frugal.common.models.weight_names import Rule, State
 
 IMAGE_TABLE = "img_encoder/posembed_encoder/pos_embedding"

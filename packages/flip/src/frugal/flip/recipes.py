@@ -21,8 +21,9 @@ from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.demo import scenes_recipe, small_encoder
 from frugal.common.evaluation.config import Retrieval, ZeroShot
-from frugal.common.models.config import DualEncoderConfig, flip_encoder
-from frugal.common.objectives.config import Contrastive
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.named import flip_encoder
+from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.random_masking import RandomMasking

@@ -18,10 +18,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from frugal.common.models.attention import Layout, attend
+from frugal.common.models.attention import attend
 from frugal.common.models.blocks import Blocks, Mlp
-from frugal.common.models.config import ImageTower
-from frugal.common.models.positions import image_table
+from frugal.common.models.layout import Layout
+from frugal.common.models.vit import ImageTower, image_table
 from frugal.common.reduction.image import Kept
 
 

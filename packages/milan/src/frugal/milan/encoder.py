@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from frugal.common.models.config import ImageTower, image_tower
+from frugal.common.models.named import image_tower
+from frugal.common.models.vit import ImageTower
 
 
 def encoder(name: str, *, image_size: int | tuple[int, int] = 224, **options: Any) -> ImageTower:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from frugal.common.models.flops import block_flops, image_flops
-from frugal.common.models.initialize import initialize_flip, initialize_xavier
-from frugal.common.models.positions import image_table
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.initialize import initialize_xavier
+from frugal.common.models.vit import ImageTransformer, image_table
 from frugal.common.reduction.image import Kept
 from frugal.milan.decoders import Decoder, PlainDecoder, PromptingDecoder, Split
 from frugal.milan.settings import MaskedModel
@@ -83,7 +82,7 @@ def build(
         model = MaskedImageModel(config, outputs=outputs)
     model.to_empty(device="cpu")
     generator = generator or torch.Generator().manual_seed(0)
-    initialize_flip(model.image, generator)
+    model.image.initialize(generator, "flip")
     _default_patch_bias(model.image, generator)
     _initialize_decoder(model.decoder, generator)
     return model

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from frugal.common.evaluation.pictures import Picture, as_array, gray_dropped, labeled_row
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.reduction.image import Kept
 from frugal.milan.decoders import Split
 

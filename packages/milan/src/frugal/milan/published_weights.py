@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
-from frugal.common.models.positions import image_table
+from frugal.common.models.vit import ImageTower, image_table
 from frugal.common.models.weight_names import (
     Rule,
     from_timm,

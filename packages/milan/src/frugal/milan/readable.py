@@ -16,8 +16,7 @@ from torch import Tensor
 
 from frugal.common.models.attention import Attention
 from frugal.common.models.blocks import Block
-from frugal.common.models.config import ImageTower
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.reduction.image import PatchView
 from frugal.milan.decoders import (
     Decoder,

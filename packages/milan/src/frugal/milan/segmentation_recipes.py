@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.mean_iou import MeanIoU

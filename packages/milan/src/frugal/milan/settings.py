@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import Activation, ImageTower
+from frugal.common.models.blocks import Activation
+from frugal.common.models.vit import ImageTower
 from frugal.common.ranges import Count, check_ranges
 from frugal.common.recipe import Recipe
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.reduction.image import Kept, PatchView, normalize, take_patches
 from frugal.milan.decoders import Split
 from frugal.milan.teacher import FrozenTeacher

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from frugal.common.errors import InputError
 from frugal.common.models.attention import Attention
 from frugal.common.models.blocks import Block
-from frugal.common.models.config import ImageTower
 from frugal.common.models.flops import image_flops
 from frugal.common.models.preprocess import describe
+from frugal.common.models.vit import ImageTower
 from frugal.common.reduction.image import Channels
 from frugal.common.weights.encoder_weights import EncoderWeights, read_encoder
 from frugal.milan.settings import Teacher

@@ -17,7 +17,8 @@ from pathlib import Path
 from frugal.common.data.config import ImageData
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.demo import small_encoder
-from frugal.common.models.config import ImageTower, clip_encoder
+from frugal.common.models.named import clip_encoder
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import (
     LARS,
     AdamW,

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from frugal.common.checkpoint.store import Checkpoint, find_checkpoint
 from frugal.common.data.tokenizers import TokenizerConfig, load_tokenizer, token_difference
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.fit import misfit
 from frugal.common.models.positions import sincos_table
@@ -28,8 +27,8 @@ from frugal.common.models.same_function import (
     differences,
     refuse_other_function,
 )
-from frugal.common.models.text import TextTransformer
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.text import TextTower, TextTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.recipe import from_json, load_recipe
 
 Tower = ImageTower | TextTower

@@ -24,7 +24,7 @@ from frugal.common.evaluation.config import (
 from frugal.common.evaluation.sugarcrepe import has_contrasts
 from frugal.common.evaluation.suites import SUITES, find_parts, metric_of
 from frugal.common.evaluation.task_labels import TASKS
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe
 
 KINDS: dict[str, type[ImageEvaluation]] = {

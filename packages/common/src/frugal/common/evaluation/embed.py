@@ -19,8 +19,7 @@ from frugal.common.data.transforms import normalize
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
 from frugal.common.evaluation.ranks import Ranks
-from frugal.common.models.config import ImageTower
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.randomness import SampleNoise, sample_generator
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Kept, PatchView

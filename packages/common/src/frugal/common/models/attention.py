@@ -1,82 +1,40 @@
-"""Multi-head attention over dense and packed tokens: xformers where it runs, PyTorch elsewhere."""
+"""Multi-head attention over dense and packed tokens: xformers where it runs, PyTorch elsewhere.
+
+Which attention runs when:
+
+==========================  =========================================  ========================
+tokens                      CUDA, where xformers has a kernel          elsewhere
+==========================  =========================================  ========================
+dense                       xformers, without a bias                   torch
+dense, causal               xformers, ``LowerTriangularMask``          torch, ``is_causal``
+dense, padding masked       torch, (B, 1, 1, L) mask                   the same
+dense, causal and masked    torch, (B, 1, L, L) mask                   the same
+packed                      xformers, ``BlockDiagonalMask``            padded; torch, key mask
+packed, causal              xformers, ``BlockDiagonalCausalMask``      padded; torch, is_causal
+the pooled token, dense     torch, one query of every sequence         the same
+the pooled token, packed    keys padded; torch, one query, key mask    the same
+==========================  =========================================  ========================
+
+"torch" is ``scaled_dot_product_attention``; on a CPU it computes bfloat16 and float16 in float32.
+xformers has a kernel where a tiny forward and backward pass ran, tried once for every device,
+dtype and head width. The pooled token is the one that the pooling reads: a tower that pools the
+class token, the end of text, the first or the last slot computes nothing else in its last block.
+Padding is masked in dense text towers with ``pad_mask``; tokens are packed by image reductions
+that keep another number of patches of every image and by text towers with ``packed``. MILAN's
+decoder and teacher attend to dense tokens; the importance that the teacher gives to patches is
+one row of its last attention, computed apart. Towers of timm and transformers have their own
+attention.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Packed:
-    """Sequences of different lengths, laid one after another without padding."""
-
-    lengths: Tensor
-    """(B,) int64 tokens per sequence."""
-    lengths_list: tuple[int, ...]
-    """The same on the host."""
-    sequence: Tensor
-    """(T,) the sequence that each token belongs to."""
-    place: Tensor
-    """(T,) the place of each token in its sequence."""
-
-    @classmethod
-    def of(cls, lengths: Tensor) -> Packed:
-        """The layout for these lengths; waits for the device once, to know them on the host."""
-        on_host = tuple(lengths.tolist())
-        numbers = torch.arange(len(on_host), device=lengths.device)
-        sequence = numbers.repeat_interleave(lengths, output_size=sum(on_host))  # (T,)
-        starts = lengths.cumsum(0) - lengths
-        place = torch.arange(len(sequence), device=lengths.device) - starts[sequence]
-        return cls(lengths, on_host, sequence, place)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.lengths_list)
-
-    @property
-    def starts(self) -> Tensor:
-        """(B,) the first token of every sequence."""
-        return self.lengths.cumsum(0) - self.lengths
-
-    def pad(self, tokens: Tensor) -> Tensor:
-        """(T, ...) to (B, longest, ...), zeros behind every sequence."""
-        padded = tokens.new_zeros(len(self.lengths_list) * self.longest, *tokens.shape[1:])
-        padded = padded.index_copy(0, self._slot, tokens)
-        return padded.unflatten(0, (-1, self.longest))
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """(B, longest, ...) to (T, ...)."""
-        return padded.flatten(0, 1).index_select(0, self._slot)
-
-    @functools.cached_property
-    def _slot(self) -> Tensor:
-        return self.sequence * self.longest + self.place
-
-    @functools.cached_property
-    def block_diagonal(self) -> Any:
-        """The same boundaries as xformers takes them."""
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-        lengths = [length for length in self.lengths_list if length > 0]
-        return BlockDiagonalMask.from_seqlens(lengths, device=self.lengths.device)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How tokens lie in memory, and which of them see each other."""
-
-    packed: Packed | None = None
-    """Boundaries of packed tokens (T, D); without them tokens are dense (B, L, D)."""
-    causal: bool = False
-    """A token sees itself and what stands before it."""
-    key_lengths: Tensor | None = None
-    """(B,) dense only: tokens from this place on are padding that nobody sees."""
+from frugal.common.models.layout import Layout
 
 
 @functools.cache
@@ -102,6 +60,7 @@ def _xformers_runs(device: str, dtype: torch.dtype, head_width: int) -> bool:
     return True
 
 
+# a compiled tower would otherwise break its graph at the try above, once in every block
 @torch.compiler.assume_constant_result
 def _use_xformers(device: str, dtype: torch.dtype, head_width: int) -> bool:
     return device != "cpu" and _xformers_runs(device, dtype, head_width)
@@ -128,14 +87,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     Returns:
         Like ``query``.
     """
+    # a mask of lengths is no bias that xformers has a fast kernel for; torch takes it as it is
     if layout.key_lengths is None and _use_xformers(
         str(query.device), query.dtype, query.shape[-1]
     ):
         return _attend_xformers(query, key, value, layout)
     if layout.packed is None:
         return _attend_dense(query, key, value, layout.key_lengths, causal=layout.causal)
-    # exact without a kernel for packed tokens: everything else stays packed, and what a causal
-    # token or a key mask hides does not matter
+    # Only attention itself is padded; norms, projections and MLPs stay packed, and these are most
+    # of the work. It is exact: padding stands behind every sequence, where no causal token looks,
+    # and without a causal mask the lengths hide it.
     packed = layout.packed
     padded = packed.pad(torch.stack((query, key, value), dim=1))  # (B, longest, 3, H, C)
     lengths = None if layout.causal else packed.lengths
@@ -152,6 +113,7 @@ def _attend_xformers(query: Tensor, key: Tensor, value: Tensor, layout: Layout) 
     bias = layout.packed.block_diagonal
     if layout.causal:
         bias = bias.make_causal()
+    # xformers takes packed tokens as a batch of one sequence
     tokens = (item.unsqueeze(0) for item in (query, key, value))
     return memory_efficient_attention(*tokens, attn_bias=bias).squeeze(0)
 
@@ -197,24 +159,24 @@ class QueryKeyValue(nn.Linear):
         super().__init__(width, 3 * width)
 
     def forward(  # type: ignore[override]
-        self, tokens: Tensor, picked: Tensor | None = None
+        self, tokens: Tensor, queries_of: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Queries, keys and values (..., D).
 
         Args:
             tokens: (..., D).
-            picked: where given, queries are computed for these tokens instead.
+            queries_of: (..., D) where given, queries are computed of these tokens instead.
         """
         query_bias, key_bias, value_bias = self.bias.chunk(3)
         # A bias on the keys moves every logit of a row alike, so the softmax does not depend on
         # it and its true gradient is zero. What backward computes is rounding noise, which Adam
         # scales up to full steps; runs that should be equal drift apart by it.
         key_bias = key_bias.detach()
-        if picked is None:
+        if queries_of is None:
             bias = torch.cat((query_bias, key_bias, value_bias))
             return F.linear(tokens, self.weight, bias).chunk(3, dim=-1)
         width = self.in_features
-        query = F.linear(picked, self.weight[:width], query_bias)
+        query = F.linear(queries_of, self.weight[:width], query_bias)
         both = F.linear(tokens, self.weight[width:], torch.cat((key_bias, value_bias)))
         return query, *both.chunk(2, dim=-1)
 
@@ -235,25 +197,27 @@ class Attention(nn.Module):
         )  # (..., H, C)
         return self.proj(attend(query, key, value, layout).flatten(-2))
 
-    def forward_picked(
-        self, tokens: Tensor, picked: Tensor, layout: Layout, end: Tensor | None
+    def forward_pooled_token(
+        self, tokens: Tensor, token: Tensor, layout: Layout, attended: Tensor | None
     ) -> Tensor:
-        """What one token of every sequence gathers.
+        """What one token of every sequence gathers from its sequence.
 
         Args:
             tokens: (B, L, D) or (T, D).
-            picked: (B, D) the one token of every sequence.
+            token: (B, D) the one token of every sequence.
             layout: as in :meth:`forward`.
-            end: (B,) how many tokens the one token sees, from the first on; None: all.
+            attended: (B,) how many tokens it attends to, from the first on; None: all.
 
         Returns:
             (B, D).
         """
-        query, key, value = self.qkv(tokens, picked)
+        query, key, value = self.qkv(tokens, token)
         if layout.packed is not None:
+            # one query of each sequence: attention is the least of the cost here, so that padding
+            # the keys is cheaper than a kernel of its own
             key, value = layout.packed.pad(torch.stack((key, value), dim=1)).unbind(2)
         query, key, value = (
             item.unflatten(-1, (self.heads, -1)) for item in (query[:, None], key, value)
         )
-        gathered = _attend_dense(query, key, value, end, causal=False)  # (B, 1, H, C)
+        gathered = _attend_dense(query, key, value, attended, causal=False)  # (B, 1, H, C)
         return self.proj(gathered.flatten(1))

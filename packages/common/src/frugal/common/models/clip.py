@@ -1,16 +1,47 @@
-"""Two towers and the scale of their cosines."""
+"""Two towers and the scale of their cosines: CLIP."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from frugal.common.models.config import DualEncoderConfig
-from frugal.common.models.initialize import initialize_flip, initialize_open_clip
+from frugal.common.errors import InputError
+from frugal.common.models.initialize import Initialization
+from frugal.common.models.positions import resample_grid, resample_length
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
+from frugal.common.ranges import Count, NotNegative, check_choices, check_ranges
 from frugal.common.reduction.image import Kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualEncoderConfig:
+    """An image tower and a text tower that meet in one space."""
+
+    image: ImageTower
+    text: TextTower
+    embed_dim: Count
+    """Width of the space that both project to, without bias."""
+    initial_logit_scale: float = math.log(1 / 0.07)
+    """Logarithm of the factor on the cosines."""
+    initial_logit_bias: float | None = None
+    """Of the sigmoid loss; without it there is none."""
+    norm_epsilon: NotNegative = 1e-8
+    """Added to the length of a vector before dividing by it."""
+    initialization: Initialization = "open_clip"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model")
+        check_choices(self, "model")
+
+    def build(self, generator: torch.Generator | None = None) -> DualEncoder:
+        """The model, on the CPU in float32, with weights drawn from ``generator`` (or seed 0)."""
+        return build(self, generator)
 
 
 def unit(vectors: Tensor, epsilon: float = 1e-8) -> Tensor:
@@ -26,7 +57,7 @@ class DualEncoder(nn.Module):
     logit_bias: nn.Parameter | None
 
     def __init__(self, config: DualEncoderConfig) -> None:
-        """Weights start as torch's layers do; :func:`build` draws them from a generator."""
+        """Build the layers; :func:`build` draws their weights from a generator."""
         super().__init__()
         self.config = config
         self.image: Any = config.image.module(config.embed_dim)
@@ -66,38 +97,35 @@ class DualEncoder(nn.Module):
         return self.image.checkpoint_activations
 
     @checkpoint_activations.setter
-    def checkpoint_activations(self, wanted: bool) -> None:
+    def checkpoint_activations(self, enabled: bool) -> None:
         for tower in (self.image, self.text):
-            tower.checkpoint_activations = wanted
+            tower.checkpoint_activations = enabled
 
     @override
     def train(self, mode: bool = True) -> Self:
         """Parts of which nothing is trained stay in evaluation mode."""
         super().train(mode)
         if mode:
-            _rest_if_frozen(self)
+            _evaluate_if_frozen(self)
         return self
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Draw every weight afresh, as ``config.initialization`` says."""
-        flip = self.config.initialization == "flip"
-        start = initialize_flip if flip else initialize_open_clip
         for tower in (self.image, self.text):
-            own = getattr(tower, "initialize", None)  # another library's, which knows its scheme
-            start(tower, generator) if own is None else own(generator)
+            tower.initialize(generator, self.config.initialization)
         self.logit_scale.fill_(self.config.initial_logit_scale)
         if self.logit_bias is not None and self.config.initial_logit_bias is not None:
             self.logit_bias.fill_(self.config.initial_logit_bias)
 
 
-def _rest_if_frozen(module: nn.Module) -> None:
+def _evaluate_if_frozen(module: nn.Module) -> None:
     trained = [parameter.requires_grad for parameter in module.parameters()]
     if trained and not any(trained):
         module.eval()
         return
     for part in module.children():
-        _rest_if_frozen(part)
+        _evaluate_if_frozen(part)
 
 
 def build(config: DualEncoderConfig, generator: torch.Generator | None = None) -> DualEncoder:
@@ -107,3 +135,36 @@ def build(config: DualEncoderConfig, generator: torch.Generator | None = None) -
     model.to_empty(device="cpu")
     model.initialize(generator or torch.Generator().manual_seed(0))
     return model
+
+
+def resample_table(
+    name: str, table: Tensor, *, old: ImageTower | TextTower | None, new: ImageTower | TextTower
+) -> Tensor:
+    """A learned table of a saved model for a tower of another grid or length.
+
+    Args:
+        name: of the parameter, for messages.
+        table: (1, rows, D) as saved.
+        old: the tower it was saved from; where that is not known, images count as square.
+        new: the tower that takes it.
+
+    Returns:
+        (1, rows', D): linear for texts, bicubic for images.
+
+    Raises:
+        InputError: if an image table does not belong to the old grid.
+    """
+    if isinstance(new, TextTower):
+        return resample_length(table, new.length)
+    front = new.num_positions - new.num_patches
+    patches = table.shape[1] - front
+    side = math.isqrt(max(patches, 0))
+    old_grid = old.grid if isinstance(old, ImageTower) else (side, side)
+    if patches != math.prod(old_grid):
+        grid = f"a grid of {old_grid[0]}x{old_grid[1]}" if old is not None else "a square grid"
+        raise InputError(
+            f"{name} has {table.shape[1]} rows there, which are not those of {grid} patches "
+            f"{'with' if front else 'without'} a position for the class token; only such a table "
+            "is resampled for this model"
+        )
+    return resample_grid(table, old_grid=old_grid, new_grid=new.grid)

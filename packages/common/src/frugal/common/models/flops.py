@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 
 
 def block_flops(tower: ImageTower | TextTower, tokens: float) -> float:

@@ -1,32 +1,38 @@
-"""First weights, drawn from a generator that is passed in."""
+"""First weights, drawn from a generator that is passed in.
+
+What all towers share stands here; a tower draws the rest of its weights in its ``initialize``.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from frugal.common.models.attention import QueryKeyValue
-from frugal.common.models.blocks import Block, LayerScale
-from frugal.common.models.positions import image_table
-from frugal.common.models.text import TextTransformer
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.attention import Attention, QueryKeyValue
+from frugal.common.models.blocks import Block, BlockConfig, Blocks, LayerScale
+
+Initialization = Literal["flip", "open_clip"]
+"""FLIP's and MAE's scheme: Xavier uniform matrices, zero biases, normal(0.02) tables. open_clip's:
+OpenAI's for text, and mostly torch's defaults for images."""
 
 
-def _uniform(tensor: Tensor, limit: float, generator: torch.Generator) -> None:
+def uniform(tensor: Tensor, limit: float, generator: torch.Generator) -> None:
+    """Fill a tensor uniformly from -limit to limit."""
     tensor.uniform_(-limit, limit, generator=generator)
 
 
-def _normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+def normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill a tensor from the normal distribution of mean 0."""
     tensor.normal_(0.0, std, generator=generator)
 
 
 def _linear_xavier(layer: nn.Linear, generator: torch.Generator) -> None:
     rows, columns = layer.weight.shape
-    _uniform(layer.weight, math.sqrt(6 / (rows + columns)), generator)
+    uniform(layer.weight, math.sqrt(6 / (rows + columns)), generator)
     if layer.bias is not None:
         layer.bias.zero_()
 
@@ -34,86 +40,81 @@ def _linear_xavier(layer: nn.Linear, generator: torch.Generator) -> None:
 def _linear_default(layer: nn.Linear, generator: torch.Generator) -> None:
     """As torch's own linear and convolution layers start."""
     limit = 1 / math.sqrt(layer.weight.shape[1])
-    _uniform(layer.weight, limit, generator)
+    uniform(layer.weight, limit, generator)
     if layer.bias is not None:
-        _uniform(layer.bias, limit, generator)
+        uniform(layer.bias, limit, generator)
 
 
-def _start_fixed_parts(tower: nn.Module) -> None:
-    """What is the same in every scheme: norms, layer scales, fixed tables."""
-    for module in tower.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1)
-            module.bias.zero_()
-        elif isinstance(module, nn.BatchNorm1d):
-            module.reset_parameters()
-        elif isinstance(module, LayerScale):
-            module.gamma.fill_(module.value)
-        elif isinstance(module, ImageTransformer) and module.config.positions != "learned":
-            module.pos_embed.copy_(image_table(module.config))
+def _reset_norms(module: nn.Module) -> None:
+    """Set what is the same in every scheme: norms and layer scales."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.weight.fill_(1)
+            part.bias.zero_()
+        elif isinstance(part, nn.BatchNorm1d):
+            part.reset_parameters()
+        elif isinstance(part, LayerScale):
+            part.gamma.fill_(part.value)
 
 
 @torch.no_grad()
 def initialize_xavier(module: nn.Module, generator: torch.Generator) -> None:
-    """Xavier uniform matrices and zero biases; norms, layer scales and fixed tables as always.
+    """Draw Xavier uniform matrices, with zero biases; norms and layer scales start as always.
 
     The fused projection of queries, keys and values counts as one matrix.
     """
-    _start_fixed_parts(module)
+    _reset_norms(module)
     for part in module.modules():
         if isinstance(part, nn.Linear):
             _linear_xavier(part, generator)
 
 
 @torch.no_grad()
-def initialize_flip(tower: ImageTransformer | TextTransformer, generator: torch.Generator) -> None:
-    """FLIP's and MAE's scheme: Xavier uniform matrices, zero biases, normal(0.02) tables."""
-    initialize_xavier(tower, generator)
-    if isinstance(tower, TextTransformer):
-        _normal(tower.token_embedding.weight, 0.02, generator)
-        _normal(tower.pos_embed, 0.02, generator)
-        return
-    if tower.config.class_token != "none":
-        _normal(tower.cls_token, 0.02, generator)
-    if tower.config.positions == "learned":
-        _normal(tower.pos_embed, 0.02, generator)
-
-
-@torch.no_grad()
-def initialize_open_clip(
-    tower: ImageTransformer | TextTransformer, generator: torch.Generator
+def draw_layers(
+    tower: nn.Module,
+    projection: nn.Module,
+    *,
+    width: int,
+    generator: torch.Generator,
+    scheme: Initialization,
 ) -> None:
-    """open_clip's scheme, which is OpenAI's for text and mostly torch's defaults for images."""
-    _start_fixed_parts(tower)
-    width, depth = tower.config.width, tower.config.depth
+    """Draw the layers that all towers have: everything but tokens and tables.
+
+    Args:
+        tower: the whole.
+        projection: its last layer; no ``nn.Linear`` where there is none.
+        width: of the tower.
+        generator: on the CPU.
+        scheme: how.
+    """
+    if scheme == "flip":
+        initialize_xavier(tower, generator)
+        return
+    _reset_norms(tower)
     for module in tower.modules():
         if isinstance(module, QueryKeyValue):
             _linear_xavier(module, generator)
         elif isinstance(module, nn.Linear):
             _linear_default(module, generator)
-    blocks = cast("Iterable[Block]", tower.blocks)
-    for block in blocks:
-        block.attn.proj.bias.zero_()
-    if isinstance(tower.projection, nn.Linear):
-        _normal(tower.projection.weight, width**-0.5, generator)
-    if isinstance(tower, ImageTransformer):
-        if tower.config.class_token != "none":
-            _normal(tower.cls_token, width**-0.5, generator)
-        if tower.config.positions == "learned":
-            _normal(tower.pos_embed, width**-0.5, generator)
-        return
-    _normal(tower.token_embedding.weight, 0.02, generator)
-    _normal(tower.pos_embed, 0.01, generator)
-    for block in blocks:
-        _initialize_text_block(block, width, depth, generator)
+    for module in tower.modules():
+        if isinstance(module, Attention):
+            module.proj.bias.zero_()
+    if isinstance(projection, nn.Linear):
+        normal(projection.weight, width**-0.5, generator)
 
 
-def _initialize_text_block(
-    block: Block, width: int, depth: int, generator: torch.Generator
+@torch.no_grad()
+def shrink_residual_branches(
+    blocks: Blocks, config: BlockConfig, generator: torch.Generator
 ) -> None:
-    """Radford et al. (2021), section 2.5, as released: residual branches shrink with depth."""
-    into_residual = (2 * depth * width) ** -0.5
-    _normal(block.attn.qkv.weight, width**-0.5, generator)
-    _normal(block.attn.proj.weight, into_residual, generator)
-    _normal(block.mlp.fc1.weight, (2 * width) ** -0.5, generator)
-    _normal(block.mlp.fc2.weight, into_residual, generator)
+    """Draw the blocks of open_clip's text tower, whose residual branches shrink with the depth.
+
+    Source: Radford et al. (2021), section 2.5, as released.
+    """
+    width = config.width
+    into_residual = (2 * config.depth * width) ** -0.5
+    for block in cast("Iterable[Block]", blocks):
+        normal(block.attn.qkv.weight, width**-0.5, generator)
+        normal(block.attn.proj.weight, into_residual, generator)
+        normal(block.mlp.fc1.weight, (2 * width) ** -0.5, generator)
+        normal(block.mlp.fc2.weight, into_residual, generator)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from frugal.common.errors import InputError
-from frugal.common.models.config import ImagePositions, ImageTower, TextTower
+ImagePositions = Literal["learned", "sincos", "sincos_bigvision", "sincos_moco"]
+"""A learned table, or a fixed one: MAE's and FLIP's, big_vision's (frequencies end exactly at
+1/10000), MoCo v3's (rows in the first half of the channels)."""
 
 
 def sincos_table(
@@ -63,7 +63,7 @@ def resample_grid(
     Args:
         table: (..., [1 +] N, D) for ``old_grid``.
         old_grid: (rows, columns) of the table.
-        new_grid: (rows, columns) wanted.
+        new_grid: (rows, columns) of the result.
         antialias: whether shrinking averages.
         align_corners: whether the outer patches of both grids lie on each other.
 
@@ -97,7 +97,7 @@ def resample_length(
 
     Args:
         table: (..., T, D).
-        length: slots wanted.
+        length: slots of the result.
         method: ``linear`` as open_clip and CLIPA do in torch, without averaging when it shrinks;
             ``triangle`` as big_vision does, with it.
 
@@ -119,42 +119,3 @@ def _triangle_weights(old: int, new: int) -> Tensor:
     distance = (center[:, None] - torch.arange(old, dtype=torch.float64)).abs()
     weights = (1 - distance / max(scale, 1.0)).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
-
-
-def image_table(tower: ImageTower) -> Tensor:
-    """(1, rows, D) float32: the fixed position table of a tower."""
-    class_row = tower.class_token == "with_position"
-    return sincos_table(tower.grid, tower.width, tower.positions, class_row=class_row)[None]
-
-
-def resample_table(
-    name: str, table: Tensor, *, old: ImageTower | TextTower | None, new: ImageTower | TextTower
-) -> Tensor:
-    """A learned table of a saved model for a tower of another grid or length.
-
-    Args:
-        name: of the parameter, for messages.
-        table: (1, rows, D) as saved.
-        old: the tower it was saved from; where that is not known, images count as square.
-        new: the tower that takes it.
-
-    Returns:
-        (1, rows', D): linear for texts, bicubic for images.
-
-    Raises:
-        InputError: if an image table does not belong to the old grid.
-    """
-    if isinstance(new, TextTower):
-        return resample_length(table, new.length)
-    front = new.num_positions - new.num_patches
-    patches = table.shape[1] - front
-    side = math.isqrt(max(patches, 0))
-    old_grid = old.grid if isinstance(old, ImageTower) else (side, side)
-    if patches != math.prod(old_grid):
-        grid = f"a grid of {old_grid[0]}x{old_grid[1]}" if old is not None else "a square grid"
-        raise InputError(
-            f"{name} has {table.shape[1]} rows there, which are not those of {grid} patches "
-            f"{'with' if front else 'without'} a position for the class token; only such a table "
-            "is resampled for this model"
-        )
-    return resample_grid(table, old_grid=old_grid, new_grid=new.grid)

@@ -17,13 +17,7 @@ from frugal.common.data.decoding import Interpolation
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object
-from frugal.common.models.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageTower,
-)
+from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImageTower
 from frugal.common.reduction.image import Channels
 
 _HALF = (0.5, 0.5, 0.5)

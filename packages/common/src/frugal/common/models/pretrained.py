@@ -18,7 +18,7 @@ import tyro
 
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
-from frugal.common.models.config import IMAGENET_MEAN, IMAGENET_STD, DualEncoderConfig, ImageTower
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.preprocess import (
     PROCESSOR_FILES,
     pixels_of_timm,
@@ -26,6 +26,7 @@ from frugal.common.models.preprocess import (
     timm_settings,
     transformers_settings,
 )
+from frugal.common.models.vit import IMAGENET_MEAN, IMAGENET_STD, ImageTower
 from frugal.common.ranges import Count, ShareBelowOne, check_ranges
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Channels, KeepAll
@@ -383,7 +384,7 @@ class PretrainedDualEncoderConfig(DualEncoderConfig):
     """:class:`ImageTower`, :class:`TransformersImage` or :class:`TimmImage`. (A union in its type
     would take the fields of the tower off the command line.)"""
     text: Any
-    """:class:`~frugal.common.models.config.TextTower` or :class:`TransformersText`."""
+    """:class:`~frugal.common.models.text.TextTower` or :class:`TransformersText`."""
     embed_dim: Count = 512
 
     def check(self, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from frugal.common.data.transforms import normalize
 from frugal.common.errors import InputError
 from frugal.common.models import clip
+from frugal.common.models.initialize import Initialization
 from frugal.common.models.pretrained import (
     PretrainedDualEncoderConfig,
     TimmImage,
@@ -60,8 +61,9 @@ class _Tower(nn.Module):
         self._checkpoint_activations = False
 
     @torch.no_grad()
-    def initialize(self, generator: torch.Generator) -> None:
-        """Draw every weight afresh, as its library does."""
+    def initialize(self, generator: torch.Generator, scheme: Initialization) -> None:
+        """Draw every weight afresh as its library does, whatever the scheme of Frugal's towers."""
+        del scheme
         seed = torch.randint(2**62, (), generator=generator).item()
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(int(seed))

@@ -1,7 +1,11 @@
-"""Captions to vectors: tokens, positions, blocks, pooling, projection."""
+"""The text transformer: its configuration, and captions to vectors.
+
+Tokens are looked up and get their positions, then come the blocks, the pooling and the projection.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,16 +13,77 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
-from frugal.common.models.attention import Layout, Packed
-from frugal.common.models.blocks import Blocks, Picked
-from frugal.common.models.config import TextTower
+from frugal.common.models.blocks import Activation, Blocks, check_block_config
+from frugal.common.models.initialize import (
+    Initialization,
+    draw_layers,
+    normal,
+    shrink_residual_branches,
+)
+from frugal.common.models.layout import Layout, Packed, PooledToken
+from frugal.common.ranges import Count, CountOrZero, NotNegative, Positive, ShareBelowOne
+
+TextPooling = Literal["first", "last", "end_of_text", "mean", "mean_all"]
+"""The first slot, the last slot (padding included), the end-of-text token, the mean of the
+caption, or the mean of every slot (padding included)."""
+
+CLIP_VOCABULARY = 49_408
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTower:
+    """A text transformer with learned positions."""
+
+    width: Count
+    depth: Count
+    """Blocks."""
+    heads: Count
+    mlp_width: Count
+    vocabulary: Count = CLIP_VOCABULARY
+    """Rows of the token table."""
+    length: Count = 77
+    """Most tokens of a caption, special tokens included."""
+    pad_id: CountOrZero = 0
+    causal: bool = True
+    """A token sees itself and what stands before it."""
+    pad_mask: bool = False
+    """No token sees padding."""
+    activation: Activation = "gelu"
+    norm_epsilon: Positive = 1e-5
+    pooling: TextPooling = "end_of_text"
+    drop_path: ShareBelowOne = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    layer_scale: NotNegative | None = None
+    """First value of the layer scales; without it there are none."""
+    packed: bool = False
+    """Compute captions without their padding; the numbers stay."""
+
+    def __post_init__(self) -> None:
+        check_block_config(self, "text")
+        if self.pad_id >= self.vocabulary:
+            raise InputError(f"text.pad_id {self.pad_id} is outside of the vocabulary")
+        if self.packed and self.padding_matters:
+            raise InputError(
+                "text.packed leaves the padding out, but here it changes the result "
+                f"(text.causal={self.causal}, text.pad_mask={self.pad_mask}, "
+                f"text.pooling={self.pooling}); set text.pad_mask, or leave text.packed off"
+            )
+
+    @property
+    def padding_matters(self) -> bool:
+        """Whether the slots behind a caption change its vector."""
+        return self.pooling in ("last", "mean_all") or not (self.causal or self.pad_mask)
+
+    def module(self, embed_dim: int | None = None) -> TextTransformer:
+        """The tower; its weights are yet to be drawn."""
+        return TextTransformer(self, embed_dim)
 
 
 class TextTransformer(nn.Module):
     """A text transformer with learned positions."""
 
     def __init__(self, config: TextTower, embed_dim: int | None = None) -> None:
-        """Parameters are uninitialized in effect; see :mod:`~frugal.common.models.initialize`.
+        """Build the layers; :meth:`initialize` draws their weights.
 
         Args:
             config: shape and options.
@@ -60,20 +125,13 @@ class TextTransformer(nn.Module):
         """
         token_ids = self._checked(token_ids, text_positions)
         lengths = self._lengths(token_ids, text_lengths)
-        if self.config.packed:
-            tokens, layout = self._embed_packed(token_ids, lengths, text_positions)
-        else:
-            positions = self.pos_embed[:, : token_ids.shape[1]]  # (1, T, D)
-            if text_positions is not None:
-                positions = F.embedding(text_positions, self.pos_embed[0])  # (B, T, D)
-            tokens = self.token_embedding(token_ids) + positions
-            key_lengths = lengths if self.config.pad_mask else None
-            layout = Layout(causal=self.config.causal, key_lengths=key_lengths)
-        picked = self._picked(token_ids, lengths, layout)
-        tokens, _ = self.blocks(tokens, layout, picked=picked)
+        tokens, layout = self._embed(token_ids, lengths, text_positions)
+        pooled_token = self._pooled_token(token_ids, lengths, layout)
+        tokens, _ = self.blocks(tokens, layout, pooled=pooled_token)
         pooled = self.norm(tokens)
-        if picked is None:
-            pooled = self._mean(pooled, lengths, layout)  # (B, D)
+        if pooled_token is None:
+            within = None if self.config.pooling == "mean_all" else lengths
+            pooled = layout.mean(pooled, within)  # (B, D)
         return pooled if output == "pooled" else self.projection(pooled)
 
     def forward_pooled(self, token_ids: Tensor, text_lengths: Tensor | None = None) -> Tensor:
@@ -86,8 +144,18 @@ class TextTransformer(nn.Module):
         return self.blocks.checkpoint_activations
 
     @checkpoint_activations.setter
-    def checkpoint_activations(self, wanted: bool) -> None:
-        self.blocks.checkpoint_activations = wanted
+    def checkpoint_activations(self, enabled: bool) -> None:
+        self.blocks.checkpoint_activations = enabled
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator, scheme: Initialization) -> None:
+        """Draw every weight afresh."""
+        width = self.config.width
+        draw_layers(self, self.projection, width=width, generator=generator, scheme=scheme)
+        normal(self.token_embedding.weight, 0.02, generator)
+        normal(self.pos_embed, 0.02 if scheme == "flip" else 0.01, generator)
+        if scheme == "open_clip":
+            shrink_residual_branches(self.blocks, self.config, generator)
 
     def _checked(self, token_ids: Tensor, text_positions: Tensor | None) -> Tensor:
         width, length = token_ids.shape[1], self.config.length
@@ -115,17 +183,31 @@ class TextTransformer(nn.Module):
             text_lengths = (places * (token_ids != self.config.pad_id)).amax(1)
         return text_lengths.clamp(1, token_ids.shape[1])
 
-    def _embed_packed(
+    def _embed(
         self, token_ids: Tensor, lengths: Tensor, text_positions: Tensor | None
     ) -> tuple[Tensor, Layout]:
-        packed = Packed.of(lengths)
-        stays = packed.sequence * token_ids.shape[1] + packed.place  # (total,)
-        slots = packed.place if text_positions is None else text_positions.flatten()[stays]
-        ids = token_ids.flatten()[stays]
-        tokens = self.token_embedding(ids) + F.embedding(slots, self.pos_embed[0])
-        return tokens, Layout(packed=packed, causal=self.config.causal)
+        """(B, T, D) or packed tokens with their positions, and how they lie."""
+        config, slots = self.config, text_positions
+        if config.packed:
+            packed = Packed.of(lengths)
+            stays = packed.sequence * token_ids.shape[1] + packed.place  # (sum of lengths,)
+            token_ids = token_ids.flatten()[stays]
+            slots = packed.place if slots is None else slots.flatten()[stays]
+            layout = Layout(packed=packed, causal=config.causal)
+        else:
+            key_lengths = lengths if config.pad_mask else None
+            layout = Layout(causal=config.causal, key_lengths=key_lengths)
+        # a slice of the table where it will do: its gradient is a sum, not a scattered one
+        positions = (
+            self.pos_embed[:, : token_ids.shape[1]]
+            if slots is None
+            else F.embedding(slots, self.pos_embed[0])
+        )
+        return self.token_embedding(token_ids) + positions, layout
 
-    def _picked(self, token_ids: Tensor, lengths: Tensor, layout: Layout) -> Picked | None:
+    def _pooled_token(
+        self, token_ids: Tensor, lengths: Tensor, layout: Layout
+    ) -> PooledToken | None:
         """The token that the pooling reads, if it reads only one."""
         if self.config.pooling == "end_of_text":
             place = lengths - 1  # (B,)
@@ -135,19 +217,7 @@ class TextTransformer(nn.Module):
             place = torch.full_like(lengths, token_ids.shape[1] - 1)
         else:
             return None
-        end = None
-        if self.config.causal:
-            end = place + 1
-        if self.config.pad_mask or layout.packed is not None:
-            end = lengths if end is None else torch.minimum(end, lengths)
-        return Picked(place if layout.packed is None else place + layout.packed.starts, end)
-
-    def _mean(self, tokens: Tensor, lengths: Tensor, layout: Layout) -> Tensor:
-        """(B, D): over the caption, or over every slot."""
-        if self.config.pooling == "mean_all":
-            return tokens.mean(1)
-        if layout.packed is not None:
-            return layout.packed.pad(tokens).sum(1) / lengths[:, None]
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        inside = (places < lengths[:, None]).unsqueeze(2)  # (B, T, 1)
-        return (tokens * inside).sum(1) / lengths[:, None]
+        attended = place + 1 if self.config.causal else None
+        if self.config.pad_mask:
+            attended = lengths if attended is None else torch.minimum(attended, lengths)
+        return layout.pooled_token(place, attended)

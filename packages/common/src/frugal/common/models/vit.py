@@ -1,8 +1,13 @@
-"""Images to vectors: patches, positions, kept patches, blocks, pooling, projection."""
+"""The vision transformer: its configuration, and images to vectors.
+
+Patches are cut from the pixels, those that stay are embedded and get their positions, then come
+the blocks, the pooling and the projection.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,12 +15,128 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
-from frugal.common.models.attention import Layout, Packed
 from frugal.common.models.batch_norm import SharedVectorNorm
-from frugal.common.models.blocks import Blocks, Picked
-from frugal.common.models.config import ImageTower
-from frugal.common.models.positions import image_table
+from frugal.common.models.blocks import Activation, Blocks, check_block_config
+from frugal.common.models.initialize import Initialization, draw_layers, normal
+from frugal.common.models.layout import Layout, PooledToken, lay_out
+from frugal.common.models.positions import ImagePositions, sincos_table
+from frugal.common.ranges import Count, NotNegative, Positive, ShareBelowOne
 from frugal.common.reduction.image import Kept, PatchView, normalize, take_patches
+
+ClassToken = Literal["none", "with_position", "without_position"]
+ImagePooling = Literal["class", "mean", "mean_all"]
+"""The class token, the mean of the patches, or the mean of every token."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTower:
+    """A vision transformer."""
+
+    width: Count
+    depth: Count
+    """Blocks."""
+    heads: Count
+    mlp_width: Count
+    patch_size: Count
+    """Side of a patch in pixels."""
+    image_size: Count | tuple[Count, Count] = 224
+    """Side of a square image, or (height, width), in pixels."""
+    mean: tuple[NotNegative, NotNegative, NotNegative] = IMAGENET_MEAN
+    """Of the red, green and blue of uint8 images, on a scale from 0 to 1."""
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+    patch_bias: bool = True
+    """Whether the patch projection has a bias."""
+    class_token: ClassToken = "with_position"
+    positions: ImagePositions = "learned"
+    pre_norm: bool = False
+    """A norm between the embedding and the blocks."""
+    activation: Activation = "gelu"
+    norm_epsilon: Positive = 1e-6
+    pooling: ImagePooling = "class"
+    norm_after_pooling: bool = False
+    """The last norm acts on the pooled vector, not on every token."""
+    drop_path: ShareBelowOne = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    layer_scale: NotNegative | None = None
+    """First value of the layer scales; without it there are none."""
+    projector_width: Count | None = None
+    """Hidden width of MoCo v3's projector (4096 there), three linear layers with batch norms on the
+    pooled vector; without it there is none."""
+    projector_outputs: Count = 256
+    """Width of what the projector makes of the pooled vector."""
+
+    def __post_init__(self) -> None:
+        check_block_config(self, "image")
+        if not isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON has lists only
+        self._check_grid()
+        if self.positions != "learned" and self.width % 4:
+            raise InputError(
+                f"image.width {self.width} is not a multiple of 4, which "
+                f"image.positions={self.positions} needs"
+            )
+        if self.positions == "sincos_bigvision" and self.width < 8:
+            raise InputError("image.positions=sincos_bigvision needs image.width of at least 8")
+        if self.pooling == "class" and self.class_token == "none":
+            raise InputError(
+                "image.pooling=class needs a class token; set image.class_token, or pool by mean"
+            )
+
+    def _check_grid(self) -> None:
+        for side in self.height_width:
+            if side < self.patch_size:
+                raise InputError(
+                    f"image.image_size {self.image_size} is smaller than a patch "
+                    f"(image.patch_size = {self.patch_size}); use larger images or smaller patches"
+                )
+            if side % self.patch_size:
+                raise InputError(
+                    f"image.image_size {self.image_size} is not a multiple of image.patch_size = "
+                    f"{self.patch_size}; use {side // self.patch_size * self.patch_size} or "
+                    f"{(side // self.patch_size + 1) * self.patch_size}"
+                )
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Of the images, in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.height_width
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position table."""
+        return self.num_patches + (self.class_token == "with_position")
+
+    @property
+    def pooled_width(self) -> int:
+        """Of the vector that is projected into the space of texts."""
+        return self.width if self.projector_width is None else self.projector_outputs
+
+    def module(self, embed_dim: int | None = None) -> ImageTransformer:
+        """The tower; its weights are yet to be drawn."""
+        return ImageTransformer(self, embed_dim)
+
+
+def image_table(tower: ImageTower) -> Tensor:
+    """(1, rows, D) float32: the fixed position table of a tower."""
+    class_row = tower.class_token == "with_position"
+    return sincos_table(tower.grid, tower.width, tower.positions, class_row=class_row)[None]
 
 
 class Projector(nn.Sequential):
@@ -38,7 +159,7 @@ class ImageTransformer(nn.Module):
     pos_embed: Tensor
 
     def __init__(self, config: ImageTower, embed_dim: int | None = None) -> None:
-        """Parameters are uninitialized in effect; see :mod:`~frugal.common.models.initialize`.
+        """Build the layers; :meth:`initialize` draws their weights.
 
         Args:
             config: shape and options.
@@ -98,8 +219,8 @@ class ImageTransformer(nn.Module):
         if output == "blocks":
             return self.blocks(tokens, layout, outputs_of=tuple(blocks))[1]
         pools_one = self.config.pooling == "class" and output != "tokens"
-        picked = self._class_token(tokens, layout) if pools_one else None
-        tokens, _ = self.blocks(tokens, layout, picked=picked)
+        pooled_token = self._class_token(tokens, layout) if pools_one else None
+        tokens, _ = self.blocks(tokens, layout, pooled=pooled_token)
         if output == "tokens":
             return tokens if self.config.norm_after_pooling else self.norm(tokens)
         pooled = self._pool(tokens, layout)  # (B, D)
@@ -125,8 +246,21 @@ class ImageTransformer(nn.Module):
         return self.blocks.checkpoint_activations
 
     @checkpoint_activations.setter
-    def checkpoint_activations(self, wanted: bool) -> None:
-        self.blocks.checkpoint_activations = wanted
+    def checkpoint_activations(self, enabled: bool) -> None:
+        self.blocks.checkpoint_activations = enabled
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator, scheme: Initialization) -> None:
+        """Draw every weight afresh; a fixed position table is computed."""
+        width, config = self.config.width, self.config
+        draw_layers(self, self.projection, width=width, generator=generator, scheme=scheme)
+        std = 0.02 if scheme == "flip" else width**-0.5
+        if config.class_token != "none":
+            normal(self.cls_token, std, generator)
+        if config.positions == "learned":
+            normal(self.pos_embed, std, generator)
+        else:
+            self.pos_embed.copy_(image_table(config))
 
     def _patches(self, images: Tensor, kept: Kept | None) -> Tensor:
         """(B, K, D) or packed (T, D): the kept patches, embedded, with their positions."""
@@ -146,10 +280,8 @@ class ImageTransformer(nn.Module):
     def embed(self, images: Tensor, kept: Kept | None = None) -> tuple[Tensor, Layout]:
         """The tokens that go into the first block, class token first, and how they lie."""
         tokens = self._patches(images, kept)
-        if kept is None or kept.lengths is None:
-            tokens, layout = self._put_class_token_first(tokens), Layout()
-        else:
-            tokens, layout = self._put_class_tokens_between(tokens, kept.lengths)
+        lengths = None if kept is None else kept.lengths
+        tokens, layout = lay_out(tokens, lengths, self._class_vector())
         return self.norm_pre(tokens), layout
 
     def _normalized(self, pixels: Tensor) -> Tensor:
@@ -164,45 +296,17 @@ class ImageTransformer(nn.Module):
             return self.cls_token + self.pos_embed[:, :1]
         return self.cls_token if self.config.class_token == "without_position" else None
 
-    def _put_class_token_first(self, tokens: Tensor) -> Tensor:
-        """(B, K, D) to (B, [1 +] K, D)."""
-        class_vector = self._class_vector()
-        if class_vector is None:
-            return tokens
-        class_vector = class_vector.to(tokens.dtype).expand(len(tokens), -1, -1)
-        return torch.cat((class_vector, tokens), dim=1)
-
-    def _put_class_tokens_between(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Layout]:
-        """(T, D) to (T [+ B], D), one class token in front of every image's patches."""
-        class_vector = self._class_vector()
-        if class_vector is None:
-            return tokens, Layout(packed=Packed.of(lengths))
-        packed = Packed.of(lengths + 1)
-        is_class = packed.place == 0
-        patch = torch.arange(len(is_class), device=tokens.device) - packed.sequence - 1
-        source = torch.where(is_class, len(tokens), patch)  # (T + B,) the class vector stands last
-        both = torch.cat((tokens, class_vector[0].to(tokens.dtype)))
-        return both[source], Layout(packed=packed)
-
-    def _class_token(self, tokens: Tensor, layout: Layout) -> Picked:
-        if layout.packed is None:
-            first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-            return Picked(first, None)
-        return Picked(layout.packed.starts, layout.packed.lengths)
+    def _class_token(self, tokens: Tensor, layout: Layout) -> PooledToken:
+        count = layout.num_sequences(tokens)
+        return layout.pooled_token(
+            torch.zeros(count, dtype=torch.long, device=tokens.device), attended=None
+        )
 
     def _pool(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Tokens, or (B, D) class tokens, to (B, D)."""
         if not self.config.norm_after_pooling:
             tokens = self.norm(tokens)
         if self.config.pooling != "class":
-            tokens = self._mean(tokens, layout)
+            has_class = self.config.class_token != "none"
+            tokens = layout.mean(tokens, skip=int(has_class and self.config.pooling == "mean"))
         return self.norm(tokens) if self.config.norm_after_pooling else tokens
-
-    def _mean(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """(B, D)."""
-        front = int(self.config.class_token != "none" and self.config.pooling == "mean")
-        if layout.packed is None:
-            return tokens[:, front:].mean(1)
-        counts = (layout.packed.lengths - front).clamp(min=1)  # nothing kept: zeros, not NaN
-        sums = layout.packed.pad(tokens)[:, front:].sum(1)
-        return sums / counts[:, None]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import DualEncoderConfig, ImageTower
-from frugal.common.models.positions import image_table
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.vit import ImageTower, image_table
 
 State = dict[str, Tensor]
 Shape = Literal["same", "transposed", "kernel", "vector", "table", "scalar"]

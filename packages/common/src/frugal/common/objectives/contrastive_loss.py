@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from frugal.common.objectives.config import BOTH, Direction
 from frugal.common.objectives.gather import gather_values, place_in_world
+
+Direction = Literal["image_to_text", "text_to_image"]
+BOTH: tuple[Direction, ...] = ("image_to_text", "text_to_image")
 
 LARGEST_LOG_SCALE = math.log(100)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from frugal.common.models.config import ImageTower
+    from frugal.common.models.vit import ImageTower
     from frugal.common.randomness import NoiseSource
 
 Channels = tuple[float, float, float]

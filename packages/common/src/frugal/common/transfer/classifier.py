@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from frugal.common.models.config import ImageTower
 from frugal.common.models.positions import sincos_table
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.ranges import Range, check_ranges
 from frugal.common.reduction.image import Kept
 

@@ -14,11 +14,9 @@ from torch import nn
 
 from frugal.common.checkpoint.store import BEST, find_checkpoint
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
 from frugal.common.models.in_words import some
-from frugal.common.models.positions import image_table
 from frugal.common.models.same_function import refuse_other_function
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.transfer.classifier import VisionClassifier
 from frugal.common.weights.encoder_weights import EncoderWeights, read_encoder
 

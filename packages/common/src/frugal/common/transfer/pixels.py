@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.data.transforms import normalize
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 
 
 def normalized(images: Tensor, tower: ImageTower) -> Tensor:

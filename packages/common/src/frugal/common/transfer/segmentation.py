@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Positive, check_ranges
 from frugal.common.recipe import Recipe, WarmupCosine

@@ -18,11 +18,9 @@ from typing_extensions import override
 
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import SharedBatchNorm, precise, share_statistics
-from frugal.common.models.config import ImageTower
 from frugal.common.models.flops import image_flops
-from frugal.common.models.initialize import initialize_flip
 from frugal.common.models.positions import sincos_table
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.ranges import Count, Range, ShareBelowOne, check_ranges
 from frugal.common.transfer.masked_folder import MOST_CLASSES
 
@@ -159,7 +157,7 @@ class Segmenter(nn.Module):
         that of MAE, whatever kind its positions are.
         """
         model = cls(config)
-        initialize_flip(model.image, generator)
+        model.image.initialize(generator, "flip")
         tower = config.image
         if tower.positions == "learned":
             class_row = tower.class_token == "with_position"

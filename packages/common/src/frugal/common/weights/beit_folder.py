@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import State, to_vit_mae
 from frugal.common.weights.trained import Misfit, TrainedTower
 from frugal.common.weights.transformers_folder import image_processor

@@ -11,8 +11,9 @@ import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
-from frugal.common.models.config import ImageTower, TextTower
 from frugal.common.models.pretrained import TimmImage, TransformersImage, TransformersText
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import (
     TRANSFORMERS_CLIP,
     Rule,

@@ -20,21 +20,16 @@ import torch
 
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
-from frugal.common.models.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Activation,
-    ImageTower,
-)
+from frugal.common.models.blocks import Activation
 from frugal.common.models.fit import misfit
-from frugal.common.models.positions import image_table, resample_grid
+from frugal.common.models.positions import resample_grid
 from frugal.common.models.preprocess import (
     Preparation,
     of_open_clip,
     of_transformers,
     transformers_file,
 )
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, ImageTower, ImageTransformer, image_table
 from frugal.common.models.weight_names import (
     OPEN_CLIP,
     TRANSFORMERS_CLIP,

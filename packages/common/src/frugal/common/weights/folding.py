@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from frugal.common.models.config import DualEncoderConfig, ImageTower
-from frugal.common.models.positions import image_table
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.vit import ImageTower, image_table
 from frugal.common.models.weight_names import State
 
 

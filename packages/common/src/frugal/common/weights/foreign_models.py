@@ -14,11 +14,10 @@ from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
-from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import DualEncoderConfig
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.fit import misfit
 from frugal.common.models.in_words import in_words
-from frugal.common.objectives.config import Contrastive
+from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate

@@ -16,17 +16,13 @@ from torch import Tensor
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
-from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import (
-    Activation,
-    DualEncoderConfig,
-    ImagePooling,
-    ImageTower,
-    TextTower,
-)
+from frugal.common.models.blocks import Activation
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.fit import misfit
 from frugal.common.models.preprocess import Preparation, of_open_clip
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImagePooling, ImageTower
 from frugal.common.models.weight_names import from_open_clip, to_open_clip
 from frugal.common.weights.foreign_models import (
     OPEN_CLIP_CONFIG,

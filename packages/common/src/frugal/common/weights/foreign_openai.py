@@ -15,13 +15,9 @@ from torch import Tensor
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.models.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    DualEncoderConfig,
-    ImageTower,
-    TextTower,
-)
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, ImageTower
 from frugal.common.models.weight_names import from_open_clip
 from frugal.common.weights.foreign_models import Foreign, fill
 from frugal.common.weights.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText

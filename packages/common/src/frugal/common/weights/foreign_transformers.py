@@ -11,11 +11,14 @@ from torch import Tensor
 from frugal.common.data.tokenizers import HuggingFace, Tokenizer
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
-from frugal.common.models.config import Activation, DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.blocks import Activation
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.from_transformers import load_model
 from frugal.common.models.in_words import some
 from frugal.common.models.preprocess import Preparation, of_transformers, transformers_file
 from frugal.common.models.pretrained_models import text_positions
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import from_transformers_clip
 from frugal.common.weights.foreign_models import Foreign, fill, refuse_unknown_ids
 from frugal.common.weights.foreign_wrapped import (

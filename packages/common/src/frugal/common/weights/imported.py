@@ -17,9 +17,10 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe
 from frugal.common.files import read_json_object
-from frugal.common.models.config import DualEncoderConfig, ImagePositions, ImageTower
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.in_words import in_words
-from frugal.common.models.positions import image_table
+from frugal.common.models.positions import ImagePositions
+from frugal.common.models.vit import ImageTower, image_table
 from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine
 from frugal.common.reduction.image import KeepAll
 from frugal.common.weights import timm_weights

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from frugal.common.models.config import ImageTower, TextTower
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import to_json
 from frugal.common.weights.trained import TrainedRun
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.vocabularies import BytePairs
-from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_open_clip
 from frugal.common.weights.folding import fold_patch_bias
 from frugal.common.weights.trained import Embedded, Misfit, TrainedModel, misfit_of_projector

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal.common.data.transforms import normalize
-from frugal.common.models.config import SIZES, ImageTower
+from frugal.common.models.named import SIZES
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import State, to_timm
 from frugal.common.weights.folding import fold_patch_bias_of_tower
 from frugal.common.weights.trained import Misfit, Seen, TrainedTower, misfit_of_projector

@@ -13,10 +13,10 @@ from torch import nn
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
-from frugal.common.models.config import Activation, ImageTower
+from frugal.common.models.blocks import Activation
 from frugal.common.models.fit import misfit
 from frugal.common.models.preprocess import Pixels, of_timm, pixels_of_timm, timm_settings
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.models.weight_names import from_timm
 from frugal.common.weights.encoder_weights import EncoderWeights
 from frugal.common.weights.stored_files import part_with, read_weights, weights_in

@@ -19,9 +19,9 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.files import reason_of
-from frugal.common.models.clip import DualEncoder
-from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
-from frugal.common.models.vit import ImageTransformer
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.models.weight_names import State
 from frugal.common.recipe import Recipe
 from frugal.common.run import make_logger

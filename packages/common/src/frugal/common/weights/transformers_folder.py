@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal.common.data.tokenizers import Tokenizer
-from frugal.common.models.config import DualEncoderConfig, ImageTower, TextTower
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_transformers_clip
 from frugal.common.weights.folding import fold_layer_scale, fold_patch_bias
 from frugal.common.weights.trained import (

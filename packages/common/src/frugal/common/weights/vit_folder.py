@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from frugal.common.models.config import ImageTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import State, to_vit_mae
 from frugal.common.weights.folding import fold_layer_scales
 from frugal.common.weights.trained import Misfit, Seen, TrainedTower

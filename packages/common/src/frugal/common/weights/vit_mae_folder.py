@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frugal.common.checkpoint.warm_start import load_weights
 from frugal.common.contracts import Batch
-from frugal.common.models.positions import image_table
+from frugal.common.models.vit import image_table
 from frugal.common.models.weight_names import VIT_MAE_DECODER, State, write_names
 from frugal.common.weights.trained import Misfit, TrainedTower, noise_pictures
 from frugal.common.weights.transformers_folder import image_processor
