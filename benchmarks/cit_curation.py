@@ -182,7 +182,14 @@ def curate(pool_folder: Path, device: str) -> dict[str, Any]:
     from frugal.cit.pool import open_pool
 
     recipe, run = the_recipe(pool_folder), this_process(device)
-    pool = open_pool(recipe.data, recipe, run)
+    pool = open_pool(
+        recipe.data,
+        recipe,
+        run,
+        needed=recipe.batch_size,
+        scan=recipe.data.scan,
+        tags=recipe.data.tag_places,
+    )
     # nothing passes: all is scanned, and what is nearest fills up
     data = replace(recipe.data, threshold=1.0, min_ratio=None, when_short="best")
     tower = recipe.model.build().text.to(run.device)
@@ -190,11 +197,11 @@ def curate(pool_folder: Path, device: str) -> dict[str, Any]:
     features = TextFeatures(
         tower, pool.transform.tokenizer, length=length, device=run.device, dtype=torch.float32
     )
-    wanted = {"wanted": recipe.batch_size, "features": features, "gather": Gather(run)}
+    options = {"needed": recipe.batch_size, "features": features, "gather": Gather(run)}
     for limit in (data.scan, pool.samples):  # the first chooses kernels
         limited = replace(data, max_scanned=limit)
-        curator = Curator(limited, pool, data.metadata.classes(), run, first_unit=0)
-        found = curator.curate(0, 0, **wanted)
+        curator = Curator(limited, limited.rule, pool, data.metadata.classes(), run, first_unit=0)
+        found = curator.curate(0, 0, **options)
     return {
         "pool": pool.samples,
         "pairs_per_second": found.facts.scanned / found.seconds,

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # where this file is one of two 
 
 from cit_cases import case
 
-from frugal.cit.settings import LockedContrastive
+from frugal.cit.objective import LockedContrastive
 from frugal.common.models.clip import unit
 from frugal.common.objectives.contrastive_loss import BOTH, contrastive_loss
 from support import start_ranks

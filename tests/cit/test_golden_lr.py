@@ -2,7 +2,7 @@
 
 from cit_cases import case
 
-from frugal.cit.settings import published_optimizer, published_schedule
+from frugal.cit.recipes import published_optimizer, published_schedule
 
 
 def test_the_rate_of_every_recorded_update_is_the_reference_s() -> None:

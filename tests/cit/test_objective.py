@@ -20,8 +20,9 @@ from tower_cases import (
     write_run,
 )
 
+from frugal.cit.objective import LockedContrastive
 from frugal.cit.published_dual import to_released
-from frugal.cit.settings import LockedContrastive, published_optimizer
+from frugal.cit.recipes import published_optimizer
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage

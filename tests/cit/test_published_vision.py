@@ -27,7 +27,7 @@ from tower_cases import (
 from transformers import ViTConfig, ViTModel
 
 from frugal.cit.published_vision import read_vision
-from frugal.cit.settings import augreg_tower, moco_tower, swag_tower
+from frugal.cit.recipes import augreg_tower, moco_tower, swag_tower
 from frugal.cit.tower_start import start_image
 from frugal.common.errors import InputError
 from frugal.common.models.named import flip_encoder

@@ -24,7 +24,7 @@ from transformers import (
     ViTConfig,
 )
 
-from frugal.cit.settings import dual_encoder
+from frugal.cit.recipes import dual_encoder
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage, TransformersImage, TransformersText
 from frugal.common.recipe import from_json, to_json

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, BertConfig
 
-from frugal.cit.objective import LockedObjective
-from frugal.cit.settings import LockedContrastive, dual_encoder, published_optimizer
+from frugal.cit.objective import LockedContrastive, LockedObjective
+from frugal.cit.recipes import dual_encoder, published_optimizer
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.contracts import Batch
 from frugal.common.data.config import PairData

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from frugal.cit.settings import LockedContrastive
+from frugal.cit.objective import LockedContrastive
 from frugal.common.contracts import Batch
 from frugal.common.engine.loop import accumulate
 from frugal.common.engine.metrics import Step, read

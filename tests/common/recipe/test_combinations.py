@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from frugal.cit.settings import LockedContrastive
+from frugal.cit.objective import LockedContrastive
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.engine.loop import accumulate
 from frugal.common.engine.rehearsal import _made_up, rehearse

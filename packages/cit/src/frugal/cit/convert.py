@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from frugal.cit.settings import LockedContrastive, published_optimizer, published_schedule
+from frugal.cit.objective import LockedContrastive
+from frugal.cit.recipes import published_optimizer, published_schedule
 from frugal.common.cli import run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import HuggingFace

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from frugal.cit.curated_data import CuratedData
 from frugal.cit.features import TextFeatures
-from frugal.cit.metadata import WantedClass
+from frugal.cit.metadata import TargetClass
 from frugal.cit.pool import NO_TEXT, UNREADABLE, Pool, UnitReader, UnitTexts
-from frugal.cit.selection import Collection, class_features, nearest_class, select
+from frugal.cit.selection import Collection, Rule, class_features, nearest_class, select
 from frugal.common.contracts import DamageNote
+from frugal.common.data.config import PairData
 from frugal.common.data.damage import DamageCounter, warning
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
@@ -166,9 +166,10 @@ class Curator:
 
     def __init__(
         self,
-        data: CuratedData,
+        data: PairData,
+        rule: Rule,
         pool: Pool,
-        classes: Sequence[WantedClass],
+        classes: Sequence[TargetClass],
         run: Run,
         *,
         first_unit: int,
@@ -176,13 +177,14 @@ class Curator:
         """Begin to read captions.
 
         Args:
-            data: the rule.
+            data: where the pool lies and how it is read.
+            rule: which captions are chosen.
             pool: what is scanned.
-            classes: what is wanted.
+            classes: near to which captions are chosen.
             run: its processes share the work.
             first_unit: where the first curation starts.
         """
-        self._data = data
+        self._data, self._rule = data, rule
         self._pool = pool
         self._classes = classes
         self._run = run
@@ -194,14 +196,14 @@ class Curator:
         )
 
     def curate(
-        self, period: int, first_unit: int, wanted: int, *, features: TextFeatures, gather: Gather
+        self, period: int, first_unit: int, needed: int, *, features: TextFeatures, gather: Gather
     ) -> Curation:
         """Choose the pairs of a period; every process calls this and gets the same ones.
 
         Args:
             period: its number.
             first_unit: where to start; where the curation before it ended.
-            wanted: pairs.
+            needed: pairs.
             features: of texts, with the weights that choose.
             gather: shares the scores.
 
@@ -209,11 +211,11 @@ class Curator:
             InputError: if enough was scanned without finding as many, or texts cannot be used.
         """
         started = time.perf_counter()
-        search = _Search(self._data, self._pool, period, first_unit, wanted)
+        search = _Search(self._data, self._rule, self._pool, period, first_unit, needed)
         with features.asked():
-            wanted_features = class_features([c.prompts for c in self._classes], features.texts)
+            directions = class_features([c.prompts for c in self._classes], features.texts)
             while not search.is_over:
-                self._round(search, features, wanted_features, gather)
+                self._round(search, features, directions, gather)
         chosen = search.finish(self._log)
         order = sample_generator(self._pool.choice.seed, "curated order", period).permutation(
             len(chosen)
@@ -264,15 +266,15 @@ class Curator:
         scored, kept = unit
         numbers = self._pool.numbers(scored.unit)
         found = []
-        for wanted in (True, False):
-            rows = ((kept == wanted) & (scored.texts >= 0)).nonzero().flatten()
+        for is_chosen in (True, False):
+            rows = ((kept == is_chosen) & (scored.texts >= 0)).nonzero().flatten()
             rows = rows[scored.similarity[rows].argsort(descending=True, stable=True)]
             places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
             for row in rows[places].tolist():
                 drawn = self._pool.text(int(numbers[row]))
                 assert drawn is not None
                 nearest = self._classes[int(scored.classes[row])].name
-                found.append(Example(drawn[1], nearest, float(scored.similarity[row]), wanted))
+                found.append(Example(drawn[1], nearest, float(scored.similarity[row]), is_chosen))
         return found
 
 
@@ -292,22 +294,28 @@ class _Search:
     """What one curation has found so far; alike on every process."""
 
     def __init__(
-        self, data: CuratedData, pool: Pool, period: int, first_unit: int, wanted: int
+        self,
+        data: PairData,
+        rule: Rule,
+        pool: Pool,
+        period: int,
+        first_unit: int,
+        needed: int,
     ) -> None:
-        self._data = data
+        self._data, self._rule = data, rule
         self._pool = pool
-        self._wanted = wanted
-        self._max_scanned = data.max_scanned or PASSES * pool.samples
-        self._collection: Collection[int] = Collection(keep=data.keep)
+        self._needed = needed
+        self._max_scanned = rule.max_scanned or PASSES * pool.samples
+        self._collection: Collection[int] = Collection(keep=rule.keep)
         self._parts: list[Chosen] = []
         self._rejected: list[Chosen] = []
-        self.facts = Facts(period, first_unit, first_unit, data.threshold)
+        self.facts = Facts(period, first_unit, first_unit, rule.threshold)
         self.first: tuple[_Scored, Tensor] | None = None
         self._last_found = 0
 
     @property
     def _is_full(self) -> bool:
-        return len(self._collection) >= self._wanted
+        return len(self._collection) >= self._needed
 
     @property
     def is_over(self) -> bool:
@@ -333,7 +341,7 @@ class _Search:
             similarity = scored.similarity[usable]
             facts.best = max(facts.best, float(similarity.max()))
             selection = select(
-                similarity, threshold=self._data.threshold, min_ratio=self._data.min_ratio
+                similarity, threshold=self._rule.threshold, min_ratio=self._rule.min_ratio
             )
             facts.fallbacks += selection.fell_back
             kept[usable] = selection.chosen
@@ -341,7 +349,7 @@ class _Search:
         facts.kept += new
         if new:
             self._last_found = facts.scanned
-        if self._data.when_short == "best":
+        if self._rule.when_short == "best":
             self._remember(self._rows(scored, usable & ~kept))
         if self.first is None:
             self.first = scored, kept
@@ -369,8 +377,8 @@ class _Search:
     def _remember(self, rejected: Chosen) -> None:
         """Hold the nearest of what was not kept, a bounded number of them."""
         self._rejected.append(rejected)
-        if sum(map(len, self._rejected)) > 4 * self._wanted:
-            self._rejected = [_nearest(Chosen.together(self._rejected), 2 * self._wanted)]
+        if sum(map(len, self._rejected)) > 4 * self._needed:
+            self._rejected = [_nearest(Chosen.together(self._rejected), 2 * self._needed)]
 
     def finish(self, log: logging.Logger) -> Chosen:
         """What was chosen, in the order in which it was found.
@@ -378,21 +386,21 @@ class _Search:
         Raises:
             InputError: if it is not enough.
         """
-        if not self._is_full and self._data.when_short == "best" and self._rejected:
+        if not self._is_full and self._rule.when_short == "best" and self._rejected:
             before = len(self._collection)
             nearest = Chosen.together(self._rejected)
             self._take(_nearest(nearest, len(nearest)))
-            self.facts.filled_up = min(len(self._collection), self._wanted) - before
+            self.facts.filled_up = min(len(self._collection), self._needed) - before
             log.warning("%s; the nearest of the others fill up", self._shortage(before))
         if not self._is_full:
             raise InputError(self._mistake())
-        return Chosen.together(self._parts).rows(slice(self._wanted))
+        return Chosen.together(self._parts).rows(slice(self._needed))
 
     def _shortage(self, found: int) -> str:
         facts = self.facts
         return (
             f"curation {facts.period} scanned {facts.scanned:,} captions and kept {found:,} of the "
-            f"{self._wanted:,} pairs it needs; the best similarity it saw is {facts.best:.4f} at "
+            f"{self._needed:,} pairs it needs; the best similarity it saw is {facts.best:.4f} at "
             f"data.threshold = {facts.threshold:g}"
         )
 

@@ -12,33 +12,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from frugal.cit.curation import Chosen, Curation, Example, Facts
-from frugal.cit.metadata import WantedClass
+from frugal.cit.metadata import TargetClass
 from frugal.cit.pool import Pool
 from frugal.common.checkpoint.store import file_checksum
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
 
+if TYPE_CHECKING:  # types of a library that takes longer to import than torch
+    import pyarrow as pa
+
 FOLDER = "curation"
 _ABOUT = b"frugal.cit"
-_NAMES = pa.dictionary(pa.int32(), pa.string())
-SCHEMA = pa.schema(
-    [
-        ("shard", _NAMES),
-        ("index", pa.int64()),
-        ("key", pa.string()),
-        ("text", _NAMES),
-        ("similarity", pa.float32()),
-        ("nearest", _NAMES),
-    ]
-)
-"""Path of the shard, number and key of the sample in it, name of the text, cosine, class."""
 
 
 def text_name(names: Sequence[str], place: int) -> str:
@@ -54,7 +43,7 @@ class CurationFiles:
     """The curations of one run directory."""
 
     def __init__(
-        self, run_dir: Path, pool: Pool, classes: Sequence[WantedClass], text_names: Sequence[str]
+        self, run_dir: Path, pool: Pool, classes: Sequence[TargetClass], text_names: Sequence[str]
     ) -> None:
         self._folder = run_dir / FOLDER
         self._pool = pool
@@ -71,6 +60,8 @@ class CurationFiles:
         Raises:
             InputError: if it cannot be written.
         """
+        import pyarrow.parquet as pq
+
         path = self.path(curation.facts.period)
         aside = path.with_name(f".{path.name}.writing")
         try:
@@ -87,20 +78,25 @@ class CurationFiles:
         return file_checksum(path)
 
     def _table(self, curation: Curation) -> pa.Table:
+        """Path of the shard, number and key of the sample, name of the text, cosine, class."""
+        import pyarrow as pa
+
         chosen = curation.chosen
         shards, number_of_shard = np.unique(chosen.shards, return_inverse=True)
         texts, number_of_text = np.unique(chosen.texts, return_inverse=True)
-        columns = [
-            _dictionary(number_of_shard, [self._pool.shards[s].name for s in shards.tolist()]),
-            pa.array(chosen.indices),
-            pa.array(self._keys(chosen), pa.string()),
-            _dictionary(number_of_text, [text_name(self._text_names, t) for t in texts.tolist()]),
-            pa.array(chosen.similarity),
-            _dictionary(chosen.classes, [wanted.name for wanted in self._classes]),
-        ]
+        shard_names = [self._pool.shards[shard].name for shard in shards.tolist()]
+        text_names = [text_name(self._text_names, text) for text in texts.tolist()]
+        columns = {
+            "shard": _dictionary(number_of_shard, shard_names),
+            "index": pa.array(chosen.indices),
+            "key": pa.array(self._keys(chosen), pa.string()),
+            "text": _dictionary(number_of_text, text_names),
+            "similarity": pa.array(chosen.similarity),
+            "nearest": _dictionary(chosen.classes, [item.name for item in self._classes]),
+        }
         about = asdict(curation.facts) | {"examples": [asdict(e) for e in curation.examples]}
         metadata = {_ABOUT: json.dumps(about, sort_keys=True).encode()}
-        return pa.Table.from_arrays(columns, schema=SCHEMA).replace_schema_metadata(metadata)
+        return pa.table(columns).replace_schema_metadata(metadata)
 
     def _keys(self, chosen: Chosen) -> list[str]:
         """The key of every pair; shard by shard, so that each is opened once."""
@@ -117,6 +113,8 @@ class CurationFiles:
         Raises:
             InputError: if it is not there any more, or not the one that a checkpoint belongs to.
         """
+        import pyarrow.parquet as pq
+
         path = self.path(period)
         problem = "is missing"
         if path.is_file():
@@ -135,7 +133,7 @@ class CurationFiles:
 
     def _chosen(self, table: pa.Table) -> Chosen:
         number_of_shard = {shard.name: number for number, shard in enumerate(self._pool.shards)}
-        names = [wanted.name for wanted in self._classes]
+        names = [item.name for item in self._classes]
         number_of_class = {name: number for number, name in reversed(list(enumerate(names)))}
         return Chosen(
             _decode(table["shard"], number_of_shard.__getitem__).astype(np.int64),
@@ -152,6 +150,9 @@ def read_about(path: Path) -> tuple[Facts, list[Example]]:
     Raises:
         InputError: if it is no file of a curation.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         about = json.loads((pq.read_schema(path).metadata or {})[_ABOUT])
         examples = [Example(**example) for example in about.pop("examples")]
@@ -169,6 +170,9 @@ def curations_of(run_dir: Path) -> list[Path]:
 
 
 def _dictionary(numbers: np.ndarray, names: list[str]) -> pa.DictionaryArray:
+    """A column of names, each written once, from the number of its name for every row."""
+    import pyarrow as pa
+
     return pa.DictionaryArray.from_arrays(
         pa.array(numbers.astype(np.int32)), pa.array(names, pa.string())
     )

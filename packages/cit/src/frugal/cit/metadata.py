@@ -1,7 +1,4 @@
-"""What is wanted of a pool: names of classes, from tasks, from WordNet or from text files.
-
-Nothing here imports torch.
-"""
+"""The classes whose captions a curation looks for: of tasks, of WordNet or of text files."""
 
 from __future__ import annotations
 
@@ -14,12 +11,12 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.task_labels import TASKS, task_labels
 from frugal.common.files import read_lines
 
-ALL, WORDNET, OWN = "all", "wordnet", "task"
+ALL, WORDNET, OF_TASK = "all", "wordnet", "task"
 _PLAIN = ("{c}",)
 
 
 @dataclass(frozen=True)
-class WantedClass:
+class TargetClass:
     """One direction in which captions are looked for."""
 
     name: str
@@ -30,7 +27,7 @@ class WantedClass:
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """Whose captions are wanted."""
+    """The classes near to which a caption is chosen."""
 
     sources: tuple[str, ...] = ("imagenet",)
     """Any number of: tasks (imagenet, food101, cifar10 and so on), "all" for the 26 of them,
@@ -53,43 +50,47 @@ class Metadata:
                 "data.metadata.templates is empty; give {c} for the name alone, or task"
             )
         for template in self.templates:
-            if template != OWN and "{c}" not in template:
+            if template != OF_TASK and "{c}" not in template:
                 raise InputError(
                     f"data.metadata.templates has {template!r}, which has no place for the name; "
                     "write {c} where it goes"
                 )
 
-    def classes(self) -> list[WantedClass]:
+    def classes(self) -> list[TargetClass]:
         """Every class once, in the order of the sources.
 
         Raises:
             InputError: if a source is unknown, cannot be read, or names nothing.
         """
         sources = [s for source in self.sources for s in (TASKS if source == ALL else (source,))]
-        found: dict[tuple[str, ...], WantedClass] = {}
+        found: dict[tuple[str, ...], TargetClass] = {}
         for source in sources:
-            names, own = _read(source)
+            names, templates_of_task = _read(source)
             if not names:
                 raise InputError(f"data.metadata.sources: {source} names no class; add some")
             if self.flatten:
                 names = [(name,) for several in names for name in several]
-            templates = self._templates(source, own)
+            templates = self._templates(source, templates_of_task)
             for several in names:
                 prompts = tuple(t.replace("{c}", name) for t in templates for name in several)
-                found.setdefault(tuple(sorted(prompts)), WantedClass(several[0], prompts))
+                found.setdefault(tuple(sorted(prompts)), TargetClass(several[0], prompts))
         return list(found.values())
 
-    def _templates(self, source: str, own: Sequence[str]) -> list[str]:
-        if OWN in self.templates and not own:
+    def _templates(self, source: str, of_task: Sequence[str]) -> list[str]:
+        if OF_TASK in self.templates and not of_task:
             raise InputError(
                 f"data.metadata.templates is task, but {source} is no task and has none of its "
                 "own; write the templates, such as 'a photo of a {c}.'"
             )
-        return [t for template in self.templates for t in (own if template == OWN else [template])]
+        return [
+            sentence
+            for template in self.templates
+            for sentence in (of_task if template == OF_TASK else [template])
+        ]
 
 
 def _read(source: str) -> tuple[list[tuple[str, ...]], Sequence[str]]:
-    """The names of every class of a source, and its own templates."""
+    """The names of every class of a source, and the templates it is evaluated with."""
     if source == WORDNET:
         return [(name,) for name in wordnet_nouns()], ()
     path = Path(source)

@@ -1,15 +1,19 @@
-"""Two towers of which a part is trained (arXiv:2301.02241, section 3)."""
+"""CiT's objective: two towers of which a part is trained.
+
+Source: Xu et al., "CiT: Curation in Training for Effective Vision-Language Data",
+arXiv:2301.02241, section 3.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from typing_extensions import override
 
-from frugal.cit.settings import LockedContrastive
 from frugal.cit.tower_start import start_image, start_text
 from frugal.common.checkpoint.warm_start import warm_start
 from frugal.common.contracts import Batch
@@ -17,9 +21,69 @@ from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import counting
 from frugal.common.models.clip import DualEncoder, resample_table
 from frugal.common.models.flops import projection_flops, projector_flops, tower_flops
+from frugal.common.models.pretrained import TransformersText
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
-from frugal.common.objectives.contrastive import ContrastiveObjective, Encoded
+from frugal.common.objectives.contrastive import Contrastive, ContrastiveObjective, Encoded
+from frugal.common.objectives.contrastive_loss import Direction
+from frugal.common.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockedContrastive(Contrastive):
+    """Images look for their captions, with towers of which a part may stay as it is.
+
+    The projections and the logit scale are always trained. What is not trained computes as in
+    evaluation: without dropout, and with batch norms' running statistics.
+    """
+
+    directions: tuple[Direction, ...] = ("image_to_text",)
+    train_image: Literal["none", "head", "all"] = "head"
+    """Of the image tower: nothing, its projector alone, or everything."""
+    train_text: Literal["none", "pool", "all"] = "all"
+    """Of the text tower: nothing, its pooler alone, or everything."""
+    image_weights: str | None = None
+    """What an image tower of Frugal's own kind starts from: a file of MoCo v3, SWAG, timm, CLIP or
+    DINO, a folder or a name on the Hugging Face hub (of timm's vision transformers, say), or a run
+    directory. Towers of other libraries name their weights themselves."""
+    text_weights: str | None = None
+    """What a text tower of Frugal's own kind starts from: a run directory."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what the towers of a recipe do not have."""
+        super().check(recipe)
+        image, text = recipe.model.image, recipe.model.text
+        has_projector = isinstance(image, ImageTower) and image.projector_width is not None
+        if self.train_image == "head" and not has_projector:
+            raise InputError(
+                "objective.train_image is head, but model.image has no projector (projector_width) "
+                "that could be trained alone; choose none or all"
+            )
+        has_pooler = isinstance(text, TransformersText) and text.pooling == "pooler"
+        if self.train_text == "pool" and not has_pooler:
+            raise InputError(
+                "objective.train_text is pool, but model.text has no pooler that could be trained "
+                "alone; choose none or all"
+            )
+        if self.image_weights is not None and not isinstance(image, ImageTower):
+            raise InputError(
+                f"objective.image_weights is {self.image_weights}, but model.image names its "
+                "weights itself; leave it out"
+            )
+        if self.text_weights is not None and not isinstance(text, TextTower):
+            raise InputError(
+                f"objective.text_weights is {self.text_weights}, but model.text names its weights "
+                "itself; leave it out"
+            )
+        if has_projector and self.train_image != "none" and recipe.engine.cache_chunk is not None:
+            raise InputError(
+                "engine.cache_chunk encodes a batch in parts, but the batch norms of the projector "
+                "need it whole; leave it out, or set objective.train_image to none"
+            )
+
+    @override
+    def _objective(self, model: DualEncoder, **options: Any) -> LockedObjective:
+        return LockedObjective(model, self, **options)
 
 
 class LockedObjective(ContrastiveObjective):

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from frugal.cit.curated_data import CuratedData
 from frugal.cit.texts import TextChoice
 from frugal.common.contracts import DamageNote
-from frugal.common.data.config import entries_of, make_order, make_transform, open_sources
+from frugal.common.data.config import PairData, entries_of, make_order, make_transform, open_sources
 from frugal.common.data.contents import Contents, check_same_data, contents_of
 from frugal.common.data.damage import Damaged, note_of
 from frugal.common.data.loader import WAIT, Loader
@@ -89,8 +88,24 @@ class Pool:
         return self.choice.draw(self.readers.reader(shard).captions(index), number)
 
 
-def open_pool(data: CuratedData, recipe: Recipe, run: Run) -> Pool:
+def open_pool(
+    data: PairData,
+    recipe: Recipe,
+    run: Run,
+    *,
+    needed: int,
+    scan: int,
+    tags: tuple[int, ...] = (),
+) -> Pool:
     """The pool of a recipe; every process of a run must call this.
+
+    Args:
+        data: where it lies and how it is read.
+        recipe: says the seed, the tokens and the augmentation.
+        run: this process.
+        needed: pairs that one curation is to choose.
+        scan: samples of a unit.
+        tags: which texts of a sample are comma-separated tags.
 
     Raises:
         InputError: if there is none, it cannot be read, or it is smaller than one curation.
@@ -105,11 +120,10 @@ def open_pool(data: CuratedData, recipe: Recipe, run: Run) -> Pool:
     contents = contents_of(sources)
     check_same_data(contents, run)
     order = make_order(data, sources, seed=recipe.run.seed)
-    wanted = min(data.period, recipe.steps) * recipe.batch_size
-    if order.samples < wanted:
+    if order.samples < needed:
         raise InputError(
             f"the pool holds {order.samples:,} pairs, fewer than one curation is to choose "
-            f"(data.period x batch_size = {wanted:,}); give more shards in data.train, or lower "
+            f"(data.period x batch_size = {needed:,}); give more shards in data.train, or lower "
             "data.period"
         )
     shards = [shard for source in sources for shard in source.shards]
@@ -118,9 +132,9 @@ def open_pool(data: CuratedData, recipe: Recipe, run: Run) -> Pool:
         shards=shards,
         readers=ReaderCache(shards, data.fields, sources=entries_of(sources)),
         order=order,
-        choice=TextChoice(seed=recipe.run.seed, tags=data.tag_places),
+        choice=TextChoice(seed=recipe.run.seed, tags=tags),
         transform=transform,
-        scan=data.scan,
+        scan=scan,
         contents=contents,
     )
 

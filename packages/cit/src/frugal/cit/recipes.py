@@ -9,18 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from frugal.cit.curated_data import CuratedData
 from frugal.cit.metadata import ALL, Metadata
-from frugal.cit.settings import (
-    LockedContrastive,
-    augreg_tower,
-    dual_encoder,
-    moco_tower,
-    published_optimizer,
-    published_schedule,
-    swag_tower,
-)
+from frugal.cit.objective import LockedContrastive
 from frugal.common.data.samples import Fields
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
@@ -29,8 +22,9 @@ from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.suites import metric_of
 from frugal.common.evaluation.task_labels import TASKS
 from frugal.common.models.named import image_tower
+from frugal.common.models.pretrained import PretrainedDualEncoderConfig, TransformersText
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import Recipe, Reductions, RunOptions, WarmupCosine
+from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate
 
@@ -41,6 +35,58 @@ ONE_GPU = 1_536
 YFCC = Fields(caption=("json.title", "json.desc", "json.tag"), separate=True)
 """As ``frugal.cit.yfcc`` writes them."""
 _CROP = CenterCrop(share=0.875, interpolation="bilinear")
+
+
+_HALF = (0.5, 0.5, 0.5)
+
+
+def moco_tower(name: str = "B/16", **options: Any) -> ImageTower:
+    """MoCo v3's vision transformer with its projector, whose 256 numbers are what is pooled.
+
+    Source: Chen et al., arXiv:2104.02057. The position table is that of the file, so that a run
+    gives the file back bit for bit.
+    """
+    return image_tower(name, **{"projector_width": 4096, **options})
+
+
+def augreg_tower(name: str = "B/32", **options: Any) -> ImageTower:
+    """The vision transformers of Steiner et al., arXiv:2106.10270: B/32, B/16 and L/16."""
+    return image_tower(name, **{"mean": _HALF, "std": _HALF, **options})
+
+
+def swag_tower(name: str = "B/16", **options: Any) -> ImageTower:
+    """The vision transformers of Singh et al., arXiv:2201.08371: B/16, L/16 and H/14."""
+    return image_tower(name, **options)
+
+
+def dual_encoder(image: Any, text: Any = None) -> PretrainedDualEncoderConfig:
+    """An image tower beside SimCSE's BERT (or another text tower), meeting in 512 dimensions."""
+    return PretrainedDualEncoderConfig(image=image, text=text or TransformersText())
+
+
+def published_optimizer(**options: Any) -> AdamW:
+    """AdamW with its three groups: projections 1.0, matrices and tables 0.2, vectors 0.
+
+    The published runs decay the logit scale too and never clamp it: that is
+    ``no_decay=("bias", "norm")`` here, and ``clamp="never"`` of the objective.
+    """
+    settings: dict[str, Any] = {
+        "learning_rate": 5e-4,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.2,
+        "projection_weight_decay": 1.0,
+        "no_decay": ("vector",),
+    }
+    return AdamW(**{**settings, **options})
+
+
+def published_schedule(updates: int, batch_size: int) -> WarmupCosine:
+    """Warm-up over a 25th of the updates from 0, then half a cosine down to 1e-5."""
+    return WarmupCosine(
+        samples=updates * batch_size,
+        warmup_samples=updates // 25 * batch_size,
+        floor=1e-5,
+    )
 
 
 def _yfcc15m(**options: object) -> CuratedData:

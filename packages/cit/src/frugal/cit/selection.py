@@ -47,6 +47,22 @@ def nearest_class(texts: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     return found.values, found.indices
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Which captions a curation chooses; the fields of the recipe's data of these names."""
+
+    threshold: float
+    """A caption is chosen if its cosine with the nearest class is greater."""
+    min_ratio: float | None
+    """Least share of a unit to be chosen, the nearest ones where too few are above."""
+    keep: Literal["set", "list"]
+    """Whether a caption is chosen once, or as often as it is met."""
+    max_scanned: int | None
+    """Captions after which a curation ends; without it some passes of the pool."""
+    when_short: Literal["stop", "best"]
+    """Whether a run ends where these do not suffice, or the nearest of the others fill up."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """What was decided about some texts."""

@@ -25,6 +25,7 @@ _TRANSFER = {
 }
 """Parts that were MILAN's, and are of any image tower."""
 TYPES = {
+    "frugal.cit.settings.LockedContrastive": "frugal.cit.objective.LockedContrastive",
     "frugal.common.data.colour.ColourJitter": "frugal.common.data.color.ColorJitter",
     "frugal.common.interop.imported_encoder.ImportedEncoder": (
         "frugal.common.weights.imported_encoder.ImportedEncoder"
