@@ -186,9 +186,8 @@ def small_recipe(options: argparse.Namespace, batch: Batch) -> Recipe:
 
 def published_tower(tower: ImageTransformer) -> Any:
     """The tower computed as in the published code, whatever its attention mask holds."""
+    from reference_cluster_masking import published_bias, tower_with_bias
     from torch import nn
-
-    from frugal.cluster_masking.published import published_bias, tower_with_bias
 
     class PublishedTower(nn.Module):
         def __init__(self) -> None:

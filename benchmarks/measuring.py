@@ -7,10 +7,15 @@ import json
 import os
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.append(
+    str(Path(__file__).parents[1] / "tests" / "reference")
+)  # slow oracles to compare with
 
 
 def measured(command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:

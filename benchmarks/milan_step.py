@@ -111,17 +111,17 @@ def products_in(options: argparse.Namespace) -> contextlib.AbstractContextManage
 
 
 def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], None]:
-    """One step of ``vit-b16`` after its teacher has spoken."""
+    """One step of ``vit-b16`` on a target that is there already."""
+    import reference_milan as readable
     import torch
 
     from frugal.common.contracts import Batch
     from frugal.common.optim.optimizers import build_adamw
     from frugal.common.recipe import AdamW
-    from frugal.milan import readable
     from frugal.milan.decoders import Split
     from frugal.milan.objective import Reconstruction
     from frugal.milan.recipes import vit_b16
-    from frugal.milan.targets import FeatureTarget, Wanted
+    from frugal.milan.targets import FeatureTarget, TargetValues
 
     recipe = vit_b16()
     assert isinstance(recipe.optimizer, AdamW)
@@ -131,22 +131,22 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
         decoder=replace(recipe.model.decoder, depth=max(2 * options.depth // 3, 1)),
     )
     patches, device = config.image.num_patches, options.device
-    wanted = Wanted(
+    target = TargetValues(
         torch.randn(options.batch, 1 + patches, FEATURES, device=device),
         torch.rand(options.batch, patches, device=device),
     )
 
-    class Spoken(FeatureTarget):
-        """What a teacher has said."""
+    class Ready(FeatureTarget):
+        """A target that is there already."""
 
         def __init__(self) -> None:
             self.outputs = FEATURES
 
-        def look(self, images: torch.Tensor) -> Wanted:
-            return wanted
+        def of(self, images: torch.Tensor) -> TargetValues:
+            return target
 
     model = config.build(outputs=FEATURES).to(device)
-    objective = Reconstruction(model, Spoken(), reduction=recipe.reduction.image, seed=0)
+    objective = Reconstruction(model, Ready(), reduction=recipe.reduction.image, seed=0)
     optimizer = build_adamw(objective, recipe.optimizer)
     batch = Batch(
         images=random_images(options),
@@ -157,7 +157,7 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
     def plain_loss() -> torch.Tensor:
         view, noise = objective.look(batch)
         split = Split.of(objective.reduction.keep(view, noise=noise), patches)
-        return readable.feature_loss(readable.predict(model, batch.images, split), wanted.values)
+        return readable.feature_loss(readable.predict(model, batch.images, split), target.values)
 
     def step() -> None:
         with products_in(options):
@@ -171,13 +171,13 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
 
 
 def teacher_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], None]:
-    """What CLIP's ViT-B/16 says of a batch."""
+    """A batch through CLIP's ViT-B/16."""
+    import reference_milan as readable
     import torch
 
     from frugal.common.models.named import clip_encoder
     from frugal.common.models.vit import ImageTransformer
     from frugal.common.weights.encoder_weights import EncoderWeights
-    from frugal.milan import readable
     from frugal.milan.teacher import FrozenTeacher
 
     tower = replace(clip_encoder("B/16", quick_gelu=True).image, depth=options.depth)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
+sys.path.insert(0, str(Path(__file__).parent / "reference"))  # for `import reference_milan`
 
 from support import ALONE, train
 

@@ -5,21 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-from frugal.cluster_masking.masking import (
-    ANCHORS,
-    CUT_OFF,
-    ClusterMask,
-    ClusterMasking,
-)
-from frugal.cluster_masking.published import (
+from reference_cluster_masking import (
     blocking_bias,
     both_visible,
     kept_hits,
     published_bias,
     tower_with_bias,
 )
+from reference_cluster_masking import (
+    ids_keep as published_ids,
+)
+from safetensors.torch import load_file
+
+from frugal.cluster_masking.clusters import ANCHORS, CUT_OFF, ClusterMask
+from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, ImageTower, ImageTransformer
 from frugal.common.models.weight_names import OPEN_CLIP, read_names
 from frugal.common.randomness import RecordedNoise
@@ -154,7 +153,7 @@ def test_what_masked_tokens_attend_to_is_of_no_consequence_for_the_class_token()
     case = Case("vit_tiny")
     hits = kept_hits(case.mask)
     pairs = torch.where(both_visible(hits), 0.0, -1e12)[:, None]
-    pooled = tower_with_bias(case.tower, case.images, case.mask.ids_keep, pairs)
+    pooled = tower_with_bias(case.tower, case.images, published_ids(case.mask), pairs)
     packed = case.tower(case.images, case.kept)
     torch.testing.assert_close(pooled, packed, rtol=0, atol=1e-5)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from frugal.cluster_masking.masking import ANCHORS, CUT_OFF, ClusterMasking, cluster_mask
+from frugal.cluster_masking.clusters import ANCHORS, CUT_OFF, cluster_mask
+from frugal.cluster_masking.masking import ClusterMasking
 from frugal.cluster_masking.recipes import demo
 from frugal.common.contracts import Batch, PreparedReduction
 from frugal.common.objectives.gradient_cache import cached_backward

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frugal.cluster_masking.masking import cluster_mask
+from frugal.cluster_masking.clusters import cluster_mask
 from frugal.cluster_masking.similarity import embedding_similarity, pixel_similarity
 
 CASES = [(2, 9, 12), (3, 20, 27), (1, 35, 108)]  # images, patches, pixels

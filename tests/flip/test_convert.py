@@ -476,9 +476,6 @@ def test_views_cover_every_value_of_ours_exactly_once():
     assert all((tensor == 1).all() for tensor in state.values())
 
 
-def test_asking_for_help_loads_no_torch():
-    code = (
-        "import sys; import frugal.flip.convert\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
+def test_asking_for_help_loads_no_transformers():
+    code = "import sys; import frugal.flip.convert\nassert not {'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))

@@ -36,11 +36,10 @@ from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
 from frugal.common.transfer.classifier import pooled
 from frugal.common.weights.encoder_weights import read_encoder
-from frugal.milan.decoders import Split
-from frugal.milan.encoder import encoder
+from frugal.milan.decoders import DecoderConfig, Split
+from frugal.milan.model import MaskedModel, encoder
 from frugal.milan.recipes import demo, demo_pixels
 from frugal.milan.segmentation_recipes import SEGMENTATION
-from frugal.milan.settings import DecoderConfig, MaskedModel
 from frugal.milan.transfer_recipes import demo_fine_tuning, demo_probing
 
 SMALL = {"image_size": 32, "width": 24, "depth": 2, "heads": 3, "mlp_width": 60}

@@ -3,19 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import reference_milan as readable
 import torch
 
 from frugal.common.contracts import Batch
 from frugal.common.models.vit import ImageTower
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.weights.encoder_weights import EncoderWeights
-from frugal.milan import readable
-from frugal.milan.decoders import Split
-from frugal.milan.encoder import encoder
-from frugal.milan.model import build
+from frugal.milan.decoders import DecoderConfig, Split
+from frugal.milan.model import MaskedModel, build, encoder
 from frugal.milan.objective import Reconstruction
 from frugal.milan.semantic_sampling import SemanticSampling
-from frugal.milan.settings import DecoderConfig, MaskedModel
 from frugal.milan.targets import FeatureTarget, PixelTarget, unit_distance
 from frugal.milan.teacher import FrozenTeacher
 from host_reads import nothing_is_read

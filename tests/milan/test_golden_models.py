@@ -1,6 +1,7 @@
 """Encoder, both decoders and both losses against recorded runs of the reference models."""
 
 import pytest
+import reference_milan as readable
 import torch
 import torchvision.transforms.functional as tf
 from golden_cases import case, in_image_order
@@ -9,10 +10,9 @@ from frugal.common.contracts import Batch
 from frugal.common.randomness import RecordedNoise, uniform_noise
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
-from frugal.milan import readable
 from frugal.milan.decoders import PromptingDecoder, Split
 from frugal.milan.objective import Reconstruction
-from frugal.milan.targets import FeatureTarget, PixelTarget, Wanted
+from frugal.milan.targets import FeatureTarget, PixelTarget, TargetValues
 
 # float32: stated with the recordings; float64: they were rounded to float32 once
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.float64: {"rtol": 1e-6, "atol": 1e-6}}
@@ -26,12 +26,12 @@ def fast_losses(recorded, predicted, split, dtype):
     """(B, T) of predictions in the order of the decoder."""
     images = recorded.get("input/images", dtype)
     if recorded.about["use_clip"]:
-        wanted = Wanted(recorded.get("input/teacher_tokens", dtype), None)
+        wanted = TargetValues(recorded.get("input/teacher_tokens", dtype), None)
         return FeatureTarget.losses(None, predicted, wanted, split)  # type: ignore[arg-type]
     target = PixelTarget(
         recorded.published.model.image, normalize_patches=recorded.about["norm_pix"]
     )
-    return target.losses(predicted, Wanted(images, None), split)
+    return target.losses(predicted, TargetValues(images, None), split)
 
 
 def shuffled(split: Split) -> Split:

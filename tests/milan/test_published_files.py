@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import reference_milan as readable
 import torch
 from golden_cases import GOLDEN, case
 from safetensors.torch import load_file
@@ -18,7 +19,6 @@ from frugal.common.recipe import difference, load_recipe
 from frugal.common.run import Run, make_logger
 from frugal.common.weights.encoder_weights import read_encoder
 from frugal.common.weights.stored_files import read_content, state_in
-from frugal.milan import readable
 from frugal.milan.convert import Options, _fitting, convert
 from frugal.milan.objective import Reconstruction
 from frugal.milan.published_weights import Published, from_published, our_names, to_published

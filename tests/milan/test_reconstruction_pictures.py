@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from frugal.milan.decoders import Split
-from frugal.milan.encoder import encoder
+from frugal.milan.model import encoder
 from frugal.milan.pictures import draw_reconstruction
 
 TOWER = encoder("S/16", image_size=(32, 48), width=16, depth=1, heads=1, mlp_width=16)  # 2 x 3

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference_milan as readable
 import torch
 from golden_cases import GOLDEN
 from safetensors.torch import load_file, save_file
@@ -16,10 +17,8 @@ from safetensors.torch import load_file, save_file
 from frugal.common.errors import InputError
 from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from frugal.common.weights.encoder_weights import read_encoder
-from frugal.milan import readable
-from frugal.milan.encoder import encoder
-from frugal.milan.settings import Teacher
-from frugal.milan.teacher import FrozenTeacher, load_teacher
+from frugal.milan.model import encoder
+from frugal.milan.teacher import FrozenTeacher, Teacher, load_teacher
 
 RECORDED = load_file(GOLDEN / "teacher_clip_tiny.safetensors")
 STATE = {n.removeprefix("state/"): t for n, t in RECORDED.items() if n.startswith("state/")}

@@ -2,160 +2,40 @@
 
 Source: Wei, Pan and Owens, "Efficient Vision-Language Pre-training by Cluster Masking",
 arXiv:2405.08815, section 3. The published code fills images up with masked patches until all of a
-batch have equally many, and lets every token attend to them; see
-:mod:`frugal.cluster_masking.published`. Here every image keeps its own visible patches and nothing
-else, in packed tokens: the class token then sees what it would see if the masked patches were
-there and blocked, and what an image keeps does not depend on the other images of its batch.
+batch have equally many, and lets every token attend to them (the tests compare with that code in
+``tests/reference/reference_cluster_masking.py``). Here every image keeps its visible patches and
+nothing else, in packed tokens: the class token then sees what it would see if the masked patches
+were there and blocked, and what an image keeps does not depend on the other images of its batch.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from frugal.cluster_masking.clusters import (
+    ANCHORS,
+    CUT_OFF,
+    ClusterMask,
+    cluster_mask,
+    most_kept,
+    num_anchors,
+)
 from frugal.cluster_masking.pictures import draw_masks
+from frugal.cluster_masking.threshold_search import LEAST_PATCHES, search
 from frugal.common.errors import InputError
+from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Count, OpenShare, Positive, Range, check_ranges
 from frugal.common.reduction.image import Kept, PatchView
 
-if TYPE_CHECKING:
-    import logging
-
-    import numpy as np
-    from torch import Tensor
-
-    from frugal.common.randomness import NoiseSource
-
-ANCHORS = "cluster anchors"
-"""Name of the noise that draws the anchors."""
-CUT_OFF = "cluster cut-off"
-"""Name of the noise that decides which patches stay where an image has too many visible ones."""
 _DRAWN_DISTANCES = (1.5, 1.0, 0.5)
-"""From 1, of the thresholds that are drawn, as shares of the own one's."""
-Overflow = Literal["random", "index"]
-
-
-@dataclass(frozen=True)
-class ClusterMask:
-    """Which patches of every image are masked, and which stay."""
-
-    anchors: Tensor
-    """(B, A) patch numbers, by ascending noise."""
-    hits: Tensor
-    """(B, N) int64: how many anchors a patch resembles."""
-    order: Tensor
-    """(B, N) patch numbers, visible ones first; an image keeps the beginning of its row."""
-    most_kept: int
-    """Patches that an image keeps at most, however many are visible."""
-
-    @property
-    def masked(self) -> Tensor:
-        """(B, N) bool: patches that resemble an anchor."""
-        return self.hits > 0
-
-    @property
-    def visible_counts(self) -> Tensor:
-        """(B,) int64: patches that resemble no anchor."""
-        return (self.hits == 0).sum(1)
-
-    @property
-    def counts(self) -> Tensor:
-        """(B,) int64: visible patches that stay."""
-        return self.visible_counts.clamp(max=self.most_kept)
-
-    @property
-    def mask_ratio(self) -> Tensor:
-        """(B,) float32: share of the patches that goes."""
-        return 1 - self.counts / self.hits.shape[1]
-
-    @property
-    def stays(self) -> Tensor:
-        """(B, N) bool: visible patches that stay."""
-        import torch
-
-        places = torch.arange(self.hits.shape[1], device=self.hits.device)
-        first = places < self.counts.unsqueeze(1)  # (B, N) by place in the order
-        return first.new_zeros(first.shape).scatter(1, self.order, first)
-
-    @property
-    def ids_keep(self) -> Tensor:
-        """(B, K) patch numbers that the published layout keeps: visible ones, then masked ones.
-
-        K is the largest of ``counts``, so that it takes a whole batch to tell. The share that goes
-        is ``mask_ratio`` all the same: filling up changes how patches lie, not which are visible.
-        """
-        return self.order[:, : int(self.counts.max())]
-
-
-def num_anchors(num_patches: int, anchor_ratio: float) -> int:
-    """Anchors of one image; the others are truncated in double precision, as published."""
-    return num_patches - int(num_patches * (1 - anchor_ratio))
-
-
-def most_kept(num_patches: int, min_mask_ratio: float) -> int:
-    """Patches that an image keeps at most, truncated likewise."""
-    return int(num_patches * (1 - min_mask_ratio))
-
-
-def draw_anchors(noise: Tensor, count: int) -> Tensor:
-    """The patches of the largest noise: (B, N) to (B, count) patch numbers by ascending noise."""
-    return noise.argsort(dim=1, stable=True)[:, noise.shape[1] - count :]
-
-
-def cluster_mask(
-    patches: Tensor,
-    *,
-    anchor_noise: Tensor,
-    cut_off_noise: Tensor,
-    anchor_ratio: float,
-    threshold: float,
-    min_mask_ratio: float,
-    overflow: Overflow = "random",
-    embeddings: Tensor | None = None,
-    mix: float | Tensor = 0.0,
-    centered: bool = True,
-) -> ClusterMask:
-    """Mask every patch that resembles an anchor by more than the threshold.
-
-    An anchor resembles itself, unless it is constant: such a patch is never masked.
-
-    Args:
-        patches: (B, N, P) normalized pixels.
-        anchor_noise: (B, N) uniform numbers.
-        cut_off_noise: (B, N) uniform numbers.
-        anchor_ratio: share of the patches that are anchors.
-        threshold: on the similarity, from -1 to 1.
-        min_mask_ratio: share of the patches that goes in any case.
-        overflow: which visible patches go if too few are masked. random: those of the largest
-            cut-off noise. index: the last, at the bottom of the image, as published.
-        embeddings: (B, N, D) of every patch, to be mixed in.
-        mix: weight of their similarity, from 0 to 1, for all images or (B,) for each.
-        centered: subtract the mean of every patch's pixels.
-    """
-    import torch
-
-    from frugal.cluster_masking.similarity import embedding_similarity, pixel_similarity
-
-    anchors = draw_anchors(anchor_noise, num_anchors(patches.shape[1], anchor_ratio))
-    similarity = pixel_similarity(patches, anchors, centered=centered)  # (B, A, N)
-    if embeddings is not None:
-        weight = torch.as_tensor(mix, device=similarity.device).view(-1, 1, 1)
-        similarity = torch.lerp(
-            similarity, embedding_similarity(embeddings, anchors), weight.to(similarity)
-        )
-    hits = (similarity > threshold).sum(1)  # (B, N); NaN exceeds nothing
-    # double precision: a float32 just below one would not survive the one that is added to it
-    key = cut_off_noise.double()
-    visible_key = key if overflow == "random" else torch.zeros_like(key)
-    return ClusterMask(
-        anchors=anchors,
-        hits=hits,
-        order=torch.where(hits > 0, 1 + key, visible_key).argsort(dim=1, stable=True),
-        most_kept=most_kept(patches.shape[1], min_mask_ratio),
-    )
-
+"""Distances from 1 of the thresholds that are drawn, as shares of that of the one in use."""
 
 _AnchorRatio = Annotated[
     float,
@@ -296,8 +176,6 @@ class ClusterMasking:
         Returns:
             Packed, patches of an image by ascending number; an image may keep none.
         """
-        import torch
-
         with torch.no_grad():
             return Kept.where(self.mask(view, noise=noise).stays)
 
@@ -326,12 +204,19 @@ class ClusterMasking:
         Raises:
             InputError: if no threshold masks the target ratio, give or take the tolerance.
         """
-        from frugal.cluster_masking.threshold_search import search
-
         if self.threshold is not None:
             return self
-        found = search(self, seen, gather=gather, log=log)
-        return dataclasses.replace(self, threshold=found.threshold)
+        assert self.target_mask_ratio is not None  # refused where there is no threshold either
+        result = search(
+            seen,
+            target=self.target_mask_ratio,
+            tolerance=self.tolerance,
+            anchor_ratio=self.anchor_ratio,
+            min_mask_ratio=self.min_mask_ratio,
+            gather=gather,
+            log=log,
+        )
+        return replace(self, threshold=result.threshold)
 
     def remark(self, means: dict[str, float]) -> str | None:
         """What there is to say of the means of some steps: that the mask ratio has drifted."""
@@ -346,7 +231,7 @@ class ClusterMasking:
         )
 
     def draw(self, view: PatchView, images: Tensor, *, noise: NoiseSource) -> np.ndarray:
-        """Images, and what is left of them under a lower, the own and a higher threshold.
+        """Images, and what stays of them under a lower, the searched and a higher threshold.
 
         Args:
             view: of the images as the model takes them.
@@ -357,12 +242,8 @@ class ClusterMasking:
         masks = []
         for distance in _DRAWN_DISTANCES:
             threshold = max(1 - distance * (1 - self.threshold), -1.0)
-            mask = dataclasses.replace(self, threshold=threshold).mask(view, noise=noise)
+            mask = replace(self, threshold=threshold).mask(view, noise=noise)
             share = float(mask.mask_ratio.mean())
             label = f"threshold {threshold:.3g}: {share:.0%} masked, anchors framed"
             masks.append((label, mask.stays, mask.anchors))
         return draw_masks(images, masks, view.patch_size)
-
-
-LEAST_PATCHES = 1000
-"""That a search needs: one patch more or less must not move the mean by the search's precision."""

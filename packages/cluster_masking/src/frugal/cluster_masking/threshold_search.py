@@ -7,52 +7,44 @@ on and need not end; this one looks at the same images and anchors in every step
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from frugal.cluster_masking.masking import (
-    ANCHORS,
-    LEAST_PATCHES,
-    ClusterMasking,
-    draw_anchors,
-    most_kept,
-    num_anchors,
-)
+from frugal.cluster_masking.clusters import ANCHORS, draw_anchors, most_kept, num_anchors
 from frugal.cluster_masking.similarity import pixel_similarity
 from frugal.common.errors import InputError
+from frugal.common.randomness import NoiseSource
+from frugal.common.reduction.image import PatchView
 
-if TYPE_CHECKING:
-    import logging
-
-    from frugal.common.randomness import NoiseSource
-    from frugal.common.reduction.image import PatchView
-
+LEAST_PATCHES = 1000
+"""That a search needs: one patch more or less must not move the mean by the search's precision."""
 PRECISION = 1e-3
 """Difference from the target ratio at which a search ends."""
 MOST_STEPS = 16
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Where a search ended."""
 
     threshold: float
     mask_ratio: float
-    """That it masks."""
+    """Mean share of the patches that this threshold masks."""
     visited: tuple[tuple[float, float], ...]
     """Every threshold tried and the ratio that it masks, in order."""
 
 
-def bisect(mask_ratio: Callable[[float], float], *, target: float) -> Found:
+def bisect(mask_ratio: Callable[[float], float], *, target: float) -> SearchResult:
     """The first threshold visited whose ratio is the target, else the one that comes nearest.
 
     Args:
         mask_ratio: mean share of the patches that a threshold masks; must not grow with it.
-        target: the share wanted.
+        target: the share to be masked.
     """
     low, high, threshold = 0.0, 1.0, 0.5
     visited: list[tuple[float, float]] = []
@@ -64,7 +56,7 @@ def bisect(mask_ratio: Callable[[float], float], *, target: float) -> Found:
         low, high = (low, threshold) if ratio < target else (threshold, high)
         threshold = (low + high) / 2
     best = min(visited, key=lambda visit: abs(visit[1] - target))
-    return Found(*best, visited=tuple(visited))
+    return SearchResult(*best, visited=tuple(visited))
 
 
 def closest_anchor(patches: Tensor, anchor_noise: Tensor, *, anchor_ratio: float) -> Tensor:
@@ -96,62 +88,69 @@ def num_kept(closest: Tensor, threshold: float, *, most: int) -> int:
 
 
 def search(
-    masking: ClusterMasking,
     seen: Iterable[tuple[PatchView, NoiseSource]],
     *,
+    target: float,
+    tolerance: float,
+    anchor_ratio: float,
+    min_mask_ratio: float,
     gather: Callable[[Any], list[Any]],
     log: logging.Logger,
-) -> Found:
-    """See :meth:`.masking.ClusterMasking.prepared`.
+) -> SearchResult:
+    """The threshold that masks a target share of the patches of some images.
 
     Counts are summed over the processes as integers, so that the threshold does not depend on how
     many they are.
+
+    Args:
+        seen: images of this process, with the noise that they have in training.
+        target: share of the patches to be masked on average.
+        tolerance: largest difference from it.
+        anchor_ratio: share of the patches that are anchors.
+        min_mask_ratio: share of the patches that goes in any case.
+        gather: collects one JSON-ready value of every process, in rank order, on all of them.
+        log: told where the search ended.
+
+    Raises:
+        InputError: if there are too few images, or no threshold comes near enough to the target.
     """
-    target = masking.target_mask_ratio
-    assert target is not None  # refused where there is no threshold either
     closest = torch.cat(
         [
             closest_anchor(
                 view.normalized,
                 noise.uniform(ANCHORS, view.num_patches),
-                anchor_ratio=masking.anchor_ratio,
+                anchor_ratio=anchor_ratio,
             )
             for view, noise in seen
         ]
     )  # (images of this process, N)
     num_patches = closest.shape[1]
-    most = most_kept(num_patches, masking.min_mask_ratio)
-    images = sum(gather(len(closest)))
-    if images * num_patches < LEAST_PATCHES:
+    most = most_kept(num_patches, min_mask_ratio)
+    num_images = sum(gather(len(closest)))
+    if num_images * num_patches < LEAST_PATCHES:
         raise InputError(
-            f"only {images} of the first images of the run can be read, too few to search "
+            f"only {num_images} of the first images of the run can be read, too few to search "
             "reduction.image.threshold with; look at the data, or give the threshold"
         )
 
     def mask_ratio(threshold: float) -> float:
         kept = sum(gather(num_kept(closest, threshold, most=most)))
-        return 1 - kept / (images * num_patches)
+        return 1 - kept / (num_images * num_patches)
 
-    found = bisect(mask_ratio, target=target)
-    _judge(found, masking, images, log)
-    return found
-
-
-def _judge(found: Found, masking: ClusterMasking, images: int, log: logging.Logger) -> None:
-    """Tell what was found; refuse what lies too far from the target."""
-    target = masking.target_mask_ratio or 0.0
-    off = abs(found.mask_ratio - target)
-    said = (
-        f"threshold {found.threshold:.6g} masks {found.mask_ratio:.2%} of the patches of "
-        f"{images:,} images"
+    result = bisect(mask_ratio, target=target)
+    sentence = (
+        f"threshold {result.threshold:.6g} masks {result.mask_ratio:.2%} of the patches of "
+        f"{num_images:,} images"
     )
-    if off > masking.tolerance:
+    distance = abs(result.mask_ratio - target)
+    if distance > tolerance:
         raise InputError(
             f"no reduction.image.threshold masks {target:.2%} of the patches on average: of those "
-            f"tried {said}, and others are further off; choose another "
+            f"tried {sentence}, and others are further off; choose another "
             "reduction.image.target_mask_ratio or anchor_ratio, or give a threshold"
         )
-    if off >= PRECISION:
-        log.warning("%s; no threshold comes nearer to %.2f %%", said, 100 * target)
+    if distance >= PRECISION:
+        log.warning("%s; no threshold comes nearer to %.2f %%", sentence, 100 * target)
     else:
-        log.info("%s, found in %d steps", said, len(found.visited))
+        log.info("%s, found in %d steps", sentence, len(result.visited))
+    return result

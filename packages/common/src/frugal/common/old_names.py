@@ -25,6 +25,11 @@ _TRANSFER = {
 }
 """Parts that were MILAN's, and are of any image tower."""
 TYPES = {
+    "frugal.milan.settings.DecoderConfig": "frugal.milan.decoders.DecoderConfig",
+    "frugal.milan.settings.MaskedModel": "frugal.milan.model.MaskedModel",
+    "frugal.milan.settings.ReconstructFeatures": "frugal.milan.objective.ReconstructFeatures",
+    "frugal.milan.settings.ReconstructPixels": "frugal.milan.objective.ReconstructPixels",
+    "frugal.milan.settings.Teacher": "frugal.milan.teacher.Teacher",
     "frugal.cit.settings.LockedContrastive": "frugal.cit.objective.LockedContrastive",
     "frugal.common.data.colour.ColourJitter": "frugal.common.data.color.ColorJitter",
     "frugal.common.interop.imported_encoder.ImportedEncoder": (

@@ -24,8 +24,9 @@ from frugal.common.errors import InputError
 from frugal.common.recipe import AdamW, Recipe, load_recipe, to_json
 from frugal.common.run import Run, make_logger
 from frugal.common.words import command_words
+from frugal.milan.model import MaskedModel
+from frugal.milan.objective import ReconstructPixels
 from frugal.milan.recipes import RECIPES, WARMUP_EPOCHS
-from frugal.milan.settings import MaskedModel, ReconstructPixels
 
 if TYPE_CHECKING:
     from frugal.milan.published_weights import Published

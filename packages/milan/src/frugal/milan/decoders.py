@@ -2,8 +2,8 @@
 
 Attention does not care in which order its keys stand, and neither does a mean over tokens. So
 tokens stay as they come, class token first, then the seen patches, then the hidden ones: nothing
-is ever put back into the order of the image. See :mod:`frugal.milan.readable` for the same in
-that order.
+is ever put back into the order of the image. The tests compare it with a decoder that does that
+(``tests/reference/reference_milan.py``).
 """
 
 from __future__ import annotations
@@ -11,18 +11,56 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from frugal.common.errors import InputError
 from frugal.common.models.attention import attend
 from frugal.common.models.blocks import Blocks, Mlp
 from frugal.common.models.layout import Layout
 from frugal.common.models.vit import ImageTower, image_table
+from frugal.common.ranges import Count, check_ranges
 from frugal.common.reduction.image import Kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What tells the target of every patch from the encoded ones; thrown away after pretraining."""
+
+    kind: Literal["prompting", "plain"] = "prompting"
+    """prompting: encoded tokens stay as they are and hidden ones gather from them (MILAN). plain:
+    all tokens change in ordinary blocks (MAE)."""
+    width: Count = 512
+    depth: Count = 8
+    """Blocks."""
+    heads: Count = 16
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model.decoder")
+
+    def tower(self, image: ImageTower) -> ImageTower:
+        """The shape of the decoder's blocks and positions, on the grid of an encoder.
+
+        Raises:
+            InputError: if there is no such decoder.
+        """
+        try:
+            return ImageTower(
+                width=self.width,
+                depth=self.depth,
+                heads=self.heads,
+                mlp_width=4 * self.width,
+                patch_size=image.patch_size,
+                image_size=image.image_size,
+                positions="sincos",
+                norm_epsilon=image.norm_epsilon,
+            )
+        except InputError as error:
+            raise InputError(str(error).replace("image.", "model.decoder.")) from None
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,64 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from frugal.common.errors import InputError
 from frugal.common.models.flops import block_flops, image_flops
 from frugal.common.models.initialize import initialize_xavier
-from frugal.common.models.vit import ImageTransformer, image_table
+from frugal.common.models.named import image_tower
+from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.reduction.image import Kept
-from frugal.milan.decoders import Decoder, PlainDecoder, PromptingDecoder, Split
-from frugal.milan.settings import MaskedModel
+from frugal.milan.decoders import Decoder, DecoderConfig, PlainDecoder, PromptingDecoder, Split
+
+
+def encoder(name: str, *, image_size: int | tuple[int, int] = 224, **options: Any) -> ImageTower:
+    """The tower that MILAN and MAE pretrain: ``"S/16"``, ``"B/16"``, ``"L/16"`` or ``"H/14"``.
+
+    Source: arXiv:2208.06049, appendix, and MAE (arXiv:2111.06377), whose towers these are: fixed
+    sine-cosine positions, a class token, ImageNet's mean and standard deviation. Options override
+    fields.
+
+    Raises:
+        InputError: if the size is unknown.
+    """
+    return image_tower(name, image_size=image_size, **{"positions": "sincos", **options})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedModel:
+    """An image tower that is pretrained, and the decoder that it is pretrained with."""
+
+    image: ImageTower
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def __post_init__(self) -> None:
+        if self.image.class_token == "none":
+            raise InputError(
+                "model.image.class_token=none, but the decoder starts from a class token; use "
+                "with_position"
+            )
+        self.decoder.tower(self.image)
+
+    def build(self, generator: torch.Generator | None = None, *, outputs: int) -> MaskedImageModel:
+        """The model, on the CPU in float32, with weights drawn from ``generator`` (or seed 0).
+
+        Args:
+            generator: on the CPU.
+            outputs: numbers predicted for every token.
+        """
+        return build(self, generator, outputs=outputs)
 
 
 class MaskedImageModel(nn.Module):
     """Images of which a part is seen to predictions for every token."""
 
     def __init__(self, config: MaskedModel, *, outputs: int) -> None:
-        """Parameters are uninitialized in effect; see :func:`build`.
+        """Build the layers; :func:`build` draws their weights.
 
         Args:
             config: encoder and decoder.
@@ -53,9 +94,9 @@ class MaskedImageModel(nn.Module):
         return self.decoder.checkpoint_activations
 
     @checkpoint_activations.setter
-    def checkpoint_activations(self, wanted: bool) -> None:
-        self.image.blocks.checkpoint_activations = wanted
-        self.decoder.checkpoint_activations = wanted
+    def checkpoint_activations(self, enabled: bool) -> None:
+        self.image.checkpoint_activations = enabled
+        self.decoder.checkpoint_activations = enabled
 
     def flops(self, visible: float) -> float:
         """Forward FLOPs of one image of which some patches are seen.

@@ -1,9 +1,15 @@
-"""A part of every image is seen, and what is to be said of all of it is predicted."""
+"""MILAN's objectives: a part of every image is encoded, and targets of all of it are predicted.
+
+Source: Hou et al., "MILAN: Masked Image Pretraining on Language Assisted Representation",
+arXiv:2208.06049; pixels and the plain decoder are those of MAE, arXiv:2111.06377.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +20,73 @@ from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import PatchView
 from frugal.milan.decoders import Split
-from frugal.milan.model import MaskedImageModel
+from frugal.milan.model import MaskedImageModel, MaskedModel
 from frugal.milan.pictures import draw_reconstruction
-from frugal.milan.settings import ReconstructFeatures, ReconstructPixels
-from frugal.milan.targets import FeatureTarget, PixelTarget, Target, Wanted
-from frugal.milan.teacher import load_teacher
+from frugal.milan.targets import FeatureTarget, PixelTarget, Target, TargetValues
+from frugal.milan.teacher import Teacher, load_teacher
 
-if TYPE_CHECKING:
-    import numpy as np
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructFeatures:
+    """Predict the teacher's feature of every token, seen or hidden.
+
+    The loss is the squared distance of unit vectors, from 0 to 4 (arXiv:2208.06049, section 3.1).
+    """
+
+    teacher: Teacher = field(default_factory=Teacher)
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what this objective cannot do."""
+        _check(recipe)
+
+    def build(self, recipe: Recipe) -> Reconstruction:
+        """The objective with freshly drawn weights, on the CPU in float32, and its teacher.
+
+        Raises:
+            InputError: if there is no teacher, or its patches do not lie where the student's do.
+        """
+        teacher = load_teacher(self.teacher, recipe.model.image)
+        if recipe.engine.compile:
+            teacher.compile()
+        return _reconstruction(FeatureTarget(teacher), recipe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructPixels:
+    """Predict the pixels of every hidden patch: MAE (arXiv:2111.06377)."""
+
+    normalize_patches: bool = True
+    """Bring the pixels of every patch to mean 0 and variance 1 first."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what this objective cannot do."""
+        _check(recipe)
+
+    def build(self, recipe: Recipe) -> Reconstruction:
+        """The objective with freshly drawn weights, on the CPU in float32."""
+        target = PixelTarget(recipe.model.image, normalize_patches=self.normalize_patches)
+        return _reconstruction(target, recipe)
+
+
+def _check(recipe: Recipe) -> None:
+    if not isinstance(recipe.model, MaskedModel):
+        raise InputError(
+            "reconstruction needs a model with a decoder (frugal.milan.model.MaskedModel), not "
+            f"{type(recipe.model).__name__}"
+        )
+    if recipe.engine.cache_chunk is not None:
+        raise InputError(
+            "engine.cache_chunk is for losses that compare the samples of a batch; leave it out"
+        )
+    if recipe.reduction.text is not None:
+        raise InputError(
+            "reduction.text is given, but reconstruction reads no captions; leave it out"
+        )
+    if getattr(recipe.reduction.image, "mask_ratio", None) == 0:
+        raise InputError(
+            "reduction.image.mask_ratio is 0, which hides nothing that could be reconstructed; "
+            "the published ratio is 0.75"
+        )
 
 
 class Reconstruction(nn.Module):
@@ -57,10 +122,10 @@ class Reconstruction(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics): the mean of the loss over the processes is that of their joint batch."""
-        wanted, split, losses = self._predict(batch)
+        target, split, losses = self._predict(batch)
         weights = _weights(batch.valid)
         visible, patches = split.visible.shape[1], self.model.config.image.num_patches
-        values = self._report(losses.detach(), wanted, split)
+        values = self._report(losses.detach(), target, split)
         metrics = {name: _weighted(value, weights) for name, value in values.items()}
         metrics["image_tokens"] = losses.new_full((), 1 + visible)
         metrics["mask_ratio"] = losses.new_full((), 1 - visible / patches)
@@ -68,21 +133,21 @@ class Reconstruction(nn.Module):
 
     def look(self, batch: Batch) -> tuple[PatchView, SampleNoise]:
         """What the image reduction sees of a batch, and where it gets its random numbers."""
-        return self._view(batch, self.target.look(batch.images))
+        return self._view(batch, self.target.of(batch.images))
 
-    def _view(self, batch: Batch, wanted: Wanted) -> tuple[PatchView, SampleNoise]:
+    def _view(self, batch: Batch, target: TargetValues) -> tuple[PatchView, SampleNoise]:
         images, numbers = batch.images, batch.sample_numbers
         view = PatchView.of(
             images,
             self.model.config.image,
             embed=lambda: self.model.image(images, output="embedded"),
             progress=None if self._samples is None else numbers / self._samples,
-            importance=wanted.importance,
+            importance=target.importance,
         )
         return view, SampleNoise(self._seed, numbers)
 
-    def _split(self, batch: Batch, wanted: Wanted) -> Split:
-        view, noise = self._view(batch, wanted)
+    def _split(self, batch: Batch, target: TargetValues) -> Split:
+        view, noise = self._view(batch, target)
         kept = self.reduction.keep(view, noise=noise)
         name = type(self.reduction).__name__
         if kept is None or (not kept.is_packed and kept.index.shape[1] == view.num_patches):
@@ -97,19 +162,19 @@ class Reconstruction(nn.Module):
             )
         return Split.of(kept, view.num_patches)
 
-    def _predict(self, batch: Batch) -> tuple[Wanted, Split, Tensor]:
-        """What is wanted, what is seen, and (B, T) the loss of every predicted token."""
-        wanted = self.target.look(batch.images)
-        split = self._split(batch, wanted)
+    def _predict(self, batch: Batch) -> tuple[TargetValues, Split, Tensor]:
+        """The target, what is seen, and (B, T) the loss of every predicted token."""
+        target = self.target.of(batch.images)
+        split = self._split(batch, target)
         predicted = self.model(batch.images, split, hidden_only=self.target.hidden_only)
-        return wanted, split, self.target.losses(predicted, wanted, split)
+        return target, split, self.target.losses(predicted, target, split)
 
-    def _report(self, losses: Tensor, wanted: Wanted, split: Split) -> dict[str, Tensor]:
+    def _report(self, losses: Tensor, target: TargetValues, split: Split) -> dict[str, Tensor]:
         """(B,) what to look at beside the loss, where there is a teacher."""
-        if wanted.importance is None or self.target.hidden_only:
+        if target.importance is None or self.target.hidden_only:
             return {}
         seen = 1 + split.visible.shape[1]
-        share = wanted.importance.gather(1, split.visible).sum(1) / wanted.importance.sum(1)
+        share = target.importance.gather(1, split.visible).sum(1) / target.importance.sum(1)
         return {
             "cosine_visible": 1 - losses[:, :seen].mean(1) / 2,
             "cosine_hidden": 1 - losses[:, seen:].mean(1) / 2,
@@ -130,12 +195,12 @@ class Reconstruction(nn.Module):
     @torch.no_grad()
     def draw(self, batch: Batch) -> np.ndarray:
         """(3, H*, W*) uint8: images, what is seen of them, and how well the rest is predicted."""
-        wanted, split, losses = self._predict(batch)
+        target, split, losses = self._predict(batch)
         return draw_reconstruction(
             batch.images,
             self.model.config.image,
             split,
-            importance=wanted.importance,
+            importance=target.importance,
             losses=losses,
             hidden_only=self.target.hidden_only,
         )
@@ -150,20 +215,6 @@ def _weights(valid: Tensor) -> Tensor:
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of (B,) values; what has no weight does not count even if not finite."""
     return (values.where(weights > 0, 0.0) * weights).sum()
-
-
-def reconstruct_features(config: ReconstructFeatures, recipe: Recipe) -> Reconstruction:
-    """See :meth:`frugal.milan.settings.ReconstructFeatures.build`."""
-    teacher = load_teacher(config.teacher, recipe.model.image)
-    if recipe.engine.compile:
-        teacher.compile()
-    return _reconstruction(FeatureTarget(teacher), recipe)
-
-
-def reconstruct_pixels(config: ReconstructPixels, recipe: Recipe) -> Reconstruction:
-    """See :meth:`frugal.milan.settings.ReconstructPixels.build`."""
-    target = PixelTarget(recipe.model.image, normalize_patches=config.normalize_patches)
-    return _reconstruction(target, recipe)
 
 
 def _reconstruction(target: Target, recipe: Recipe) -> Reconstruction:

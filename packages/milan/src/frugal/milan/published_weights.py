@@ -29,8 +29,8 @@ from frugal.common.models.weight_names import (
 )
 from frugal.common.weights.encoder_weights import encoder_of_state
 from frugal.common.weights.stored_files import State
-from frugal.milan.model import MaskedImageModel
-from frugal.milan.settings import DecoderConfig, MaskedModel
+from frugal.milan.decoders import DecoderConfig
+from frugal.milan.model import MaskedImageModel, MaskedModel
 
 _HEAD_WIDTH = 32
 """Of the decoder: 16 heads at the published width of 512."""

@@ -22,15 +22,11 @@ from frugal.common.recipe import (
     WarmupCosine,
 )
 from frugal.common.reduction.random_masking import RandomMasking
-from frugal.milan.encoder import encoder
+from frugal.milan.decoders import DecoderConfig
+from frugal.milan.model import MaskedModel, encoder
+from frugal.milan.objective import ReconstructFeatures, ReconstructPixels
 from frugal.milan.semantic_sampling import SemanticSampling
-from frugal.milan.settings import (
-    DecoderConfig,
-    MaskedModel,
-    ReconstructFeatures,
-    ReconstructPixels,
-    Teacher,
-)
+from frugal.milan.teacher import Teacher
 
 BATCH_SIZE = 4_096
 WARMUP_EPOCHS = 40

@@ -21,7 +21,7 @@ from frugal.common.transfer.segmentation import Segmentation, WarmupLinear
 from frugal.common.transfer.segmentation_data import SegmentationData
 from frugal.common.transfer.segmenter import SegmenterConfig, even_taps
 from frugal.common.transfer.tasks import TransferTask, masked_split
-from frugal.milan.encoder import encoder
+from frugal.milan.model import encoder
 from frugal.milan.recipes import demo as pretraining_demo
 
 _BATCH = 16

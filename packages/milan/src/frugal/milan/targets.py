@@ -20,7 +20,7 @@ _SMALLEST_VARIANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TargetValues:
     """What is to be predicted of a batch."""
 
     values: Tensor
@@ -37,16 +37,16 @@ class Target(Protocol):
     hidden_only: bool
     """Whether hidden patches alone are predicted."""
 
-    def look(self, images: Tensor) -> Wanted:
+    def of(self, images: Tensor) -> TargetValues:
         """From (B, 3, H, W) images, before anything is hidden."""
         ...
 
-    def losses(self, predicted: Tensor, wanted: Wanted, split: Split) -> Tensor:
+    def losses(self, predicted: Tensor, target: TargetValues, split: Split) -> Tensor:
         """(B, T) float32: the loss of every predicted token, in the order of the decoder."""
         ...
 
     def flops(self) -> float:
-        """Forward FLOPs of looking at one image."""
+        """Forward FLOPs of computing the target of one image."""
         ...
 
 
@@ -59,17 +59,17 @@ class FeatureTarget:
         self.teacher = teacher
         self.outputs = teacher.width
 
-    def look(self, images: Tensor) -> Wanted:
-        """What the teacher says of whole images."""
+    def of(self, images: Tensor) -> TargetValues:
+        """The teacher's tokens of whole images, and the importance of their patches."""
         tokens, importance = self.teacher(images)
-        return Wanted(tokens, importance)
+        return TargetValues(tokens, importance)
 
-    def losses(self, predicted: Tensor, wanted: Wanted, split: Split) -> Tensor:
+    def losses(self, predicted: Tensor, target: TargetValues, split: Split) -> Tensor:
         """(B, 1 + N) float32, each from 0 to 4."""
         # the teacher's tokens come to the order of the predictions, once, and not the other way
         row = torch.arange(len(predicted), device=predicted.device)[:, None]
-        row = row * wanted.values.shape[1] + split.order  # (B, 1 + N)
-        tokens = wanted.values.flatten(0, 1).index_select(0, row.flatten())
+        row = row * target.values.shape[1] + split.order  # (B, 1 + N)
+        tokens = target.values.flatten(0, 1).index_select(0, row.flatten())
         return unit_distance(predicted, tokens.view_as(predicted))
 
     def flops(self) -> float:
@@ -87,13 +87,13 @@ class PixelTarget:
         self._normalize_patches = normalize_patches
         self.outputs = 3 * tower.patch_size**2
 
-    def look(self, images: Tensor) -> Wanted:
-        """The images."""
-        return Wanted(images, None)
+    def of(self, images: Tensor) -> TargetValues:
+        """The images themselves, of which nothing is more important."""
+        return TargetValues(images, None)
 
-    def losses(self, predicted: Tensor, wanted: Wanted, split: Split) -> Tensor:
+    def losses(self, predicted: Tensor, target: TargetValues, split: Split) -> Tensor:
         """(B, M) float32: mean squared error over the pixels of every hidden patch."""
-        view = PatchView.of(wanted.values, self._tower)
+        view = PatchView.of(target.values, self._tower)
         pixels = take_patches(view, Kept.dense(split.hidden))  # (B, M, P)
         if pixels.dtype == torch.uint8:
             pixels = normalize(pixels, mean=self._tower.mean, std=self._tower.std)
@@ -101,7 +101,7 @@ class PixelTarget:
         return (_widened(predicted) - pixels).square().mean(-1)
 
     def flops(self) -> float:
-        """Nothing."""
+        """0: pixels are there already."""
         return 0.0
 
 
@@ -122,12 +122,12 @@ def pixel_target(pixels: Tensor, *, normalize_patches: bool) -> Tensor:
     return (ordered - mean) / (variance + _SMALLEST_VARIANCE).sqrt()
 
 
-def unit_distance(predicted: Tensor, wanted: Tensor) -> Tensor:
+def unit_distance(predicted: Tensor, target: Tensor) -> Tensor:
     """(..., K) vectors to (...) squared distances after scaling both to length 1, at least float32.
 
     Gradients flow to ``predicted`` alone. No scaled copy of either is kept.
     """
-    return _UnitDistance.apply(predicted, wanted)
+    return _UnitDistance.apply(predicted, target)
 
 
 def _widened(values: Tensor) -> Tensor:
@@ -136,19 +136,19 @@ def _widened(values: Tensor) -> Tensor:
 
 class _UnitDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, predicted: Tensor, wanted: Tensor) -> Tensor:
-        left, right = _widened(predicted), _widened(wanted)
+    def forward(ctx: Any, predicted: Tensor, target: Tensor) -> Tensor:
+        left, right = _widened(predicted), _widened(target)
         length, other = (torch.linalg.vector_norm(side, dim=-1) for side in (left, right))
         product = (left * right).sum(-1) / (other + _EPSILON)
-        ctx.save_for_backward(predicted, wanted, length, other, product)
+        ctx.save_for_backward(predicted, target, length, other, product)
         return 2 - 2 * product / (length + _EPSILON)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        predicted, wanted, length, other, product = ctx.saved_tensors
+        predicted, target, length, other, product = ctx.saved_tensors
         across = -2 * gradient / (length + _EPSILON)
         along = -across * product / ((length + _EPSILON) * length.clamp(min=_EPSILON))
         across = across / (other + _EPSILON)
-        result = _widened(wanted) * across[..., None]
+        result = _widened(target) * across[..., None]
         result.addcmul_(_widened(predicted), along[..., None])
         return result.to(predicted.dtype), None

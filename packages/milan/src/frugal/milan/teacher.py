@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,19 +18,41 @@ from torch import Tensor, nn
 
 from frugal.common.errors import InputError
 from frugal.common.models.attention import Attention
-from frugal.common.models.blocks import Block
+from frugal.common.models.blocks import Activation, Block
 from frugal.common.models.flops import image_flops
 from frugal.common.models.preprocess import describe
 from frugal.common.models.vit import ImageTower
+from frugal.common.ranges import Count, check_ranges
 from frugal.common.reduction.image import Channels
 from frugal.common.weights.encoder_weights import EncoderWeights, read_encoder
-from frugal.milan.settings import Teacher
 
 _LOG = logging.getLogger("frugal")
 _FROM_SHAPES = (
     "the usual one for such a file, which does not say it; heads, activation and epsilon are "
     "usual ones too unless they are given"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A frozen image tower that says what is reconstructed, and what in an image matters."""
+
+    source: str | None = None
+    """A file of OpenAI's CLIP, open_clip, SLIP or DINO; a folder in the layout of Hugging Face or
+    open_clip, or its name on the hub; a run directory of ours."""
+    normalization: Literal["student", "own"] = "student"
+    """student: pixels are normalized as the student's, by ImageNet's mean and std (published).
+    own: as the teacher was trained."""
+    image_size: Count | tuple[Count, Count] | None = None
+    """Side of the images that it is shown, or (height, width), in pixels, if not the student's;
+    its position table is interpolated to that size."""
+    activation: Activation | None = None
+    """Of its blocks, where the file does not say and is not to be guessed."""
+    heads: Count | None = None
+    """Attention heads, where the file does not say; without it one per 64 channels."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "objective.teacher")
 
 
 class FrozenTeacher:

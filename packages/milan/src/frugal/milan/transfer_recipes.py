@@ -36,7 +36,7 @@ from frugal.common.transfer.classifier import ClassifierConfig, pooled
 from frugal.common.transfer.linear_probing import LinearProbing
 from frugal.common.transfer.mixing import Mixing, RandomErasing
 from frugal.common.transfer.tasks import TransferTask, class_folder_split
-from frugal.milan.encoder import encoder
+from frugal.milan.model import encoder
 from frugal.milan.recipes import demo
 
 IMAGENET_IMAGES = 1_281_167

@@ -1,4 +1,4 @@
-"""The same numbers the plain way, in the order of the image, for tests and benchmarks.
+"""MILAN's numbers computed the plain way, in the order of the image.
 
 Written from the paper (arXiv:2208.06049, section 3; MAE, arXiv:2111.06377, section 3): every patch
 is embedded, every attention matrix is computed, tokens are put back in the order of the image in
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from frugal.common.models.attention import Attention
@@ -159,19 +159,19 @@ def teach(tower: ImageTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     return tower.projection(tower.norm(tokens)), weights.mean(1)
 
 
-def feature_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
+def feature_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared distance of unit vectors over all tokens, (B, 1 + N, K) each."""
-    predicted, wanted = (F.normalize(side, dim=-1, eps=1e-12) for side in (predicted, wanted))
-    return (2 - 2 * (predicted * wanted).sum(-1)).mean()
+    predicted, target = (F.normalize(side, dim=-1, eps=1e-12) for side in (predicted, target))
+    return (2 - 2 * (predicted * target).sum(-1)).mean()
 
 
 def pixel_loss(
     predicted: Tensor, pixels: Tensor, split: Split, *, normalize_patches: bool
 ) -> Tensor:
     """Mean squared error over hidden patches, (B, N, P) each in the order of the image."""
-    wanted = pixel_target(pixels, normalize_patches=normalize_patches)
+    target = pixel_target(pixels, normalize_patches=normalize_patches)
     is_hidden = torch.zeros_like(predicted[..., 0]).scatter_(1, split.hidden, 1)  # (B, N)
-    errors = (predicted - wanted).square().mean(-1)
+    errors = (predicted - target).square().mean(-1)
     return (errors * is_hidden).sum() / is_hidden.sum()
 
 

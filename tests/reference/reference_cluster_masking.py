@@ -1,4 +1,4 @@
-"""What the published code computes, for comparison only: nothing that trains comes through here.
+"""What the published code of cluster masking computes, for comparison.
 
 The reference of arXiv:2405.08815 keeps equally many patches of every image of a batch: where fewer
 are visible, masked ones fill up. Meant is that nobody attends to these (:func:`blocking_bias`),
@@ -13,19 +13,28 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
-from frugal.cluster_masking.masking import ClusterMask
+from frugal.cluster_masking.clusters import ClusterMask
 from frugal.common.models.attention import Attention
 from frugal.common.models.blocks import Block
 from frugal.common.models.vit import ImageTransformer
 from frugal.common.reduction.image import PatchView
 
 
+def ids_keep(mask: ClusterMask) -> Tensor:
+    """(B, K) patch numbers that the published layout keeps: visible ones, then masked ones.
+
+    K is the largest of ``counts``, so that it takes a whole batch to tell. The share that goes is
+    ``mask_ratio`` all the same: filling up changes how patches lie, not which are visible.
+    """
+    return mask.order[:, : int(mask.counts.max())]
+
+
 def kept_hits(mask: ClusterMask) -> Tensor:
     """(B, 1 + K) int64: anchors that each kept token resembles, the class token none."""
-    hits = mask.hits.gather(1, mask.ids_keep)  # (B, K)
+    hits = mask.hits.gather(1, ids_keep(mask))  # (B, K)
     return torch.cat((hits.new_zeros(len(hits), 1), hits), dim=1)
 
 
@@ -65,9 +74,7 @@ def published_bias(hits: Tensor, heads: int) -> Tensor:
     return both_visible(hits).float()[slots].unflatten(0, (len(hits), heads))
 
 
-def tower_with_bias(
-    tower: ImageTransformer, images: Tensor, ids_keep: Tensor, bias: Tensor
-) -> Tensor:
+def tower_with_bias(tower: ImageTransformer, images: Tensor, kept: Tensor, bias: Tensor) -> Tensor:
     """The vectors of images whose kept tokens attend under a bias, computed as the reference does.
 
     Every patch is embedded before some are left out, and every block computes every token.
@@ -75,7 +82,7 @@ def tower_with_bias(
     Args:
         tower: with a class token and learned positions; its weights are used, its forward is not.
         images: (B, 3, H, W).
-        ids_keep: (B, K) patches that stay.
+        kept: (B, K) patches that stay.
         bias: (B, H or 1, 1 + K or 1, 1 + K), added to the logits of every block.
 
     Returns:
@@ -83,7 +90,7 @@ def tower_with_bias(
     """
     tokens = tower.patch_embed(PatchView.of(images, tower.config).normalized)  # (B, N, D)
     tokens = tokens + tower.pos_embed[:, 1:]
-    rows = ids_keep.unsqueeze(2).expand(-1, -1, tokens.shape[2])
+    rows = kept.unsqueeze(2).expand(-1, -1, tokens.shape[2])
     first = (tower.cls_token + tower.pos_embed[:, :1]).expand(len(tokens), -1, -1)
     tokens = tower.norm_pre(torch.cat((first, tokens.gather(1, rows)), dim=1))  # (B, 1 + K, D)
     for block in cast("Iterable[Block]", tower.blocks):
