@@ -145,7 +145,7 @@ class CuratedData(PairData):
         """The micro-batches of this process from ``first_sample`` on; they ask the engine's model.
 
         Raises:
-            InputError: if the pool cannot be read or is too small, or no class is wanted.
+            InputError: if the pool cannot be read or is too small, or the metadata names no class.
         """
         if engine is None:
             raise InputError("curation asks the model that is trained, and here is none")

@@ -1,4 +1,4 @@
-"""One curation: scan a pool unit by unit until enough captions are near to a wanted class.
+"""One curation: scan a pool unit by unit until enough captions are near to a class of the metadata.
 
 What is chosen is a function of the weights, the seed and the unit it starts at: units are scored
 by the processes in turn, but counted in their order, and what was scored beyond the last one that
@@ -367,7 +367,7 @@ class _Search:
         )
 
     def _take(self, pairs: Chosen) -> int:
-        """Collect pairs, each once if that is wanted; how many were new."""
+        """Collect pairs, each once where the rule keeps a set; how many were new."""
         samples = self._pool.first_of_shard[pairs.shards] + pairs.indices
         keys = samples * (int(np.iinfo(np.int16).max) + 1) + pairs.texts
         taken = np.array(self._collection.add(keys.tolist()), np.bool_)

@@ -1,4 +1,4 @@
-"""Which of the captions that were scanned are wanted: features of classes, the rule, the quota.
+"""Which of the scanned captions a curation chooses: features of classes, the rule, the quota.
 
 Source: Xu et al., "CiT: Curation in Training for Effective Vision-Language Data",
 arXiv:2301.02241, section 3, and the published configurations.

@@ -68,9 +68,9 @@ def start_image(
     state = _without_projection(found.state)
     notes: list[str] = []
     _fit_table(state, found, config, source, interpolate=interpolate, notes=notes)
-    wanted = _without_projection(tower.state_dict())
-    _fit_projector(state, wanted, source, fresh=fresh_projector, notes=notes)
-    _check_shapes(state, wanted, part="image", source=source)
+    tower_state = _without_projection(tower.state_dict())
+    _fit_projector(state, tower_state, source, fresh=fresh_projector, notes=notes)
+    _check_shapes(state, tower_state, part="image", source=source)
     tower.load_state_dict(state, strict=False)
     log.info("the image tower starts from %s", ", ".join([source, *notes]))
 
@@ -116,7 +116,7 @@ def _fit_table(
 
 def _fit_projector(
     state: dict[str, Tensor],
-    wanted: dict[str, Tensor],
+    tower_state: dict[str, Tensor],
     source: str,
     *,
     fresh: bool,
@@ -124,7 +124,7 @@ def _fit_projector(
 ) -> None:
     """Leave a projector away that the tower has not; accept that there is none, if allowed."""
     there = [name for name in state if name.startswith("projector.")]
-    here = [name for name in wanted if name.startswith("projector.")]
+    here = [name for name in tower_state if name.startswith("projector.")]
     if there and not here:
         for name in there:
             del state[name]
@@ -136,14 +136,14 @@ def _fit_projector(
                 "--objective.train-image head, or leave --model.image.projector-width out"
             )
         for name in here:
-            del wanted[name]
+            del tower_state[name]
         notes.append("with a new projector")
 
 
 def _check_shapes(
-    state: dict[str, Tensor], wanted: dict[str, Tensor], *, part: str, source: str
+    state: dict[str, Tensor], tower_state: dict[str, Tensor], *, part: str, source: str
 ) -> None:
-    if what := misfit(state, wanted):
+    if what := misfit(state, tower_state):
         raise InputError(
             f"the {part} tower of {source} does not fit: {what}; choose a tower of the same kind, "
             "or copy the file again"
@@ -172,24 +172,24 @@ def start_text(
     """
     checkpoint = find_checkpoint(Path(source))
     recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
-    theirs = getattr(recipe.model, "text", None)
-    if not isinstance(theirs, TextTower):
+    stored_tower = getattr(recipe.model, "text", None)
+    if not isinstance(stored_tower, TextTower):
         raise InputError(f"the run {source} trained no text tower of Frugal's; give another one")
     what = f"the text tower of {source}"
-    refuse_other_function(theirs, tower.config, part="model.text", what=what, log=log)
+    refuse_other_function(stored_tower, tower.config, part="model.text", what=what, log=log)
     refuse_other_tokens(recipe, checkpoint.folder.parent.parent, tokenizer, what=what, log=log)
     prefix = "model.text."
     weights = load_weights(checkpoint)
     state = without_prefix(weights, prefix)
-    if theirs.length != tower.config.length:
+    if stored_tower.length != tower.config.length:
         if not interpolate:
             raise InputError(
-                f"the text tower of {source} has {theirs.length} slots, here are "
+                f"the text tower of {source} has {stored_tower.length} slots, here are "
                 f"{tower.config.length}; add --run.interpolate to bring its positions to them"
             )
         state["pos_embed"] = resample_length(state["pos_embed"], tower.config.length)
-    kept, wanted = _without_projection(state), _without_projection(tower.state_dict())
-    _check_shapes(kept, wanted, part="text", source=source)
+    kept, tower_state = _without_projection(state), _without_projection(tower.state_dict())
+    _check_shapes(kept, tower_state, part="text", source=source)
     tower.load_state_dict(kept, strict=False)
     log.info("the text tower starts from %s", source)
 

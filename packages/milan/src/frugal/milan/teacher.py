@@ -1,4 +1,4 @@
-"""The frozen tower that says what is reconstructed, and where it looks.
+"""The frozen tower whose features are reconstructed and whose attention draws the patches.
 
 Source: Hou et al., arXiv:2208.06049, sections 3.1 and 3.3. It is no part of the module that
 trains: no optimizer state, nothing in checkpoints, nothing for DDP or ZeRO to wrap.
@@ -35,7 +35,7 @@ _FROM_SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A frozen image tower that says what is reconstructed, and what in an image matters."""
+    """A frozen image tower whose features are targets and whose attention weighs the patches."""
 
     source: str | None = None
     """A file of OpenAI's CLIP, open_clip, SLIP or DINO; a folder in the layout of Hugging Face or
@@ -78,12 +78,12 @@ class FrozenTeacher:
 
     @property
     def config(self) -> ImageTower:
-        """Its shape."""
+        """The configuration of the tower."""
         return self.tower.config
 
     @property
     def width(self) -> int:
-        """Of its tokens."""
+        """Channels of the tokens that are to be predicted."""
         projection = self.tower.projection
         return projection.out_features if isinstance(projection, nn.Linear) else self.config.width
 
@@ -101,7 +101,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Look at whole images.
+        """Compute the features of whole images.
 
         Args:
             images: (B, 3, H, W) uint8, or float that is normalized as the student's.
@@ -211,7 +211,7 @@ def load_teacher(teacher: Teacher, student: ImageTower) -> FrozenTeacher:
         )
     if missing := stored.missing():
         raise InputError(f"the teacher {teacher.source} has no {missing[0]}; it is incomplete")
-    _tell(stored, teacher, student)
+    _log_teacher(stored, teacher, student)
     stored = _on_grid(stored, teacher, student)
     if teacher.normalization == "student":
         seen = replace(stored.tower, mean=student.mean, std=student.std)
@@ -219,7 +219,7 @@ def load_teacher(teacher: Teacher, student: ImageTower) -> FrozenTeacher:
     return FrozenTeacher(stored, pixels_mean=student.mean, pixels_std=student.std)
 
 
-def _tell(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> None:
+def _log_teacher(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> None:
     """Say what of the teacher its weights alone do not, from where it is, and what it is shown."""
     tower, prepared = stored.tower, stored.preparation
     told_by = _FROM_SHAPES if prepared is None else prepared.told_by
@@ -239,8 +239,10 @@ def _tell(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> None
 
 def _on_grid(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> EncoderWeights:
     """The tower for the size of images that it will be shown."""
-    wanted = teacher.image_size or student.image_size
-    size = (wanted, wanted) if isinstance(wanted, int) else (wanted[0], wanted[1])
+    shown_size = teacher.image_size or student.image_size
+    if isinstance(shown_size, int):
+        shown_size = (shown_size, shown_size)
+    size = (shown_size[0], shown_size[1])
     side = stored.tower.patch_size
     fits = not any(length % side for length in size)
     grid = tuple(length // side for length in size)

@@ -38,7 +38,7 @@ class Contrastive:
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """CLIP's loss, or SigLIP's, for which the model needs an initial_logit_bias."""
     directions: tuple[Direction, ...] = BOTH
-    """Who looks for whom; the loss is the mean over the directions."""
+    """Which side is the query that is to find its partner; the loss is the mean over them."""
     clamp: Literal["after_step", "forward", "never"] = "after_step"
     """How the logit scale stays within 1 and 100: the parameter itself after every step, or only
     where it is used, as in FLIP's published runs, or not at all, as in CiT's."""
@@ -100,9 +100,9 @@ class Encoded(NamedTuple):
     texts: Tensor
     """(B, E) unit vectors."""
     log_scale: Tensor
-    """(1,)"""
+    """(1,) logarithm of the factor on the cosines."""
     logit_bias: Tensor | None
-    """(1,), of the sigmoid loss."""
+    """(1,) added to every logit; None but for the sigmoid loss."""
     patches: Tensor
     """(B,) patches that the tower saw of each image."""
     text_tokens: Tensor

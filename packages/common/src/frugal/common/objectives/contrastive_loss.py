@@ -70,7 +70,7 @@ def contrastive_loss(
         text_features: (B, E) unit vectors; row i belongs to image i.
         log_scale: one element, the logarithm of the factor on the cosines.
         valid: (B,) bool; a sample that is not valid counts neither as a row nor as a column.
-        directions: who looks for whom; the loss is the mean over the directions.
+        directions: which side is the query; the loss is the mean over the directions.
         chunk: columns at a time; by default few enough for 4 MiB of logits.
         group: the processes of the global batch; all of them by default.
     """
@@ -185,17 +185,23 @@ def _chunks(
     all_places = torch.arange(len(offsets), device=rows.device).view(-1, size)  # (W, B)
     step = max(_PIECE_NUMBERS // (samples.world_size * width), 1)
     for first in range(0, size, step):
+        # every process sends the same slice of its columns, so a piece holds a slice of every rank
+        # one after another: ranks are in order in it, but its places in the batch are not adjacent
         piece = gather_values(columns[first : first + step], samples.group)
         places = all_places[:, first : first + step].flatten()
-        owned = len(piece) // samples.world_size
-        own_start = samples.rank * owned
+        per_rank = len(piece) // samples.world_size
+        local_start = samples.rank * per_rank
         for start in range(0, len(piece), samples.chunk):
             part = slice(start, start + samples.chunk)
+            # minus infinity for a column that does not count comes with the product, for nothing
             logits = torch.addmm(offsets[places[part]], rows, piece[part].T)  # (B, C)
-            partners = logits[first : first + owned].diagonal(own_start - start)
-            first_row = first + max(start - own_start, 0)
-            own_rows = slice(first_row, first_row + len(partners))
-            yield _Chunk(piece[part], places[part], logits, own_rows, partners)
+            # Row i's partner is local column i, so the partners in this chunk are a diagonal, which
+            # starts left or right of the chunk's corner. A view, no index: nothing is copied, and
+            # where a chunk has none of them it is empty on the host already.
+            partners = logits[first : first + per_rank].diagonal(local_start - start)
+            first_row = first + max(start - local_start, 0)
+            local_rows = slice(first_row, first_row + len(partners))
+            yield _Chunk(piece[part], places[part], logits, local_rows, partners)
 
 
 def _weighted_columns(
@@ -219,6 +225,7 @@ def _weighted_columns(
     Returns:
         (B, E); zero for rows that do not count.
     """
+    # the logits are computed again rather than kept: they are what would grow with the batch
     sums = torch.zeros_like(rows)
     for part in _chunks(rows, columns, samples, bias):
         weigh(part)
@@ -245,13 +252,15 @@ class _Rows(NamedTuple):
         total = rows.new_zeros(len(rows))
         for part in _chunks(rows, columns, samples):
             part.partners.fill_(-torch.inf)
+            # running log-sum-exp: what was summed so far is brought to the new largest logit
             before, largest = largest, torch.maximum(largest, part.logits.amax(1))
             # a row may have met nothing yet but columns that do not count
             pivot = largest.masked_fill(largest == -torch.inf, 0.0)
             total *= (before - pivot).exp()
             total += part.logits.sub_(pivot[:, None]).exp_().sum(1)
         partner = (rows * columns).sum(1)
-        # the partner is kept apart, so that a loss near zero keeps all its digits
+        # Log-sum-exp of the others minus the partner: its softplus is the loss, its sigmoid the
+        # probability missed. With the partner kept apart a loss near zero keeps all its digits.
         margin = pivot + total.log() - partner
         losses = torch.logaddexp(margin, torch.zeros_like(margin))
         hits = (partner > largest).to(rows.dtype)
@@ -259,7 +268,7 @@ class _Rows(NamedTuple):
 
     @classmethod
     def absent(cls, rows: Tensor) -> _Rows:
-        """For a direction that is not asked for: no loss, and no weight for anything."""
+        """Rows of a direction that the loss leaves out: no loss, and no weight for anything."""
         zeros = rows.new_zeros(len(rows))
         return cls(zeros, zeros + torch.inf, zeros, zeros)
 
@@ -302,18 +311,21 @@ class _Softmax(torch.autograd.Function):
         samples: _Samples = ctx.samples
         images, texts, scale, image_total, image_missed, text_total, text_missed = ctx.saved_tensors
         weight = samples.blank(gradients[0])
-        mine = torch.stack((image_total, text_total, weight))  # (3, B)
-        everyones = gather_values(mine.T, samples.group).T  # (3, G)
+        # three numbers of every sample of all ranks: all that a process must know of rows elsewhere
+        # to compute, by itself, what they would send to its columns as gradients
+        local = torch.stack((image_total, text_total, weight))  # (3, B)
+        everywhere = gather_values(local.T, samples.group).T  # (3, G)
         partner_weights = -(image_missed + text_missed) * weight
         image_gradient = text_gradient = scale_gradient = None
         with torch.autocast(images.device.type, enabled=False):
+            # a frozen tower saves a whole pass over the global batch
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-                weigh = _softmax_weights(mine[[0, 2]], everyones[1:])
+                weigh = _softmax_weights(local[[0, 2]], everywhere[1:])
                 sums = _weighted_columns(images * scale, texts, samples, weigh, partner_weights)
                 image_gradient = sums * scale
                 scale_gradient = (sums * images).sum().view_as(scale)
             if ctx.needs_input_grad[1]:
-                weigh = _softmax_weights(mine[1:], everyones[[0, 2]])
+                weigh = _softmax_weights(local[1:], everywhere[[0, 2]])
                 sums = _weighted_columns(texts * scale, images, samples, weigh, partner_weights)
                 text_gradient = sums * scale
         return image_gradient, text_gradient, scale_gradient, None, None
@@ -365,7 +377,7 @@ class _Sigmoid(torch.autograd.Function):
         samples: _Samples = ctx.samples
         images, texts, scale, bias, missed = ctx.saved_tensors
         weight = samples.blank(gradients[0])  # (B,)
-        everyones = gather_values(weight, samples.group)  # (G,)
+        everywhere = gather_values(weight, samples.group)  # (G,)
         partner_weights = -missed * weight
         bias_gradient = partner_weights.sum()
 
@@ -376,7 +388,7 @@ class _Sigmoid(torch.autograd.Function):
             bias_gradient = bias_gradient + part.logits.sum()
 
         def of_columns(part: _Chunk) -> None:
-            part.logits.sigmoid_().mul_(everyones[part.places])
+            part.logits.sigmoid_().mul_(everywhere[part.places])
 
         image_gradient = text_gradient = scale_gradient = None
         with torch.autocast(images.device.type, enabled=False):
