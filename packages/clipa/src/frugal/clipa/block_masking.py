@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from frugal.common.errors import InputError
+from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import ShareBelowOne
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import PURPOSE
-
-if TYPE_CHECKING:
-    from frugal.common.randomness import NoiseSource
 
 
 @dataclass(frozen=True, kw_only=True)

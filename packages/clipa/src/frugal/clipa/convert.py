@@ -12,7 +12,6 @@ import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
@@ -27,9 +26,6 @@ from frugal.common.models.vit import ImagePooling
 from frugal.common.recipe import Recipe
 from frugal.common.run import make_logger
 from frugal.common.words import command_words
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)

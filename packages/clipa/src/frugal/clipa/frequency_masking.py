@@ -15,19 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
+
+import numpy as np
 
 from frugal.clipa.text_masking import check_length
 from frugal.common.data.vocabularies import clean_caption
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json
 from frugal.common.ranges import Range, check_ranges
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from frugal.common.recipe import Recipe
-    from frugal.common.reduction.text import CaptionTokenizer
+from frugal.common.recipe import Recipe
+from frugal.common.reduction.text import CaptionTokenizer
 
 _COUNT = "write it with `python -m frugal.clipa.word_counts SHARDS --out FILE`"
 

@@ -8,15 +8,12 @@ not divide evenly are smaller and keep one patch too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Range, check_ranges
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import PURPOSE
-
-if TYPE_CHECKING:
-    from frugal.common.randomness import NoiseSource
-
 
 _Side = Annotated[int, Range(least=2, words="must be at least 2: one patch of every window stays")]
 

@@ -25,16 +25,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from frugal.clipa.part_of_speech import load_language_data, load_tagger, split_words
 from frugal.clipa.text_masking import check_length, content_room
+from frugal.common.recipe import Recipe
 from frugal.common.reduction.text import CaptionTokenizer
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from frugal.common.recipe import Recipe
 
 _CACHED_CAPTIONS = 1 << 16
 """Captions whose words are remembered in every loader process: about 25 MB at 80 letters each."""

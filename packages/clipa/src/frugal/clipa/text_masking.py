@@ -15,15 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from frugal.common.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from frugal.common.recipe import Recipe
-    from frugal.common.reduction.text import CaptionTokenizer
+from frugal.common.recipe import Recipe
+from frugal.common.reduction.text import CaptionTokenizer
 
 SHORTEST_TEXT = 3
 """Tokens: a start, a word, an end."""

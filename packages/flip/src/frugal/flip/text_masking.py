@@ -8,16 +8,13 @@ evaluation, which masks nothing, finds every position trained.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from frugal.common.errors import InputError
 from frugal.common.ranges import ShareBelowOne
-from frugal.common.reduction.text import Placed
-
-if TYPE_CHECKING:
-    from frugal.common.reduction.text import CaptionTokenizer
+from frugal.common.reduction.text import CaptionTokenizer, Placed
 
 Order = Literal["random", "padding_first"]
 

@@ -7,17 +7,15 @@ arXiv:2208.06049, section 3.3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import ShareBelowOne
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import PURPOSE, RandomMasking
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from frugal.common.randomness import NoiseSource
 
 _SMALLEST_WAIT = 2.0**-25
 """Below the least positive wait that noise of 24 bits makes: a noise of 0 counts as half a step."""

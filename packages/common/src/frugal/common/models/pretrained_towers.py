@@ -61,7 +61,7 @@ class _Tower(nn.Module):
         self._checkpoint_activations = False
 
     @torch.no_grad()
-    def initialize(self, generator: torch.Generator, scheme: Initialization) -> None:
+    def initialize(self, generator: torch.Generator, scheme: Initialization = "open_clip") -> None:
         """Draw every weight afresh as its library does, whatever the scheme of Frugal's towers."""
         del scheme
         seed = torch.randint(2**62, (), generator=generator).item()

@@ -148,7 +148,7 @@ class TextTransformer(nn.Module):
         self.blocks.checkpoint_activations = enabled
 
     @torch.no_grad()
-    def initialize(self, generator: torch.Generator, scheme: Initialization) -> None:
+    def initialize(self, generator: torch.Generator, scheme: Initialization = "open_clip") -> None:
         """Draw every weight afresh."""
         width = self.config.width
         draw_layers(self, self.projection, width=width, generator=generator, scheme=scheme)

@@ -250,7 +250,7 @@ class ImageTransformer(nn.Module):
         self.blocks.checkpoint_activations = enabled
 
     @torch.no_grad()
-    def initialize(self, generator: torch.Generator, scheme: Initialization) -> None:
+    def initialize(self, generator: torch.Generator, scheme: Initialization = "open_clip") -> None:
         """Draw every weight afresh; a fixed position table is computed."""
         width, config = self.config.width, self.config
         draw_layers(self, self.projection, width=width, generator=generator, scheme=scheme)
