@@ -63,7 +63,7 @@ def test_evaluate_says_what_measures_an_encoder_instead(pretrained: Path) -> Non
     words = ("--checkpoint", pretrained, "--tasks", "zero-shot")
     result = command("frugal.common.evaluate", *words, expect=2)
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
-    assert "MaskedModel without a text tower" in result.stderr
+    assert "a model without a text tower" in result.stderr
     ways = "linear-probe --data DATA (or milan-finetune, milan-linear-probe, milan-segment"
     assert f"it is measured by --tasks {ways}, which train)" in result.stderr
 

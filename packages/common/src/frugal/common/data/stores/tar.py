@@ -88,10 +88,11 @@ def walk_tar(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Break]:
     start = 0
     while start < size:
         file.seek(start)
-        fault, end, archive = "", start, None
+        fault, end, archive, is_empty = "", start, None, True
         try:
             archive = tarfile.TarFile(fileobj=file, mode="r", tarinfo=StrictHeader)
             for member in archive:
+                is_empty = False
                 yield member
                 if is_plain(member) and member.offset_data + member.size > size:
                     fault = f"the file ends in the middle of {printable(member.name)}"
@@ -106,8 +107,9 @@ def walk_tar(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Break]:
         found = _search_on(file, start, end, size, fault)
         if found is None:
             return
-        # where not even the first header can be read, the tar in front of it had ended
-        yield found if archive is not None else replace(found, cuts_sample=False)
+        # where not even the first header can be read (some versions of Python raise there, others
+        # end), the tar in front of it had ended
+        yield replace(found, cuts_sample=False) if is_empty else found
         start = found.stop
 
 
