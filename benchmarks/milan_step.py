@@ -175,15 +175,15 @@ def teacher_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
     import reference_milan as readable
     import torch
 
+    from frugal.common.models.image_encoder import ImageEncoder
     from frugal.common.models.named import clip_encoder
     from frugal.common.models.vit import ImageTransformer
-    from frugal.common.weights.encoder_weights import EncoderWeights
     from frugal.milan.teacher import FrozenTeacher
 
     tower = replace(clip_encoder("B/16", quick_gelu=True).image, depth=options.depth)
     state = ImageTransformer(tower, FEATURES).state_dict()
     teacher = FrozenTeacher(
-        EncoderWeights(tower, state, "drawn"), pixels_mean=tower.mean, pixels_std=tower.std
+        ImageEncoder(tower, state, "drawn"), pixels_mean=tower.mean, pixels_std=tower.std
     )
     teacher.tower.to(options.device)
     images = random_images(options)

@@ -18,8 +18,13 @@ from typing import Literal
 import psutil
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from forks import Forked, fork
+from frugal.common.contracts import EvaluationTask
+from frugal.common.models.bundle import ModelBundle
+from frugal.common.recipe import Recipe
+from frugal.common.weights.runs import bundle_of
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -247,3 +252,13 @@ def largest_difference(
     names = [name for name in left if name.split("/")[0] in kinds]
     assert names
     return max((left[name] - right[name]).abs().max().item() for name in names)
+
+
+def described(recipe: Recipe) -> ModelBundle:
+    """The model of a recipe where nothing but its description is asked for."""
+    return bundle_of(nn.Module(), recipe)
+
+
+def described_with_tasks(recipe: Recipe) -> tuple[ModelBundle, tuple[EvaluationTask, ...]]:
+    """The same, with what its run is measured on."""
+    return described(recipe), recipe.evaluation

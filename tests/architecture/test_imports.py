@@ -31,6 +31,7 @@ LAYERS = [
     ("optim", "engine"),
     ("transfer",),
     (
+        "__init__",
         "cli",
         "compare",
         "demo",
@@ -40,7 +41,6 @@ LAYERS = [
         "evaluate",
         "export",
         "import_weights",
-        "loading",
     ),
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -27,9 +27,9 @@ from transformers import (
 
 from frugal.common.errors import InputError
 from frugal.common.export import Options, export
-from frugal.common.loading import load_trained
 from frugal.common.models.pretrained import TimmImage, TransformersImage
 from frugal.common.models.text import TextTower
+from frugal.common.weights.load import load_model
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40, "é"]
 NARROW = {
@@ -65,7 +65,7 @@ def run_of(folder: Path, image: Any, bert: Path, **text: Any) -> Path:
 @torch.inference_mode()
 def check_embeddings(run: Path, out: Path) -> VisionTextDualEncoderModel:
     """The folder's model gives our embeddings for what its processors make of raw inputs."""
-    trained = load_trained(run, device="cpu")
+    trained = load_model(run)
     theirs, report = AutoModel.from_pretrained(out, output_loading_info=True)
     assert not any(report.values()), report
     assert isinstance(theirs, VisionTextDualEncoderModel)
@@ -82,7 +82,7 @@ def check_embeddings(run: Path, out: Path) -> VisionTextDualEncoderModel:
     made = theirs.eval()(**pixels, **tokens)
     images = trained.model.encode_image(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     torch.testing.assert_close(made.image_embeds, images, rtol=0, atol=1e-5)
-    tokenizer = trained.recipe.data.tokenizer.load()
+    tokenizer = trained.tokenizer
     for row, caption in enumerate(CAPTIONS):
         ids = torch.tensor([tokenizer.assemble(tokenizer.encode(caption), 16)])
         alone = trained.model.encode_text(ids, torch.tensor([ids.shape[1]]))
@@ -169,9 +169,9 @@ def test_an_exported_folder_comes_back_bit_for_bit(bert_words, tmp_path) -> None
     run = run_of(tmp_path / "run", image, bert_words)
     export(Options(checkpoint=run, to="huggingface", out=tmp_path / "out"))
     convert(Conversion(source=tmp_path / "out", out=tmp_path / "back", length=16))
-    models = [load_trained(tmp_path / name, device="cpu") for name in ("run", "back")]
+    models = [load_model(tmp_path / name) for name in ("run", "back")]
     left, right = (trained.model.state_dict() for trained in models)
     assert left.keys() == right.keys()
     assert all(tensor.equal(right[name]) for name, tensor in left.items())
-    ids = [trained.recipe.data.tokenizer.load().encode(CAPTIONS[0]) for trained in models]
+    ids = [trained.tokenizer.encode(CAPTIONS[0]) for trained in models]
     assert ids[0] == ids[1]

@@ -22,9 +22,9 @@ from transformers import (
 
 from frugal.cit.convert import Options, convert
 from frugal.common.errors import InputError
-from frugal.common.loading import load_trained
 from frugal.common.models.pretrained import TransformersImage
 from frugal.common.recipe import load_recipe
+from frugal.common.weights.load import load_model
 from support import command
 
 
@@ -69,7 +69,7 @@ def test_a_released_model_gives_the_recorded_embeddings(tmp_path, bert_words, ca
     source = released(tmp_path / "released")
     run = converted(source, tmp_path / "run", image_heads=4, tokenizer=str(bert_words), length=12)
     assert "meeting in 20 dimensions" in capsys.readouterr().out
-    trained = load_trained(run, device="cpu")
+    trained = load_model(run)
     text, moco = case("text_tower").tensors, case("moco_tiny").tensors
     ids, lengths = text["input_ids"].long(), text["attention_mask"].sum(1)
     model = trained.model
@@ -78,8 +78,8 @@ def test_a_released_model_gives_the_recorded_embeddings(tmp_path, bert_words, ca
     pooled = model.image.forward_pooled(moco["images"])
     torch.testing.assert_close(pooled, moco["output_eval"], **near)
     torch.testing.assert_close(model.logit_scale.exp()[0], text["logit_scale"])
-    assert trained.recipe.objective.train_image == "head"
-    tokenizer = trained.recipe.data.tokenizer.load()
+    assert load_recipe(run / "recipe.json").objective.train_image == "head"
+    tokenizer = trained.tokenizer
     assert tokenizer.assemble(tokenizer.encode("dog"), 12)[0] == 2
 
 
@@ -96,7 +96,7 @@ def test_the_way_there_and_back_changes_no_bit(tmp_path, bert_words) -> None:
     assert again["text_config"] == settings["text_config"]
     assert again["vision_config"]["hidden_size"] == 12
     twice = converted(back, tmp_path / "twice", image_heads=4)
-    left, right = (load_trained(r, device="cpu").model.state_dict() for r in (run, twice))
+    left, right = (load_model(r).model.state_dict() for r in (run, twice))
     assert all(tensor.equal(right[name]) for name, tensor in left.items())
 
 
@@ -109,11 +109,11 @@ def test_plain_towers_leave_and_come_back_as_either_kind(kind, tmp_path, bert_wo
     out = converted(run, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["vision_config"]["model_type"] == kind
     back = converted(out, tmp_path / "back", image_heads=3, length=16)
-    models = [load_trained(folder, device="cpu") for folder in (run, back)]
-    assert models[1].recipe.model.image == image
+    models = [load_model(folder) for folder in (run, back)]
+    assert models[1].config.image == image
     left, right = (trained.model.state_dict() for trained in models)
     assert all(tensor.equal(right[name]) for name, tensor in left.items())
-    assert models[1].recipe.objective.train_image == "none"
+    assert load_recipe(back / "recipe.json").objective.train_image == "none"
 
 
 def test_a_training_checkpoint_is_read_without_its_optimizer(tmp_path) -> None:
@@ -126,8 +126,8 @@ def test_a_training_checkpoint_is_read_without_its_optimizer(tmp_path) -> None:
     }  # fmt: skip
     torch.save(content, file)
     run = converted(file, tmp_path / "run", image_heads=4, text_heads=4, length=12)
-    trained = load_trained(run, device="cpu")
-    assert trained.step == 4_500
+    trained = load_model(run)
+    assert trained.source.step == 4_500
     name = "text.model.encoder.layer.1.output.dense.weight"
     expected = state["text_model.encoder.layer.1.output.dense.weight"]
     assert trained.model.state_dict()[name].equal(expected)
@@ -147,7 +147,7 @@ def test_a_dual_encoder_of_transformers_comes_in_with_both_towers(tmp_path) -> N
     run = converted(tmp_path / "theirs", tmp_path / "run", length=16)
     recipe = load_recipe(run / "recipe.json")
     assert isinstance(recipe.model.image, TransformersImage)
-    model = load_trained(run, device="cpu").model
+    model = load_model(run).model
     images = torch.randn(2, 3, 32, 32)
     ids = torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]])
     made = theirs(input_ids=ids, attention_mask=(ids > 0).long(), pixel_values=images)

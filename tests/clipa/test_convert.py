@@ -16,10 +16,11 @@ from frugal.clipa.named_models import named_model
 from frugal.clipa.recipes import demo
 from frugal.common.checkpoint.warm_start import warm_start
 from frugal.common.errors import InputError
-from frugal.common.loading import load_trained
 from frugal.common.models.clip import resample_table
 from frugal.common.models.positions import resample_length, sincos_table
 from frugal.common.models.weight_names import to_open_clip
+from frugal.common.recipe import load_recipe
+from frugal.common.weights.load import load_model
 from support import command
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -47,22 +48,22 @@ def test_a_converted_npz_gives_the_embeddings_of_the_jax_code(tmp_path, vocab, c
     run = converted(tmp_path / "run", image_size=32, vocab=vocab)
     assert "32 wide, 2 blocks, patches of 8, 32x32 pixels" in capsys.readouterr().out
     vocab.unlink()  # the run has what it needs
-    trained = load_trained(run, device="cpu")
+    trained = load_model(run)
     golden = load_file(GOLDEN / "clipa" / "clipa_npz_params_expected.safetensors")
     images = trained.model.encode_image(golden["image_nhwc"].permute(0, 3, 1, 2))
     torch.testing.assert_close(images, golden["z_img"], rtol=0, atol=2e-6)
     texts = trained.model.encode_text(golden["token_ids"].long())
     torch.testing.assert_close(texts, golden["z_txt"], rtol=0, atol=2e-6)
-    tokenizer = trained.recipe.data.tokenizer.load()
+    tokenizer = trained.tokenizer
     assert tokenizer.assemble(tokenizer.encode("Red circles"), 8) == [2, 4, 5, 6]
 
 
 def test_a_stage_starts_from_converted_weights(tmp_path, vocab):
     run = converted(tmp_path / "run", image_size=32, vocab=vocab)
-    published = load_trained(run, device="cpu")
-    model = published.recipe.model
+    published = load_model(run)
+    model = published.config
     recipe = replace(
-        published.recipe,
+        load_recipe(run / "recipe.json"),
         model=replace(
             model,
             image=replace(model.image, image_size=(48, 40), positions="learned"),
@@ -92,10 +93,8 @@ def test_a_converted_open_clip_file_gives_the_embeddings_of_its_towers(tmp_path)
     model = config.build(torch.Generator().manual_seed(2)).eval()
     save_file(to_open_clip(model.state_dict(), config), tmp_path / "model.safetensors")
     run = converted(tmp_path / "run", tmp_path / "model.safetensors", heads=(6, 6))
-    trained = load_trained(run, device="cpu")
-    assert trained.recipe.model == replace(
-        config, initialization=trained.recipe.model.initialization
-    )
+    trained = load_model(run)
+    assert trained.config == replace(config, initialization=trained.config.initialization)
     images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     assert torch.equal(trained.model.encode_image(images), model.encode_image(images))
     ids = torch.randint(1, 49_408, (3, 8))

@@ -23,6 +23,7 @@ from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.report.examples import Examples, examples_of_model
 from frugal.common.run import Run, make_logger
+from frugal.common.weights.runs import bundle_of
 from support import ALONE, command, train
 
 RED = np.array((230, 30, 30))
@@ -125,7 +126,13 @@ def gathered(scenes: Path, masking: ClusterMasking, folder: Path) -> Examples:
     )
     run = Run(folder, 0, 1, 0, torch.device("cpu"), make_logger(0))
     model = recipe.objective.build(recipe).model
-    return examples_of_model(model, recipe, run, reduction=masking, count=40)
+    return examples_of_model(
+        bundle_of(model, recipe),
+        recipe.evaluation,
+        run,
+        reduction=masking,
+        count=40,
+    )
 
 
 def test_many_examples_are_not_all_drawn(scenes: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from frugal.common.data.tokenizers import WordPiece, load_tokenizer
 from frugal.common.errors import InputError
-from frugal.common.loading import load_trained
 from frugal.common.models.named import flip_encoder
 from frugal.common.recipe import load_recipe
+from frugal.common.weights.load import load_model
 from frugal.flip.convert import Options, convert
 from frugal.flip.published_weights import (
     config_of_sizes,
@@ -44,7 +44,7 @@ LOG = logging.getLogger("test_convert")
 
 def embed(run: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Embeddings of the golden inputs, and the logit scale."""
-    model = load_trained(run, device="cpu").model
+    model = load_model(run).model
     images = EXPECTED["image_nhwc"].permute(0, 3, 1, 2)
     with torch.no_grad():
         return *model(images, EXPECTED["token_ids"].long()), model.logit_scale
@@ -408,7 +408,6 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, existed: bool):
 _MEASURED = """
 import logging, sys
 from pathlib import Path
-from frugal.flip.convert import Options, convert
 
 def status(name):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if name in l)

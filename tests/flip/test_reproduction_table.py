@@ -9,9 +9,11 @@ import pytest
 import tyro
 
 from frugal.common.cli import read_command_line
-from frugal.common.evaluate import Options, chosen_tasks
+from frugal.common.evaluate import Options
+from frugal.common.evaluation.cli import chosen_tasks
 from frugal.common.recipe import Recipe
 from frugal.flip.recipes import RECIPES
+from support import described_with_tasks
 
 README = Path(__file__).parents[2] / "packages" / "flip" / "README.md"
 TEXT = README.read_text()
@@ -91,7 +93,7 @@ def test_training_commands_are_understood(command: str) -> None:
 )
 def test_evaluation_commands_are_understood(command: str) -> None:
     options = tyro.cli(Options, args=["--published", "--checkpoint", *words_of(command)])
-    (task,) = chosen_tasks(options, RECIPES["large"]())
+    (task,) = chosen_tasks(options, *described_with_tasks(RECIPES["large"]()))
     assert task.crop.interpolation == "tf1_bicubic"
     assert task.data is not None
 

@@ -30,12 +30,12 @@ from transformers import (
 from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint
 from frugal.common.errors import InputError
 from frugal.common.export import Options, export
-from frugal.common.loading import load_trained
 from frugal.common.models.weight_names import from_timm, from_vit_mae
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
 from frugal.common.transfer.classifier import pooled
 from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.load import load_model
 from frugal.milan.decoders import DecoderConfig, Split
 from frugal.milan.model import MaskedModel, encoder
 from frugal.milan.recipes import demo, demo_pixels
@@ -163,7 +163,7 @@ def test_a_masked_autoencoder_of_pixels_predicts_the_same_in_transformers(
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(2))
     order, images = noise.argsort(1), images_for(recipe)
     split = Split(order[:, :4], order[:, 4:])
-    ours: Any = load_trained(run, device="cpu").model
+    ours: Any = load_model(run).model
     with torch.inference_mode():
         found = theirs.eval()(pixel_values=images, noise=noise).logits  # (B, N, P)
         expected = ours(images, split, hidden_only=True)
@@ -221,7 +221,7 @@ def test_a_fine_tuned_model_gives_timm_the_same_scores(pooling, make_run, tmp_pa
     run, out = make_run(recipe), tmp_path / "out"
     assert export(Options(checkpoint=run, to="timm", out=out)) < 1e-5
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    ours: Any = load_trained(run, device="cpu").model
+    ours: Any = load_model(run).model
     images = images_for(recipe)
     with torch.inference_mode():
         torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-5)
@@ -236,7 +236,7 @@ def test_a_classifier_of_the_class_token_leaves_for_transformers(make, make_run,
     assert export(Options(checkpoint=run, to="huggingface", out=out)) < 1e-5
     theirs, loading = AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
     assert isinstance(theirs, ViTForImageClassification) and not any(loading.values()), loading
-    ours: Any = load_trained(run, device="cpu").model
+    ours: Any = load_model(run).model
     images = images_for(recipe)
     with torch.inference_mode():
         logits = theirs.eval()(pixel_values=images).logits
@@ -248,7 +248,7 @@ def test_the_batch_norm_of_a_probe_is_part_of_the_exported_layer(make_run, tmp_p
     run, out = make_run(recipe), tmp_path / "out"
     export(Options(checkpoint=run, to="timm", out=out))
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    ours: Any = load_trained(run, device="cpu").model
+    ours: Any = load_model(run).model
     assert not torch.equal(ours.head[0].running_var, torch.ones(24))
     images = images_for(recipe)
     with torch.inference_mode():
@@ -256,7 +256,7 @@ def test_the_batch_norm_of_a_probe_is_part_of_the_exported_layer(make_run, tmp_p
     slim = tmp_path / "slim"
     assert export(Options(checkpoint=run, to="frugal", out=slim)) == 0
     with torch.inference_mode():
-        assert torch.equal(load_trained(slim, device="cpu").model(images), ours(images))
+        assert torch.equal(load_model(slim).model(images), ours(images))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_norm_on_the_mean_leaves_for_transformers_as_beit(
     theirs, loading = AutoModelForImageClassification.from_pretrained(out, output_loading_info=True)
     assert isinstance(theirs, BeitForImageClassification) and not any(loading.values()), loading
     assert theirs.config.use_mean_pooling == (pooling == "mean")
-    ours: Any = load_trained(run, device="cpu").model
+    ours: Any = load_model(run).model
     images = images_for(recipe)
     with torch.inference_mode():
         logits = theirs.eval()(pixel_values=images).logits
@@ -334,7 +334,7 @@ def test_a_segmenter_leaves_for_transformers_with_both_heads(make_run, tmp_path)
     )
     assert isinstance(theirs, UperNetForSemanticSegmentation) and not any(loading.values())
     assert theirs.config.auxiliary_loss_weight == recipe.objective.auxiliary_weight
-    ours: Any = load_trained(run, device="cpu").model
+    ours: Any = load_model(run).model
     images = images_for(recipe)
     with torch.inference_mode():
         made = theirs.eval()(pixel_values=images, labels=torch.zeros(3, 64, 64).long())
@@ -361,7 +361,7 @@ def test_the_encoder_of_a_segmenter_leaves_without_a_last_norm(make_run, tmp_pat
     run, out = make_run(recipe), tmp_path / "out"
     assert export(Options(checkpoint=run, to="timm", out=out)) < 1e-5
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    ours: Any = load_trained(run, device="cpu").model.image
+    ours: Any = load_model(run).model.image
     images, last = images_for(recipe), recipe.model.image.depth - 1
     with torch.inference_mode():
         tokens = ours(images, output="blocks", blocks=(last,))[0]

@@ -7,9 +7,9 @@ import reference_milan as readable
 import torch
 
 from frugal.common.contracts import Batch
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.vit import ImageTower
 from frugal.common.reduction.random_masking import RandomMasking
-from frugal.common.weights.encoder_weights import EncoderWeights
 from frugal.milan.decoders import DecoderConfig, Split
 from frugal.milan.model import MaskedModel, build, encoder
 from frugal.milan.objective import Reconstruction
@@ -43,7 +43,7 @@ def make_teacher(image: ImageTower = IMAGE) -> FrozenTeacher:
         image, width=32, depth=2, heads=2, mlp_width=64, positions="learned", pre_norm=True
     )
     generator = torch.Generator().manual_seed(11)
-    weights = EncoderWeights(tower, {"projection.weight": torch.zeros(20, 32)}, "a test")
+    weights = ImageEncoder(tower, {"projection.weight": torch.zeros(20, 32)}, "a test")
     names = dict.fromkeys(weights.missing())
     with torch.device("meta"):
         from frugal.common.models.vit import ImageTransformer

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from frugal.common.cli import read_command_line
 from frugal.common.errors import InputError
-from frugal.common.loading import load_trained
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_timm
 from frugal.common.train import train_recipe
 from frugal.common.transfer.classifier import ClassifierConfig
+from frugal.common.weights.load import load_model
 from frugal.milan.transfer_recipes import LINEAR_PROBING
 from support import (
     ALONE,
@@ -71,7 +71,7 @@ def test_nothing_but_the_linear_layer_moves(probed: Path, encoder: Path) -> None
     assert {name for name in saved if not name.startswith("buffer/")} == {
         f"{kind}/{name}" for kind in ("weight", "momentum") for name in head
     }
-    trained = load_trained(probed, device="cpu").model
+    trained = load_model(probed).model
     assert not (trained.head[0].running_mean == 0).any()
     theirs = to_timm(trained.image.state_dict(), TOWER)
     before = ClassifierConfig(image=TOWER).build(torch.Generator().manual_seed(0)).image

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from frugal.common.contracts import EvaluationTask
 from frugal.common.engine.throughput import Meter
-from frugal.common.recipe import EngineOptions, Recipe, RunOptions
+from frugal.common.recipe import EngineOptions, RunOptions
 from frugal.common.train import train_recipe
 from frugal.flip.recipes import demo
 from support import metrics
@@ -83,7 +83,9 @@ class Sleep(EvaluationTask):
     def folder(self) -> None:
         """None: it needs no data."""
 
-    def evaluate(self, model: Any, recipe: Recipe, run: Any, *, show: Any = None) -> dict[str, Any]:
+    def evaluate(
+        self, bundle: Any, run: Any, *, show: Any = None, keep: Any = None
+    ) -> dict[str, Any]:
         time.sleep(SLEEP)
         return {"sleep_seconds": SLEEP}
 

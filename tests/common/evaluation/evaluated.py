@@ -40,8 +40,8 @@ def recipe(
         data=SimpleNamespace(tokenizer=ClipBpe()),
         engine=EngineOptions(),
         evaluation=evaluation,
-        run=SimpleNamespace(seed=0),
-        reduction=SimpleNamespace(image=RandomMasking(mask_ratio=0.5)),
+        run=SimpleNamespace(seed=0, dir=None),
+        reduction=SimpleNamespace(image=RandomMasking(mask_ratio=0.5), text=None),
     )
 
 

@@ -24,6 +24,7 @@ from frugal.common.evaluation.bootstrap import (
 )
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
 
 
 def slowly(outcomes: Outcomes, chosen: torch.Tensor) -> dict[str, float]:
@@ -105,7 +106,7 @@ def test_every_number_that_is_a_share_comes_out_of_the_outcomes_again(
     task = replace(task, data=scenes)
     if isinstance(task, LinearProbe):
         task = replace(task, weight_decay=0.01)
-    numbers = task.evaluate(telling(plan), plan, run, keep=kept.append)
+    numbers = task.evaluate(bundle_of(telling(plan), plan), run, keep=kept.append)
     (outcomes,) = kept
     shares = {name for name, value in numbers.items() if isinstance(value, float)}
     assert outcomes.measures.keys() == shares - {"linear_probe_weight_decay"}

@@ -19,6 +19,7 @@ from frugal.common.data.labeled import CaptionedImages
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Retrieval
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
 
 COUNT = 14
 CAPTIONS = [[f"side {n} of thing {place}" for n in range(1 + place % 4)] for place in range(COUNT)]
@@ -96,7 +97,7 @@ def test_unequal_numbers_of_captions_are_scored_as_in_clip_benchmark(
     plan = recipe()
     model = telling(plan)
     task = Retrieval(data=folder(tmp_path / "x", tar, b"retrieval"))
-    ours = task.evaluate(model, plan, run)
+    ours = task.evaluate(bundle_of(model, plan), run)
     pairs = [(torch.from_numpy(pixels(n)).permute(2, 0, 1), CAPTIONS[n]) for n in range(COUNT)]
     batch = (torch.stack([image for image, _ in pairs]), [texts for _, texts in pairs])
     theirs = zeroshot_retrieval.evaluate(
@@ -114,7 +115,7 @@ def test_texts_of_several_lines_without_a_type_are_told_and_counted(
 ) -> None:
     plan, outcomes = recipe(), []
     task = Retrieval(data=folder(tmp_path / "x", tar, None))
-    numbers = task.evaluate(telling(plan), plan, run, keep=outcomes.append)
+    numbers = task.evaluate(bundle_of(telling(plan), plan), run, keep=outcomes.append)
     several = sum(len(captions) > 1 for captions in CAPTIONS)
     assert numbers["retrieval_captions"] == COUNT
     assert numbers["retrieval_captions_of_several_lines"] == several
@@ -130,6 +131,6 @@ def test_captions_that_are_cut_are_told_and_counted(
     longer = [len(loaded.encode(caption)) > 5 for own in CAPTIONS for caption in own]
     assert 0 < sum(longer) < len(longer)
     task = Retrieval(data=folder(tmp_path / "x", tar, b"retrieval"))
-    numbers = task.evaluate(telling(plan), plan, run)
+    numbers = task.evaluate(bundle_of(telling(plan), plan), run)
     assert numbers["retrieval_captions_cut"] == sum(longer)
     assert f"{sum(longer)} of the {len(longer)} captions are longer than the 7" in caplog.text

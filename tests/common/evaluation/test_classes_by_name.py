@@ -16,6 +16,7 @@ from PIL import Image
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
 
 COLORS = {"a": (220, 30, 30), "b": (30, 220, 30), "c": (30, 30, 220), "d": (220, 220, 30)}
 COLORS["e"] = COLORS["b"]
@@ -55,7 +56,7 @@ def tars(folder: Path, classes: str, images: int = 8) -> Path:
 
 def measure(folder: Path, run: Run) -> dict[str, float | int]:
     plan = recipe()
-    return LinearProbe(data=folder, weight_decay=1e-3).evaluate(telling(plan), plan, run)
+    return LinearProbe(data=folder, weight_decay=1e-3).evaluate(bundle_of(telling(plan), plan), run)
 
 
 def right(numbers: dict[str, float | int]) -> int:
@@ -99,7 +100,7 @@ def test_a_class_that_training_lacks_is_refused_by_name(
     part(tmp_path / "val", tested if where == "val" else trained, 3)
     plan = recipe()
     with pytest.raises(InputError, match=sentence) as caught:
-        LinearProbe(data=tmp_path).evaluate(telling(plan), plan, run)
+        LinearProbe(data=tmp_path).evaluate(bundle_of(telling(plan), plan), run)
     assert f"{tmp_path / where} has" in str(caught.value) and "\n" not in str(caught.value)
 
 

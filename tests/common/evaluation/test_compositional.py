@@ -29,6 +29,7 @@ from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS
 from frugal.common.report.examples import examples_of_model
 from frugal.common.run import Run
 from frugal.common.scenes import compositional as scenes_compositional
+from frugal.common.weights.runs import bundle_of
 
 SIZE = (24, 32)
 recipe = partial(evaluated.recipe, SIZE)
@@ -115,7 +116,7 @@ def test_shares_equal_clip_benchmark_on_the_same_files(
 ) -> None:
     plan = recipe()
     model = telling(plan)
-    ours = Compositional(data=sugar, batch_size=batch_size).evaluate(model, plan, run)
+    ours = Compositional(data=sugar, batch_size=batch_size).evaluate(bundle_of(model, plan), run)
     assert_as_clip_benchmark(ours, model, sugar / "val2017", sugar)
     assert ours["compositional_images"] == 20
     assert ours["compositional_items"] == sum(range(30, 37))
@@ -126,7 +127,7 @@ def test_shares_equal_clip_benchmark_on_the_same_files(
 def test_scenes_equal_clip_benchmark_on_the_same_files(scenes: Path, run: Run) -> None:
     plan = recipe()
     model = telling(plan)
-    ours = Compositional(data=scenes, batch_size=13).evaluate(model, plan, run)
+    ours = Compositional(data=scenes, batch_size=13).evaluate(bundle_of(model, plan), run)
     folder = scenes / "compositional"
     assert_as_clip_benchmark(ours, model, folder / "images", folder)
     assert ours["compositional_items"] == ours["compositional_images"] == 70
@@ -156,7 +157,7 @@ def test_sugar_crepe_on_coco_equals_clip_benchmark(
     plan = recipe()
     model = telling(plan)
     task = Compositional(data=tmp_path / "sugar", images=images)
-    ours = task.evaluate(model, plan, run)
+    ours = task.evaluate(bundle_of(model, plan), run)
     assert_as_clip_benchmark(ours, model, images, tmp_path / "sugar")
     assert {name: ours[f"compositional_{name}_items"] for name in CATEGORIES} == {
         "add_att": 8, "add_obj": 36, "replace_att": 9, "replace_obj": 25, "replace_rel": 28,
@@ -185,7 +186,7 @@ def test_a_tie_is_wrong(tmp_path: Path, run: Run, caplog) -> None:
     write_items(tmp_path / "swap_obj.json", [*items, (name, "A dog", "a  DOG"), (name, "a", "b")])
     plan = recipe(length=8)
     with caplog.at_level(logging.WARNING, logger="evaluating"):
-        numbers = Compositional(data=tmp_path).evaluate(telling(plan), plan, run)
+        numbers = Compositional(data=tmp_path).evaluate(bundle_of(telling(plan), plan), run)
     assert numbers["compositional_swap_obj"] in (0, 0.25)
     assert "does not tell the captions of 3 of the 4 items apart" in caplog.text
 
@@ -211,11 +212,11 @@ def test_files_that_are_not_there_leave_their_means_out_and_are_named(
 ) -> None:
     plan = recipe()
     model = telling(plan)
-    whole = Compositional(data=sugar).evaluate(model, plan, run)
+    whole = Compositional(data=sugar).evaluate(bundle_of(model, plan), run)
     (sugar / "swap_att.json").unlink()
     (sugar / "add_obj.json").unlink()
     with caplog.at_level(logging.WARNING, logger="evaluating"):
-        part = Compositional(data=sugar).evaluate(model, plan, run)
+        part = Compositional(data=sugar).evaluate(bundle_of(model, plan), run)
     assert "has no swap_att.json, add_obj.json; the means that need them" in caplog.text
     gone = {"swap_att", "add_obj", "swap_att_items", "add_obj_items", "swap", "add", "mean"}
     assert whole.keys() - part.keys() == {f"compositional_{name}" for name in gone}
@@ -281,7 +282,7 @@ def test_loader_processes_change_nothing(sugar: Path, run: Run) -> None:
     model = telling(plan)
     data = Contrasts(sugar, size=(24, 32))
     with evaluating(model):
-        embedder = Embedder.of(model, plan, run)
+        embedder = Embedder.of(bundle_of(model, plan), run)
         alone = judge(embedder, data, batch_size=4)
         helped = judge(embedder, data, batch_size=9, workers=2)
     assert torch.equal(alone.cosines, helped.cosines)
@@ -343,7 +344,7 @@ def test_a_damaged_image_is_named(sugar: Path, run: Run, workers: int) -> None:
     path.write_bytes(path.read_bytes()[:60])
     plan = recipe()
     with pytest.raises(InputError, match=r"000000000007\.png cannot be evaluated") as caught:
-        Compositional(data=sugar, workers=workers).evaluate(telling(plan), plan, run)
+        Compositional(data=sugar, workers=workers).evaluate(bundle_of(telling(plan), plan), run)
     assert "\n" not in str(caught.value)
 
 
@@ -352,11 +353,13 @@ def test_a_damaged_image_is_named(sugar: Path, run: Run, workers: int) -> None:
 
 def test_the_picture_holds_some_images(sugar: Path, run: Run) -> None:
     plan, shown = recipe(), {}
-    numbers = Compositional(data=sugar).evaluate(telling(plan), plan, run, show=shown.__setitem__)
+    numbers = Compositional(data=sugar).evaluate(
+        bundle_of(telling(plan), plan), run, show=shown.__setitem__
+    )
     picture = shown["compositional"]
     assert picture.dtype == np.uint8 and picture.shape[0] == 3
     assert len(np.unique(picture)) > 50
-    assert numbers == Compositional(data=sugar).evaluate(telling(plan), plan, run)
+    assert numbers == Compositional(data=sugar).evaluate(bundle_of(telling(plan), plan), run)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "tf1_bicubic"])
@@ -366,11 +369,17 @@ def test_examples_show_both_captions_the_nearer_one_first(
     task = Compositional(data=sugar, crop=CenterCrop(interpolation=interpolation))
     plan = recipe(evaluation=(task, Compositional()))
     model = telling(plan)
-    gathered = examples_of_model(model, plan, run, count=24)
+    gathered = examples_of_model(
+        bundle_of(model, plan),
+        plan.evaluation,
+        run,
+        count=24,
+        reduction=plan.reduction.image,
+    )
     assert len(gathered.contrasted) == len(gathered.masked) == 12
     data = Contrasts(sugar, size=(24, 32), crop=task.crop)
     with evaluating(model):
-        verdicts = judge(Embedder.of(model, plan, run, task), data, batch_size=64)
+        verdicts = judge(Embedder.of(bundle_of(model, plan), run, task), data, batch_size=64)
     by_caption = {
         (item.file, item.caption, item.negative_caption): row
         for item, row in zip(data.items, verdicts.cosines.tolist(), strict=True)

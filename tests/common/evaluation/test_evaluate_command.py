@@ -20,14 +20,16 @@ from frugal.common.data.labeled import CaptionedImages
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluate import Options, _measure, chosen_tasks, evaluate
+from frugal.common.evaluate import Options, _measure, evaluate
 from frugal.common.evaluation.bootstrap import load_outcomes
+from frugal.common.evaluation.cli import chosen_tasks
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.provenance import weights_digest
-from frugal.common.loading import load_trained
 from frugal.common.recipe import Recipe, from_json, load_recipe, to_json
-from support import ALONE, ROOT, command, environment, train
+from frugal.common.train import open_process
+from frugal.common.weights.load import load_model
+from support import ALONE, ROOT, command, described_with_tasks, environment, train
 
 OWN = CenterCrop(order="crop_first", interpolation="bilinear")
 PUBLISHED = CenterCrop(order="crop_first", interpolation="tf1_bicubic")
@@ -68,9 +70,8 @@ def measured(run: Path, file: str, **words) -> dict:
 
 def directly(run: Path, task) -> dict:
     """The same task, asked for in Python."""
-    trained = load_trained(run, device="cpu")
     with torch.inference_mode():
-        return task.evaluate(trained.model, trained.recipe, trained.run)
+        return task.evaluate(load_model(run), open_process(run, "cpu"))
 
 
 def assert_holds(content: dict, numbers: dict) -> None:
@@ -101,8 +102,8 @@ def test_published_takes_the_published_crop(run: Path, scenes: Path) -> None:
     content = measured(run, "zero_shot", **words)
     assert_holds(content, expected)
     assert content["zero_shot_settings"]["crop"] == to_json(PUBLISHED)
-    trained = load_trained(run, device="cpu")
-    assert trained.recipe.evaluation[0].crop == OWN
+    trained = load_model(run)
+    assert trained.transform == OWN
 
 
 def test_data_may_come_from_the_recipe(run: Path, scenes: Path) -> None:
@@ -118,8 +119,7 @@ def test_the_tokenizer_of_the_run_is_enough(run: Path, scenes: Path) -> None:
     recipe = load_recipe(run / "recipe.json")
     before = measured(run, "zero_shot", data=scenes)
     lost = replace(recipe.data, tokenizer=HuggingFace(name="/nowhere/at/all"))
-    trained = load_trained(run, device="cpu")
-    embedder = Embedder.of(trained.model, trained.recipe, trained.run)
+    embedder = Embedder.of(load_model(run), open_process(run, "cpu"))
     assert embedder.tokenizer.encode("a red ring") == ClipBpe().load().encode("a red ring")
     write_recipe(run, replace(recipe, data=lost))
     assert measured(run, "zero_shot", data=scenes) == before
@@ -149,7 +149,10 @@ def recipe(trained_run: Path) -> Recipe:
 
 def refused(recipe: Recipe, **words) -> str:
     with pytest.raises(InputError) as caught:
-        chosen_tasks(Options(checkpoint=Path("runs/x"), **words), recipe)
+        chosen_tasks(
+            Options(checkpoint=Path("runs/x"), **words),
+            *described_with_tasks(recipe),
+        )
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -189,10 +192,15 @@ def test_compositional_is_measured_where_the_data_has_files_for_it(
     for data, expected in (
         (scenes, kinds), (scenes / "compositional", kinds), (scenes / "retrieval", [Retrieval])
     ):  # fmt: skip
-        tasks = chosen_tasks(Options(checkpoint=Path("runs/x"), data=data), recipe)
+        tasks = chosen_tasks(
+            Options(checkpoint=Path("runs/x"), data=data),
+            *described_with_tasks(recipe),
+        )
         assert [type(task) for task in tasks] == expected
         asked = Options(checkpoint=Path("runs/x"), data=data, tasks=("compositional",))
-        assert chosen_tasks(asked, recipe) == [Compositional(data=data, batch_size=256, workers=2)]
+        assert chosen_tasks(asked, *described_with_tasks(recipe)) == [
+            Compositional(data=data, batch_size=256, workers=2)
+        ]
 
 
 def test_what_a_folder_says_it_is_for_is_measured(recipe: Recipe, tmp_path: Path) -> None:
@@ -204,7 +212,10 @@ def test_what_a_folder_says_it_is_for_is_measured(recipe: Recipe, tmp_path: Path
     (tmp_path / "captions" / "dataset_type.txt").write_text("retrieval\n")
     (tmp_path / "labels" / "dataset_type.txt").write_text("multilabel\n")
     for name in ("folders", "names", "captions", "labels"):
-        tasks = chosen_tasks(Options(checkpoint=Path("x"), data=tmp_path / name), recipe)
+        tasks = chosen_tasks(
+            Options(checkpoint=Path("x"), data=tmp_path / name),
+            *described_with_tasks(recipe),
+        )
         kind = Retrieval if name == "captions" else ZeroShot
         assert [type(task) for task in tasks] == [kind], name
 
@@ -220,7 +231,7 @@ def test_retrieval_among_class_folders_is_refused(tmp_path: Path) -> None:
 def test_compositional_data_and_images_are_passed_on(recipe: Recipe) -> None:
     words = {"tasks": ("compositional",), "images": Path("coco"), "name": "sugar_crepe"}
     options = Options(checkpoint=Path("runs/x"), data=Path("d"), **words)
-    assert chosen_tasks(options, recipe) == [
+    assert chosen_tasks(options, *described_with_tasks(recipe)) == [
         Compositional(
             data=Path("d"), images=Path("coco"), name="sugar_crepe", batch_size=256, workers=2
         )
@@ -236,7 +247,7 @@ def test_views_without_a_mask_are_refused(recipe: Recipe) -> None:
 def test_a_recipe_that_evaluates_nothing_is_evaluated_with_defaults(recipe: Recipe) -> None:
     bare = replace(recipe, evaluation=())
     options = Options(checkpoint=Path("runs/x"), data=Path("d"), batch_size=8, workers=0)
-    assert chosen_tasks(options, bare) == [
+    assert chosen_tasks(options, *described_with_tasks(bare)) == [
         ZeroShot(data=Path("d"), batch_size=8),
         Retrieval(data=Path("d"), batch_size=8),
     ]
@@ -248,7 +259,7 @@ def test_a_recipe_that_evaluates_nothing_is_evaluated_with_defaults(recipe: Reci
 def test_a_file_says_everything_that_is_needed_to_measure_again(run: Path, scenes: Path) -> None:
     content = measured(run, "zero_shot", data=scenes, tasks=("zero-shot",))
     facts = content["zero_shot_measured"]
-    trained = load_trained(run, device="cpu")
+    trained = load_model(run)
     assert facts["weights_sha256"] == weights_digest(trained.model)
     assert (facts["checkpoint"], facts["library"]) == (str(run), "frugal")
     assert len(facts["class_names"]) == 64 and facts["templates"] == ["{c}"]
@@ -285,15 +296,16 @@ def test_files_that_a_task_writes_go_where_its_numbers_go(run: Path, tmp_path: P
         def folder(self) -> None:
             """None."""
 
-        def evaluate(self, model, recipe, run, *, show=None) -> dict[str, float]:
+        def evaluate(self, bundle, run, *, show=None, keep=None) -> dict[str, float]:
             (run.dir / "evaluation").mkdir(parents=True)
             (run.dir / "evaluation" / "mine_classes.csv").write_text("new")
             return {"mine_number": 0.5}
 
     (run / "evaluation").mkdir()
     (run / "evaluation" / "mine_classes.csv").write_text("of training")
-    trained = load_trained(run, device="cpu")
-    assert _measure(Writing(), trained, tmp_path / "out") == ({"mine_number": 0.5}, None)
+    process = open_process(run, "cpu")
+    found = _measure(Writing(), load_model(run), process, tmp_path / "out")
+    assert found == ({"mine_number": 0.5}, None)
     assert (tmp_path / "out" / "mine_classes.csv").read_text() == "new"
     assert (run / "evaluation" / "mine_classes.csv").read_text() == "of training"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine_classes.csv"]
@@ -374,8 +386,8 @@ class Counting(EvaluationTask):
     def folder(self) -> Path | None:
         return self.data
 
-    def evaluate(self, model, recipe, run, *, show=None):
-        return {"counting_weights": sum(w.numel() for w in model.parameters())}
+    def evaluate(self, bundle, run, *, show=None, keep=None):
+        return {"counting_weights": sum(w.numel() for w in bundle.model.parameters())}
 
 
 def test_evaluations_of_a_method_are_taken_where_they_have_data(
@@ -383,14 +395,16 @@ def test_evaluations_of_a_method_are_taken_where_they_have_data(
 ) -> None:
     plan = replace(recipe, evaluation=(*recipe.evaluation, Counting(data=tmp_path)))
     options = Options(checkpoint=Path("runs/x"))
-    assert chosen_tasks(options, plan) == [Counting(data=tmp_path)]
-    assert chosen_tasks(replace(options, tasks=("counting",)), plan) == [Counting(data=tmp_path)]
+    assert chosen_tasks(options, *described_with_tasks(plan)) == [Counting(data=tmp_path)]
+    assert chosen_tasks(replace(options, tasks=("counting",)), *described_with_tasks(plan)) == [
+        Counting(data=tmp_path)
+    ]
     without = replace(recipe, evaluation=(Counting(),))
     assert "names no data for" in refused(without, tasks=("counting",))
     assert "the evaluation 'counting' of runs/x takes no --data" in refused(
         plan, tasks=("counting",), data=tmp_path
     )
-    with_data = chosen_tasks(replace(options, data=tmp_path), plan)
+    with_data = chosen_tasks(replace(options, data=tmp_path), *described_with_tasks(plan))
     assert [type(task) for task in with_data] == [ZeroShot, Retrieval]
 
 

@@ -30,7 +30,8 @@ from frugal.common.evaluation.zero_shot import ask, open_question
 from frugal.common.models.named import clip_encoder
 from frugal.common.recipe import EngineOptions
 from frugal.common.run import Run, make_logger
-from support import start_ranks
+from frugal.common.weights.runs import bundle_of
+from support import described, start_ranks
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32}
 COUNTS = (1, 10, 134)
@@ -87,7 +88,9 @@ def recipe() -> SimpleNamespace:
         model=model,
         data=data,
         engine=EngineOptions(precision="bfloat16"),
-        run=SimpleNamespace(seed=3),
+        run=SimpleNamespace(seed=3, dir=None),
+        evaluation=(),
+        reduction=SimpleNamespace(text=None),
     )
 
 
@@ -114,8 +117,8 @@ class Captioned:
 def bits(folder: Path, model, plan, run: Run) -> dict[str, list]:
     """Embeddings that have to agree to the last bit."""
     ranks, results = Ranks.current(), {}
-    source = Embedder.of(model, plan, run)
-    views = Embedder.of(model, plan, run, VIEWS)
+    source = Embedder.of(bundle_of(model, plan), run)
+    views = Embedder.of(bundle_of(model, plan), run, VIEWS)
     pixels = LabeledImages(folder / "134", size=plan.model.image.height_width)
     floats = LabeledImages(folder / "134", size=plan.model.image.height_width, crop=PUBLISHED)
     with evaluating(model):
@@ -129,9 +132,12 @@ def bits(folder: Path, model, plan, run: Run) -> dict[str, list]:
                     embedded.texts.double().sum(1).tolist(),
                 ]
             compared = replace(CONTRASTS, images=folder / "134")
-            contrasts = open_contrasts(compared, folder / "contrasts", plan)
+            contrasts = open_contrasts(compared, folder / "contrasts", described(plan))
             verdicts = judge(
-                Embedder.of(model, plan, run, compared), contrasts, batch_size=size, ranks=ranks
+                Embedder.of(bundle_of(model, plan), run, compared),
+                contrasts,
+                batch_size=size,
+                ranks=ranks,
             )
             results[f"cosines by {size}"] = verdicts.cosines.tolist()
         names = [f"thing {number}" for number in range(300)]
@@ -143,12 +149,12 @@ def answers(scenes: Path, model, plan, run: Run) -> dict[str, dict]:
     """What was said about every single image, and what was nearest to it."""
     ranks, results = Ranks.current(), {}
     for size in BATCH_SIZES:
-        source = Embedder.of(model, plan, run)
+        source = Embedder.of(bundle_of(model, plan), run)
         with evaluating(model):
             task = ZeroShot(templates="name", batch_size=size)
-            question = open_question(task, scenes / "zero_shot", plan)
+            question = open_question(task, scenes / "zero_shot", described(plan))
             said = ask(task, question, source, ranks=ranks)
-            captioned = open_captioned(Retrieval(), scenes / "retrieval", plan)
+            captioned = open_captioned(Retrieval(), scenes / "retrieval", described(plan))
             embedded = embed(source, captioned, batch_size=size, ranks=ranks)
         nearest = similarity(embedded.images, embedded.texts).topk(5).indices
         results[f"answers by {size}"] = {
@@ -172,7 +178,7 @@ def kept(folder: Path, scenes: Path, model, plan, run: Run) -> dict[str, list]:
             ZeroShot(name="several", data=folder / "several", batch_size=size),
         ):  # fmt: skip
             found = []
-            numbers = task.evaluate(model, plan, run, keep=found.append)
+            numbers = task.evaluate(bundle_of(model, plan), run, keep=found.append)
             tables = {name: table.tolist() for name, table in found[0].tables.items()}
             results[f"{task.name} kept by {size}"] = [numbers, tables, found[0].facts]
     return results
@@ -190,9 +196,9 @@ def numbers(folder: Path, scenes: Path, rank: int, world_size: int) -> dict[str,
     for size in BATCH_SIZES:
         for count in COUNTS:
             task = ZeroShot(data=folder / str(count), batch_size=size)
-            results[f"{count} images by {size}"] = task.evaluate(model, plan, run)
+            results[f"{count} images by {size}"] = task.evaluate(bundle_of(model, plan), run)
         contrasts = Compositional(data=folder / "contrasts", images=folder / "134", batch_size=size)
-        results[f"contrasts by {size}"] = contrasts.evaluate(model, plan, run)
+        results[f"contrasts by {size}"] = contrasts.evaluate(bundle_of(model, plan), run)
     for size in BATCH_SIZES[1:]:
         for scene_task in (
             Retrieval(data=scenes, batch_size=size),
@@ -200,7 +206,9 @@ def numbers(folder: Path, scenes: Path, rank: int, world_size: int) -> dict[str,
             ZeroShot(data=scenes, templates="name", batch_size=size),
             ZeroShot(data=scenes, templates="name", name="masked", mask_ratio=0.5, batch_size=size),
         ):
-            results[f"{scene_task.name} by {size}"] = scene_task.evaluate(model, plan, run)
+            results[f"{scene_task.name} by {size}"] = scene_task.evaluate(
+                bundle_of(model, plan), run
+            )
     results |= kept(folder, scenes, model, plan, run)
     results |= answers(scenes, model, plan, run) | bits(folder, model, plan, run)
     for size in BATCH_SIZES:

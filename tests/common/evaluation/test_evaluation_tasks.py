@@ -28,6 +28,8 @@ from frugal.common.evaluation.prompts import named_templates
 from frugal.common.evaluation.zero_shot import open_question
 from frugal.common.recipe import from_json, to_json
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
+from support import described
 
 
 def samples(folder: Path, target: str) -> list[tuple[torch.Tensor, str]]:
@@ -49,7 +51,7 @@ def test_zero_shot_on_scenes_equals_clip_benchmark_on_the_same_files(
 ) -> None:
     plan = recipe()
     model = plan.model.build()
-    ours = ZeroShot(data=scenes, batch_size=50).evaluate(model, plan, run)
+    ours = ZeroShot(data=scenes, batch_size=50).evaluate(bundle_of(model, plan), run)
 
     folder = scenes / "zero_shot"
     names = (folder / "classnames.txt").read_text().splitlines()
@@ -82,7 +84,7 @@ def test_retrieval_on_scenes_equals_clip_benchmark_on_the_same_files(
 ) -> None:
     plan = recipe()
     model = plan.model.build()
-    ours = Retrieval(data=scenes, batch_size=7).evaluate(model, plan, run)
+    ours = Retrieval(data=scenes, batch_size=7).evaluate(bundle_of(model, plan), run)
     pairs = [(x, text.splitlines()) for x, text in samples(scenes / "retrieval", "txt")]
     theirs = zeroshot_retrieval.evaluate(
         OpenClipLike(model).eval(), batched(pairs, 16), tokenizer(), "cpu", amp=False,
@@ -101,8 +103,8 @@ def test_the_part_of_a_scenes_folder_may_be_given_itself(scenes: Path, run: Run)
     for kind, part in (
         (ZeroShot, "zero_shot"), (Retrieval, "retrieval"), (Compositional, "compositional")
     ):  # fmt: skip
-        whole = kind(data=scenes).evaluate(model, plan, run)
-        assert kind(data=scenes / part).evaluate(model, plan, run) == whole
+        whole = kind(data=scenes).evaluate(bundle_of(model, plan), run)
+        assert kind(data=scenes / part).evaluate(bundle_of(model, plan), run) == whole
 
 
 def class_folders(folder: Path, names: list[str], images: int = 2) -> Path:
@@ -119,11 +121,13 @@ def test_class_folders_are_read_in_sorted_order_with_their_names(tmp_path: Path,
     folder = class_folders(tmp_path / "val", ["zebra", "apple_tree", "mole"])
     plan = recipe((16, 24))
     model = plan.model.build()
-    numbers = ZeroShot(data=folder, name="mine", templates="name").evaluate(model, plan, run)
+    numbers = ZeroShot(data=folder, name="mine", templates="name").evaluate(
+        bundle_of(model, plan), run
+    )
     assert (numbers["mine_images"], numbers["mine_classes"], numbers["mine_top5"]) == (6, 3, 1.0)
     data = LabeledImages(folder, size=(16, 24))
     pixels, labels, _ = next(data.batches(0, 1, 6))
-    words = Embedder.of(model, plan, run)
+    words = Embedder.of(bundle_of(model, plan), run)
     with evaluating(model):
         scores = words.images(pixels) @ words.texts(["apple tree", "mole", "zebra"]).T
     assert numbers["mine_top1"] == float((scores.argmax(1) == labels).double().mean())
@@ -141,14 +145,14 @@ def test_imagenet_folders_are_asked_by_imagenets_names(tmp_path: Path, run: Run)
         else:
             (tmp_path / "val" / name).mkdir(parents=True)
     plan = recipe()
-    numbers = ZeroShot(data=tmp_path / "val").evaluate(plan.model.build(), plan, run)
+    numbers = ZeroShot(data=tmp_path / "val").evaluate(bundle_of(plan.model.build(), plan), run)
     assert (numbers["zero_shot_images"], numbers["zero_shot_classes"]) == (3, 1000)
 
 
 def labels_and_names(folder: Path, **options) -> list[tuple[int, str]]:
     """The number of the class and the name that each picture is asked about, by its color."""
     plan = recipe()
-    question = open_question(ZeroShot(data=folder, **options), folder, plan)
+    question = open_question(ZeroShot(data=folder, **options), folder, described(plan))
     found = {}
     for images, labels, _ in question.images.batches(0, 1, 50):
         for image, label in zip(images, labels.tolist(), strict=True):
@@ -175,7 +179,7 @@ def test_imagenet_a_and_r_are_classified_among_their_own_classes(tmp_path: Path)
         for number, place in enumerate(places)
     ]
     assert labels_and_names(tmp_path / "a") == expected
-    question = open_question(ZeroShot(templates="imagenet_80"), tmp_path / "a", recipe())
+    question = open_question(ZeroShot(templates="imagenet_80"), tmp_path / "a", described(recipe()))
     assert (len(question.names), len(question.templates)) == (4, 80)
 
 
@@ -200,7 +204,7 @@ def test_objectnet_is_asked_by_bare_names_about_the_classes_it_shares(
     part: str, objectnet: Path
 ) -> None:
     assert labels_and_names(objectnet / part) == [(0, "Banana"), (1, "T-shirt")]
-    assert open_question(ZeroShot(), objectnet / part, recipe()).templates == ["{c}"]
+    assert open_question(ZeroShot(), objectnet / part, described(recipe())).templates == ["{c}"]
 
 
 def test_a_file_of_names_chooses_class_folders(tmp_path: Path) -> None:
@@ -210,14 +214,16 @@ def test_a_file_of_names_chooses_class_folders(tmp_path: Path) -> None:
     names = folder / "classnames.json"
     names.write_text(json.dumps({"x3": "kite", "x1": "boat"}))
     assert labels_and_names(folder) == [(0, "boat"), (1, "kite")]
-    assert open_question(ZeroShot(), folder, recipe()).templates == named_templates("imagenet_7")
+    assert open_question(ZeroShot(), folder, described(recipe())).templates == named_templates(
+        "imagenet_7"
+    )
     names.write_text(json.dumps({"x4": "kite"}))
     with pytest.raises(InputError, match=r"classnames\.json names the class folder 'x4', which"):
-        open_question(ZeroShot(), folder, recipe())
+        open_question(ZeroShot(), folder, described(recipe()))
     for content in ("{", "[]", "{}", '{"x1": 3}'):
         names.write_text(content)
         with pytest.raises(InputError, match=r"classnames\.json (does not map|cannot be read)"):
-            open_question(ZeroShot(), folder, recipe())
+            open_question(ZeroShot(), folder, described(recipe()))
 
 
 @pytest.mark.parametrize("kind", [ZeroShot, Retrieval, Compositional])
@@ -227,14 +233,14 @@ def test_missing_data_is_one_sentence(kind, tmp_path: Path, run: Run) -> None:
         task.folder()
     plan = recipe()
     with pytest.raises(InputError, match="nowhere does not exist"):
-        task.evaluate(None, plan, run)
+        task.evaluate(bundle_of(None, plan), run)
 
 
 @pytest.mark.parametrize("kind", [ZeroShot, Retrieval, Compositional])
 def test_an_evaluation_without_data_is_skipped(kind, run: Run, caplog) -> None:
     logger = logging.getLogger("skipping")
     with caplog.at_level(logging.INFO, logger="skipping"):
-        assert kind().evaluate(None, recipe(), replace(run, log=logger)) == {}
+        assert kind().evaluate(bundle_of(None, recipe()), replace(run, log=logger)) == {}
     assert f"the evaluation {kind().name} is skipped" in caplog.text
 
 
@@ -283,12 +289,12 @@ def test_photos_of_any_shape_pass_through(real_data: Path, run: Run) -> None:
     plan = recipe((24, 32))
     model = plan.model.build()
     folder = real_data / "coco_mini" / "val"
-    numbers = Retrieval(data=folder, name="coco").evaluate(model, plan, run)
+    numbers = Retrieval(data=folder, name="coco").evaluate(bundle_of(model, plan), run)
     captions = CaptionedImages(folder, size=(24, 32)).captions
     assert numbers["coco_candidates"] == len(captions) > 50
     assert numbers["coco_captions"] == sum(map(len, captions)) > 4 * len(captions)
     task = ZeroShot(
         data=real_data / "imagenet1k_sample" / "val", class_names="imagenet", templates="name"
     )
-    numbers = task.evaluate(model, plan, run)
+    numbers = task.evaluate(bundle_of(model, plan), run)
     assert (numbers["zero_shot_images"], numbers["zero_shot_classes"]) == (167, 1000)

@@ -32,6 +32,8 @@ from frugal.common.evaluation.linear_probe import (
 )
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
+from support import described
 
 CPU = torch.device("cpu")
 
@@ -177,17 +179,19 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_probe_on_folders_counts_every_image(folder: Path, run: Run) -> None:
     plan = recipe()
-    numbers = LinearProbe(data=folder).evaluate(telling(plan), plan, run)
+    numbers = LinearProbe(data=folder).evaluate(bundle_of(telling(plan), plan), run)
     assert numbers["linear_probe_top1"] > 0.8
     counts = {name: numbers[f"linear_probe_{name}"] for name in ("images", "train_images")}
     assert counts == {"images": 12, "train_images": 30}
     assert numbers["linear_probe_validation_images"] == 6
     assert all(type(value) in (int, float) for value in numbers.values())
     shutil.copytree(folder / "test", folder / "val")
-    numbers = LinearProbe(data=folder).evaluate(telling(plan), plan, run)
+    numbers = LinearProbe(data=folder).evaluate(bundle_of(telling(plan), plan), run)
     assert numbers["linear_probe_validation_images"] == 12
     shutil.rmtree(folder / "test")  # val/ is what is measured on then
-    numbers = LinearProbe(data=folder, weight_decay=0.1).evaluate(telling(plan), plan, run)
+    numbers = LinearProbe(data=folder, weight_decay=0.1).evaluate(
+        bundle_of(telling(plan), plan), run
+    )
     assert numbers["linear_probe_validation_images"] == 0
     assert (numbers["linear_probe_images"], numbers["linear_probe_weight_decay"]) == (12, 0.1)
 
@@ -195,7 +199,7 @@ def test_a_probe_on_folders_counts_every_image(folder: Path, run: Run) -> None:
 def test_on_scenes_the_classes_that_training_never_saw_are_left_out(scenes: Path, run: Run) -> None:
     plan = recipe()
     task = LinearProbe(data=scenes, weight_decay=0.01)
-    numbers = task.evaluate(telling(plan), plan, run)
+    numbers = task.evaluate(bundle_of(telling(plan), plan), run)
     assert (numbers["linear_probe_images"], numbers["linear_probe_left_out"]) == (112, 16)
     assert numbers["linear_probe_train_images"] == 112
 
@@ -206,7 +210,7 @@ def test_embeddings_are_kept_and_used_again(
     plan = recipe()
     model = telling(plan)
     task = LinearProbe(data=folder, features=tmp_path / "kept", weight_decay=0.1)
-    numbers = task.evaluate(model, plan, run)
+    numbers = task.evaluate(bundle_of(model, plan), run)
     files = sorted((tmp_path / "kept").glob("*"))
     assert len(files) == 2
 
@@ -215,21 +219,21 @@ def test_embeddings_are_kept_and_used_again(
 
     with monkeypatch.context() as patched:
         patched.setattr(features_module, "grouped", never)
-        assert task.evaluate(model, plan, run) == numbers
+        assert task.evaluate(bundle_of(model, plan), run) == numbers
         files[0].write_bytes(files[0].read_bytes()[:-4])
         with pytest.raises(AssertionError, match="embedded again"):
-            task.evaluate(model, plan, run)
-    assert task.evaluate(model, plan, run) == numbers  # what was damaged was made again
+            task.evaluate(bundle_of(model, plan), run)
+    assert task.evaluate(bundle_of(model, plan), run) == numbers  # what was damaged was made again
     assert sorted((tmp_path / "kept").glob("*")) == files
     # other weights, another crop, other data: other files
     with torch.no_grad():
         model.image.patch_embed.weight.mul_(1.5)
-    task.evaluate(model, plan, run)
+    task.evaluate(bundle_of(model, plan), run)
     assert len(list((tmp_path / "kept").glob("*"))) == 4
-    replace(task, crop=replace(task.crop, order="stretch")).evaluate(model, plan, run)
+    replace(task, crop=replace(task.crop, order="stretch")).evaluate(bundle_of(model, plan), run)
     assert len(list((tmp_path / "kept").glob("*"))) == 6
     Image.new("RGB", (32, 32)).save(folder / "test" / "red" / "0.png")
-    task.evaluate(model, plan, run)
+    task.evaluate(bundle_of(model, plan), run)
     assert len(list((tmp_path / "kept").glob("*"))) == 7
 
 
@@ -251,7 +255,7 @@ def test_parts_that_do_not_belong_together_are_refused(folder: Path) -> None:
 
     def refused(**options) -> str:
         with pytest.raises(InputError) as caught:
-            open_parts(LinearProbe(**options), folder, plan)
+            open_parts(LinearProbe(**options), folder, described(plan))
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

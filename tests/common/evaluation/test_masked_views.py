@@ -22,6 +22,7 @@ from frugal.common.recipe import EngineOptions
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
 
 SMALL = {"width": 24, "depth": 2, "heads": 2, "mlp_width": 32}
 PATCHES = 4 * 6
@@ -46,7 +47,9 @@ def plan() -> SimpleNamespace:
         ),
         data=SimpleNamespace(tokenizer=ClipBpe()),
         engine=EngineOptions(),
-        run=SimpleNamespace(seed=SEED),
+        run=SimpleNamespace(seed=SEED, dir=None),
+        evaluation=(),
+        reduction=SimpleNamespace(text=None),
     )
 
 
@@ -96,10 +99,10 @@ def test_embeddings_equal_a_loop_over_images_and_views(
 ) -> None:
     task = Retrieval(mask_ratio=mask_ratio, views=count)
     images, places = pictures(5), torch.tensor([7, 0, 3, 1000, 50_001])
-    embedder = Embedder.of(model, plan, run, task)
+    embedder = Embedder.of(bundle_of(model, plan), run, task)
     with evaluating(model):
         ours = embedder.images(images, places)
-        whole = Embedder.of(model, plan, run).images(images)
+        whole = Embedder.of(bundle_of(model, plan), run).images(images)
         for row, place in enumerate(places.tolist()):
             expected = slow_embedding(model, images[row], place, count, num_kept)
             torch.testing.assert_close(ours[row].double(), expected, rtol=0, atol=1e-5)
@@ -150,13 +153,13 @@ def test_a_view_belongs_to_the_place_of_an_image() -> None:
 
 def test_a_mask_that_keeps_nothing_is_refused(plan, model, run: Run) -> None:
     with pytest.raises(InputError, match=r"mask ratio 0\.99 keeps none of 24 patches"):
-        Embedder.of(model, plan, run, ZeroShot(mask_ratio=0.99))
+        Embedder.of(bundle_of(model, plan), run, ZeroShot(mask_ratio=0.99))
 
 
 def test_gray_levels_are_embedded_as_the_bytes_they_equal(plan, model, run: Run) -> None:
     images, places = pictures(4), torch.arange(4)
     for task in (None, ZeroShot(mask_ratio=0.5, views=2)):
-        embedder = Embedder.of(model, plan, run, task)
+        embedder = Embedder.of(bundle_of(model, plan), run, task)
         with evaluating(model):
             bytes_, floats = (
                 embedder.images(pixels, places) for pixels in (images, images.float())
@@ -178,21 +181,25 @@ def slow_answers(model, data: LabeledImages, classes: Tensor, count: int, num_ke
 
 def test_zero_shot_classifies_the_ensemble(scenes: Path, plan, model, run: Run) -> None:
     task = ZeroShot(data=scenes, mask_ratio=0.75, views=4, templates="name")
-    ours = task.evaluate(model, plan, run)
+    ours = task.evaluate(bundle_of(model, plan), run)
     folder = scenes / "zero_shot"
     data = LabeledImages(folder, size=(16, 24))
     with evaluating(model):
-        classes = Embedder.of(model, plan, run).texts(data.class_names)
+        classes = Embedder.of(bundle_of(model, plan), run).texts(data.class_names)
         right = slow_answers(model, data, classes, 4, 6)
     assert ours["zero_shot_top1"] == right / 128
 
 
 def test_retrieval_compares_the_ensemble(scenes: Path, plan, model, run: Run) -> None:
     task = Retrieval(data=scenes, mask_ratio=0.5, views=3)
-    ours = task.evaluate(model, plan, run)
+    ours = task.evaluate(bundle_of(model, plan), run)
     data = CaptionedImages(scenes / "retrieval", size=(16, 24))
     with evaluating(model):
-        texts = Embedder.of(model, plan, run).texts([own[0] for own in data.captions]).double()
+        texts = (
+            Embedder.of(bundle_of(model, plan), run)
+            .texts([own[0] for own in data.captions])
+            .double()
+        )
         embeddings = torch.stack([
             slow_embedding(model, image, place, 3, 12)
             for images, places in data.batches(0, 1, 50)

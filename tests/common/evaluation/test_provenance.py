@@ -24,6 +24,7 @@ from frugal.common.evaluation.config import LinearProbe, ZeroShot
 from frugal.common.evaluation.provenance import config_digest, weights_digest
 from frugal.common.report.compare import Measured, compare_models, refusals
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
 
 WORDS = ["one", "two", "three", "four", "five", "six"]
 
@@ -63,15 +64,15 @@ def test_a_probe_is_measured_on_its_own_test_images_where_features_are_kept(
     model = telling(plan)
     task = LinearProbe(data=parts, weight_decay=1e-3)
     keeping = replace(task, features=tmp_path / "features")
-    wanted = task.evaluate(model, plan, run)
+    wanted = task.evaluate(bundle_of(model, plan), run)
     assert wanted["linear_probe_top1"] < 0.8  # 1.0 on the images that it was trained on
-    assert keeping.evaluate(model, plan, run) == wanted
-    assert keeping.evaluate(model, plan, run) == wanted
+    assert keeping.evaluate(bundle_of(model, plan), run) == wanted
+    assert keeping.evaluate(bundle_of(model, plan), run) == wanted
     for name in "abc":
         for place in range(8):
             replaced(parts / "test" / name / f"{place}.png")
-    wanted = task.evaluate(model, plan, run)
-    assert keeping.evaluate(model, plan, run) == wanted
+    wanted = task.evaluate(bundle_of(model, plan), run)
+    assert keeping.evaluate(bundle_of(model, plan), run) == wanted
 
 
 @pytest.mark.parametrize(
@@ -92,28 +93,28 @@ def test_features_of_a_model_that_computes_otherwise_are_its_own(
     plan = recipe()
     model = telling(plan)
     task = LinearProbe(data=parts, weight_decay=1e-3, features=tmp_path / "features")
-    task.evaluate(model, plan, run)
+    task.evaluate(bundle_of(model, plan), run)
     other = recipe()
     other.model = replace(plan.model, image=replace(plan.model.image, **change))
     twin = other.model.build()
     twin.load_state_dict(
         {n: t for n, t in model.state_dict().items() if n in twin.state_dict()}, strict=False
     )
-    assert config_digest(twin, other) != config_digest(model, plan)
+    assert config_digest(bundle_of(twin, other)) != config_digest(bundle_of(model, plan))
     if "positions" not in change:
         assert weights_digest(twin) == weights_digest(model)
-    kept = task.evaluate(twin.eval(), other, run)
-    assert kept == replace(task, features=None).evaluate(twin, other, run)
+    kept = task.evaluate(bundle_of(twin.eval(), other), run)
+    assert kept == replace(task, features=None).evaluate(bundle_of(twin, other), run)
     assert len(list((tmp_path / "features").iterdir())) == 4
 
 
 def test_how_a_module_computes_is_known_without_a_recipe_that_says_it() -> None:
     plan = recipe()
     model = telling(plan)
-    before = config_digest(model, plan)
-    assert config_digest(telling(plan), plan) == before
+    before = config_digest(bundle_of(model, plan))
+    assert config_digest(bundle_of(telling(plan), plan)) == before
     model.image.blocks[0].mlp.activation = "relu"
-    assert config_digest(model, plan) != before
+    assert config_digest(bundle_of(model, plan)) != before
 
 
 def labeled(folder: Path) -> LabeledImages:
@@ -183,14 +184,14 @@ def test_a_tar_replaced_behind_its_index_is_refused_and_not_taken_for_the_old_on
     plan, task = recipe(), LinearProbe(data=tmp_path / "data", weight_decay=0.1)
     task = replace(task, features=tmp_path / "features")
     model = telling(plan)
-    task.evaluate(model, plan, run)
+    task.evaluate(bundle_of(model, plan), run)
     other = write_pairs(tmp_path / "other", [c + 40 for c in colors], [WORDS[c] for c in colors])
     shard = next((tmp_path / "data" / "test").glob("*.tar"))
     new = next(other.glob("*.tar"))
     assert new.stat().st_size == shard.stat().st_size
     shutil.copy(new, shard)
     with pytest.raises(InputError, match=r"cannot be evaluated \(checksum"):
-        task.evaluate(model, plan, run)
+        task.evaluate(bundle_of(model, plan), run)
 
 
 def test_what_was_handed_out_need_not_be_read_again(parts: Path) -> None:
@@ -214,12 +215,12 @@ def test_test_images_that_were_trained_on_and_repeated_ones_are_counted(
     plan, outcomes = recipe(), []
     model = telling(plan)
     task = LinearProbe(data=parts, weight_decay=1e-3)
-    numbers = task.evaluate(model, plan, run, keep=outcomes.append)
+    numbers = task.evaluate(bundle_of(model, plan), run, keep=outcomes.append)
     assert numbers["linear_probe_images_trained_on"] == 3
     assert outcomes[0].facts["repeated_images"] == 1
     assert "linear_probe: 3 of the 28 images of" in caplog.text
     assert "1 of the 28 images are there already under another name" in caplog.text
-    ZeroShot(data=parts / "test").evaluate(model, plan, run, keep=outcomes.append)
+    ZeroShot(data=parts / "test").evaluate(bundle_of(model, plan), run, keep=outcomes.append)
     assert outcomes[1].facts["repeated_images"] == 1
     assert outcomes[1].facts["data_sha256"] == outcomes[0].facts["data_sha256"]
 
@@ -234,7 +235,7 @@ def test_test_images_of_classes_that_were_never_trained_are_told_and_counted(
     write_tars(tmp_path / "data" / "train", gap, samples_per_shard=100)
     plan = recipe()
     task = LinearProbe(data=tmp_path / "data", weight_decay=0.1)
-    numbers = task.evaluate(telling(plan), plan, run)
+    numbers = task.evaluate(bundle_of(telling(plan), plan), run)
     assert numbers["linear_probe_images_of_untrained_classes"] == 2
     assert "2 of the 4 images" in caplog.text and "nothing was trained on" in caplog.text
 
@@ -256,7 +257,7 @@ def test_models_that_were_measured_on_other_images_are_named() -> None:
 
 def test_models_of_which_one_was_measured_before_data_were_told_by_bytes_are_not_compared() -> None:
     old = {"zero_shot": {"weights_sha256": "f"}}
-    new = {"zero_shot": {"weights_sha256": "f", "config_sha256": "c"}}
+    new = {"zero_shot": {"weights_sha256": "f", "config_digest": "c"}}
     first, second, third = (
         replace(measured(name, "x"), facts=facts)
         for name, facts in (("a", new), ("b", old), ("c", new))

@@ -15,6 +15,7 @@ from PIL import Image
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
 from frugal.common.run import Run, make_logger
+from frugal.common.weights.runs import bundle_of
 from support import start_ranks
 
 PROCESSES = 2
@@ -63,10 +64,10 @@ def refused(root: Path, rank: int) -> dict[str, str]:
         (Compositional(), root / "contrasts"),
     ):
         try:
-            replace(task, data=data).evaluate(model, plan, run)
+            replace(task, data=data).evaluate(bundle_of(model, plan), run)
         except InputError as error:
             said[task.name] = str(error)
-    assert Retrieval().evaluate(model, plan, run) == {}
+    assert Retrieval().evaluate(bundle_of(model, plan), run) == {}
     return said
 
 

@@ -18,6 +18,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.config import LinearProbe, ZeroShot
 from frugal.common.evaluation.remote import _places, as_url, fetch
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -60,7 +61,7 @@ def test_numbers_are_those_of_the_folder_behind_the_url(
     model = telling(plan)
     for task in (ZeroShot(), LinearProbe(weight_decay=0.1, solver="sgd", epochs=1)):
         here, there = (
-            type(task)(**{**vars(task), "data": place}).evaluate(model, plan, run)
+            type(task)(**{**vars(task), "data": place}).evaluate(bundle_of(model, plan), run)
             for place in (scenes / "zero_shot", folder)
         )
         there |= {name: value for name, value in here.items() if "held_out" in name}

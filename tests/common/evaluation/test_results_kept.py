@@ -25,7 +25,7 @@ from frugal.common.report.compare import read_measured
 from frugal.common.train import _last_evaluated
 
 SUBJECT = Subject(
-    "runs/a", "step", {"weights_sha256": "w", "config_sha256": "c", "checkpoint": "runs/a"}
+    "runs/a", "step", {"weights_sha256": "w", "config_digest": "c", "checkpoint": "runs/a"}
 )
 
 
@@ -104,7 +104,7 @@ def test_rows_are_whole_beside_what_others_wrote(tmp_path: Path) -> None:
     [
         ({"data": Path("/data/b")}, "was measured on /data/a, and would be replaced"),
         ({"weights_sha256": "other"}, "with the other weights of runs/a"),
-        ({"config_sha256": "other"}, "with the other weights of runs/a"),
+        ({"config_digest": "other"}, "with the other weights of runs/a"),
     ],
 )
 def test_other_data_and_other_weights_need_a_name_of_their_own(

@@ -30,6 +30,8 @@ from frugal.common.evaluation.suites import SUITES, listed, metric_of
 from frugal.common.evaluation.task_labels import TASKS, task_labels
 from frugal.common.evaluation.zero_shot import Answers, open_question
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
+from support import described, described_with_tasks
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "cit"
 
@@ -150,7 +152,7 @@ def test_class_folders_are_brought_together_with_the_names_of_their_task(tmp_pat
     for name in names:
         pictures(tmp_path / name.title().replace(" ", "_"))
     task = ZeroShot(class_names="eurosat", templates="eurosat")
-    question = open_question(task, tmp_path, recipe())
+    question = open_question(task, tmp_path, described(recipe()))
     folders = question.images.class_folders
     assert [name.lower().replace("_", " ") for name in folders] == question.labels
     assert sorted(question.labels) == sorted(names) and question.labels != names
@@ -160,7 +162,7 @@ def test_class_folders_are_brought_together_with_the_names_of_their_task(tmp_pat
 def test_folders_of_other_names_are_taken_in_their_order(tmp_path: Path) -> None:
     for number in range(10):
         pictures(tmp_path / f"class_{number}")
-    question = open_question(ZeroShot(class_names="mnist"), tmp_path, recipe())
+    question = open_question(ZeroShot(class_names="mnist"), tmp_path, described(recipe()))
     assert question.labels == [words[0] for words in task_labels("mnist").classes]
 
 
@@ -179,7 +181,7 @@ def test_a_misspelled_class_folder_of_a_task_is_refused_by_name(tmp_path: Path, 
     with pytest.raises(
         InputError, match=r"x' of .* is no class of eurosat \(did you mean"
     ) as caught:
-        open_question(ZeroShot(class_names="eurosat"), tmp_path, recipe())
+        open_question(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
     assert EUROSAT[place] in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -188,9 +190,9 @@ def test_a_class_folder_of_a_task_that_is_not_there_is_named(tmp_path: Path) -> 
         pictures(tmp_path / name)
     task = ZeroShot(class_names="eurosat")
     with pytest.raises(InputError, match=f"there is no folder of {EUROSAT[0]}"):
-        open_question(task, tmp_path, recipe())
+        open_question(task, tmp_path, described(recipe()))
     (tmp_path / EUROSAT[0]).mkdir()  # without images it is asked about all the same
-    question = open_question(task, tmp_path, recipe())
+    question = open_question(task, tmp_path, described(recipe()))
     folders = question.images.class_folders
     assert question.labels == [*folders, EUROSAT[0]]
 
@@ -200,21 +202,21 @@ def test_folders_called_otherwise_are_taken_in_their_order_where_that_is_sure(
 ) -> None:
     for name in AS_PUBLISHED:  # two of which are called as CLIP calls them
         pictures(tmp_path / name)
-    question = open_question(ZeroShot(class_names="eurosat"), tmp_path, recipe())
+    question = open_question(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
     assert question.labels == EUROSAT
     (tmp_path / "Forest").rename(tmp_path / "Trees")
     with pytest.raises(InputError, match=r"'River' of .* does not stand at its place"):
-        open_question(ZeroShot(class_names="eurosat"), tmp_path, recipe())
+        open_question(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
 
 
 def test_numbered_folders_of_a_task_are_not_taken_as_text(tmp_path: Path) -> None:
     for number in range(45):
         pictures(tmp_path / f"class{number}")
     with pytest.raises(InputError, match=r"another order as text \(class0, class1, class10"):
-        open_question(ZeroShot(class_names="resisc45"), tmp_path, recipe())
+        open_question(ZeroShot(class_names="resisc45"), tmp_path, described(recipe()))
     for number in range(45):
         (tmp_path / f"class{number}").rename(tmp_path / f"{number}")
-    question = open_question(ZeroShot(class_names="resisc45"), tmp_path, recipe())
+    question = open_question(ZeroShot(class_names="resisc45"), tmp_path, described(recipe()))
     assert question.images.class_folders == [str(number) for number in range(45)]
     assert question.labels == [words[0] for words in task_labels("resisc45").classes]
 
@@ -229,12 +231,12 @@ def test_labels_are_those_of_all_of_imagenet_where_its_names_are_chosen(
     plan = recipe()
     task = ZeroShot(data=tmp_path, class_names="imagenet", templates="name")
     found: list = []
-    numbers = task.evaluate(telling(plan), plan, run, keep=found.append)
+    numbers = task.evaluate(bundle_of(telling(plan), plan), run, keep=found.append)
     assert found[0].tables["labels"].tolist() == [3, 3, 650, 650, 998, 998]
     assert (numbers["zero_shot_classes"], numbers["zero_shot_images"]) == (1000, 6)
     assert numbers["zero_shot_classes_without_images"] == 997
     assert found[0].facts["incomplete"] == "3 of the 1,000 classes of ImageNet-1k"
-    alone = ZeroShot(data=tmp_path, templates="name").evaluate(telling(plan), plan, run)
+    alone = ZeroShot(data=tmp_path, templates="name").evaluate(bundle_of(telling(plan), plan), run)
     assert alone["zero_shot_classes"] == 3
     assert alone["zero_shot_top1"] >= numbers["zero_shot_top1"]
 
@@ -249,7 +251,7 @@ def test_what_is_odd_about_the_data_is_told_and_kept(
     found: list = []
     task, own = ZeroShot(data=tmp_path), replace(run, log=logging.getLogger("told"))
     with caplog.at_level(logging.INFO, logger="told"):
-        numbers = task.evaluate(telling(plan), plan, own, keep=found.append)
+        numbers = task.evaluate(bundle_of(telling(plan), plan), own, keep=found.append)
     assert (numbers["zero_shot_same_names"], numbers["zero_shot_passed_over"]) == (2, 1)
     assert found[0].facts["same_names"] == [[[0, "gray seal"], [1, "gray seal"]]]
     assert found[0].facts["passed_over"] == {"files that are no images (.pdf)": 1}
@@ -261,7 +263,7 @@ def test_names_of_equal_standing_are_averaged(tmp_path: Path, run: Run) -> None:
         pictures(tmp_path / f"{number}", 2, seed=number)
     task = ZeroShot(data=tmp_path, class_names="fer2013", templates="fer2013")
     plan = recipe()
-    numbers = task.evaluate(telling(plan), plan, run)
+    numbers = task.evaluate(bundle_of(telling(plan), plan), run)
     assert (numbers["zero_shot_images"], numbers["zero_shot_classes"]) == (14, 7)
 
 
@@ -269,7 +271,7 @@ def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
     for number in range(9):
         pictures(tmp_path / f"{number}")
     with pytest.raises(InputError, match="holds 9 classes, but eurosat has 10 names") as caught:
-        open_question(ZeroShot(class_names="eurosat"), tmp_path, recipe())
+        open_question(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
     assert "\n" not in str(caught.value)
     with pytest.raises(
         InputError, match="class_names is 'euro'; choose data, imagenet, imagenet_a"
@@ -291,7 +293,7 @@ def test_a_suite_is_asked_about_the_folders_that_are_there(
     (tmp_path / "__MACOSX").mkdir()
     plan = recipe(evaluation=(ZeroShot(reduce_prompts=True),))
     options = Options(checkpoint=Path("x"), data=tmp_path, tasks=("clip-26",), workers=0)
-    tasks = {task.name: task for task in chosen_tasks(options, plan)}
+    tasks = {task.name: task for task in chosen_tasks(options, *described_with_tasks(plan))}
     assert list(tasks) == ["mnist", "eurosat", "hateful_memes"]
     assert tasks["mnist"].data == tmp_path / "MNIST" / "test"
     assert tasks["hateful_memes"].metric == "roc_auc"
@@ -303,7 +305,7 @@ def test_a_suite_is_asked_about_the_folders_that_are_there(
     assert "__MACOSX" in caplog.text
     (tmp_path / "euro_sat").mkdir()
     with pytest.raises(InputError, match=r"are one task of clip-26; leave one of them out"):
-        chosen_tasks(options, plan)
+        chosen_tasks(options, *described_with_tasks(plan))
 
 
 def test_a_suite_without_a_folder_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -316,7 +318,7 @@ def test_a_suite_without_a_folder_of_its_own_is_refused(tmp_path: Path) -> None:
         ({"data": tmp_path, "class_names": "mnist"}, "--class-names is for one task"),
     ):
         with pytest.raises(InputError, match=message):
-            chosen_tasks(Options(**options, **words), recipe())
+            chosen_tasks(Options(**options, **words), *described_with_tasks(recipe()))
 
 
 @pytest.mark.parametrize(("name", "classes"), [("imagenet_a", 200), ("imagenet_r", 200)])
@@ -335,16 +337,16 @@ def test_variants_of_imagenet_have_the_classes_that_clip_benchmark_gives_them(
     for wordnet_id in ids:
         pictures(tmp_path / name / wordnet_id)
     options = Options(checkpoint=Path("x"), data=tmp_path, tasks=("imagenet-robustness",))
-    (task,) = chosen_tasks(options, recipe())
+    (task,) = chosen_tasks(options, *described_with_tasks(recipe()))
     assert task.name == name
-    question = open_question(task, task.data, recipe())
+    question = open_question(task, task.data, described(recipe()))
     names = [words[0] for words in task_labels("imagenet").classes]
     mask = [wordnet_id in set(ids) for wordnet_id in everything]
     assert question.labels == [n for n, is_in in zip(names, mask, strict=True) if is_in]
     assert len(question.labels) == classes
     shutil.rmtree(tmp_path / name / sorted(ids)[5])
     with pytest.raises(InputError, match=rf"holds 199 classes, but {name} has 200: only one of"):
-        open_question(task, task.data, recipe())
+        open_question(task, task.data, described(recipe()))
 
 
 # Several classes to an image.
@@ -360,9 +362,9 @@ def test_images_of_several_classes_have_clip_benchmarks_average_precision(
     model = telling(plan)
     kept = []
     task = ZeroShot(data=folder, batch_size=batch_size)
-    numbers = task.evaluate(model, plan, run, keep=kept.append)
+    numbers = task.evaluate(bundle_of(model, plan), run, keep=kept.append)
     data = MultiLabeledImages(folder, size=(32, 32))
-    words = Embedder.of(model, plan, run)
+    words = Embedder.of(bundle_of(model, plan), run)
     with evaluating(model):
         images = torch.cat([words.images(x) for x, _ in data.batches(0, 1, 64)])
         classes = words.texts([f"a photo of a {name}" for name in ("dog", "cat", "kite")])
@@ -391,7 +393,7 @@ def test_marks_that_are_none_are_refused(
     folder = multi_label_tars(tmp_path / "voc", targets)
     plan = recipe()
     with pytest.raises(InputError, match=message) as caught:
-        ZeroShot(data=folder).evaluate(telling(plan), plan, run)
+        ZeroShot(data=folder).evaluate(bundle_of(telling(plan), plan), run)
     assert "\n" not in str(caught.value)
 
 
@@ -413,7 +415,7 @@ def test_a_digest_tells_data_from_other_data_wherever_it_lies(tmp_path: Path) ->
 
 def test_retrieval_tells_which_captions_and_images_were_found(scenes: Path, run: Run) -> None:
     plan, kept = recipe(), []
-    numbers = Retrieval(data=scenes).evaluate(telling(plan), plan, run, keep=kept.append)
+    numbers = Retrieval(data=scenes).evaluate(bundle_of(telling(plan), plan), run, keep=kept.append)
     (outcomes,) = kept
     for name in outcomes.measures:
         assert float(outcomes.number(name)) == pytest.approx(numbers[name])

@@ -18,6 +18,7 @@ from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
 
 
 class Spoiled(nn.Module):
@@ -75,7 +76,7 @@ def test_embeddings_that_are_not_finite_or_zero_are_counted_and_refused(
     model = Spoiled(telling(plan), side=side, value=value)
     task = kind(data=several if kind is multi_label else scenes)
     with pytest.raises(InputError, match=count) as caught:
-        task.evaluate(model, plan, run)
+        task.evaluate(bundle_of(model, plan), run)
     assert "are not finite or are zero" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -103,7 +104,7 @@ def test_the_class_whose_missing_images_leave_no_area_under_the_curve_is_named(
     (tmp_path / "data" / "classnames.txt").write_text("cat\ndog\n")
     plan, outcomes = recipe(), []
     numbers = ZeroShot(data=tmp_path / "data").evaluate(
-        telling(plan), plan, run, keep=outcomes.append
+        bundle_of(telling(plan), plan), run, keep=outcomes.append
     )
     assert np.isnan(numbers["zero_shot_roc_auc"])
     assert numbers["zero_shot_classes_without_images"] == 1
@@ -115,7 +116,9 @@ def test_classes_of_several_labels_without_images_are_named(
     several: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan, outcomes = recipe(), []
-    numbers = ZeroShot(data=several).evaluate(telling(plan), plan, run, keep=outcomes.append)
+    numbers = ZeroShot(data=several).evaluate(
+        bundle_of(telling(plan), plan), run, keep=outcomes.append
+    )
     assert outcomes[0].facts["classes_without_images"] == ["kite"]
     assert numbers["zero_shot_classes_without_images"] == 1
     assert "no image of 1 classes: kite" in caplog.text
@@ -128,6 +131,6 @@ def test_a_single_class_measures_nothing_and_says_so(
     (tmp_path / "data" / "cat").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "data" / "cat" / "0.png")
     plan = recipe()
-    numbers = ZeroShot(data=tmp_path / "data").evaluate(telling(plan), plan, run)
+    numbers = ZeroShot(data=tmp_path / "data").evaluate(bundle_of(telling(plan), plan), run)
     assert numbers["zero_shot_classes"] == 1
     assert "there is one class only" in caplog.text

@@ -13,12 +13,15 @@ from frugal.common.evaluation.zero_shot import Answers
 from frugal.common.reduction.image import KeepAll
 from frugal.common.report.examples import confusions, examples_of_model, recall_by_class
 from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
 
 
 def test_examples_show_the_model_at_work(scenes: Path, run: Run) -> None:
     plan = recipe(evaluation=(ZeroShot(data=scenes), Retrieval(data=scenes), ZeroShot()))
     model = plan.model.build().train()
-    gathered = examples_of_model(model, plan, run, count=8)
+    gathered = examples_of_model(
+        bundle_of(model, plan), plan.evaluation, run, count=8, reduction=plan.reduction.image
+    )
     assert model.training
     assert len(gathered.classified) == 8
     assert len(gathered.retrieved) == len(gathered.masked) == 4
@@ -39,17 +42,27 @@ def test_examples_show_the_model_at_work(scenes: Path, run: Run) -> None:
     for example in gathered.masked:
         assert (example.kept, example.patches) == (8, 16)
         assert (example.image != example.masked).any()
-    numbers = ZeroShot(data=scenes).evaluate(model, plan, run)
+    numbers = ZeroShot(data=scenes).evaluate(bundle_of(model, plan), run)
     right = sum(item.right for item in gathered.classes)
     assert right / 128 == numbers["zero_shot_top1"]
     assert sum(item.held_out for item in gathered.classes) == 8
-    whole = examples_of_model(model, plan, run, reduction=KeepAll(), count=2)
+    whole = examples_of_model(
+        bundle_of(model, plan), plan.evaluation, run, reduction=KeepAll(), count=2
+    )
     assert all(example.kept == example.patches for example in whole.masked)
 
 
 def test_nothing_is_gathered_without_data(run: Run) -> None:
     plan = recipe(evaluation=(ZeroShot(), Retrieval()))
-    assert examples_of_model(plan.model.build(), plan, run).masked == ()
+    assert (
+        examples_of_model(
+            bundle_of(plan.model.build(), plan),
+            plan.evaluation,
+            run,
+            reduction=plan.reduction.image,
+        ).masked
+        == ()
+    )
 
 
 def test_classes_and_confusions_are_counted() -> None:

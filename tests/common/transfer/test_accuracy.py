@@ -17,6 +17,7 @@ from frugal.common.models.vit import ImageTower
 from frugal.common.run import Run
 from frugal.common.transfer.accuracy import Accuracy
 from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier
+from frugal.common.weights.runs import bundle_of
 from frugal.milan.transfer_recipes import FINE_TUNING
 
 TOWER = ImageTower(width=16, depth=1, heads=2, mlp_width=16, patch_size=8, image_size=16)
@@ -45,7 +46,7 @@ def measure(task: Accuracy, classifier: VisionClassifier) -> dict[str, float | i
     recipe = FINE_TUNING["demo"]()
     recipe = replace(recipe, model=classifier.config)
     run = Run(Path("unused"), 0, 1, 0, torch.device("cpu"), logging.getLogger("test"))
-    return task.evaluate(classifier, recipe, run)
+    return task.evaluate(bundle_of(classifier, recipe), run)
 
 
 def test_every_image_counts_once_whatever_the_batch(folder: Path) -> None:

@@ -19,6 +19,7 @@ from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 from frugal.common.transfer.accuracy import Accuracy
 from frugal.common.transfer.classifier import ClassifierConfig
+from frugal.common.weights.runs import bundle_of
 from frugal.milan.transfer_recipes import FINE_TUNING
 
 TOWER = ImageTower(width=16, depth=1, heads=2, mlp_width=16, patch_size=8, image_size=16)
@@ -58,7 +59,7 @@ def begin(recipe: Recipe, run: Run, *, first_sample: int = 0) -> None:
 
 def measure(data: Path, run: Run, recipe: Recipe) -> dict[str, float | int]:
     model = CONFIG.build(torch.Generator().manual_seed(0))
-    return Accuracy(data=data).evaluate(model, recipe, run)
+    return Accuracy(data=data).evaluate(bundle_of(model, recipe), run)
 
 
 def right(numbers: dict[str, float | int]) -> int:

@@ -24,6 +24,7 @@ from frugal.common.transfer.mean_iou import (
     window_starts,
 )
 from frugal.common.transfer.segmentation_data import fitted_size
+from frugal.common.weights.runs import bundle_of
 
 # ------------------------------------------------------------------------------------------------
 # The measure
@@ -235,7 +236,7 @@ def test_the_evaluation_counts_every_picture_at_its_own_resolution(model, tmp_pa
     shown: dict[str, np.ndarray] = {}
     task = MeanIoU(data=root, stride=0.5)
     with torch.no_grad():
-        numbers = task.evaluate(model, recipe, run, show=shown.__setitem__)
+        numbers = task.evaluate(bundle_of(model, recipe), run, show=shown.__setitem__)
         answers, labels = [], []
         for place in range(4):
             pixels = np.asarray(Image.open(root / "images" / "validation" / f"{place:03d}.png"))
@@ -262,7 +263,9 @@ def test_numbers_do_not_depend_on_loader_processes_or_how_many_windows_are_seen_
     root = cases.write_folder(tmp_path / "data", [(40, 90), (64, 33)], split="validation")
     run = replace(cases.HERE, dir=tmp_path / "run")
     found = [
-        MeanIoU(data=root, workers=workers, windows=windows).evaluate(model, cases.recipe(), run)
+        MeanIoU(data=root, workers=workers, windows=windows).evaluate(
+            bundle_of(model, cases.recipe()), run
+        )
         for workers, windows in ((0, 8), (1, 8), (0, 1))
     ]
     assert found[0] == found[1]
@@ -272,7 +275,7 @@ def test_numbers_do_not_depend_on_loader_processes_or_how_many_windows_are_seen_
 def test_the_whole_picture_can_be_stretched_into_one_window(model, tmp_path: Path) -> None:
     root = cases.write_folder(tmp_path / "data", [(40, 90)], split="validation")
     run = replace(cases.HERE, dir=tmp_path / "run")
-    numbers = MeanIoU(data=root, view="whole").evaluate(model, cases.recipe(), run)
+    numbers = MeanIoU(data=root, view="whole").evaluate(bundle_of(model, cases.recipe()), run)
     pixels = Image.open(root / "images" / "validation" / "000.png")
     small = np.asarray(pixels.resize((48, 32), Image.Resampling.BILINEAR)).copy()
     with torch.no_grad():
@@ -298,12 +301,12 @@ def test_pictures_whose_scores_are_not_finite_are_counted_and_refused(tmp_path: 
 
     broken.register_forward_hook(spoil)
     with pytest.raises(InputError, match="scores of 1 of 3 pictures are not finite"):
-        MeanIoU(data=root).evaluate(broken, cases.recipe(), run)
+        MeanIoU(data=root).evaluate(bundle_of(broken, cases.recipe()), run)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_evaluation_without_data_is_skipped(model) -> None:
-    assert MeanIoU().evaluate(model, cases.recipe(), cases.HERE) == {}
+    assert MeanIoU().evaluate(bundle_of(model, cases.recipe()), cases.HERE) == {}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -325,17 +328,17 @@ def test_data_that_cannot_be_measured_is_refused(model, tmp_path: Path) -> None:
     ):
         Image.fromarray(pixels).save(masks / "001.png")
         with pytest.raises(InputError, match=words):
-            MeanIoU(data=root).evaluate(model, recipe, run)
+            MeanIoU(data=root).evaluate(bundle_of(model, recipe), run)
     Image.fromarray(np.zeros((16, 15), np.uint8)).save(masks / "001.png")
     with pytest.raises(InputError, match="16 pixels high and 15 wide"):
         MeanIoU(data=root).folder()  # before training
     (masks / "001.png").write_bytes(original[:30])
     with pytest.raises(InputError, match=r"001\.png cannot be evaluated \(image: the mask"):
-        MeanIoU(data=root).evaluate(model, recipe, run)
+        MeanIoU(data=root).evaluate(bundle_of(model, recipe), run)
     for name in ("000", "001"):
         Image.fromarray(np.zeros((16, 16), np.uint8)).save(masks / f"{name}.png")
     with pytest.raises(InputError, match=r"no pixel .* has a class"):
-        MeanIoU(data=root).evaluate(model, recipe, run)
+        MeanIoU(data=root).evaluate(bundle_of(model, recipe), run)
     (masks / "000.png").unlink()
     with pytest.raises(InputError, match=r"1 of the 2 pictures .* have no mask"):
         MeanIoU(data=root).folder()

@@ -25,8 +25,8 @@ from frugal.cit.recipes import RECIPES as CIT
 from frugal.clipa.recipes import RECIPES as CLIPA
 from frugal.cluster_masking.recipes import RECIPES as CLUSTER_MASKING
 from frugal.common.export import Options, export
-from frugal.common.loading import load_trained
 from frugal.common.recipe import Recipe
+from frugal.common.weights.load import load_model
 from frugal.flip.recipes import RECIPES as FLIP
 
 CAPTIONS = ["a large red circle", "Three GREEN squares, left of 2 blue ones!", "words " * 40]
@@ -50,16 +50,16 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def pictures(run: Path) -> list[Image.Image]:
-    size = load_trained(run, device="cpu").recipe.model.image.height_width
+    size = load_model(run).config.image.height_width
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(3)]
 
 
 @torch.inference_mode()
 def made_here(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    trained = load_trained(run, device="cpu")
+    trained = load_model(run)
     images = torch.stack([torch.from_numpy(np.array(image)) for image in pictures(run)])
-    tokenizer, length = trained.recipe.data.tokenizer.load(), trained.recipe.model.text.length
+    tokenizer, length = trained.tokenizer, trained.config.text.length
     texts = []
     for caption in CAPTIONS:
         ids = torch.tensor([tokenizer.assemble(tokenizer.encode(caption), length)])
@@ -99,7 +99,7 @@ def test_open_clip_takes_it(run: Path, tmp_path: Path) -> None:
 def test_transformers_takes_it(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert export(Options(checkpoint=run, to="huggingface", out=out)) < 1e-5
-    has_clip_s_tower = load_trained(run, device="cpu").recipe.model.image.pre_norm
+    has_clip_s_tower = load_model(run).config.image.pre_norm
     model = AutoModel.from_pretrained(out).eval()
     assert type(model) is (CLIPModel if has_clip_s_tower else VisionTextDualEncoderModel)
     tokens = AutoTokenizer.from_pretrained(out)

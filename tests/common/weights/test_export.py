@@ -19,10 +19,11 @@ from transformers import BertTokenizer
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.data.tokenizers import HuggingFace, WordPiece
 from frugal.common.errors import InputError
-from frugal.common.export import LIBRARIES, Options, export
-from frugal.common.loading import load_exportable, load_trained
+from frugal.common.export import Options, export
 from frugal.common.models.named import clip_encoder, flip_encoder
-from frugal.common.weights import targets as ways_out
+from frugal.common.weights import save
+from frugal.common.weights.load import load_model
+from frugal.common.weights.save import LIBRARIES
 from frugal.flip.recipes import demo
 from support import command
 
@@ -35,9 +36,9 @@ def exported(run: Path, to: str, out: Path, **options: int) -> subprocess.Comple
 
 
 def embeddings(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    trained = load_trained(run, device="cpu")
+    trained = load_model(run)
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(3, 3, *trained.recipe.model.image.height_width, generator=generator)
+    images = torch.rand(3, 3, *trained.config.image.height_width, generator=generator)
     token_ids = torch.randint(1, 80, (3, 9), generator=generator)
     lengths = torch.tensor([9, 4, 1])
     with torch.inference_mode():
@@ -260,7 +261,7 @@ def test_weights_that_are_not_finite_are_not_written(make_run, tmp_path) -> None
 def test_what_reads_back_differently_is_removed(
     to, tensor, clip_run, tmp_path, monkeypatch
 ) -> None:
-    ways = ways_out.targets(load_exportable(clip_run))
+    ways = save.targets(load_model(clip_run))
     honest = ways[to]
 
     def write(folder: Path) -> None:
@@ -270,7 +271,7 @@ def test_what_reads_back_differently_is_removed(
         save_file({**state, tensor: state[tensor] + 0.01}, file, metadata={"format": "pt"})
 
     spoiling = ways | {to: replace(honest, write=write)}
-    monkeypatch.setattr(ways_out, "targets", lambda trained: spoiling)
+    monkeypatch.setattr(save, "targets", lambda bundle: spoiling)
     with pytest.raises(InputError, match="differs by"):
         export(Options(checkpoint=clip_run, to=to, out=tmp_path / "out"))
     assert not list(tmp_path.iterdir())
@@ -279,7 +280,8 @@ def test_what_reads_back_differently_is_removed(
 def test_help_needs_nothing_slower_than_torch() -> None:
     check = (
         "import sys, frugal.common.export;"
-        "sys.exit(' '.join({'transformers', 'open_clip'} & sys.modules.keys()) or 0)"
+        "slow = {'deepspeed', 'transformers', 'timm', 'open_clip'} & sys.modules.keys();"
+        "sys.exit(' '.join(slow) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

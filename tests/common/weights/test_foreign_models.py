@@ -32,11 +32,12 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.export import Options, export
-from frugal.common.loading import load_trained
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.named import clip_encoder, clipa_encoder
-from frugal.common.weights.foreign_models import Foreign, is_foreign, load_foreign
+from frugal.common.weights.foreign_models import is_foreign
 from frugal.common.weights.foreign_wrapped import Wrapped
+from frugal.common.weights.load import load_model
 from frugal.common.weights.stored_files import read_weights
 from frugal.common.weights.torchscript import read_torchscript
 
@@ -56,13 +57,13 @@ def encoded(image: Image.Image) -> bytes:
     return content.getvalue()
 
 
-def made_here(foreign: Foreign) -> tuple[Tensor, Tensor]:
+def made_here(foreign: ModelBundle) -> tuple[Tensor, Tensor]:
     """(3, E) of the pictures and (3, E) of the captions, as evaluations make them."""
     size = foreign.config.image.height_width
-    images = [foreign.crop.decode(encoded(image), size=size) for image in pictures(size)]
+    images = [foreign.transform.decode(encoded(image), size=size) for image in pictures(size)]
     embedder = Embedder(
         foreign.model,
-        foreign.tokenizer.load(),
+        foreign.tokenizer,
         context_length=foreign.config.text.length,
         device=torch.device("cpu"),
         image=foreign.config.image,
@@ -110,24 +111,24 @@ def test_our_exports_for_open_clip_are_the_run_again(
 ) -> None:
     run = make_run(RUNS[name], tokenizer=HuggingFace(name=str(bert)) if "BERT" in name else None)
     export(Options(checkpoint=run, to="open_clip", out=tmp_path / "out"))
-    foreign = load_foreign(tmp_path / "out")
-    assert isinstance(foreign.model, DualEncoder) and foreign.library == "open_clip"
+    foreign = load_model(tmp_path / "out")
+    assert isinstance(foreign.model, DualEncoder) and foreign.source.library == "open_clip"
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     tokenize = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")
     size = foreign.config.image.height_width
     assert_same(made_here(foreign), made_by_open_clip(model, preprocess, tokenize, size))
-    trained = load_trained(run, device="cpu")
+    trained = load_model(run)
     if "CLIPA" not in name:  # whose fixed positions are a table of open_clip's
         assert weights_digest(foreign.model) == weights_digest(trained.model)
 
 
 def test_our_exports_for_transformers_are_the_run_again(clip_run: Path, tmp_path: Path) -> None:
     export(Options(checkpoint=clip_run, to="huggingface", out=tmp_path / "out"))
-    foreign = load_foreign(tmp_path / "out")
-    assert foreign.library == "transformers"
-    trained = load_trained(clip_run, device="cpu")
+    foreign = load_model(tmp_path / "out")
+    assert foreign.source.library == "transformers"
+    trained = load_model(clip_run)
     assert weights_digest(foreign.model) == weights_digest(trained.model)
-    assert foreign.config.image.grid == trained.recipe.model.image.grid
+    assert foreign.config.image.grid == trained.config.image.grid
 
 
 VISION = {"layers": 2, "width": 64, "patch_size": 8, "image_size": 32, "head_width": 32}
@@ -162,7 +163,7 @@ def test_an_open_clip_name_with_a_file_is_that_model(
     else:
         save_model(model, str(path))
     before = copy.deepcopy(config)
-    foreign = load_foreign(path, name="ViT-small")
+    foreign = load_model(path, name="ViT-small")
     assert config == before
     assert type(foreign.model) is expected
     tokenize, size = open_clip.get_tokenizer("ViT-small"), foreign.config.image.height_width
@@ -196,7 +197,7 @@ def test_openais_files_are_read_without_running_them(
     state = read_weights(path)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    foreign = load_foreign(path, name="openai" if kind == "a state dict" else None)
+    foreign = load_model(path, name="openai" if kind == "a state dict" else None)
     assert type(foreign.model) is (Wrapped if resnet else DualEncoder)
     preprocess = open_clip.image_transform(64 if resnet else 32, is_train=False)
     tokenize, size = open_clip.SimpleTokenizer(context_length=12), foreign.config.image.height_width
@@ -216,10 +217,10 @@ def test_a_torchscript_archive_with_anything_else_in_it_is_refused(tmp_path: Pat
     with pytest.raises(
         InputError, match=r"evil\.pt cannot be read as TorchScript .*builtins\.exec"
     ):
-        load_foreign(path)
+        load_model(path)
     torch.save({"state_dict": {"a": torch.zeros(2)}, "args": Bomb()}, tmp_path / "evil.pth")
     with pytest.raises(InputError, match=r"evil\.pth cannot be read"):
-        load_foreign(tmp_path / "evil.pth", name="ViT-B-32")
+        load_model(tmp_path / "evil.pth", name="ViT-B-32")
 
 
 # transformers
@@ -236,8 +237,8 @@ def test_a_folder_of_transformers_is_that_model(
 
     torch.manual_seed(0)
     save_with(tmp_path / "m", shaken(transformers_model(kind)), bert, image_processor(kind))
-    foreign = load_foreign(tmp_path / "m")
-    assert type(foreign.model) is expected and foreign.library == "transformers"
+    foreign = load_model(tmp_path / "m")
+    assert type(foreign.model) is expected and foreign.source.library == "transformers"
     ours = made_here(foreign)
 
     model = AutoModel.from_pretrained(tmp_path / "m").eval()
@@ -247,7 +248,7 @@ def test_a_folder_of_transformers_is_that_model(
     if kind == "siglip":  # which sees its padding
         words = {"input_ids": words["input_ids"]}
     size = foreign.config.image.height_width
-    pixels = [foreign.crop.decode(encoded(image), size=size) for image in pictures(size)]
+    pixels = [foreign.transform.decode(encoded(image), size=size) for image in pictures(size)]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in
                  (foreign.config.image.mean, foreign.config.image.std))  # fmt: skip
     images = (torch.from_numpy(np.stack(pixels)) / 255 - mean) / std
@@ -263,12 +264,12 @@ def test_images_are_prepared_as_the_processor_of_the_folder_does(
     from transformers import AutoImageProcessor
 
     save_with(tmp_path / "m", transformers_model(kind), bert, image_processor(kind))
-    foreign = load_foreign(tmp_path / "m")
+    foreign = load_model(tmp_path / "m")
     # even margins: transformers rounds half a pixel the other way
     generator = np.random.default_rng(1)
     image = Image.fromarray(generator.integers(0, 256, (72, 36, 3), dtype=np.uint8))
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "m")(image, return_tensors="pt")
-    gray = foreign.crop.decode(encoded(image), size=(32, 32))
+    gray = foreign.transform.decode(encoded(image), size=(32, 32))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in
                  (foreign.config.image.mean, foreign.config.image.std))  # fmt: skip
     ours = (torch.from_numpy(gray.copy()) / 255 - mean) / std
@@ -280,7 +281,7 @@ def test_images_are_prepared_as_the_processor_of_the_folder_does(
 
 def refused(path: Path, name: str | None = None) -> str:
     with pytest.raises(InputError) as caught:
-        load_foreign(path, name=name)
+        load_model(path, name=name)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -314,7 +315,10 @@ def test_a_model_that_does_not_fit_is_refused(clip_run: Path, tmp_path: Path) ->
     assert "is a folder, which does; leave it out" in refused(tmp_path / "h", "ViT-B-32")
     config = json.loads((tmp_path / "h" / "config.json").read_text())
     for change, message in (
-        ({"model_type": "bert"}, "holds a 'bert' of transformers; clip, siglip"),
+        (
+            {"model_type": "bert"},
+            "holds a model of type 'bert'; open_clip's, timm's and of transformers clip, siglip",
+        ),
         ({"model_type": "own", "auto_map": {"AutoModel": "x.Y"}}, "own code are not run"),
     ):
         (tmp_path / "h" / "config.json").write_text(json.dumps(config | change))

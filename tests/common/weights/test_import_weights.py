@@ -26,17 +26,17 @@ from frugal.common.checkpoint.warm_start import load_weights
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import ZeroShot
 from frugal.common.export import Options as Export
 from frugal.common.export import export
 from frugal.common.import_weights import Options, import_weights
-from frugal.common.loading import load_exportable, load_trained
+from frugal.common.models.image_encoder import image_encoder, with_projection_as_head
 from frugal.common.models.named import clip_encoder, clipa_encoder
 from frugal.common.weights import open_clip_folder, transformers_folder
 from frugal.common.weights import timm_folder as timms_folder
 from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.load import load_model
 from frugal.common.weights.model_card import model_card
-from frugal.common.weights.trained import TrainedModel
+from frugal.common.weights.written import nearest_crop, two_towers
 from support import ALONE, command, train
 
 MODULE = "frugal.common.import_weights"
@@ -85,50 +85,46 @@ CROPS = {
 @pytest.mark.parametrize("library", CROPS)
 def test_how_images_are_prepared_leaves_and_comes_back(library: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", CLIP)
-    trained = load_exportable(run)
-    assert isinstance(trained, TrainedModel)
+    trained = load_model(run)
     for number, crop in enumerate(CROPS[library]):
-        recipe = replace(trained.recipe, evaluation=(ZeroShot(crop=crop),))
-        leaving = replace(trained, recipe=recipe)
+        leaving = replace(trained, transform=crop)
         folder = tmp_path / f"{library} {number}"
         folder.mkdir()
         if library == "timm":
-            timms_folder.write(leaving.image, folder)
+            timms_folder.write(with_projection_as_head(image_encoder(leaving)), folder)
         else:
             writer = open_clip_folder if library == "open_clip" else transformers_folder
-            writer.write(leaving, folder)
+            writer.write(two_towers(leaving), folder)
         found = read_encoder(folder)
         assert found.preparation is not None
         assert found.preparation.crop == crop
         assert "does not say" not in found.preparation.told_by
-        assert crop == leaving.crop_in(library)
+        assert crop == nearest_crop(crop, leaving.image, library)
         assert (found.tower.mean, found.tower.heads) == (CLIP.image.mean, CLIP.image.heads)
 
 
 def test_a_card_says_where_a_library_cuts_odd_rows_otherwise(tmp_path: Path) -> None:
-    trained = load_exportable(write_run(tmp_path / "run", CLIP))
+    trained = load_model(write_run(tmp_path / "run", CLIP))
     cases = {
         "even": ("open_clip", ["transformers"]),
         "down": ("transformers", ["open_clip", "timm"]),
     }
     for half_pixel, (same, others) in cases.items():
-        crop = CenterCrop(half_pixel=half_pixel)
-        leaving = replace(
-            trained, recipe=replace(trained.recipe, evaluation=(ZeroShot(crop=crop),))
-        )
-        assert "comes as near" not in model_card(leaving, library=same, usage="")
+        leaving = replace(trained, transform=CenterCrop(half_pixel=half_pixel))
+        words = {"name": "a run", "usage": ""}
+        assert "comes as near" not in model_card(leaving, library=same, **words)
         for other in others:
-            assert f"comes as near as {other} has" in model_card(leaving, library=other, usage="")
+            assert f"comes as near as {other} has" in model_card(leaving, library=other, **words)
 
 
 def test_another_shape_is_stretched_where_transformers_would_leave_borders(tmp_path) -> None:
     wide = small(clip_encoder("B/16"), image={"image_size": (24, 40)})
-    trained = load_exportable(write_run(tmp_path / "run", wide))
-    assert trained.crop_in("transformers") == CenterCrop(order="stretch")
-    bilinear = ZeroShot(crop=CenterCrop(interpolation="bilinear"))
-    other = replace(trained, recipe=replace(trained.recipe, evaluation=(bilinear,)))
-    assert other.crop_in("open_clip") == CenterCrop()  # all that it has for such shapes
-    assert other.crop_in("timm") == CenterCrop(interpolation="bilinear")
+    trained = load_model(write_run(tmp_path / "run", wide))
+    image, usual = trained.image, CenterCrop()
+    assert nearest_crop(usual, image, "transformers") == CenterCrop(order="stretch")
+    bilinear = CenterCrop(interpolation="bilinear")
+    assert nearest_crop(bilinear, image, "open_clip") == usual  # all that it has for such shapes
+    assert nearest_crop(bilinear, image, "timm") == bilinear
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,7 +167,7 @@ def test_round_trips_of_two_towers_keep_every_bit(
     assert same(exported(again, to, tmp_path / "out2"), theirs)  # export, import, export
     third = taken_in(tmp_path / "out2", tmp_path / "in2")
     assert same(weights_of(third), weights_of(again))  # import, export, import
-    tower = load_trained(again, device="cpu").recipe.model.image
+    tower = load_model(again).config.image
     assert tower.positions == RUNS[name].image.positions
     assert (again / "tokenizer").is_dir()
 
@@ -188,8 +184,7 @@ def test_openai_s_files_leave_with_the_numbers_they_came_with(kind: str, tmp_pat
         bare = "without" in kind
         torch.save({n: t for n, t in state.items() if not (bare and t.dtype == torch.int64)}, path)
     run = taken_in(path, tmp_path / "run", "openai" if "without" in kind else None)
-    recipe = load_trained(run, device="cpu").recipe
-    assert recipe.model.image.activation == "quick_gelu"
+    assert load_model(run).config.image.activation == "quick_gelu"
     found = exported(run, "open_clip", tmp_path / "out")
     expected = {n: t.float() for n, t in model.state_dict().items() if t.dtype != torch.int64}
     assert same(found, expected)
@@ -280,8 +275,8 @@ def test_a_vision_transformer_of_timm_comes_in_and_leaves_bit_for_bit(
 ) -> None:
     model, source = timm_folder(tmp_path / "timm", **TIMM[name])
     run = taken_in(source, tmp_path / "run")
-    trained = load_trained(run, device="cpu")
-    images = torch.randn(2, 3, *trained.recipe.model.image.height_width)
+    trained = load_model(run)
+    images = torch.randn(2, 3, *trained.config.image.height_width)
     with torch.inference_mode():
         torch.testing.assert_close(trained.model(images), model(images), rtol=0, atol=1e-5)
     theirs = exported(run, "timm", tmp_path / "out")
@@ -301,7 +296,7 @@ def test_a_vision_transformer_of_timm_comes_in_and_leaves_bit_for_bit(
     about = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
     assert about["crop_pct"] == 0.8 and about["interpolation"] == "bilinear"
     assert about["mean"] == [0.4, 0.5, 0.6] and about["std"] == [0.2, 0.3, 0.4]
-    assert read_encoder(run).tower == trained.recipe.model.image  # as teachers and tunings do
+    assert read_encoder(run).tower == trained.config.image  # as teachers and tunings do
 
 
 def test_a_file_says_by_its_shapes_or_by_timm_s_name_what_it_is(tmp_path: Path) -> None:
@@ -318,7 +313,7 @@ def test_a_file_says_by_its_shapes_or_by_timm_s_name_what_it_is(tmp_path: Path) 
         )
         for run in runs:
             with torch.inference_mode():
-                ours = load_trained(run, device="cpu").model(images)
+                ours = load_model(run).model(images)
                 torch.testing.assert_close(ours, model(images), rtol=0, atol=1e-5)
             assert weights_of(run)["model.image.pos_embed"].equal(model.pos_embed)
 
@@ -347,9 +342,9 @@ def test_a_vision_transformer_of_transformers_comes_in(kind: str, tmp_path: Path
     assert "heads 3, activation gelu_tanh, epsilon 1e-05, pooled by class" in done.stdout
     assert "mean 0.5 0.4 0.3, std 0.2 0.3 0.4, the shorter side resized to 40" in done.stdout
     assert f"{tmp_path / 'vit' / 'preprocessor_config.json'}" in done.stdout
-    trained = load_trained(tmp_path / "run", device="cpu")
-    assert trained.recipe.model.image.std == (0.2, 0.3, 0.4)
-    assert trained.recipe.evaluation[0].crop.share == 0.8
+    trained = load_model(tmp_path / "run")
+    assert trained.config.image.std == (0.2, 0.3, 0.4)
+    assert trained.transform.share == 0.8
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         tokens = trained.model.image.forward_tokens(images)
@@ -376,7 +371,7 @@ def test_an_image_tower_starts_what_is_trained_on_it(tmp_path: Path) -> None:
 
     model, source = timm_folder(tmp_path / "timm")
     run = taken_in(source, tmp_path / "run")
-    tower = load_trained(run, device="cpu").recipe.model.image
+    tower = load_model(run).config.image
     log = logging.getLogger("test")
     classifier = VisionClassifier(ClassifierConfig(image=tower, num_classes=5))
     found = init_encoder(classifier.image, run, interpolate=False, log=log)

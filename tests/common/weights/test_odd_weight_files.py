@@ -43,12 +43,13 @@ from frugal.common.errors import InputError
 from frugal.common.export import Options as Export
 from frugal.common.export import export
 from frugal.common.import_weights import Options, import_weights
-from frugal.common.loading import load_trained, look
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.named import clip_encoder
 from frugal.common.weights.encoder_weights import read_encoder
-from frugal.common.weights.foreign_models import Foreign, load_foreign
 from frugal.common.weights.foreign_wrapped import Wrapped
+from frugal.common.weights.imported import describe
+from frugal.common.weights.load import load_model
 from frugal.common.weights.stored_files import read_weights, state_in
 
 State = dict[str, Tensor]
@@ -162,7 +163,7 @@ def test_two_sets_under_a_name_of_open_clip(
         averaged = {f"module.{n}": t for n, t in shaken(model).state_dict().items()}
         plain = {n: torch.zeros_like(t) for n, t in averaged.items()}
         path = saved(tmp_path / "w.pt", {"state_dict": plain, "ema": averaged})
-        foreign = load_foreign(path, name="ViT-small", key="ema")
+        foreign = load_model(path, name="ViT-small", weights_key="ema")
         assert type(foreign.model) is kind
         tokenize = open_clip.get_tokenizer("ViT-small")
         assert_same(made_here(foreign), made_by_open_clip(model, preprocess, tokenize))
@@ -170,8 +171,12 @@ def test_two_sets_under_a_name_of_open_clip(
 
 def test_a_key_is_for_files(clip_run: Path, tmp_path: Path) -> None:
     export(Export(checkpoint=clip_run, to="open_clip", out=tmp_path / "o"))
-    assert "is a folder; leave it out" in refused(lambda: load_foreign(tmp_path / "o", key="ema"))
-    assert "--weights-key ema is for a file" in refused(lambda: look(clip_run, None, "ema"))
+    assert "is a folder; leave it out" in refused(
+        lambda: load_model(tmp_path / "o", weights_key="ema")
+    )
+    assert "--weights-key ema is for a file" in refused(
+        lambda: load_model(clip_run, weights_key="ema")
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -197,7 +202,7 @@ def test_whole_clip_models_may_stand_inside_of_others(front: str, tmp_path: Path
     inner = {n.replace("resblocks.", "resblocks._orig_mod."): t for n, t in state.items()}
     content = {f"{front}{n}": t for n, t in inner.items()} | {"loss.weight": torch.zeros(2)}
     path = saved(tmp_path / "w.pt", content)
-    foreign = load_foreign(path, name="openai")
+    foreign = load_model(path, name="openai")
     assert foreign.model.image.norm.bias.equal(state["visual.ln_post.bias"])
     assert read_encoder(path).state["norm.bias"].equal(state["visual.ln_post.bias"])
     alone = {n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.")}
@@ -256,7 +261,7 @@ def test_of_two_files_in_a_folder_the_one_that_is_left_is_named(
     folder = tmp_path / "o"
     export(Export(checkpoint=clip_run, to="open_clip", out=folder))
     torch.save({}, folder / "open_clip_pytorch_model.bin")
-    load_foreign(folder)
+    load_model(folder)
     said = "open_clip_model.safetensors is taken, open_clip_pytorch_model.bin left"
     assert said in capsys.readouterr().err
 
@@ -288,7 +293,7 @@ def spoiled_transformers(folder: Path, kind: str, bert: Path) -> Path:
 
 
 READERS: dict[str, Callable[[Path, Path, Callable[..., Path]], Any]] = {
-    "OpenAI's file": lambda p, b, r: load_foreign(
+    "OpenAI's file": lambda p, b, r: load_model(
         saved(p / "w.pt", clip_state("visual.proj", torch.inf)), name="openai"
     ),
     "a file in timm's layout": lambda p, b, r: imported(
@@ -299,9 +304,9 @@ READERS: dict[str, Callable[[Path, Path, Callable[..., Path]], Any]] = {
         saved(p / "w.pth", {"model": vit_state(), "ema": spoiled_vit(torch.nan)}), p / "out",
         weights_key="ema",
     ),
-    "a CLIPModel": lambda p, b, r: load_foreign(spoiled_transformers(p / "f", "clip", b)),
-    "a SiglipModel": lambda p, b, r: load_foreign(spoiled_transformers(p / "f", "siglip", b)),
-    "a run that is measured": lambda p, b, r: load_trained(r(CLIP, spoil=torch.nan)),
+    "a CLIPModel": lambda p, b, r: load_model(spoiled_transformers(p / "f", "clip", b)),
+    "a SiglipModel": lambda p, b, r: load_model(spoiled_transformers(p / "f", "siglip", b)),
+    "a run that is measured": lambda p, b, r: load_model(r(CLIP, spoil=torch.nan)),
     "a run as an encoder": lambda p, b, r: read_encoder(r(CLIP, spoil=torch.nan)),
     "a run that leaves as it is": lambda p, b, r: export(
         Export(checkpoint=r(CLIP, spoil=torch.nan), to="frugal", out=p / "out")
@@ -352,22 +357,22 @@ def test_openais_file_is_not_computed_with_plain_gelu(
 ) -> None:
     state = openai_model(resnet=False).state_dict()
     path = saved(tmp_path / "w.pt", {**state, **NUMBERS})
-    said = refused(lambda: load_foreign(path, name="ViT-small"))
+    said = refused(lambda: load_model(path, name="ViT-small"))
     assert "is a file of OpenAI's" in said and "give --model ViT-small-quickgelu" in said
     for name in ("ViT-small-quickgelu", "openai", None):
-        foreign: Foreign = load_foreign(path, name=name)
+        foreign: ModelBundle = load_model(path, name=name)
         assert foreign.config.image.activation == foreign.config.text.activation == "quick_gelu"
     half = saved(tmp_path / "half.pt", {n: t.half() for n, t in state.items()})
-    load_foreign(half, name="ViT-small")
+    load_model(half, name="ViT-small")
     assert "is in half precision, as OpenAI's files are" in told.text
     trainer = saved(tmp_path / "epoch_1.pt", {"epoch": 1, "name": "x", "state_dict": state})
-    said = refused(lambda: load_foreign(trainer, name="openai"))
+    said = refused(lambda: load_model(trainer, name="openai"))
     assert "was saved by open_clip's trainer" in said
 
 
 def test_what_a_model_computes_with_is_printed_when_it_is_imported(tmp_path: Path) -> None:
     path = saved(tmp_path / "w.pt", {**openai_model(resnet=False).state_dict(), **NUMBERS})
-    said = import_weights(Options(source=path, out=tmp_path / "run")).described
+    said = describe(import_weights(Options(source=path, out=tmp_path / "run")))
     assert (
         "image tower: heads 2, activation quick_gelu, epsilon 1e-05, pooled by class, "
         "mean 0.4815 0.4578 0.4082, std 0.2686"
@@ -382,7 +387,7 @@ def test_a_name_of_another_size_says_which_tensors_and_shapes(names: None, tmp_p
     state = dict(openai_model(resnet=False).state_dict())
     state["visual.conv1.weight"] = torch.zeros(128, 3, 4, 4)
     del state["ln_final.bias"]
-    said = refused(lambda: load_foreign(saved(tmp_path / "w.pt", state), name="ViT-small"))
+    said = refused(lambda: load_model(saved(tmp_path / "w.pt", state), name="ViT-small"))
     assert "open_clip's ViT-small): it lacks ln_final.bias, " in said
     assert "visual.conv1.weight has the shape (128, 3, 4, 4) there and (128, 3, 8, 8) here" in said
     path = saved(tmp_path / "w.pth", vit_state())
@@ -430,7 +435,7 @@ def test_the_oldest_configurations_of_clip_pool_at_the_highest_id(
     model.config.text_config.eos_token_id = 2
     folder = tmp_path / "m"
     save_with(folder, model, swapped, image_processor("clip"))
-    foreign = load_foreign(folder)
+    foreign = load_model(folder)
     assert isinstance(foreign.model, Wrapped)
     theirs = AutoModel.from_pretrained(folder).eval()
     words = AutoTokenizer.from_pretrained(folder)(
@@ -450,7 +455,7 @@ def test_a_text_model_without_a_pooler_is_a_sentence(bert: Path, tmp_path: Path)
         ViTConfig(**SMALL, image_size=32, patch_size=8), text, projection_dim=12
     )
     save_with(tmp_path / "m", VisionTextDualEncoderModel(config), bert, image_processor("vit"))
-    said = refused(lambda: load_foreign(tmp_path / "m"))
+    said = refused(lambda: load_model(tmp_path / "m"))
     assert "(distilbert) pools nothing" in said
 
 
@@ -485,8 +490,8 @@ def test_exports_come_back_with_the_numbers_they_left_with(
         return
     imported(out, tmp_path / "back")
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    before, after = (load_trained(path, device="cpu") for path in (run, tmp_path / "back"))
-    assert before.recipe.model.image.mean == pytest.approx(after.recipe.model.image.mean)
+    before, after = (load_model(path) for path in (run, tmp_path / "back"))
+    assert before.image.mean == pytest.approx(after.image.mean)
     with torch.no_grad():
         pooled = [
             model.image.eval().forward_pooled(images) for model in (before.model, after.model)
@@ -497,8 +502,8 @@ def test_exports_come_back_with_the_numbers_they_left_with(
         texts = [
             trained.model.encode_text(torch.tensor([row]), torch.tensor([len(row)]))
             for trained in (before, after)
-            for row in [trained.recipe.data.tokenizer.load().assemble(
-                trained.recipe.data.tokenizer.load().encode("a photo of a dog"), 16)]
+            for row in [trained.tokenizer.assemble(
+                trained.tokenizer.encode("a photo of a dog"), 16)]
         ]  # fmt: skip
     torch.testing.assert_close(texts[1], texts[0], rtol=0, atol=1e-5)
     tower = read_encoder(tmp_path / "back").build()

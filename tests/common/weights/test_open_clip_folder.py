@@ -20,9 +20,9 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.export import Options, export
 from frugal.common.import_weights import Options as ImportOptions
 from frugal.common.import_weights import import_weights
-from frugal.common.loading import load_trained
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import clip_encoder, clipa_encoder
+from frugal.common.weights.load import load_model
 from frugal.common.weights.open_clip_folder import model_config
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40]
@@ -75,7 +75,7 @@ def test_open_clip_gives_the_same_embeddings_for_the_same_captions(
     assert export(Options(checkpoint=run, to="open_clip", out=out)) < 1e-5
 
     theirs = open_clip.create_model_and_transforms(f"local-dir:{out}")[0].eval()
-    ours = load_trained(run, device="cpu").model
+    ours = load_model(run).model
     token_ids = open_clip.get_tokenizer(f"local-dir:{out}")(CAPTIONS)
     tokenizer = load_tokenizer(run / "tokenizer")
     lengths = []

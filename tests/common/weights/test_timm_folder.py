@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.errors import InputError
 from frugal.common.export import Options, export
-from frugal.common.loading import load_exportable
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import clip_encoder, clipa_encoder, flip_encoder, image_tower
 from frugal.common.models.vit import ImageTransformer
 from frugal.common.models.weight_names import to_timm
+from frugal.common.weights.load import load_model
 from frugal.common.weights.timm_folder import architecture
 
 clip = clip_encoder("B/16")
@@ -51,7 +51,7 @@ def test_timm_gives_the_same_embeddings(name, make_run, bert, tmp_path) -> None:
 
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert theirs.num_classes == CONFIGURATIONS[name].embed_dim
-    trained = load_exportable(run)
+    trained = load_model(run)
     images = torch.randn(3, 3, *trained.config.image.height_width)
     with torch.inference_mode():
         expected = trained.model.image(images)
@@ -90,7 +90,7 @@ def test_a_named_model_of_timm_loads_the_file_strictly(make_run, tmp_path) -> No
     theirs.load_state_dict(load_file(out / "model.safetensors"), strict=True)
     images = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
-        ours = load_exportable(run).model.image(images)
+        ours = load_model(run).model.image(images)
         torch.testing.assert_close(theirs(images), ours, rtol=0, atol=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_timm_prepares_images_as_the_run_does(clip_run, tmp_path) -> None:
     card = (out / "README.md").read_text()
     assert "library_name: timm" in card and "An image encoder" in card and "captions |" not in card
     assert settings["input_size"] == (3, 32, 32) and settings["crop_pct"] == 1.0
-    tower = load_exportable(clip_run).config.image
+    tower = load_model(clip_run).config.image
     assert tuple(settings["mean"]) == tower.mean and tuple(settings["std"]) == tower.std
     assert settings["interpolation"] == "bicubic"
 

@@ -25,9 +25,9 @@ from transformers import (
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.export import Options, export
-from frugal.common.loading import load_exportable, load_trained
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import clip_encoder
+from frugal.common.weights.load import load_model
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40]
 
@@ -64,7 +64,7 @@ def test_transformers_gives_the_same_embeddings_for_the_same_captions(
     assert not any(loading.values()), loading
     processor = CLIPProcessor.from_pretrained(out)
     inputs = processor(text=CAPTIONS, padding=True, truncation=True, return_tensors="pt")
-    trained = load_exportable(run)
+    trained = load_model(run)
     length = trained.config.text.length
     ours, lengths = torch.zeros(len(CAPTIONS), length, dtype=torch.int64), []
     for row, caption in enumerate(CAPTIONS):
@@ -99,7 +99,7 @@ def test_the_image_processor_gives_the_pixels_of_our_evaluation(clip_run, tmp_pa
     out = tmp_path / "out"
     export(Options(checkpoint=clip_run, to="huggingface", out=out))
     processor = CLIPImageProcessor.from_pretrained(out)
-    tower = load_trained(clip_run, device="cpu").model.config.image
+    tower = load_model(clip_run).model.config.image
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (tower.mean, tower.std))
     random = np.random.default_rng(1)
     # margins here are even; transformers rounds half a pixel down, torchvision to an even number
@@ -132,7 +132,7 @@ def test_image_towers_that_clip_does_not_have_stand_beside_clip_s_text_tower(
     tokens = AutoTokenizer.from_pretrained(out)(
         CAPTIONS, padding=True, truncation=True, return_tensors="pt"
     )
-    trained = load_exportable(run)
+    trained = load_model(run)
     images = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():
         made = theirs.eval()(**tokens, pixel_values=images)

@@ -23,8 +23,7 @@ from frugal.common.models.pretrained import TimmImage, TransformersImage, Transf
 from frugal.common.models.pretrained_models import stored_state
 from frugal.common.recipe import load_recipe
 from frugal.common.weights.encoder_weights import read_encoder
-from frugal.common.weights.foreign_models import load_foreign
-from frugal.common.weights.imported import read
+from frugal.common.weights.load import load_model
 from frugal.common.weights.stored_files import read_weights
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
@@ -71,9 +70,8 @@ def test_a_folder_as_timm_saves_it_today_is_that_model(tmp_path: Path) -> None:
     model = timm_model(global_pool="avg")  # whose arguments timm writes, num_classes among them
     save_for_hf(model, tmp_path / "timm")
     assert "num_classes" in json.loads((tmp_path / "timm/config.json").read_text())["model_args"]
-    imported = read(tmp_path / "timm")
-    ours = imported.recipe.model.build()
-    ours.load_state_dict(imported.state)
+    imported = load_model(tmp_path / "timm")
+    ours = imported.model
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(ours.eval()(images), model(images), rtol=0, atol=1e-5)
@@ -90,7 +88,7 @@ def test_what_an_old_configuration_of_clip_says_twice_is_read_as_transformers_do
     file.write_text(json.dumps({**config, "vision_config_dict": second}))
     tower = read_encoder(clip_folder).tower
     assert (tower.activation, tower.norm_epsilon) == ("gelu", 1e-2)
-    assert load_foreign(clip_folder).config.image.norm_epsilon == 1e-2
+    assert load_model(clip_folder).config.image.norm_epsilon == 1e-2
 
 
 def test_what_has_no_place_in_a_model_of_transformers_is_told(
@@ -98,13 +96,13 @@ def test_what_has_no_place_in_a_model_of_transformers_is_told(
 ) -> None:
     altered(clip_folder, adapter__lora_A=torch.ones(2, 2))
     with caplog.at_level(logging.WARNING, logger="frugal"):
-        load_foreign(clip_folder)
+        load_model(clip_folder)
     assert "1 have no place in a clip and are left: adapter.lora_A" in caplog.text
 
 
 def test_a_shape_that_does_not_fit_is_named_in_folders_of_transformers(clip_folder: Path) -> None:
     altered(clip_folder, visual_projection__weight=torch.ones(24, 12))
-    words = refusal(load_foreign, clip_folder)
+    words = refusal(load_model, clip_folder)
     assert "visual_projection.weight has the shape (24, 12) there and (12, 24) here" in words
 
 
@@ -113,7 +111,7 @@ def test_the_file_that_is_left_beside_another_is_named_for_two_towers_too(
 ) -> None:
     torch.save(load_file(clip_folder / "model.safetensors"), clip_folder / "pytorch_model.bin")
     with caplog.at_level(logging.WARNING, logger="frugal"):
-        load_foreign(clip_folder)
+        load_model(clip_folder)
     assert "model.safetensors is taken, pytorch_model.bin left" in caplog.text
 
 
@@ -128,13 +126,13 @@ def test_a_tokenizer_with_more_entries_than_the_table_is_refused(
         vision_config={**vision, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 8},
     )
     save_with(tmp_path / "clip", t.CLIPModel(config), bert, image_processor("clip"))
-    words = refusal(load_foreign, tmp_path / "clip")
+    words = refusal(load_model, tmp_path / "clip")
     assert "84 entries, more than the 60 rows of the table of tokens" in words
     small = {"layers": 1, "width": 64, "patch_size": 8, "image_size": 32}
     about = {"embed_dim": 8, "vision_cfg": small, "text_cfg": {**TEXT, "vocab_size": 1000}}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-few", about)
     torch.save(open_clip.create_model("ViT-few").state_dict(), tmp_path / "few.pt")
-    words = refusal(load_foreign, tmp_path / "few.pt", name="ViT-few")
+    words = refusal(load_model, tmp_path / "few.pt", name="ViT-few")
     assert "49,408 entries, more than the 1,000 rows" in words
 
 
@@ -145,7 +143,7 @@ def test_a_siglip_without_its_head_is_a_sentence(bert: Path, tmp_path: Path) -> 
     vision |= {"intermediate_size": 48, "image_size": 32, "patch_size": 8, "vision_use_head": False}
     model = t.SiglipModel(t.SiglipConfig(text_config=TEXTS, vision_config=vision))
     save_with(tmp_path / "siglip", model, bert, image_processor("siglip"))
-    assert "(siglip_vision_model) pools nothing" in refusal(load_foreign, tmp_path / "siglip")
+    assert "(siglip_vision_model) pools nothing" in refusal(load_model, tmp_path / "siglip")
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -179,7 +177,7 @@ def test_a_configuration_of_open_clip_that_cannot_be_is_a_sentence(
     config = {"embed_dim": 8, "vision_cfg": {"layers": 1}, "text_cfg": TEXT, **change}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     save_file(vit, tmp_path / "open_clip_model.safetensors")
-    assert sentence in refusal(load_foreign, tmp_path)
+    assert sentence in refusal(load_model, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -199,7 +197,7 @@ def test_what_is_no_floating_point_weight_is_refused_by_name(
 ) -> None:
     name = "blocks.0.mlp.fc1.weight"
     torch.save({**vit, name: NO_WEIGHTS[kind](vit[name])}, tmp_path / "odd.pth")
-    for reader in (read, read_encoder, read_weights):
+    for reader in (load_model, read_encoder, read_weights):
         assert f"{name} is {kind}; save them again" in refusal(reader, tmp_path / "odd.pth")
 
 
@@ -209,7 +207,7 @@ def test_quantized_weights_are_refused_where_transformers_would_read_them(
     name = "text_model.encoder.layers.0.mlp.fc1.weight"
     weight = (load_file(clip_folder / "model.safetensors")[name] * 100).to(torch.int8)
     altered(clip_folder, **{name.replace(".", "__"): weight})
-    assert f"{name} is of whole numbers" in refusal(load_foreign, clip_folder)
+    assert f"{name} is of whole numbers" in refusal(load_model, clip_folder)
     vision = json.loads((clip_folder / "config.json").read_text())["vision_config"]
     (clip_folder / "config.json").write_text(json.dumps(vision))
     config = TransformersImage(name=str(clip_folder), image_size=32)
@@ -227,7 +225,7 @@ def test_an_image_tower_of_other_shapes_is_refused_before_a_run_is_written(
     change: dict[str, Tensor], sentence: str, vit: dict[str, Tensor], tmp_path: Path
 ) -> None:
     torch.save({**vit, **change}, tmp_path / "odd.pth")
-    assert sentence in refusal(read, tmp_path / "odd.pth")
+    assert sentence in refusal(load_model, tmp_path / "odd.pth")
     assert sentence in refusal(lambda path: read_encoder(path).build(), tmp_path / "odd.pth")
 
 
@@ -240,8 +238,8 @@ def test_layer_scales_of_a_bare_file_are_computed_with(tmp_path: Path) -> None:
     ours = read_encoder(tmp_path / "scaled.pth").build().eval()
     with torch.inference_mode():
         torch.testing.assert_close(ours.forward_pooled(images), expected, rtol=0, atol=1e-5)
-    imported = read(tmp_path / "scaled.pth")
-    imported.recipe.model.build().load_state_dict(imported.state)
+    imported = load_model(tmp_path / "scaled.pth")
+    imported.config.build().load_state_dict(imported.model.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -251,7 +249,7 @@ def test_layer_scales_of_a_bare_file_are_computed_with(tmp_path: Path) -> None:
 def test_a_pointer_of_git_lfs_is_recognized_wherever_weights_are_read(clip_folder: Path) -> None:
     file = clip_folder / "model.safetensors"
     file.write_text(POINTER)
-    for reader in (read_weights, read_encoder, load_foreign):
+    for reader in (read_weights, read_encoder, load_model):
         source = file if reader is read_weights else clip_folder
         assert f"{file} is a pointer of Git LFS" in refusal(reader, source)
 

@@ -87,7 +87,7 @@ def convert(options: Options) -> None:
 
 def _write_run(options: Options) -> None:
     from frugal.cit.published_dual import Heads, read_released
-    from frugal.common.weights.run_directory import write_converted
+    from frugal.common.weights.runs import write_converted
 
     if options.kind is not None:
         raise InputError(

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from frugal.cit.published_vision import VisionWeights, read_vision
 from frugal.common.checkpoint.store import find_checkpoint
-from frugal.common.checkpoint.warm_start import load_weights, refuse_other_tokens
+from frugal.common.checkpoint.warm_start import refuse_other_tokens, saved_model
 from frugal.common.errors import InputError
 from frugal.common.models.fit import misfit
 from frugal.common.models.positions import resample_grid, resample_length
 from frugal.common.models.same_function import refuse_other_function
 from frugal.common.models.text import TextTower, TextTransformer
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
-from frugal.common.recipe import load_recipe
+from frugal.common.weights.runs import load_run
 from frugal.common.weights.stored_files import without_prefix
 
 _FREE = {
@@ -170,17 +170,17 @@ def start_text(
     Raises:
         InputError: if the run has no such text tower; nothing is changed then.
     """
-    checkpoint = find_checkpoint(Path(source))
-    recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
-    stored_tower = getattr(recipe.model, "text", None)
+    bundle = load_run(Path(source))
+    stored_tower = bundle.text
     if not isinstance(stored_tower, TextTower):
         raise InputError(f"the run {source} trained no text tower of Frugal's; give another one")
     what = f"the text tower of {source}"
     refuse_other_function(stored_tower, tower.config, part="model.text", what=what, log=log)
-    refuse_other_tokens(recipe, checkpoint.folder.parent.parent, tokenizer, what=what, log=log)
-    prefix = "model.text."
-    weights = load_weights(checkpoint)
-    state = without_prefix(weights, prefix)
+    checkpoint = find_checkpoint(Path(source))
+    saved, folder = saved_model(checkpoint, log), checkpoint.folder.parent.parent
+    there = None if saved is None else saved.tokenizer
+    refuse_other_tokens(there, folder, tokenizer, what=what, log=log)
+    state = without_prefix(bundle.model.state_dict(), "text.")
     if stored_tower.length != tower.config.length:
         if not interpolate:
             raise InputError(

@@ -72,7 +72,7 @@ def convert(options: Options, log: logging.Logger) -> None:
         raise InputError(f"{options.out} is there already and not empty; choose another --out")
     from frugal.clipa.published_weights import read_published
     from frugal.clipa.tower_of_weights import fit_towers
-    from frugal.common.weights.run_directory import write_converted
+    from frugal.common.weights.runs import write_converted
 
     published = read_published(options.source)
     model, state = fit_towers(

@@ -7,7 +7,7 @@ answer at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from frugal.common.evaluation.bootstrap import Keep
+    from frugal.common.models.bundle import ModelBundle
     from frugal.common.randomness import NoiseSource
     from frugal.common.recipe import Recipe
     from frugal.common.reduction.text import Placed
@@ -196,6 +198,18 @@ class ObjectiveConfig(Protocol):
         """An :class:`Objective`, initialized from ``recipe.run.seed``, on the CPU in float32."""
         ...
 
+    def trained_model(self, recipe: Recipe, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The model that weights of a checkpoint are of, on the CPU; it is filled with them.
+
+        What else trained it, such as a teacher, need not be there any more.
+
+        Args:
+            recipe: of the run.
+            weights: by their names in the model.
+        """
+        del weights
+        return self.build(recipe).model
+
 
 class Stream(Protocol):
     """The micro-batches of one process, from any first sample number on.
@@ -274,9 +288,19 @@ class EvaluationTask(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
-    ) -> dict[str, Any]:
+        self,
+        bundle: ModelBundle,
+        run: Run,
+        *,
+        show: Show | None = None,
+        keep: Keep | None = None,
+    ) -> dict[str, float | int]:
         """Numbers by name, {} without data; every process of the run calls this.
 
-        ``show`` takes pictures of what the model said, on the process that wants them.
+        Args:
+            bundle: the model; its weights are on the device of the run.
+            run: says where files beside the numbers go, and is told what was found.
+            show: takes pictures of what the model said, on the process that wants them.
+            keep: takes what was found image by image, where a task knows that; on the process that
+                wants it.
         """

@@ -7,58 +7,81 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tyro
 
+from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.cli import named_recipe, overridden, run_politely, without_local_rank
+from frugal.common.contracts import EvaluationTask
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import Outcomes
 from frugal.common.evaluation.cli import Options, chosen_tasks, chosen_trainings, transfer_tasks
-from frugal.common.evaluation.config import FolderEvaluation, ImageEvaluation, LinearProbe
+from frugal.common.evaluation.config import FolderEvaluation, LinearProbe
+from frugal.common.evaluation.provenance import config_digest, versions, weights_digest
+from frugal.common.evaluation.ranks import Ranks
+from frugal.common.evaluation.remote import as_url, fetch
+from frugal.common.evaluation.results import (
+    Subject,
+    append,
+    check_free,
+    rows,
+    suite_numbers,
+    write,
+)
 from frugal.common.evaluation.suites import SUITES
 from frugal.common.files import write_json
-from frugal.common.loading import Trained, look
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
+from frugal.common.train import join, open_process, train_recipe
+from frugal.common.transfer.tasks import TransferTask
+from frugal.common.weights.foreign_models import is_foreign
+from frugal.common.weights.load import load_model
+from frugal.common.weights.runs import recipe_if_any
 from frugal.common.words import command_words
-
-if TYPE_CHECKING:
-    from frugal.common.contracts import EvaluationTask
-    from frugal.common.evaluation.bootstrap import Outcomes
-    from frugal.common.evaluation.results import Subject
-    from frugal.common.transfer.tasks import TransferTask
 
 
 def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
     import torch
 
-    from frugal.common.train import join
-
-    found = look(options.checkpoint, options.model, options.weights_key)
+    run = open_process(_folder(options.checkpoint), options.device)
+    bundle = load_model(options.checkpoint, name=options.model, weights_key=options.weights_key)
+    if options.precision is not None:
+        bundle = replace(bundle, precision=options.precision)
     options, url = _with_data(options)
-    tasks = chosen_tasks(options, found.recipe)
-    trainings = [_training(word, options, found.recipe) for word in chosen_trainings(options)]
+    own = own_tasks(options.checkpoint)
+    tasks = chosen_tasks(options, bundle, own)
+    trainings = [_training(word, options, run.dir) for word in chosen_trainings(options)]
     for task in tasks:
         task.folder()
-    engine = replace(found.recipe.engine, device=options.device)
-    if options.precision is not None:
-        engine = replace(engine, precision=options.precision)
-    recipe = replace(found.recipe, engine=engine)
-    scores: dict[str, float] = {}
-    for load, part in found.loads(tasks).items():
-        trained = load(recipe)
-        join(trained.run)
-        scores |= _measure_all(part, trained, found.pretrained, options, url)
-        if trained.run.is_main:
-            _report_suites(options, scores, _out(options, trained.run), _head(trained))
+    if tasks:
+        bundle.model.to(run.device)
+        join(run)
+        scores = _measure_all(tasks, bundle, run, options, own, url)
+        if run.is_main:
+            _report_suites(options, scores, _out(options, run), _head(bundle))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     for evaluation, recipe in trainings:
         _train_and_measure(evaluation, recipe, options)
 
 
-def _training(word: str, options: Options, trained: Recipe) -> tuple[str, Recipe]:
+def _folder(path: Path) -> Path:
+    """Whose evaluations/ those of a model are: its run's, or the one beside a file, of its name."""
+    if is_foreign(path):
+        return path if path.is_dir() else path.with_suffix("")
+    return find_checkpoint(path).folder.parent.parent
+
+
+def own_tasks(path: Path) -> tuple[EvaluationTask, ...]:
+    """What a run measures itself on; nothing of a model that was trained elsewhere."""
+    recipe = None if is_foreign(path) else recipe_if_any(path)
+    return () if recipe is None else recipe.evaluation
+
+
+def _training(word: str, options: Options, folder: Path) -> tuple[str, Recipe]:
     """What a task trains on top of the tower of a model, and the evaluation that measures it.
 
     Raises:
@@ -72,8 +95,7 @@ def _training(word: str, options: Options, trained: Recipe) -> tuple[str, Recipe
         )
     if options.data is None:
         raise InputError(f"{word} needs --data: a folder to train and to measure on")
-    assert trained.run.dir is not None
-    out = options.out or trained.run.dir / "evaluation"
+    out = options.out or folder / "evaluation"
     recipe = named_recipe(task.recipes, options.recipe)
     recipe = task.on(recipe, options.checkpoint, options.data, out / word.replace("-", "_"))
     recipe = replace(recipe, engine=replace(recipe.engine, device=options.device))
@@ -84,8 +106,6 @@ def _training(word: str, options: Options, trained: Recipe) -> tuple[str, Recipe
 
 def _train_and_measure(evaluation: str, recipe: Recipe, options: Options) -> None:
     """Train on top of the tower, or go on where that was interrupted, then measure the best."""
-    from frugal.common.train import train_recipe
-
     train_recipe(recipe)
     folder = recipe.run.dir
     assert folder is not None
@@ -113,9 +133,10 @@ def _out(options: Options, run: Run) -> Path:
 
 def _measure_all(
     tasks: list[EvaluationTask],
-    trained: Trained,
-    pretrained: str,
+    bundle: ModelBundle,
+    run: Run,
     options: Options,
+    own: tuple[EvaluationTask, ...],
     url: str | None,
 ) -> dict[str, float]:
     """Measure a model on every task, write and print what is found.
@@ -123,37 +144,36 @@ def _measure_all(
     Returns:
         The number that stands for each task that has one.
     """
-    run = trained.run
     out = _out(options, run)
-    subject = _subject(options, trained, pretrained, url) if run.is_main else None
-    _check_free(tasks, subject, trained, out)
+    subject = _subject(options, bundle, run, url) if run.is_main else None
+    is_own = out.resolve() == (run.dir / "evaluation").resolve()
+    trained_on = {task.name: str(getattr(task, "data", None)) for task in own} if is_own else {}
+    _check_free(tasks, subject, bundle, out, trained_on)
     scores: dict[str, float] = {}
     for task in tasks:
         if isinstance(task, LinearProbe) and task.features is None:
             task = replace(task, features=out / "features")
-        numbers, outcomes = _measure(task, trained, out)
+        numbers, outcomes = _measure(task, bundle, run, out)
         if subject is not None:
-            _report(task, numbers, outcomes, subject, trained, out, options.csv)
+            _report(task, numbers, outcomes, subject, bundle, out, options.csv)
         if (score := _headline(task, numbers)) is not None:
             scores[task.name] = score
     return scores
 
 
 def _check_free(
-    tasks: list[EvaluationTask], subject: Subject | None, trained: Trained, out: Path
+    tasks: list[EvaluationTask],
+    subject: Subject | None,
+    bundle: ModelBundle,
+    out: Path,
+    trained_on: Mapping[str, str],
 ) -> None:
     """Refuse to replace other measurements, on every process alike."""
-    from frugal.common.evaluation.ranks import Ranks
-    from frugal.common.evaluation.results import check_free
-
     problem = None
     if subject is not None:
-        is_own = out.resolve() == (trained.run.dir / "evaluation").resolve()
-        own = trained.recipe.evaluation if is_own else ()
-        data = {task.name: str(getattr(task, "data", None)) for task in own}
         try:
             for task in tasks:
-                check_free(task, subject, out, step=trained.step, trained_on=data)
+                check_free(task, subject, out, step=bundle.source.step, trained_on=trained_on)
         except InputError as error:
             problem = str(error)
     if (refused := Ranks.current().gather(problem)[0]) is not None:
@@ -161,7 +181,7 @@ def _check_free(
 
 
 def _measure(
-    task: EvaluationTask, trained: Trained, out: Path
+    task: EvaluationTask, bundle: ModelBundle, run: Run, out: Path
 ) -> tuple[dict[str, Any], Outcomes | None]:
     """The numbers of a task, and what it found image by image where it keeps that.
 
@@ -172,13 +192,9 @@ def _measure(
 
     kept: list[Outcomes] = []
     aside = out / f".{task.name}.measuring"
-    model, recipe, run = trained.model, trained.recipe, replace(trained.run, dir=aside)
+    keep = kept.append if run.is_main else None
     with torch.no_grad():  # a linear probe trains on top, which inference mode would not allow
-        if isinstance(task, ImageEvaluation):
-            keep = kept.append if run.is_main else None
-            numbers = task.evaluate(model, recipe, run, keep=keep)
-        else:
-            numbers = task.evaluate(model, recipe, run)
+        numbers = task.evaluate(bundle, replace(run, dir=aside), keep=keep)
     if run.is_main and aside.is_dir():
         for file in (aside / "evaluation").iterdir():
             file.replace(out / file.name)
@@ -188,8 +204,6 @@ def _measure(
 
 def _with_data(options: Options) -> tuple[Options, str | None]:
     """The same with remote data copied to this machine, and the URL that it came from."""
-    from frugal.common.evaluation.remote import as_url, fetch
-
     url = None if options.data is None else as_url(options.data)
     if url is None:
         return options, None
@@ -198,24 +212,21 @@ def _with_data(options: Options) -> tuple[Options, str | None]:
     return replace(options, data=fetch(url, splits)), url
 
 
-def _subject(options: Options, trained: Trained, pretrained: str, url: str | None) -> Subject:
-    from frugal.common.evaluation.provenance import config_digest, versions, weights_digest
-    from frugal.common.evaluation.results import Subject
-
+def _subject(options: Options, bundle: ModelBundle, run: Run, url: str | None) -> Subject:
     facts = {
         "checkpoint": str(options.checkpoint),
         "model": options.model,
-        "library": trained.library,
-        "pretrained": pretrained,
-        "weights_sha256": weights_digest(trained.model),
-        "config_sha256": config_digest(trained.model, trained.recipe),
-        "device": trained.run.device.type,
-        "precision": trained.recipe.engine.precision,
-        "processes": trained.run.world_size,
+        "library": bundle.source.library,
+        "pretrained": bundle.source.name,
+        "weights_sha256": weights_digest(bundle.model),
+        "config_digest": config_digest(bundle),
+        "device": run.device.type,
+        "precision": bundle.precision,
+        "processes": run.world_size,
         "data_url": url,
         "versions": versions(),
     }
-    return Subject(str(options.checkpoint), pretrained, facts)
+    return Subject(str(options.checkpoint), bundle.source.name, facts)
 
 
 def _report(
@@ -223,23 +234,20 @@ def _report(
     numbers: Mapping[str, Any],
     outcomes: Outcomes | None,
     subject: Subject,
-    trained: Trained,
+    bundle: ModelBundle,
     out: Path,
     table: Path | None,
 ) -> None:
-    from frugal.common.evaluation import results
-
     _print(numbers)  # first: what was measured is not lost with a full disk
-    results.write(task, numbers, outcomes, subject, out, _head(trained))
-    if rows := results.rows(task, numbers, subject):
-        results.append(table or out / "results.csv", rows)
+    write(task, numbers, outcomes, subject, out, _head(bundle))
+    if table_rows := rows(task, numbers, subject):
+        append(table or out / "results.csv", table_rows)
 
 
-def _head(trained: Trained) -> dict[str, int]:
+def _head(bundle: ModelBundle) -> dict[str, int]:
     """Of every file: when in training the model was so."""
-    if trained.step is None:
-        return {}
-    return {"step": trained.step, "samples": trained.step * trained.recipe.batch_size}
+    step, samples = bundle.source.step, bundle.source.samples
+    return {} if step is None or samples is None else {"step": step, "samples": samples}
 
 
 def _headline(task: EvaluationTask, numbers: Mapping[str, Any]) -> float | None:
@@ -250,8 +258,6 @@ def _headline(task: EvaluationTask, numbers: Mapping[str, Any]) -> float | None:
 def _report_suites(
     options: Options, scores: Mapping[str, float], out: Path, head: Mapping[str, Any]
 ) -> None:
-    from frugal.common.evaluation.results import suite_numbers
-
     for word in options.tasks or ():
         if word in SUITES:
             own = {name: scores[name] for name in SUITES[word] if name in scores}

@@ -8,15 +8,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 
 from frugal.common.cli import run_politely
+from frugal.common.models.bundle import ModelBundle
+from frugal.common.run import make_logger
+from frugal.common.weights.imported import describe, read, with_fixed_positions
+from frugal.common.weights.runs import refuse_taken
+from frugal.common.weights.save import save_model
 from frugal.common.words import command_words
-
-if TYPE_CHECKING:
-    from frugal.common.weights.imported import Imported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,30 +38,29 @@ class Options:
     model_ema, or what stands in front of its names, such as momentum_encoder."""
 
 
-def import_weights(options: Options) -> Imported:
+def import_weights(options: Options) -> ModelBundle:
     """Read the weights, then write the run directory.
 
     Returns:
-        What was read.
+        What was written.
 
     Raises:
         InputError: if either cannot be done; nothing is written then.
     """
-    from frugal.common.weights.imported import read
-    from frugal.common.weights.run_directory import refuse_taken, write_converted
-
     refuse_taken(options.out)
-    found = read(options.source, name=options.model, key=options.weights_key)
-    write_converted(options.out, found.recipe, found.state, step=0)
-    return found
+    bundle = read(options.source, name=options.model, key=options.weights_key)
+    bundle = with_fixed_positions(bundle)
+    save_model(bundle, options.out, to="frugal")
+    return bundle
 
 
 def _command() -> None:
     options = tyro.cli(Options, args=command_words(), prog="python -m frugal.common.import_weights")
-    found = import_weights(options)
-    sys.stdout.write(f"{options.out}: {found.described}\n")
-    if found.left:
-        sys.stdout.write(f"left behind: {', '.join(found.left)}\n")
+    make_logger(0)
+    bundle = import_weights(options)
+    sys.stdout.write(f"{options.out}: {describe(bundle)}\n")
+    if left := bundle.source.left_behind:
+        sys.stdout.write(f"left behind: {', '.join(left)}\n")
 
 
 def main() -> None:

@@ -320,18 +320,27 @@ def open_run(recipe: Recipe) -> Run:
     Raises:
         InputError: if the recipe wants a device that is not there.
     """
+    assert recipe.run.dir is not None
+    return open_process(recipe.run.dir, recipe.engine.device, threads=recipe.engine.threads)
+
+
+def open_process(folder: Path, device: str, *, threads: int | None = None) -> Run:
+    """Rank, device, threads and log of this process, whose files go into a folder.
+
+    Raises:
+        InputError: if the device is not there.
+    """
     import torch
 
     log = make_logger(launcher_ranks().rank)
     rank, world_size, local_rank = settle(log)
     raise_open_files_limit()  # what loader processes hand over takes a file each
-    device = _device(recipe, local_rank)
-    if device.type == "cpu":
+    chosen = _device(device, local_rank)
+    if chosen.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
-        torch.set_num_threads(recipe.engine.threads or _threads(on_this_machine))
-    assert recipe.run.dir is not None
-    return Run(recipe.run.dir, rank, world_size, local_rank, device, log)
+        torch.set_num_threads(threads or _threads(on_this_machine))
+    return Run(folder, rank, world_size, local_rank, chosen, log)
 
 
 def _threads(processes: int) -> int:
@@ -345,10 +354,9 @@ def _threads(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def _device(recipe: Recipe, local_rank: int) -> torch.device:
+def _device(wanted: str, local_rank: int) -> torch.device:
     import torch
 
-    wanted = recipe.engine.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "engine.device is cuda, but torch finds no CUDA device; use --engine.device cpu"
@@ -484,6 +492,8 @@ def evaluate_all(
 
     import torch
 
+    from frugal.common.weights.runs import bundle_of
+
     if not recipe.evaluation:
         return {}
 
@@ -494,10 +504,9 @@ def evaluate_all(
     model = engine.objective.model
     averaged = average.applied() if average else contextlib.nullcontext()
     model.eval()
+    bundle = bundle_of(model, recipe)
     with engine.whole_weights(), averaged, torch.inference_mode():
-        results = {
-            task.name: task.evaluate(model, recipe, run, show=show) for task in recipe.evaluation
-        }
+        results = {task.name: task.evaluate(bundle, run, show=show) for task in recipe.evaluation}
     model.train()
     together = {name: value for numbers in results.values() for name, value in numbers.items()}
     if not run.is_main:

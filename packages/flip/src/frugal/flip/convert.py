@@ -84,7 +84,7 @@ def convert(options: Options, log: logging.Logger) -> None:
     Raises:
         InputError: if either cannot be done; nothing is written then.
     """
-    from frugal.common.weights.run_directory import write_converted
+    from frugal.common.weights.runs import write_converted
     from frugal.flip.published_weights import sizes_of_tree
 
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):

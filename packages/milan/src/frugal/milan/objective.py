@@ -6,6 +6,7 @@ arXiv:2208.06049; pixels and the plain decoder are those of MAE, arXiv:2111.0637
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from frugal.common.contracts import Batch, ImageReduction
+from frugal.common.contracts import Batch, ImageReduction, ObjectiveConfig
 from frugal.common.errors import InputError
 from frugal.common.objectives.gather import gather_values, place_in_world
 from frugal.common.randomness import SampleNoise, weight_generator
@@ -26,8 +27,14 @@ from frugal.milan.targets import FeatureTarget, PixelTarget, Target, TargetValue
 from frugal.milan.teacher import Teacher, load_teacher
 
 
+class _Reconstruct(ObjectiveConfig):
+    def trained_model(self, recipe: Recipe, weights: Mapping[str, Tensor]) -> MaskedImageModel:
+        """Encoder and decoder; the teacher is not needed."""
+        return recipe.model.build(outputs=len(weights["decoder.head.weight"]))
+
+
 @dataclass(frozen=True, kw_only=True)
-class ReconstructFeatures:
+class ReconstructFeatures(_Reconstruct):
     """Predict the teacher's feature of every token, seen or hidden.
 
     The loss is the squared distance of unit vectors, from 0 to 4 (arXiv:2208.06049, section 3.1).
@@ -52,7 +59,7 @@ class ReconstructFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructPixels:
+class ReconstructPixels(_Reconstruct):
     """Predict the pixels of every hidden patch: MAE (arXiv:2111.06377)."""
 
     normalize_patches: bool = True

@@ -20,11 +20,12 @@ from frugal.common.errors import InputError
 from frugal.common.models.attention import Attention
 from frugal.common.models.blocks import Activation, Block
 from frugal.common.models.flops import image_flops
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.preprocess import describe
 from frugal.common.models.vit import ImageTower
 from frugal.common.ranges import Count, check_ranges
 from frugal.common.reduction.image import Channels
-from frugal.common.weights.encoder_weights import EncoderWeights, read_encoder
+from frugal.common.weights.encoder_weights import read_encoder
 
 _LOG = logging.getLogger("frugal")
 _FROM_SHAPES = (
@@ -63,7 +64,7 @@ class FrozenTeacher:
     """
 
     def __init__(
-        self, stored: EncoderWeights, *, pixels_mean: Channels, pixels_std: Channels
+        self, stored: ImageEncoder, *, pixels_mean: Channels, pixels_std: Channels
     ) -> None:
         """Take a tower.
 
@@ -219,7 +220,7 @@ def load_teacher(teacher: Teacher, student: ImageTower) -> FrozenTeacher:
     return FrozenTeacher(stored, pixels_mean=student.mean, pixels_std=student.std)
 
 
-def _log_teacher(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> None:
+def _log_teacher(stored: ImageEncoder, teacher: Teacher, student: ImageTower) -> None:
     """Say what of the teacher its weights alone do not, from where it is, and what it is shown."""
     tower, prepared = stored.tower, stored.preparation
     told_by = _FROM_SHAPES if prepared is None else prepared.told_by
@@ -237,7 +238,7 @@ def _log_teacher(stored: EncoderWeights, teacher: Teacher, student: ImageTower) 
         )  # fmt: skip
 
 
-def _on_grid(stored: EncoderWeights, teacher: Teacher, student: ImageTower) -> EncoderWeights:
+def _on_grid(stored: ImageEncoder, teacher: Teacher, student: ImageTower) -> ImageEncoder:
     """The tower for the size of images that it will be shown."""
     shown_size = teacher.image_size or student.image_size
     if isinstance(shown_size, int):

@@ -11,13 +11,14 @@ import logging
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from frugal.common.checkpoint.store import Checkpoint, find_checkpoint
 from frugal.common.data.tokenizers import TokenizerConfig, load_tokenizer, token_difference
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_object
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.fit import misfit
 from frugal.common.models.positions import sincos_table
@@ -32,6 +33,10 @@ from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.recipe import from_json, load_recipe
 
 Tower = ImageTower | TextTower
+
+
+MODEL_FILE = "model.json"
+"""In a run directory: what of its model is no weight."""
 
 
 class Resample(Protocol):
@@ -83,7 +88,7 @@ def warm_start(
             with such weights; the model is unchanged then.
     """
     checkpoint = find_checkpoint(source)
-    saved = saved_recipe(checkpoint, log)
+    saved = saved_model(checkpoint, log)
     if saved is None:
         log.warning(
             "no recipe says how the model of %s computes: only the names and shapes of its weights "
@@ -92,26 +97,42 @@ def warm_start(
     _load(_Start(objective, source, saved), resample=resample, log=log, compare=saved is not None)
 
 
-def saved_recipe(checkpoint: Checkpoint, log: logging.Logger) -> Any:
-    """The recipe that a checkpoint's run was trained by; None where it is not known."""
-    path = checkpoint.folder.parent.parent / "recipe.json"
+class Saved(NamedTuple):
+    """What a checkpoint says of its model beside the weights."""
+
+    model: Any
+    """Its configuration."""
+    tokenizer: Any
+    """That of its tokenizer; None of a model that reads no captions."""
+
+
+def saved_model(checkpoint: Checkpoint, log: logging.Logger) -> Saved | None:
+    """What the run of a checkpoint trained, or was made of; None where it is not known."""
+    folder = checkpoint.folder.parent.parent
     try:
-        if path.exists():
-            return load_recipe(path)
-        if (kept := checkpoint.state.get("recipe")) is not None:
-            return from_json(kept, source=str(checkpoint.folder / "state.json"))
+        if (folder / "recipe.json").exists():
+            recipe = load_recipe(folder / "recipe.json")
+        elif (kept := checkpoint.state.get("recipe")) is not None:
+            recipe = from_json(kept, source=str(checkpoint.folder / "state.json"))
+        elif (folder / MODEL_FILE).exists():
+            source = str(folder / MODEL_FILE)
+            about = from_json(read_json_object(folder / MODEL_FILE), source=source)
+            return Saved(about["model"], about["tokenizer"])
+        else:
+            return None
     except InputError as error:
         log.warning("%s; its images count as square", error)
-    return None
+        return None
+    return Saved(recipe.model, getattr(recipe.data, "tokenizer", None))
 
 
 def refuse_other_tokens(
-    saved: Any, folder: Path, here: TokenizerConfig | None, *, what: str, log: logging.Logger
+    there: Any, folder: Path, here: TokenizerConfig | None, *, what: str, log: logging.Logger
 ) -> None:
     """Refuse weights that were trained with other token ids than the new stage makes.
 
     Args:
-        saved: recipe of the run that the weights are from.
+        there: tokenizer of the run that the weights are from.
         folder: its run directory.
         here: tokenizer of the new stage.
         what: where the weights are from, for messages.
@@ -120,7 +141,7 @@ def refuse_other_tokens(
     Raises:
         InputError: with the flag that names the run's tokenizer.
     """
-    there, kept = getattr(saved.data, "tokenizer", None), folder / "tokenizer"
+    kept = folder / "tokenizer"
     if there is None or here is None or (there == here and not kept.is_dir()):
         return
     try:
@@ -201,7 +222,7 @@ def _load(
             start.saved.model, start.config, part="model", what=what, log=log, instead=instead
         )
         here = getattr(objective, "tokenizer", None)
-        refuse_other_tokens(start.saved, folder, here, what=what, log=log)
+        refuse_other_tokens(start.saved.tokenizer, folder, here, what=what, log=log)
         _tell_clamped(objective, stored, log)
     objective.load_state_dict(stored)
     if any(name.startswith("ema/") for name in checkpoint.names()):

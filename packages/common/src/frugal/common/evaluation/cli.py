@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 from frugal.common.contracts import EvaluationTask
-from frugal.common.data.transforms import CenterCrop
+from frugal.common.data.benchmark_layout import (
+    dataset_type,
+    has_class_names,
+    holds_class_folders,
+)
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import (
     SUBSETS,
@@ -24,10 +29,11 @@ from frugal.common.evaluation.config import (
 from frugal.common.evaluation.sugarcrepe import has_contrasts
 from frugal.common.evaluation.suites import SUITES, find_parts, metric_of
 from frugal.common.evaluation.task_labels import TASKS
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import Recipe
 
-KINDS: dict[str, type[ImageEvaluation]] = {
+_Kind = ZeroShot | Retrieval | Compositional | LinearProbe
+KINDS: dict[str, type[_Kind]] = {
     "zero-shot": ZeroShot,
     "retrieval": Retrieval,
     "compositional": Compositional,
@@ -126,16 +132,23 @@ _FLAGS = {
 """What each flag is for: the tasks that read it, in words, and what to ask for."""
 
 
-def chosen_tasks(options: Options, recipe: Recipe) -> list[EvaluationTask]:
+def chosen_tasks(
+    options: Options, bundle: ModelBundle, own: Sequence[EvaluationTask]
+) -> list[EvaluationTask]:
     """The evaluations that the command line asks for, with what it says differently.
 
-    Given data, one of each kind; the recipe's first, or one with its defaults where it has none.
-    Without, all of the recipe's that have data, those of its own method included.
+    Given data, one of each kind; the run's first, or one with its defaults where it has none.
+    Without, all of the run's that have data, those of its own method included.
+
+    Args:
+        options: of the command line.
+        bundle: the model.
+        own: what its run measures it on.
 
     Raises:
         InputError: if there is nothing to measure, or a flag would have no effect.
     """
-    words = _words(options, recipe)
+    words = _words(options, bundle, own)
     trainings = chosen_trainings(options)
     if (options.recipe or options.training) and not trainings:
         known = ", ".join(transfer_tasks())
@@ -143,9 +156,9 @@ def chosen_tasks(options: Options, recipe: Recipe) -> list[EvaluationTask]:
             f"--recipe and --training are for tasks that train ({known}); add one to --tasks, or "
             "leave them out"
         )
-    tasks = [task for word in words for task in _tasks(word, options, recipe)]
+    tasks = [task for word in words for task in _tasks(word, options, bundle, own)]
     if not tasks and not trainings:
-        _refuse_nothing(words, options, recipe)
+        _refuse_nothing(words, options, bundle, own)
     if options.name is not None and len(tasks) + len(trainings) > 1:
         raise InputError(
             f"--name {options.name} is for one evaluation, but there are "
@@ -168,25 +181,20 @@ def chosen_trainings(options: Options) -> list[str]:
     return [word for word in dict.fromkeys(options.tasks or ()) if word in transfer_tasks()]
 
 
-def has_text(recipe: Recipe) -> bool:
-    """Whether the model of a recipe reads captions."""
-    return hasattr(recipe.model, "text")
-
-
-def _of_encoders(recipe: Recipe) -> list[str]:
+def _of_encoders(bundle: ModelBundle) -> list[str]:
     """What measures an image tower alone, whatever trained it."""
-    return ["linear-probe"] if isinstance(getattr(recipe.model, "image", None), ImageTower) else []
+    return ["linear-probe"] if isinstance(bundle.image, ImageTower) else []
 
 
-def _others(recipe: Recipe) -> dict[str, EvaluationTask]:
-    """The recipe's evaluations that no word stands for, by name."""
+def _others(own: Sequence[EvaluationTask]) -> dict[str, EvaluationTask]:
+    """The run's evaluations that no word stands for, by name."""
     kinds = tuple(KINDS.values())
-    return {task.name: task for task in recipe.evaluation if not isinstance(task, kinds)}
+    return {task.name: task for task in own if not isinstance(task, kinds)}
 
 
-def _words(options: Options, recipe: Recipe) -> list[str]:
+def _words(options: Options, bundle: ModelBundle, own: Sequence[EvaluationTask]) -> list[str]:
     """What to look at."""
-    others = _others(recipe)
+    others = _others(own)
     known = [*KINDS, *SUITES, *others, *transfer_tasks()]
     if options.tasks is not None:
         if not options.tasks:
@@ -195,12 +203,12 @@ def _words(options: Options, recipe: Recipe) -> list[str]:
             raise InputError(f"there is no task {unknown[0]!r}; choose from {', '.join(known)}")
         words = list(dict.fromkeys(options.tasks))
         words = [word for word in words if word not in transfer_tasks()]
-        fitting = words if has_text(recipe) else [*others, *_of_encoders(recipe)]
+        fitting = words if bundle.text is not None else [*others, *_of_encoders(bundle)]
         if odd := [word for word in words if word not in fitting]:
-            _refuse_without_text(options, recipe, odd[0])
+            _refuse_without_text(options, bundle, own, odd[0])
         return words
     data = options.data
-    if not has_text(recipe):
+    if bundle.text is None:
         return list(others)
     if data is None:
         return [*KINDS, *others]
@@ -210,13 +218,6 @@ def _words(options: Options, recipe: Recipe) -> list[str]:
 
 def _usual(data: Path) -> list[str]:
     """What a folder says that it is for; both, where it says nothing."""
-    # readers of data import torch, which the options of the command do without
-    from frugal.common.data.benchmark_layout import (
-        dataset_type,
-        has_class_names,
-        holds_class_folders,
-    )
-
     if has_contrasts(data) or any((data / part).is_dir() for part in ("zero_shot", "retrieval")):
         return ["zero-shot", "retrieval"]
     kind = dataset_type(data)
@@ -226,10 +227,12 @@ def _usual(data: Path) -> list[str]:
     return ["zero-shot"] if kind or names_classes else ["zero-shot", "retrieval"]
 
 
-def _refuse_nothing(words: list[str], options: Options, recipe: Recipe) -> None:
-    if not has_text(recipe):
-        of_texts = [kind for kind in KINDS if kind not in _of_encoders(recipe)]
-        _refuse_without_text(options, recipe, " or ".join(of_texts))
+def _refuse_nothing(
+    words: list[str], options: Options, bundle: ModelBundle, own: Sequence[EvaluationTask]
+) -> None:
+    if bundle.text is None:
+        of_texts = [kind for kind in KINDS if kind not in _of_encoders(bundle)]
+        _refuse_without_text(options, bundle, own, " or ".join(of_texts))
     named = " or ".join(word for word in words if word in KINDS) or " or ".join(words)
     raise InputError(
         f"there is nothing to measure: the recipe of {options.checkpoint} names no data for "
@@ -237,13 +240,15 @@ def _refuse_nothing(words: list[str], options: Options, recipe: Recipe) -> None:
     )
 
 
-def _refuse_without_text(options: Options, recipe: Recipe, word: str) -> None:
+def _refuse_without_text(
+    options: Options, bundle: ModelBundle, own: Sequence[EvaluationTask], word: str
+) -> None:
     """An image tower alone is measured by what its recipe says, or by what is trained on top."""
     said = f"{options.checkpoint} holds a model without a text tower"
     ways = []
-    if others := list(_others(recipe)):
+    if others := list(_others(own)):
         ways.append(f"its own {' and '.join(others)}: give --data")
-    if words := _of_encoders(recipe):
+    if words := _of_encoders(bundle):
         trained = f" (or {', '.join(transfer_tasks())}, which train)" if transfer_tasks() else ""
         ways.append(f"--tasks {words[0]} --data DATA{trained}")
     if not ways:
@@ -251,17 +256,19 @@ def _refuse_without_text(options: Options, recipe: Recipe, word: str) -> None:
     raise InputError(f"{said}, which {word} needs; it is measured by {', or by '.join(ways)}")
 
 
-def _tasks(word: str, options: Options, recipe: Recipe) -> list[EvaluationTask]:
+def _tasks(
+    word: str, options: Options, bundle: ModelBundle, own: Sequence[EvaluationTask]
+) -> list[EvaluationTask]:
     """The evaluations of one word."""
     if word in SUITES:
-        return _suite(word, options, recipe)
+        return _suite(word, options, bundle, own)
     if word in KINDS:
         kind = KINDS[word]
-        own: list[Any] = [task for task in recipe.evaluation if isinstance(task, kind)]
+        same: list[Any] = [task for task in own if isinstance(task, kind)]
         if options.data is None:
-            return [task for task in own if task.data is not None]
-        return [replace(own[0] if own else _default(kind, recipe), data=options.data)]
-    other = _others(recipe)[word]
+            return [task for task in same if task.data is not None]
+        return [replace(same[0] if same else _default(kind, bundle, own), data=options.data)]
+    other = _others(own)[word]
     if options.data is not None and not isinstance(other, FolderEvaluation):
         raise InputError(
             f"the evaluation {word!r} of {options.checkpoint} takes no --data; leave it out"
@@ -271,14 +278,16 @@ def _tasks(word: str, options: Options, recipe: Recipe) -> list[EvaluationTask]:
     return [] if other.folder() is None else [other]
 
 
-def _default(kind: type[ImageEvaluation], recipe: Recipe) -> ImageEvaluation:
-    """An evaluation that the recipe does not have; a probe sees images as its others do."""
-    crops = (getattr(task, "crop", None) for task in recipe.evaluation)
-    crop = next((crop for crop in crops if isinstance(crop, CenterCrop)), None)
-    return LinearProbe(crop=crop) if kind is LinearProbe and crop is not None else kind()  # type: ignore[call-arg]
+def _default(
+    kind: type[_Kind], bundle: ModelBundle, own: Sequence[EvaluationTask]
+) -> ImageEvaluation:
+    """An evaluation that a run does not have; models of others, and probes, see their own crop."""
+    return kind() if own and kind is not LinearProbe else kind(crop=bundle.transform)
 
 
-def _suite(word: str, options: Options, recipe: Recipe) -> list[EvaluationTask]:
+def _suite(
+    word: str, options: Options, bundle: ModelBundle, own: Sequence[EvaluationTask]
+) -> list[EvaluationTask]:
     """One zero-shot classification for every task of a suite that is there."""
     if options.data is None:
         raise InputError(f"{word} needs --data: the folder with a sub-folder for each of its tasks")
@@ -286,8 +295,8 @@ def _suite(word: str, options: Options, recipe: Recipe) -> list[EvaluationTask]:
         raise InputError(f"--class-names is for one task, but {word} has names for each of its own")
     if not options.data.is_dir():
         raise InputError(f"the data of {word} is not there: {options.data} is no folder")
-    own = [task for task in recipe.evaluation if isinstance(task, ZeroShot)]
-    base = own[0] if own else _default(ZeroShot, recipe)
+    same = [task for task in own if isinstance(task, ZeroShot)]
+    base = same[0] if same else _default(ZeroShot, bundle, own)
     assert isinstance(base, ZeroShot)
     tasks: list[EvaluationTask] = []
     for name, folder in find_parts(options.data, word).items():

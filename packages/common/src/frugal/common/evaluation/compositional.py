@@ -30,7 +30,7 @@ from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import embed
 from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS, read_contrasts
 from frugal.common.files import reason_of
-from frugal.common.recipe import Recipe
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.run import Run
 
 
@@ -236,28 +236,27 @@ def judge(
     return Verdicts(categories, cosines.view(-1, 2).cpu(), len(embedded.images))
 
 
-def open_contrasts(task: Compositional, folder: Path, recipe: Recipe) -> Contrasts:
+def open_contrasts(task: Compositional, folder: Path, bundle: ModelBundle) -> Contrasts:
     """Open the data of a task; captions are read, images are not yet.
 
     Raises:
         InputError: if the data cannot be used.
     """
-    size = recipe.model.image.height_width
+    size = bundle.image.height_width
     return Contrasts(folder, task.images, size=size, crop=task.crop)
 
 
 def evaluate(
     task: Compositional,
     folder: Path,
-    model: Any,
-    recipe: Recipe,
+    bundle: ModelBundle,
     run: Run,
     show: Show | None,
     keep: Keep | None = None,
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.Compositional.evaluate`."""
-    data = open_contrasts(task, folder, recipe)
-    embedder = Embedder.of(model, recipe, run, task)
+    data = open_contrasts(task, folder, bundle)
+    embedder = Embedder.of(bundle, run, task)
     ranks = Ranks.current()
     ranks.same_data(data, task.name)
     with embedder.measuring(ranks):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from frugal.common.contracts import EvaluationTask, Show
 from frugal.common.data.transforms import CenterCrop
@@ -25,7 +24,7 @@ from frugal.common.ranges import (
 
 if TYPE_CHECKING:
     from frugal.common.evaluation.bootstrap import Keep
-    from frugal.common.recipe import Recipe
+    from frugal.common.models.bundle import ModelBundle
     from frugal.common.run import Run
 
 
@@ -109,21 +108,6 @@ class ImageEvaluation(FolderEvaluation):
                 "give the fraction of the patches to leave out, such as 0.5"
             )
 
-    @abstractmethod
-    def evaluate(
-        self,
-        model: Any,
-        recipe: Recipe,
-        run: Run,
-        *,
-        show: Show | None = None,
-        keep: Keep | None = None,
-    ) -> dict[str, float | int]:
-        """As every evaluation; ``keep`` takes what was found image by image.
-
-        It is given on the process that wants it.
-        """
-
 
 SUBSETS = ("imagenet_a", "imagenet_r")
 """Of ImageNet's classes."""
@@ -179,8 +163,7 @@ class ZeroShot(ImageEvaluation):
 
     def evaluate(
         self,
-        model: Any,
-        recipe: Recipe,
+        bundle: ModelBundle,
         run: Run,
         *,
         show: Show | None = None,
@@ -206,8 +189,8 @@ class ZeroShot(ImageEvaluation):
         from frugal.common.evaluation import multi_label, zero_shot
 
         if is_multi_labeled(folder):
-            return multi_label.evaluate(self, folder, model, recipe, run, show, keep)
-        return zero_shot.evaluate(self, folder, model, recipe, run, show, keep)
+            return multi_label.evaluate(self, folder, bundle, run, show, keep)
+        return zero_shot.evaluate(self, folder, bundle, run, show, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +215,7 @@ class Retrieval(ImageEvaluation):
 
     def evaluate(
         self,
-        model: Any,
-        recipe: Recipe,
+        bundle: ModelBundle,
         run: Run,
         *,
         show: Show | None = None,
@@ -252,7 +234,7 @@ class Retrieval(ImageEvaluation):
             return self._skip(run)
         from frugal.common.evaluation import retrieval
 
-        return retrieval.evaluate(self, folder, model, recipe, run, show, keep)
+        return retrieval.evaluate(self, folder, bundle, run, show, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +268,7 @@ class Compositional(ImageEvaluation):
 
     def evaluate(
         self,
-        model: Any,
-        recipe: Recipe,
+        bundle: ModelBundle,
         run: Run,
         *,
         show: Show | None = None,
@@ -308,7 +289,7 @@ class Compositional(ImageEvaluation):
             return self._skip(run)
         from frugal.common.evaluation import compositional
 
-        return compositional.evaluate(self, folder, model, recipe, run, show, keep)
+        return compositional.evaluate(self, folder, bundle, run, show, keep)
 
 
 Solver = Literal["lbfgs", "adamw", "sgd"]
@@ -357,8 +338,7 @@ class LinearProbe(ImageEvaluation):
 
     def evaluate(
         self,
-        model: Any,
-        recipe: Recipe,
+        bundle: ModelBundle,
         run: Run,
         *,
         show: Show | None = None,
@@ -379,4 +359,4 @@ class LinearProbe(ImageEvaluation):
             return self._skip(run)
         from frugal.common.evaluation import linear_probe
 
-        return linear_probe.evaluate(self, folder, model, recipe, run, keep)
+        return linear_probe.evaluate(self, folder, bundle, run, keep)

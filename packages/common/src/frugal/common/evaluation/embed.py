@@ -19,9 +19,10 @@ from frugal.common.data.transforms import normalize
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
 from frugal.common.evaluation.ranks import Ranks
+from frugal.common.models.bundle import ImageSpec, ModelBundle
+from frugal.common.models.image_encoder import image_encoder
 from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.randomness import SampleNoise, sample_generator
-from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Kept, PatchView
 from frugal.common.reduction.random_masking import PURPOSE, RandomMasking
 from frugal.common.reduction.text import Placed
@@ -137,6 +138,14 @@ class EncoderAlone(nn.Module):
         return self.image.forward_pooled(images, kept)
 
 
+def embedding_model(bundle: ModelBundle) -> nn.Module:
+    """What embeds images and, where the model reads captions, those."""
+    if bundle.text is not None:
+        return bundle.model
+    device = next(bundle.model.parameters()).device
+    return EncoderAlone(image_encoder(bundle).build()).to(device).eval()
+
+
 class Embedder:
     """A dual encoder with its tokenizer: what goes in is images and strings.
 
@@ -160,7 +169,7 @@ class Embedder:
         context_length: int,
         device: torch.device,
         precision: str = "float32",
-        image: ImageTower | None = None,
+        image: ImageSpec | None = None,
         views: MaskedViews | None = None,
         shorten: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
@@ -204,14 +213,11 @@ class Embedder:
         return F.normalize(features, dim=-1)
 
     @classmethod
-    def of(
-        cls, model: Any, recipe: Recipe, run: Run, task: ImageEvaluation | None = None
-    ) -> Embedder:
-        """The model as its recipe trains it, on the device of the run.
+    def of(cls, bundle: ModelBundle, run: Run, task: ImageEvaluation | None = None) -> Embedder:
+        """The model as it was trained, on the device of the run.
 
         Args:
-            model: a dual encoder, or an encoder of images alone.
-            recipe: its own.
+            bundle: two towers, or an image tower alone.
             run: where it runs.
             task: says what of every image and prompt the model sees; all of it by default.
 
@@ -219,29 +225,26 @@ class Embedder:
             InputError: if the tokenizer or the text reduction cannot be loaded, or the task keeps
                 no patch of an image.
         """
-        data: Any = recipe.data
-        views = None
+        views, image = None, bundle.image
         if task is not None and task.mask_ratio:
-            if not isinstance(recipe.model.image, ImageTower):
+            if not isinstance(image, ImageTower):
                 raise InputError(
                     f"the mask_ratio of {task.name} is {task.mask_ratio}, but this model's image "
                     "tower is another library's and sees every patch; leave it out"
                 )
             masking = RandomMasking(mask_ratio=task.mask_ratio)
-            masking.num_kept(recipe.model.image.num_patches)
-            views = MaskedViews(masking, task.views, recipe.run.seed)
-        text = getattr(recipe.model, "text", None)
-        tokenizer = None if text is None else data.tokenizer.load()
+            masking.num_kept(image.num_patches)
+            views = MaskedViews(masking, task.views, bundle.seed)
         reduces = isinstance(task, ZeroShot) and task.reduce_prompts
         return cls(
-            model,
-            tokenizer,
-            context_length=0 if text is None else text.length,
+            embedding_model(bundle),
+            bundle.tokenizer,
+            context_length=0 if bundle.text is None else bundle.text.length,
             device=torch.device(run.device),
-            precision=recipe.engine.precision,
-            image=recipe.model.image,
+            precision=bundle.precision,
+            image=image,
             views=views,
-            shorten=_as_in_training(recipe, tokenizer) if reduces else None,
+            shorten=_as_in_training(bundle) if reduces else None,
         )
 
     @cached_property
@@ -264,7 +267,7 @@ class Embedder:
         self._asked[0] += len(images)
         if self.views is None:
             return self._unit(self._see(images), 0)
-        assert self.image is not None and places is not None
+        assert isinstance(self.image, ImageTower) and places is not None
         view = PatchView.of(images, self.image)
         parts = self.views.of(view, places.to(self.device))
         seen = [F.normalize(self._see(images, part), dim=-1) for part in parts]
@@ -322,20 +325,27 @@ class Embedder:
             return self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
 
 
-def _as_in_training(recipe: Recipe, tokenizer: Any) -> Callable[[str], Sequence[int]]:
-    """The recipe's text reduction; what it draws for a text depends on the text alone.
+def _as_in_training(bundle: ModelBundle) -> Callable[[str], Sequence[int]]:
+    """The text reduction of training; what it draws for a text depends on the text alone.
 
     Raises:
         InputError: if the reduction lacks what it needs, or its tokens keep their slots.
     """
-    reduction, length = recipe.reduction.text, recipe.model.text.length
+    reduction, tokenizer = bundle.text_reduction, bundle.tokenizer
+    assert bundle.text is not None
+    if reduction is None:
+        raise InputError(
+            f"it is not known how captions of {bundle.source.path} were shortened in training; "
+            "leave reduce_prompts out"
+        )
+    length = bundle.text.length
     prepare = getattr(reduction, "prepare", None)
     if prepare is not None:
         prepare(tokenizer, length=length)
 
     def shorten(text: str) -> Sequence[int]:
         number = zlib.crc32(text.encode())
-        generator = sample_generator(recipe.run.seed, "prompt", number)
+        generator = sample_generator(bundle.seed, "prompt", number)
         found = reduction.encode(text, tokenizer, length=length, generator=generator)
         if isinstance(found, Placed):
             raise InputError(

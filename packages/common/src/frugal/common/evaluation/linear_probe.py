@@ -31,8 +31,9 @@ from frugal.common.evaluation.provenance import config_digest, identify, weights
 from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.remarks import Remarks
 from frugal.common.evaluation.zero_shot import Answers, held_out_classes
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import stable_key
-from frugal.common.recipe import Recipe, to_json
+from frugal.common.recipe import to_json
 from frugal.common.run import Run
 
 WEIGHT_DECAYS = np.logspace(-6, 2, num=97).tolist()
@@ -193,7 +194,7 @@ class Parts:
     """Those that choose the weight decay, where they lie apart."""
 
 
-def open_parts(task: LinearProbe, folder: Path, recipe: Recipe) -> Parts:
+def open_parts(task: LinearProbe, folder: Path, bundle: ModelBundle) -> Parts:
     """Open the parts of the data; no image is read yet.
 
     Raises:
@@ -215,7 +216,7 @@ def open_parts(task: LinearProbe, folder: Path, recipe: Recipe) -> Parts:
             f"the evaluation {task.name!r} would use {', '.join(f'{name}/' for name in names)} of "
             f"{folder}, one of them twice; name different sub-folders"
         )
-    size = recipe.model.image.height_width
+    size = bundle.image.height_width
     opened = [LabeledImages(folder / name, size=size, crop=task.crop) for name in names]
     for name, part in list(zip(names, opened, strict=True))[1:]:
         _match(opened[0], part, folder / task.train, folder / name)
@@ -252,15 +253,14 @@ def _match(train: LabeledImages, part: LabeledImages, trained: Path, source: Pat
 def evaluate(
     task: LinearProbe,
     folder: Path,
-    model: Any,
-    recipe: Recipe,
+    bundle: ModelBundle,
     run: Run,
     keep: Keep | None = None,
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.LinearProbe.evaluate`."""
-    parts = open_parts(task, folder, recipe)
-    embedder, ranks = Embedder.of(model, recipe, run, task), Ranks.current()
-    key = _key(task, model, recipe, run) if task.features else {}
+    parts = open_parts(task, folder, bundle)
+    embedder, ranks = Embedder.of(bundle, run, task), Ranks.current()
+    key = _key(task, bundle, run) if task.features else {}
 
     def embedded(data: LabeledImages) -> Features:
         def make() -> Features:
@@ -331,18 +331,18 @@ def _digest(data: LabeledImages, ranks: Ranks, run: Run) -> str:
     return identify(data, ranks, run.device).sha256
 
 
-def _key(task: LinearProbe, model: Any, recipe: Recipe, run: Run) -> dict[str, Any]:
+def _key(task: LinearProbe, bundle: ModelBundle, run: Run) -> dict[str, Any]:
     """Everything that embeddings depend on beside the images."""
-    image = recipe.model.image
+    image = bundle.image
     return {
-        "weights": weights_digest(model),
-        "config": config_digest(model, recipe),
+        "weights": weights_digest(bundle.model),
+        "config": config_digest(bundle),
         "crop": to_json(task.crop),
         "size": list(image.height_width),
         "normalization": [list(image.mean), list(image.std)],
-        "precision": recipe.engine.precision,
+        "precision": bundle.precision,
         "device": run.device.type,
-        "views": [task.mask_ratio, task.views, recipe.run.seed] if task.mask_ratio else None,
+        "views": [task.mask_ratio, task.views, bundle.seed] if task.mask_ratio else None,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,22 +18,21 @@ from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.remarks import Remarks, same_names
-from frugal.common.recipe import Recipe
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.run import Run
 
 
 def evaluate(
     task: ZeroShot,
     folder: Path,
-    model: Any,
-    recipe: Recipe,
+    bundle: ModelBundle,
     run: Run,
     show: Show | None,
     keep: Keep | None = None,
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.ZeroShot.evaluate`."""
     del show
-    data = MultiLabeledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
+    data = MultiLabeledImages(folder, size=bundle.image.height_width, crop=task.crop)
     names, templates = names_and_templates(task, data, folder)
     if data.targets.shape[1] != len(names):
         raise InputError(
@@ -47,7 +45,7 @@ def evaluate(
             "average precision; leave it out"
         )
     run.log.info("%s: %s images of any of %d classes", task.name, f"{len(data):,}", len(names))
-    embedder, ranks = Embedder.of(model, recipe, run, task), Ranks.current()
+    embedder, ranks = Embedder.of(bundle, run, task), Ranks.current()
     ranks.same_data(data, task.name)
     with embedder.measuring(ranks):
         classes = class_embeddings(embedder, names, templates, ranks=ranks)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from frugal.common.data.stored_images import IMAGE, digest_of, num_repeated
 from frugal.common.evaluation.ranks import Ranks
-from frugal.common.recipe import Recipe, to_json
+from frugal.common.models.bundle import ModelBundle
+from frugal.common.recipe import to_json
 
 _PACKAGES = (
     "frugal-common", "torch", "torchvision", "transformers", "open_clip_torch", "timm", "numpy",
@@ -38,15 +39,16 @@ def weights_digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def config_digest(model: nn.Module, recipe: Recipe) -> str:
+def config_digest(bundle: ModelBundle) -> str:
     """SHA-256 of everything of a model that is no weight: two of equal weights compute alike.
 
-    The model of the recipe (sizes, heads, activation, epsilon, pooling, positions, mean and
+    Its configuration (sizes, heads, activation, epsilon, pooling, positions, mean and
     standard deviation of images), what every module holds beside its weights, and the buffers that
     are computed and not stored.
     """
-    found = hashlib.sha256(json.dumps(to_json(recipe.model), sort_keys=True, default=repr).encode())
-    for name, module in model.named_modules():
+    config = _without_modules(to_json(bundle.config))
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=repr).encode())
+    for name, module in bundle.model.named_modules():
         own = {n: _plain(v) for n, v in vars(module).items() if not n.startswith("_")}
         own.pop("training", None)
         words = [name, _kind(type(module)), sorted(own.items())]
@@ -58,8 +60,20 @@ def config_digest(model: nn.Module, recipe: Recipe) -> str:
     return found.hexdigest()
 
 
+def _without_modules(encoded: Any) -> Any:
+    """Types by their names alone: where their code lies changes between versions."""
+    if isinstance(encoded, dict):
+        return {
+            key: item.rpartition(".")[2] if key == "type" else _without_modules(item)
+            for key, item in encoded.items()
+        }
+    return [_without_modules(item) for item in encoded] if isinstance(encoded, list) else encoded
+
+
 def _kind(kind: Any) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    """The name of a class; of others' classes where they come from too."""
+    is_own = kind.__module__.startswith("frugal.")
+    return kind.__qualname__ if is_own else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _plain(value: Any) -> Any:

@@ -133,7 +133,7 @@ def check_free(
     known = facts.get("data_url") or before.get("data") or trained_on.get(task.name)
     if known is not None and Path(known).resolve() != Path(data).resolve():
         what.append(f"on {known}")
-    same = ("weights_sha256", "config_sha256")
+    same = ("weights_sha256", "config_digest")
     if any(facts.get(name, subject.facts[name]) != subject.facts[name] for name in same):
         what.append(f"with the other weights of {facts.get('checkpoint')}")
     elif not facts and before.get("step", step) != step:

@@ -19,7 +19,7 @@ from frugal.common.evaluation.metrics import Recall, recall_at
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.ranks import Ranks, check_delivery
-from frugal.common.recipe import Recipe
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.run import Run
 
 
@@ -80,28 +80,27 @@ def embed(
     return Embedded(ranks.sum(images), texts, image_of_text)
 
 
-def open_captioned(task: Retrieval, folder: Path, recipe: Recipe) -> CaptionedImages:
+def open_captioned(task: Retrieval, folder: Path, bundle: ModelBundle) -> CaptionedImages:
     """Open the data of a task; captions are read, images are not yet.
 
     Raises:
         InputError: if the data cannot be used.
     """
-    return CaptionedImages(folder, size=recipe.model.image.height_width, crop=task.crop)
+    return CaptionedImages(folder, size=bundle.image.height_width, crop=task.crop)
 
 
 def evaluate(
     task: Retrieval,
     folder: Path,
-    model: Any,
-    recipe: Recipe,
+    bundle: ModelBundle,
     run: Run,
     show: Show | None,
     keep: Keep | None = None,
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.Retrieval.evaluate`."""
     ranks = Ranks.current()
-    captioned = open_captioned(task, folder, recipe)
-    embedder = Embedder.of(model, recipe, run, task)
+    captioned = open_captioned(task, folder, bundle)
+    embedder = Embedder.of(bundle, run, task)
     ranks.same_data(captioned, task.name)
     with embedder.measuring(ranks):
         embedded = embed(

@@ -30,7 +30,7 @@ from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.remarks import Remarks, same_names
 from frugal.common.evaluation.suites import Metric
 from frugal.common.files import read_text
-from frugal.common.recipe import Recipe
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.run import Run
 
 
@@ -231,13 +231,13 @@ class Question:
         return [name if isinstance(name, str) else name[0] for name in self.names]
 
 
-def open_question(task: ZeroShot, folder: Path, recipe: Recipe) -> Question:
+def open_question(task: ZeroShot, folder: Path, bundle: ModelBundle) -> Question:
     """Open the data of a task; no image is read yet.
 
     Raises:
         InputError: if the data or its class names cannot be used.
     """
-    images = LabeledImages(folder, size=recipe.model.image.height_width, crop=task.crop)
+    images = LabeledImages(folder, size=bundle.image.height_width, crop=task.crop)
     found = naming(task, images, folder)
     if found.numbers is not None:
         images.renumber(found.numbers)
@@ -261,14 +261,13 @@ def ask(task: ZeroShot, question: Question, embedder: Embedder, *, ranks: Ranks)
 def evaluate(
     task: ZeroShot,
     folder: Path,
-    model: Any,
-    recipe: Recipe,
+    bundle: ModelBundle,
     run: Run,
     show: Show | None,
     keep: Keep | None = None,
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.ZeroShot.evaluate`."""
-    question = open_question(task, folder, recipe)
+    question = open_question(task, folder, bundle)
     run.log.info(
         "%s: %s images among %s classes (%r to %r), %d prompts for each name",
         task.name,
@@ -280,7 +279,7 @@ def evaluate(
     )
     ranks = Ranks.current()
     ranks.same_data(question.images, task.name)
-    embedder = Embedder.of(model, recipe, run, task)
+    embedder = Embedder.of(bundle, run, task)
     with embedder.measuring(ranks):
         answers = ask(task, question, embedder, ranks=ranks)
     identity = identify(question.images, ranks, run.device)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from frugal.common.contracts import Batch, ImageReduction
+from frugal.common.contracts import Batch, ImageReduction, ObjectiveConfig
 from frugal.common.data.color import NO_CHANGE, ColorJitter
 from frugal.common.errors import InputError
 from frugal.common.models.clip import DualEncoder
@@ -32,7 +32,7 @@ _GRAY = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrastive:
+class Contrastive(ObjectiveConfig):
     """Tell every pair's partners from all others of the global batch."""
 
     loss: Literal["softmax", "sigmoid"] = "softmax"

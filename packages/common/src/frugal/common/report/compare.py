@@ -148,7 +148,7 @@ def _row(
 def _is_earlier(model: Measured, task: str) -> bool:
     """Whether a version measured it that told data by names and sizes; it kept no config digest."""
     facts = model.facts.get(task, {})
-    return bool(facts) and "config_sha256" not in facts
+    return bool(facts) and facts.keys().isdisjoint(("config_digest", "config_sha256"))
 
 
 def _same_images(one: Outcomes, other: Outcomes) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frugal.common.contracts import ImageReduction
+from frugal.common.checkpoint.warm_start import trained_objective
+from frugal.common.contracts import EvaluationTask, ImageReduction
 from frugal.common.data.benchmark_layout import is_multi_labeled
 from frugal.common.data.decoding import as_bytes
 from frugal.common.data.stored_images import GROUP
@@ -24,11 +25,14 @@ from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import open_captioned
 from frugal.common.evaluation.sugarcrepe import PARTS
 from frugal.common.evaluation.zero_shot import Answers, answer, open_question
-from frugal.common.loading import load_trained
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import Recipe, load_recipe
 from frugal.common.reduction.image import PatchView
 from frugal.common.run import Run, make_logger
+from frugal.common.train import open_process
+from frugal.common.weights.load import load_model
+from frugal.common.weights.runs import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -285,23 +289,23 @@ class Examples:
 
 
 def examples_of_model(
-    model: Any,
-    recipe: Recipe,
+    bundle: ModelBundle,
+    tasks: Sequence[EvaluationTask],
     run: Run,
     *,
-    reduction: ImageReduction | None = None,
+    reduction: ImageReduction,
     count: int = 12,
 ) -> Examples:
-    """Examples from the first task of each kind of a recipe that has data.
+    """Examples from the first task of each kind that has data.
 
     Every process that calls this computes it all; where ``torch.distributed`` runs, all of its
     processes must (opening the data waits for the others).
 
     Args:
-        model: a dual encoder on the device of the run.
-        recipe: names the tasks, the tokenizer and the sizes.
+        bundle: a dual encoder on the device of the run.
+        tasks: what it is measured on.
         run: where it runs.
-        reduction: masks the examples; the recipe's own by default.
+        reduction: masks the examples.
         count: images of each kind, half as many beside captions.
 
     Raises:
@@ -309,29 +313,29 @@ def examples_of_model(
     """
     parts: dict[str, Any] = {}
     fewer = max(1, count // 2)
-    with evaluating(model):
+    with evaluating(bundle.model):
         embedder = None
-        for task in recipe.evaluation:
+        for task in tasks:
             if not isinstance(task, (ZeroShot, Retrieval, Compositional)):
                 continue
             if (folder := task.folder()) is None:
                 continue
-            embedder = embedder or Embedder.of(model, recipe, run)
+            embedder = embedder or Embedder.of(bundle, run)
             if isinstance(task, ZeroShot) and "classified" not in parts:
                 if is_multi_labeled(folder):  # such an image has no class of its own
                     continue
-                parts |= _classified(task, folder, embedder, recipe, count)
+                parts |= _classified(task, folder, embedder, bundle, count)
             elif isinstance(task, Retrieval) and "retrieved" not in parts:
-                captioned = open_captioned(task, folder, recipe)
+                captioned = open_captioned(task, folder, bundle)
                 found = retrieval_examples(embedder, captioned, count=fewer, workers=task.workers)
                 parts["retrieved"] = tuple(found)
             elif isinstance(task, Compositional) and "contrasted" not in parts:
-                contrasts = open_contrasts(task, folder, recipe)
+                contrasts = open_contrasts(task, folder, bundle)
                 parts["contrasted"] = tuple(
                     compositional_examples(embedder, contrasts, count=fewer)
                 )
         shown = next((p for p in map(parts.get, _BEST_TO_MASK) if p), ())
-        parts |= _masked(shown, model, recipe, run, reduction or recipe.reduction.image)
+        parts |= _masked(shown, bundle, run, reduction)
     return Examples(**parts)
 
 
@@ -366,9 +370,9 @@ _DRAWN = 6
 
 
 def _classified(
-    task: ZeroShot, folder: Path, embedder: Embedder, recipe: Recipe, count: int
+    task: ZeroShot, folder: Path, embedder: Embedder, bundle: ModelBundle, count: int
 ) -> dict[str, Any]:
-    question = open_question(task, folder, recipe)
+    question = open_question(task, folder, bundle)
     classes = class_embeddings(embedder, question.names, question.templates, ranks=Ranks())
     answers = answer(
         embedder, question.images, classes, batch_size=task.batch_size, workers=task.workers
@@ -385,8 +389,7 @@ def _classified(
 
 def _masked(
     examples: Sequence[Example],
-    model: Any,
-    recipe: Recipe,
+    bundle: ModelBundle,
     run: Run,
     reduction: ImageReduction,
 ) -> dict[str, Any]:
@@ -395,29 +398,30 @@ def _masked(
         return {}
     images = torch.stack([torch.as_tensor(example.image) for example in examples])
     captions = [example.truth[0] for example in examples]
-    view, noise = _look(images, model, recipe, run)
+    view, noise = _look(images, bundle, run)
     kept = reduction.keep(view, noise=noise)
     found: dict[str, Any] = {
         "masked": tuple(masked_examples(images, kept, view.patch_size, captions))
     }
     draw = getattr(reduction, "draw", None)
     if draw is not None:
-        view, noise = _look(images[:_DRAWN], model, recipe, run)
+        view, noise = _look(images[:_DRAWN], bundle, run)
         picture = draw(view, images[:_DRAWN], noise=noise)
         found["drawn"] = Drawing(as_array(picture), type(reduction).__name__)
     return found
 
 
-def _look(images: Tensor, model: Any, recipe: Recipe, run: Run) -> tuple[PatchView, SampleNoise]:
+def _look(images: Tensor, bundle: ModelBundle, run: Run) -> tuple[PatchView, SampleNoise]:
     """What an image reduction sees of images at the end of a run, and its random numbers."""
     images = images.to(run.device)
+    tower: Any = bundle.model.image
     view = PatchView.of(
         images,
-        recipe.model.image,
-        embed=lambda: model.image(images, output="embedded"),
+        bundle.image,  # type: ignore[arg-type]
+        embed=lambda: tower(images, output="embedded"),
         progress=torch.ones(len(images), device=images.device),
     )
-    return view, SampleNoise(recipe.run.seed, torch.arange(len(images), device=images.device))
+    return view, SampleNoise(bundle.seed, torch.arange(len(images), device=images.device))
 
 
 def examples_of_stages(stages: Mapping[str, Path], *, count: int) -> Examples:
@@ -432,13 +436,15 @@ def examples_of_stages(stages: Mapping[str, Path], *, count: int) -> Examples:
     first, last = next(iter(stages.values())), list(stages.values())[-1]
     if not hasattr(load_recipe(last / "recipe.json").model, "text"):
         try:
-            trained = load_trained(last)
-            return draw_batch(trained.objective, trained.recipe, trained.run)
+            checkpoint, recipe = open_checkpoint(last)
+            run = open_process(last, "auto")
+            objective = trained_objective(recipe, checkpoint.folder, log=run.log)
+            return draw_batch(objective.to(run.device), recipe, run)
         except InputError as error:
             make_logger(0).warning("the page shows no pictures: %s", error)
             return Examples()
-    trained = load_trained(last)
+    bundle, tasks = load_model(last), load_recipe(last / "recipe.json").evaluation
+    run = open_process(last, "auto")
+    bundle.model.to(run.device)
     reduction = load_recipe(first / "recipe.json").reduction.image
-    return examples_of_model(
-        trained.model, trained.recipe, trained.run, reduction=reduction, count=count
-    )
+    return examples_of_model(bundle, tasks, run, reduction=reduction, count=count)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,22 +13,22 @@ from torch import Tensor
 
 from frugal.common.contracts import Show
 from frugal.common.data.benchmark_layout import test_split
-from frugal.common.data.config import ImageData
 from frugal.common.data.damage import PassedOver
 from frugal.common.data.labeled import LabeledImages
+from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import IMAGE_EXTENSIONS
-from frugal.common.data.sources import find_files
-from frugal.common.data.stores.class_folders import class_numbers, kept_classes, read_class_folders
+from frugal.common.data.stores.class_folders import class_numbers, read_class_folders
 from frugal.common.data.transforms import CenterCrop, normalize
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import Keep
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating, grouped
 from frugal.common.evaluation.metrics import ranked_classes, top_k_accuracy
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.remarks import Remarks
 from frugal.common.evaluation.zero_shot import held_out_classes
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.ranges import Count
-from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 from frugal.common.transfer.classifier import VisionClassifier
 
@@ -70,7 +69,12 @@ class Accuracy(FolderEvaluation):
         class_numbers(trained, list(found.names), filled, source=files[0], of="the training data")
 
     def evaluate(
-        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+        self,
+        bundle: ModelBundle,
+        run: Run,
+        *,
+        show: Show | None = None,
+        keep: Keep | None = None,
     ) -> dict[str, float | int]:
         """``{name}_top1``, ``_top5``, ``_loss`` (mean cross-entropy), ``_images``, ``_classes``.
 
@@ -82,27 +86,28 @@ class Accuracy(FolderEvaluation):
         Raises:
             InputError: if the data is missing, or its classes are not the model's.
         """
-        del show
+        del show, keep
         folder = self.folder()
         if folder is None:
             return self._skip(run)
-        data = LabeledImages(folder, size=recipe.model.image.height_width, crop=self.crop)
-        classes = recipe.model.num_classes
-        trained = _trained_classes(recipe, run)
+        data = LabeledImages(folder, size=bundle.image.height_width, crop=self.crop)
+        model: Any = bundle.model
+        classes = model.config.num_classes
+        trained = None if bundle.class_names is None else list(bundle.class_names)
         if trained is not None and data.class_folders is not None:
             filled = data.filled_folders
-            of = f"the training of {run.dir}"
+            of = f"the training of {bundle.source.path}"
             data.renumber(class_numbers(trained, data.class_folders, filled, source=folder, of=of))
         elif data.class_names is not None and len(data.class_names) != classes:
             raise InputError(
                 f"{folder} has {len(data.class_names)} classes, the model {classes}; evaluate on "
                 "the classes that it is trained on, or set model.num_classes"
             )
-        _explain_numbers(data, trained, folder, run)
+        _explain_numbers(data, trained, folder, bundle, run)
         if not len(data):
             raise InputError(f"{folder} holds no image; check the folder of the evaluation")
         Ranks.current().same_data(data, self.name)
-        with evaluating(model), autocast(recipe.engine.precision, run.device):
+        with evaluating(model), autocast(bundle.precision, run.device):
             labels, ranked, losses = _predictions(self, data, model, run, classes=classes)
         held_out = held_out_classes(folder, classes)
         counted = ~torch.isin(labels, torch.tensor(held_out))
@@ -122,25 +127,12 @@ class Accuracy(FolderEvaluation):
         return {f"{self.name}_{kind}": n for kind, n in (numbers | remarks.numbers()).items()}
 
 
-def _trained_classes(recipe: Recipe, run: Run) -> list[str] | None:
-    """The class folders that a model was trained on; None where they cannot be known."""
-    kept = kept_classes(run.dir)
-    trained_on = recipe.data.train if isinstance(recipe.data, ImageData) else ()
-    if kept is not None or not trained_on or not Path(trained_on[0]).is_dir():
-        return kept
-    names = _class_folders(Path(trained_on[0]))  # runs of earlier versions kept no names
-    return names if len(names) == recipe.model.num_classes else None
-
-
-@cache
-def _class_folders(folder: Path) -> list[str]:
-    """The classes of a folder of class folders; [] for another."""
-    found = read_class_folders(folder, IMAGE_EXTENSIONS, PassedOver())
-    return list(found.names) if any(found.images.values()) else []
-
-
 def _explain_numbers(
-    data: LabeledImages, trained: list[str] | None, folder: Path, run: Run
+    data: LabeledImages,
+    trained: list[str] | None,
+    folder: Path,
+    bundle: ModelBundle,
+    run: Run,
 ) -> None:
     """Say what is taken for what where one side has names and the other has numbers."""
     if trained is not None and data.class_folders is None:
@@ -154,7 +146,7 @@ def _explain_numbers(
         run.log.warning(
             "%s has class folders, and it is not known what the classes of %s were called: %s is "
             "taken for class 0, %s for class %d",
-            folder, run.dir, data.class_folders[0], data.class_folders[last], last,
+            folder, bundle.source.path, data.class_folders[0], data.class_folders[last], last,
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from frugal.common.contracts import Batch, ImageReduction, PreparedReduction
+from frugal.common.contracts import Batch, ImageReduction, ObjectiveConfig, PreparedReduction
 from frugal.common.data.config import ImageData
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import sum_over_processes
@@ -34,7 +34,7 @@ _Smoothing = Annotated[float, Range(least=0, below=1, words="must be at least 0 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(ObjectiveConfig):
     """Tell the class of an image; every weight is trained."""
 
     smoothing: _Smoothing = 0.0

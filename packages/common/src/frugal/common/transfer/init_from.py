@@ -14,11 +14,12 @@ from torch import nn
 
 from frugal.common.checkpoint.store import BEST, find_checkpoint
 from frugal.common.errors import InputError
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.in_words import some
 from frugal.common.models.same_function import refuse_other_function
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.transfer.classifier import VisionClassifier
-from frugal.common.weights.encoder_weights import EncoderWeights, read_encoder
+from frugal.common.weights.encoder_weights import read_encoder
 
 _FREE = {
     "pooling": "what is on top of the tower is new, or compared by its shape",
@@ -33,7 +34,7 @@ _LEFT_OUT = ("projection.",)
 
 def init_encoder(
     image: ImageTransformer, source: Path, *, interpolate: bool, log: logging.Logger
-) -> EncoderWeights:
+) -> ImageEncoder:
     """Give an image tower the weights of that of a run, a file or a folder.
 
     Args:
@@ -93,7 +94,7 @@ def init_encoder(
     return found
 
 
-def init_head(model: VisionClassifier, found: EncoderWeights, *, log: logging.Logger) -> None:
+def init_head(model: VisionClassifier, found: ImageEncoder, *, log: logging.Logger) -> None:
     """Give a classifier the head of a fine-tuned model, and the norm before it, where they fit."""
     fresh = []
     for name, part in (("fc_norm", model.fc_norm), ("head", model.head)):
@@ -118,7 +119,7 @@ def _resized(there: ImageTower, here: ImageTower, source: Path, *, interpolate: 
     return f"positions resampled from {grids[0]} to {grids[1]} patches"
 
 
-def _with_learned_table(found: EncoderWeights) -> EncoderWeights:
+def _with_learned_table(found: ImageEncoder) -> ImageEncoder:
     """The same tower with its fixed position table as one that can be trained."""
     if found.tower.positions == "learned":
         return found

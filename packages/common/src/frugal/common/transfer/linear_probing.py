@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from frugal.common.contracts import Batch, ImageReduction
+from frugal.common.contracts import Batch, ImageReduction, ObjectiveConfig
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import sum_over_processes
 from frugal.common.objectives.gather import place_in_world
@@ -38,7 +38,7 @@ _Statistics = Literal["all_processes", "each_process"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbing:
+class LinearProbing(ObjectiveConfig):
     """Tell the class of an image by a linear layer on the normalized features of a frozen tower."""
 
     statistics: _Statistics = "all_processes"

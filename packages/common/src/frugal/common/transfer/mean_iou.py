@@ -23,13 +23,14 @@ from frugal.common.data.decoding import Window, resize_window
 from frugal.common.data.loader import Loader
 from frugal.common.data.samples import image_extensions
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import Keep
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating
 from frugal.common.evaluation.pictures import example_places
 from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.files import write_file
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.ranges import Count, Positive, PositiveShare
-from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 from frugal.common.transfer.masked_folder import (
     IGNORED,
@@ -103,7 +104,12 @@ class MeanIoU(FolderEvaluation):
         return folder
 
     def evaluate(
-        self, model: Any, recipe: Recipe, run: Run, *, show: Show | None = None
+        self,
+        bundle: ModelBundle,
+        run: Run,
+        *,
+        show: Show | None = None,
+        keep: Keep | None = None,
     ) -> dict[str, float | int]:
         """``{name}_miou``, ``_pixel_accuracy``, ``_mean_accuracy``, ``_images``, ``_classes``.
 
@@ -118,17 +124,18 @@ class MeanIoU(FolderEvaluation):
         folder = self.folder()
         if folder is None:
             return self._skip(run)
-        classes = recipe.model.num_classes
+        model: Any = bundle.model
+        classes = model.config.num_classes
         names = class_names(folder, classes)
         data = open_masked_folder(folder, self.split, self.image_extensions)
-        pictures = _Pictures(data, self, size=recipe.model.image.height_width, num_classes=classes)
+        pictures = _Pictures(data, self, size=bundle.image.height_width, num_classes=classes)
         shown = set(example_places(len(data), _SHOWN))
         ranks = Ranks.current()
         ranks.same_data(data, self.name)
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
         delivered = torch.zeros(len(data), dtype=torch.int64, device=run.device)
         broken = torch.zeros(len(data), dtype=torch.int64, device=run.device)
-        with evaluating(model), autocast(recipe.engine.precision, run.device):
+        with evaluating(model), autocast(bundle.precision, run.device):
             for place, views, labels in pictures.of(ranks, workers=self.workers):
                 with _noting_broken(model, broken[place]):
                     answer = segment(model, self, views, labels.shape, device=run.device)  # (H, W)

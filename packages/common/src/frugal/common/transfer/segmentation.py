@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from frugal.common.contracts import Batch
+from frugal.common.contracts import Batch, ObjectiveConfig
 from frugal.common.errors import InputError
 from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import SampleNoise, weight_generator
@@ -44,7 +44,7 @@ class WarmupLinear(WarmupCosine):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segmentation:
+class Segmentation(ObjectiveConfig):
     """Tell the class of every pixel; every weight is trained."""
 
     auxiliary_weight: Positive = 0.4

@@ -10,16 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import State, to_vit_mae
-from frugal.common.weights.trained import Misfit, TrainedTower
 from frugal.common.weights.transformers_folder import image_processor
 from frugal.common.weights.vit_folder import (
     labels,
-    misfit_of_tower,
     plain_state,
     transformer_settings,
+    unsupported_tower,
 )
+from frugal.common.weights.written import UnsupportedOption
 
 
 def usage(tower: ImageTower) -> str:
@@ -36,63 +37,63 @@ tokens = model(**processor(images, return_tensors="pt")).last_hidden_state
 """
 
 
-def misfit(trained: TrainedTower) -> Misfit | None:
+def unsupported(encoder: ImageEncoder) -> UnsupportedOption | None:
     """The first option that ``BeitModel`` or ``BeitForImageClassification`` cannot express."""
-    found = misfit_of_blocks(trained.tower)
+    found = unsupported_blocks(encoder.tower)
     if found is not None:
         return found
-    tower = trained.tower
-    if not trained.has_norm:
-        return Misfit("model.image.norm", "BeitModel has a norm behind its last block")
+    tower = encoder.tower
+    if not encoder.has_norm:
+        return UnsupportedOption("model.image.norm", "BeitModel has a norm behind its last block")
     of_mean = tower.pooling == "mean" and tower.norm_after_pooling
     if tower.norm_after_pooling and not of_mean:
-        return Misfit(
+        return UnsupportedOption(
             f"model.image.pooling={tower.pooling}",
             "a norm behind the pooling of BeitModel acts on the mean of the patches",
         )
-    if trained.head is not None and not of_mean and tower.pooling != "class":
-        return Misfit(
+    if encoder.head is not None and not of_mean and tower.pooling != "class":
+        return UnsupportedOption(
             f"model.image.pooling={tower.pooling}",
             "BeitForImageClassification reads the class token or the norm of the patches' mean",
         )
     return None
 
 
-def misfit_of_blocks(tower: ImageTower) -> Misfit | None:
+def unsupported_blocks(tower: ImageTower) -> UnsupportedOption | None:
     """The first option of what comes before the last norm that BEiT cannot express."""
     if tower.grid[0] != tower.grid[1]:
-        return Misfit(
+        return UnsupportedOption(
             f"model.image.image_size={tower.image_size}",
             "a BEiT with one position for every patch takes square images",
         )
-    return misfit_of_tower(tower)
+    return unsupported_tower(tower)
 
 
-def write(trained: TrainedTower, folder: Path) -> None:
+def write(encoder: ImageEncoder, folder: Path) -> None:
     """Weights, configuration and image processor."""
     from transformers import BeitConfig, BeitForImageClassification, BeitModel
 
-    tower, state = trained.tower, block_state(trained)
+    tower, state = encoder.tower, block_state(encoder)
     settings = beit_settings(tower, use_mean_pooling=tower.norm_after_pooling)
     if tower.norm_after_pooling:
         for leaf in ("weight", "bias"):
             state[f"pooler.layernorm.{leaf}"] = state.pop(f"layernorm.{leaf}")
-    if trained.head is None:
+    if encoder.head is None:
         model: Any = BeitModel(BeitConfig(**settings))
     else:
-        weight, bias = trained.head
+        weight, bias = encoder.head
         state = {f"beit.{name}": tensor for name, tensor in state.items()}
         state |= {"classifier.weight": weight, "classifier.bias": bias}
         settings |= labels(len(bias))
         model = BeitForImageClassification(BeitConfig(**settings))
     model.load_state_dict(state)
     model.save_pretrained(folder)
-    image_processor(trained, tower).save_pretrained(folder)
+    image_processor(encoder.transform, tower).save_pretrained(folder)
 
 
-def block_state(trained: TrainedTower) -> State:
+def block_state(encoder: ImageEncoder) -> State:
     """The tower by the names of ``BeitModel``'s modules, its last norm called ``layernorm``."""
-    state = to_vit_mae(plain_state(trained), trained.tower)
+    state = to_vit_mae(plain_state(encoder), encoder.tower)
     return {name: tensor for name, tensor in state.items() if not name.endswith("k_proj.bias")}
 
 

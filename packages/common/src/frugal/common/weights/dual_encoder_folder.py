@@ -24,16 +24,21 @@ from frugal.common.models.weight_names import (
 )
 from frugal.common.quiet_transformers import quietly
 from frugal.common.weights.folding import fold_layer_scales, fold_patch_bias_of_tower
-from frugal.common.weights.trained import Embedded, Misfit, TrainedModel, misfit_of_projector
 from frugal.common.weights.transformers_folder import (
     ACTIVATIONS,
     image_processor,
-    misfit_of_text,
-    misfit_of_tokenizer,
     text_config,
     token_ids,
+    unsupported_text,
+    unsupported_tokenizer,
 )
 from frugal.common.weights.transformers_tokenizer import as_transformers, save
+from frugal.common.weights.written import (
+    Embedded,
+    TwoTowers,
+    UnsupportedOption,
+    unsupported_projector,
+)
 
 USAGE = """\
 ```python
@@ -72,64 +77,70 @@ _DINOV2 = (
 """By the names of checkpoints, which every version of transformers reads."""
 
 
-def misfit(trained: TrainedModel) -> Misfit | None:
+def unsupported(towers: TwoTowers) -> UnsupportedOption | None:
     """The first option that ``VisionTextDualEncoderModel`` cannot express."""
-    image, text = trained.config.image, trained.config.text
+    image, text = towers.config.image, towers.config.text
     if isinstance(text, TextTower):
         if not isinstance(image, ImageTower):
-            return Misfit(
+            return UnsupportedOption(
                 "model.text=TextTower",
                 "beside another library's image tower it has only its own texts",
             )
-        if (found := misfit_of_text(text) or misfit_of_tokenizer(trained)) is not None:
+        if (found := unsupported_text(text) or unsupported_tokenizer(towers)) is not None:
             return found
-    if trained.config.initial_logit_bias is not None:
-        return Misfit("model.initial_logit_bias", "its logits have a scale and no bias")
+    if towers.config.initial_logit_bias is not None:
+        return UnsupportedOption("model.initial_logit_bias", "its logits have a scale and no bias")
     for part, tower in (("text", text), ("image", image)):
         if getattr(tower, "pooling", None) not in ("pooler", None) and tower.__class__ in (
             TransformersText,
             TransformersImage,
         ):
-            return Misfit(f"model.{part}.pooling={tower.pooling}", "it reads the model's pooler")
-    return misfit_of_image(image) if isinstance(image, ImageTower) else None
+            return UnsupportedOption(
+                f"model.{part}.pooling={tower.pooling}", "it reads the model's pooler"
+            )
+    return unsupported_image(image) if isinstance(image, ImageTower) else None
 
 
-def misfit_of_image(tower: ImageTower) -> Misfit | None:
+def unsupported_image(tower: ImageTower) -> UnsupportedOption | None:
     """The first option of one of our towers that ``Dinov2Model`` and ``CLIPVisionModel`` lack."""
-    if (found := misfit_of_projector(tower)) is not None:
+    if (found := unsupported_projector(tower)) is not None:
         return found
     if tower.class_token == "none" or tower.pooling != "class":
-        return Misfit(f"model.image.pooling={tower.pooling}", "its image towers pool a class token")
+        return UnsupportedOption(
+            f"model.image.pooling={tower.pooling}", "its image towers pool a class token"
+        )
     if tower.grid[0] != tower.grid[1]:
-        return Misfit(f"model.image.image_size={tower.image_size}", "it takes square images")
+        return UnsupportedOption(
+            f"model.image.image_size={tower.image_size}", "it takes square images"
+        )
     if not tower.pre_norm and tower.mlp_width % tower.width:
-        return Misfit(
+        return UnsupportedOption(
             f"model.image.mlp_width={tower.mlp_width}", "there it is a multiple of the width"
         )
     return None
 
 
-def write(trained: TrainedModel, folder: Path) -> None:
+def write(towers: TwoTowers, folder: Path) -> None:
     """Weights, configuration, image processor and tokenizer."""
-    assemble(trained).save_pretrained(folder)
-    image_processor(trained, trained.config.image).save_pretrained(folder)
-    save(as_transformers(trained.tokenizer, length=trained.config.text.length), folder)
+    assemble(towers).save_pretrained(folder)
+    image_processor(towers.transform, towers.config.image).save_pretrained(folder)
+    save(as_transformers(towers.tokenizer, length=towers.config.text.length), folder)
 
 
 @torch.no_grad()
-def assemble(trained: TrainedModel) -> Any:
+def assemble(towers: TwoTowers) -> Any:
     """The transformers model with these weights."""
     from transformers import VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
-    model, image = trained.model, trained.config.image
+    model, image = towers.model, towers.config.image
     vision: Any = model.image.model if not isinstance(image, ImageTower) else None
     if isinstance(image, TimmImage):
         vision = _wrapped_timm(image, model.image.model)
     elif vision is None:
         vision = as_transformers_image(model.image.state_dict(), image)
-    text = model.text.model if isinstance(trained.config.text, TransformersText) else _text(trained)
+    text = model.text.model if isinstance(towers.config.text, TransformersText) else _text(towers)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision.config, text.config, projection_dim=trained.config.embed_dim
+        vision.config, text.config, projection_dim=towers.config.embed_dim
     )
     theirs = VisionTextDualEncoderModel(config=config, vision_model=vision, text_model=text)
     theirs.visual_projection.weight.copy_(model.image.projection.weight)
@@ -138,14 +149,14 @@ def assemble(trained: TrainedModel) -> Any:
     return theirs.eval()
 
 
-def _text(trained: TrainedModel) -> Any:
+def _text(towers: TwoTowers) -> Any:
     """Our text tower as a ``CLIPTextModel``; its projection is left."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     settings = text_config(
-        trained.config.text, trained.config.embed_dim, **token_ids(trained.tokenizer)
+        towers.config.text, towers.config.embed_dim, **token_ids(towers.tokenizer)
     )
-    state = fold_layer_scales(trained.model.text.state_dict())
+    state = fold_layer_scales(towers.model.text.state_dict())
     named = {f"text.{n}": t for n, t in state.items() if not n.startswith("projection.")}
     theirs = write_names(named, TRANSFORMERS_CLIP, target="CLIPTextModel")
     return _filled(CLIPTextModel, CLIPTextConfig(**settings), theirs)

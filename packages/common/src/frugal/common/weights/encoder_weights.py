@@ -12,24 +12,24 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from frugal.common.checkpoint.warm_start import MODEL_FILE
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
 from frugal.common.models.blocks import Activation
-from frugal.common.models.fit import misfit
-from frugal.common.models.positions import resample_grid
+from frugal.common.models.image_encoder import ImageEncoder, image_encoder
 from frugal.common.models.preprocess import (
     Preparation,
     of_open_clip,
     of_transformers,
     transformers_file,
 )
-from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, ImageTower, ImageTransformer, image_table
+from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, ImageTower, image_table
 from frugal.common.models.weight_names import (
     OPEN_CLIP,
     TRANSFORMERS_CLIP,
@@ -37,6 +37,7 @@ from frugal.common.models.weight_names import (
     from_vit_mae,
     read_names,
 )
+from frugal.common.weights.runs import load_run
 from frugal.common.weights.stored_files import (
     State,
     part_with,
@@ -61,73 +62,9 @@ _OPEN_CLIP = "open_clip_config.json"
 _BESIDE_THE_ENCODER = re.compile(r"(decoder|head|fc_norm)[._].*|mask_token")
 
 
-@dataclass(frozen=True)
-class EncoderWeights:
-    """An image tower and its weights."""
-
-    tower: ImageTower
-    state: State
-    """By the names of ``ImageTransformer``; a fixed position table is no part of it. ``norm.*`` is
-    missing where a fine-tuned model has none."""
-    source: str
-    """Where it was read, for people."""
-    rest: State = field(default_factory=dict)
-    """What the file holds besides: a decoder, a head."""
-    preparation: Preparation | None = None
-    """How its library prepares an image for it, where a folder of a library was read."""
-    guessed: tuple[str, ...] = ()
-    """Fields of the tower that the source does not say."""
-
-    @property
-    def embed_dim(self) -> int | None:
-        """Width that the pooled vector is projected to; None without a projection."""
-        projection = self.state.get("projection.weight")
-        return None if projection is None else len(projection)
-
-    def _needed(self) -> State:
-        with torch.device("meta"):
-            return ImageTransformer(self.tower, self.embed_dim).state_dict()
-
-    def missing(self) -> list[str]:
-        """Names that the tower needs and the file has not."""
-        return sorted(self._needed().keys() - self.state.keys())
-
-    def misfit(self) -> str | None:
-        """What of the weights is not of this tower, by name, count and shape; or None."""
-        return misfit(self.state, self._needed())
-
-    def build(self) -> ImageTransformer:
-        """The tower, on the CPU in float32.
-
-        Raises:
-            InputError: if the weights are not those of one tower.
-        """
-        with torch.device("meta"):
-            tower = ImageTransformer(self.tower, self.embed_dim)
-        tower.to_empty(device="cpu")
-        if self.tower.positions != "learned":
-            tower.pos_embed.copy_(image_table(self.tower))
-        if what := self.misfit():
-            raise InputError(f"{self.source} does not hold one whole tower: {what}")
-        tower.load_state_dict(self.state)
-        return tower
-
-    def for_images(self, size: tuple[int, int]) -> EncoderWeights:
-        """The same tower for images of (height, width) pixels, its position table interpolated.
-
-        Bicubic without anti-aliasing, as MAE's fine-tuning does it.
-        """
-        tower = replace(self.tower, image_size=size)
-        table = self.state.get("pos_embed")
-        if table is None or tower.grid == self.tower.grid:
-            return replace(self, tower=tower)
-        table = resample_grid(table, old_grid=self.tower.grid, new_grid=tower.grid, antialias=False)
-        return replace(self, tower=tower, state={**self.state, "pos_embed": table})
-
-
 def read_encoder(
     source: Path | str, *, activation: Activation | None = None, heads: int | None = None
-) -> EncoderWeights:
+) -> ImageEncoder:
     """The image tower of a file, a folder, or a name on the Hugging Face hub, in float32.
 
     Args:
@@ -144,7 +81,9 @@ def read_encoder(
     if path.is_dir():
         # such a folder may say how it was trained
         exported = any((path / name).is_file() for name in ("config.json", _OPEN_CLIP))
-        own = ("checkpoints", "state.json") if exported else ("recipe.json", "state.json")
+        own = (
+            ("checkpoints", "state.json") if exported else ("recipe.json", MODEL_FILE, "state.json")
+        )
         if any((path / name).exists() for name in own) or path.name == "checkpoints":
             return _agreeing(_own_run(path), source, activation, heads)
         if (path / _OPEN_CLIP).is_file():
@@ -207,7 +146,7 @@ def _one_tower(state: State, source: str) -> State:
     return state if found is state else _one_tower(found, source)
 
 
-def _library_folder(folder: Path) -> EncoderWeights:
+def _library_folder(folder: Path) -> ImageEncoder:
     settings = read_json_object(folder / "config.json")
     if "architecture" not in settings:
         return _transformers_folder(folder)
@@ -228,8 +167,8 @@ def _library_folder(folder: Path) -> EncoderWeights:
 
 
 def _agreeing(
-    found: EncoderWeights, source: Path | str, activation: Activation | None, heads: int | None
-) -> EncoderWeights:
+    found: ImageEncoder, source: Path | str, activation: Activation | None, heads: int | None
+) -> ImageEncoder:
     """Refuse what contradicts a folder, which says it all."""
     for name, given in (("activation", activation), ("heads", heads)):
         said = getattr(found.tower, name)
@@ -262,21 +201,11 @@ def _fetched(name: str) -> Path:
 # Our own
 
 
-def _own_run(path: Path) -> EncoderWeights:
-    from frugal.common.checkpoint.store import find_checkpoint
-    from frugal.common.checkpoint.warm_start import load_weights
-    from frugal.common.recipe import load_recipe
-
-    checkpoint = find_checkpoint(path)
-    recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
-    tower = getattr(recipe.model, "image", None)
-    weights = load_weights(checkpoint)
-    prefix = "model.image."
-    state = without_prefix(weights, prefix)
-    if not isinstance(tower, ImageTower) or not state:
+def _own_run(path: Path) -> ImageEncoder:
+    bundle = load_run(path)
+    if not isinstance(bundle.image, ImageTower):
         raise InputError(f"the run {path} trained no image tower; give another one")
-    rest = {n.removeprefix("model."): t for n, t in weights.items() if not n.startswith(prefix)}
-    return EncoderWeights(replace(tower, drop_path=0.0), state, str(path), rest)
+    return image_encoder(bundle)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -292,7 +221,7 @@ def _is_openai(stored: State, *, named: str, keeps_training: bool) -> bool:
 
 def _clip_state(
     state: State, *, activation: Activation, heads: int | None, source: str
-) -> EncoderWeights:
+) -> ImageEncoder:
     """The visual part of a state of OpenAI's or open_clip's ``CLIP``."""
     visual = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
     ours = without_prefix(read_names(visual, OPEN_CLIP, source=source), "image.")
@@ -309,7 +238,7 @@ def _clip_state(
     )
 
 
-def _open_clip_folder(folder: Path) -> EncoderWeights:
+def _open_clip_folder(folder: Path) -> ImageEncoder:
     from frugal.common.weights.foreign_open_clip import image_size, image_tower
 
     path = folder / _OPEN_CLIP
@@ -327,7 +256,7 @@ def _open_clip_folder(folder: Path) -> EncoderWeights:
     state = state_in(read_content(weights_in(folder, _WEIGHT_FILES)), source=str(folder))
     visual = {n: tensor.float() for n, tensor in state.items() if n.startswith("visual.")}
     ours = without_prefix(read_names(visual, OPEN_CLIP, source=str(folder)), "image.")
-    return EncoderWeights(tower, ours, str(folder), preparation=prepared)
+    return ImageEncoder(tower, ours, str(folder), preparation=prepared)
 
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -335,7 +264,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 }  # fmt: skip
 
 
-def _transformers_folder(folder: Path) -> EncoderWeights:
+def _transformers_folder(folder: Path) -> ImageEncoder:
     settings = read_json_object(folder / "config.json")
     if settings.get("model_type") in ("vit", "vit_mae"):
         return _vit_folder(folder, settings)
@@ -421,7 +350,7 @@ def _pair(value: Any, name: str, folder: Path) -> tuple[int, int]:
 _BESIDE_A_VIT = ("classifier.", "pooler.", "vit.pooler.", "decoder.")
 
 
-def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
+def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> ImageEncoder:
     """A ``ViTModel``, with classes or without, or a ``ViTMAEForPreTraining``."""
     from transformers import ViTConfig, ViTMAEConfig
 
@@ -451,7 +380,7 @@ def _vit_folder(folder: Path, settings: Mapping[str, Any]) -> EncoderWeights:
         for n, t in state.items()
         if n.startswith(("classifier.", "decoder."))
     }
-    return EncoderWeights(tower, from_vit_mae(encoder, tower), str(folder), rest, prepared)
+    return ImageEncoder(tower, from_vit_mae(encoder, tower), str(folder), rest, prepared)
 
 
 def _prepared(folder: Path, model_type: str, size: tuple[int, int]) -> Preparation:
@@ -473,7 +402,7 @@ def _prepared(folder: Path, model_type: str, size: tuple[int, int]) -> Preparati
 
 def encoder_of_state(
     state: State, *, source: str, activation: Activation = "gelu", heads: int | None = None
-) -> EncoderWeights:
+) -> ImageEncoder:
     """The encoder among float32 tensors of DINO, MAE, MILAN and timm; SLIP's visual part.
 
     Raises:
@@ -499,7 +428,7 @@ def encoder_of_state(
     return _with_fixed_table(weights)
 
 
-def _with_fixed_table(weights: EncoderWeights) -> EncoderWeights:
+def _with_fixed_table(weights: ImageEncoder) -> ImageEncoder:
     """A position table that is that of a masked autoencoder is computed again."""
     if weights.tower.width % 4 or weights.tower.class_token != "with_position":
         return weights
@@ -518,7 +447,7 @@ def _with_fixed_table(weights: EncoderWeights) -> EncoderWeights:
 
 def _shaped(
     state: State, source: str, *, patch_size: int, heads: int | None, **options: Any
-) -> EncoderWeights:
+) -> ImageEncoder:
     """The tower that weights under our names are of, its shape read from theirs.
 
     Raises:
@@ -550,4 +479,4 @@ def _shaped(
         layer_scale=_ANY_SCALE if "blocks.0.ls1.gamma" in state else None,
         **options,
     )
-    return EncoderWeights(tower, state, source)
+    return ImageEncoder(tower, state, source)

@@ -9,18 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
+from frugal.common.models.bundle import ModelBundle, Source
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.fit import misfit
-from frugal.common.models.in_words import in_words
-from frugal.common.objectives.contrastive import Contrastive
-from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
-from frugal.common.reduction.image import KeepAll
-from frugal.common.reduction.text import Truncate
 from frugal.common.weights.foreign_wrapped import WrappedModel
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -45,34 +39,18 @@ class Foreign:
     library: str
     """As its users call it."""
 
-    @property
-    def described(self) -> str:
-        """What its weights do not say, in one line."""
-        return in_words(self.config, self.crop, told_by=self.told_by)
-
-    def recipe(self, folder: Path) -> Recipe:
-        """What evaluations read of a recipe; nothing is known of how the model was trained.
-
-        Args:
-            folder: where its evaluations go.
-        """
-        bias = getattr(self.config, "initial_logit_bias", None)
-        data: Any = PairData(train=(), tokenizer=self.tokenizer)
-        return Recipe(
-            model=self.config,
-            data=data,
-            reduction=Reductions(image=KeepAll(), text=Truncate()),
-            objective=Contrastive(loss="softmax" if bias is None else "sigmoid"),
-            optimizer=AdamW(learning_rate=1e-4),
-            schedule=WarmupCosine(samples=1),
-            batch_size=1,
-            run=RunOptions(dir=folder),
-            evaluation=(
-                ZeroShot(crop=self.crop),
-                Retrieval(crop=self.crop),
-                Compositional(crop=self.crop),
-                LinearProbe(crop=self.crop),
-            ),
+    def bundle(self, path: Path, name: str) -> ModelBundle:
+        """The model as it is measured."""
+        return ModelBundle(
+            model=self.model,
+            config=self.config,
+            image=self.config.image,
+            text=self.config.text,
+            tokenizer_source=self.tokenizer,
+            transform=self.crop,
+            source=Source(path=path, library=self.library, name=name),
+            precision="auto",
+            told_by=self.told_by,
         )
 
 

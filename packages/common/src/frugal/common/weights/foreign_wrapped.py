@@ -17,9 +17,9 @@ class WrappedImage:
     """What evaluations ask of an image tower."""
 
     height_width: tuple[int, int]
-    mean: tuple[float, ...]
+    mean: tuple[float, float, float]
     """Of the red, green and blue of uint8 images, on a scale from 0 to 1."""
-    std: tuple[float, ...]
+    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, get_args
@@ -12,19 +13,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from frugal.common.data.config import ImageData
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import LinearProbe
 from frugal.common.files import read_json_object
+from frugal.common.models.bundle import ModelBundle, Source
 from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.in_words import in_words
 from frugal.common.models.positions import ImagePositions
 from frugal.common.models.vit import ImageTower, image_table
-from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine
-from frugal.common.reduction.image import KeepAll
 from frugal.common.weights import timm_weights
-from frugal.common.weights.encoder_weights import EncoderWeights, encoder_of_state, read_encoder
+from frugal.common.weights.encoder_weights import encoder_of_state, read_encoder
 from frugal.common.weights.foreign_models import (
     OPEN_CLIP_CONFIG,
     OPENAI,
@@ -33,7 +32,7 @@ from frugal.common.weights.foreign_models import (
     refuse_for_folder,
 )
 from frugal.common.weights.foreign_openai import is_openai
-from frugal.common.weights.imported_encoder import ImportedEncoder, TrainedElsewhere
+from frugal.common.weights.imported_encoder import ImportedEncoder
 from frugal.common.weights.stored_files import State, part_with, read_weights
 from frugal.common.weights.torchscript import is_torchscript
 
@@ -41,23 +40,11 @@ _TWO_TOWERS = ("clip", "siglip", "vision-text-dual-encoder")
 _ONE_TOWER = ("clip_vision_model", "vit", "vit_mae")
 """By transformers' names."""
 
+_LOG = logging.getLogger("frugal")
 _NOT_SAID = "the usual one, as a file of weights says nothing of it"
 
 
-@dataclass(frozen=True)
-class Imported:
-    """A model of another library under our names."""
-
-    recipe: Recipe
-    state: State
-    """Of the model, in float32."""
-    described: str
-    """In words."""
-    left: tuple[str, ...] = ()
-    """Names that have no place here."""
-
-
-def read(source: Path, *, name: str | None = None, key: str | None = None) -> Imported:
+def read(source: Path, *, name: str | None = None, key: str | None = None) -> ModelBundle:
     """The model of a file or folder that another library wrote.
 
     Args:
@@ -72,7 +59,7 @@ def read(source: Path, *, name: str | None = None, key: str | None = None) -> Im
         raise InputError(f"there is no file or folder {source}; check the path")
     if name is not None and source.is_file() and _is_timm(name):
         found = timm_weights.read_named(name, source, key=key)
-        return _encoder(found.weights, found.crop)
+        return _encoder(found.weights, found.crop, source, "timm", name)
     if source.is_dir():
         return _folder(source, name, key)
     return _file(source, name, key)
@@ -119,7 +106,7 @@ def _is_timm(name: str) -> bool:
     return timm.is_model(name) and open_clip.get_model_config(name) is None
 
 
-def _folder(folder: Path, name: str | None, key: str | None) -> Imported:
+def _folder(folder: Path, name: str | None, key: str | None) -> ModelBundle:
     exported = any((folder / file).is_file() for file in (OPEN_CLIP_CONFIG, "config.json"))
     own = [folder / part for part in ("checkpoints", "state.json")]
     if any(path.exists() for path in own) or folder.name == "checkpoints":
@@ -141,18 +128,23 @@ def _folder(folder: Path, name: str | None, key: str | None) -> Imported:
         return _two_towers(load_foreign(folder), folder)
     if "architecture" in about:
         found = timm_weights.read_folder(folder)
-        return _encoder(found.weights, found.crop)
+        return _encoder(found.weights, found.crop, folder, "timm")
     if kind in _ONE_TOWER:
         tower = read_encoder(folder)
         assert tower.preparation is not None
-        return _encoder(tower, tower.preparation.crop)
+        return _encoder(tower, tower.preparation.crop, folder, "transformers")
+    if "auto_map" in about:
+        raise InputError(
+            f"{folder} holds a model of type {kind!r} that brings its own code; models that bring "
+            "their own code are not run"
+        )
     raise InputError(
         f"{folder} holds a model of type {kind!r}; open_clip's, timm's and of transformers "
-        f"{', '.join((_TWO_TOWERS[0], *_ONE_TOWER))} can be imported{_elsewhere()}"
+        f"{', '.join((*_TWO_TOWERS, *_ONE_TOWER))} can be loaded{_elsewhere()}"
     )
 
 
-def _file(path: Path, name: str | None, key: str | None) -> Imported:
+def _file(path: Path, name: str | None, key: str | None) -> ModelBundle:
     if name is not None or is_torchscript(path):
         return _two_towers(load_foreign(path, name=name, key=key), path)
     if not path.name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".index.json")):
@@ -164,7 +156,7 @@ def _file(path: Path, name: str | None, key: str | None) -> Imported:
         return _two_towers(load_foreign(path), path)  # which says what is missing
     state = part_with(state, "patch_embed.proj.weight", source=str(path))
     if "patch_embed.proj.weight" in state:
-        return _encoder(_plain(path, state), CenterCrop())
+        return _encoder(_plain(path, state), CenterCrop(), path, "a file of weights")
     raise InputError(
         f"{path} does not say which model its weights are of, the first of them "
         f"{min(state)!r}; give --model with open_clip's or timm's name of it{_elsewhere()}"
@@ -175,26 +167,52 @@ def _file(path: Path, name: str | None, key: str | None) -> Imported:
 # Two towers
 
 
-def _two_towers(foreign: Foreign, source: Path) -> Imported:
-    config = foreign.config
+def _two_towers(foreign: Foreign, source: Path, name: str | None = None) -> ModelBundle:
+    return foreign.bundle(source, name or foreign.library)
+
+
+def with_fixed_positions(bundle: ModelBundle) -> ModelBundle:
+    """The same, where a table of positions is bit for bit one that its tower can compute.
+
+    Raises:
+        InputError: if it has parts that towers of this library do not have.
+    """
+    config = bundle.config
+    if isinstance(config, ImportedEncoder):
+        return bundle  # which knows its own
     if not isinstance(config, DualEncoderConfig):
-        kind = type(getattr(foreign.model, "model", foreign.model)).__name__
+        kind = type(getattr(bundle.model, "model", bundle.model)).__name__
+        path = bundle.source.path
         raise InputError(
-            f"{source} is a {kind} of {foreign.library} with parts that towers of this library "
-            f"do not have; python -m frugal.common.evaluate --checkpoint {source} measures it as "
+            f"{path} is a {kind} of {bundle.source.library} with parts that towers of this library "
+            f"do not have; python -m frugal.common.evaluate --checkpoint {path} measures it as "
             f"it is{_elsewhere()}"
         )
-    state = dict(foreign.model.state_dict())
+    state = dict(bundle.model.state_dict())
     image, state = _with_fixed_positions(config.image, state, "image.pos_embed")
-    recipe = foreign.recipe(source)
-    recipe = replace(recipe, model=replace(config, image=image))
+    config = replace(config, image=image)
+    model = config.build()
+    model.load_state_dict(state)
+    return replace(bundle, model=model.eval(), config=config, image=image)
+
+
+def describe(bundle: ModelBundle) -> str:
+    """What was read, in words."""
+    config: Any = bundle.config
+    state = bundle.model.state_dict()
+    how = in_words(config, bundle.transform, told_by=bundle.told_by)
+    if isinstance(config, ImportedEncoder):
+        classes = config.num_classes
+        head = "" if classes is None else f", with a linear layer to {classes:,} numbers"
+        return f"{_words(config.image)}{head}; {_count(state)} parameters; {how}"
+    if not isinstance(config, DualEncoderConfig):
+        return how
     text = config.text
-    described = (
-        f"{foreign.library}'s {_words(image)}; text tower {text.width} wide, {text.depth} blocks, "
-        f"{text.length} tokens, pooled by {text.pooling}; {_count(state)} parameters; "
-        f"{in_words(recipe.model, foreign.crop, told_by=foreign.told_by)}"
+    return (
+        f"{bundle.source.library}'s {_words(config.image)}; text tower {text.width} wide, "
+        f"{text.depth} blocks, {text.length} tokens, pooled by {text.pooling}; {_count(state)} "
+        f"parameters; {how}"
     )
-    return Imported(recipe, state, described)
 
 
 def _with_fixed_positions(
@@ -228,7 +246,7 @@ def _count(state: Mapping[str, Tensor]) -> str:
 # An image tower alone
 
 
-def _plain(path: Path, state: State) -> EncoderWeights:
+def _plain(path: Path, state: State) -> ImageEncoder:
     """A file in timm's layout; its shapes and what it holds besides say what it is."""
     numbers = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
     found = encoder_of_state(numbers, source=str(path))
@@ -250,7 +268,9 @@ def _plain(path: Path, state: State) -> EncoderWeights:
     )
 
 
-def _encoder(found: EncoderWeights, crop: CenterCrop) -> Imported:
+def _encoder(
+    found: ImageEncoder, crop: CenterCrop, path: Path, library: str, name: str | None = None
+) -> ModelBundle:
     state, rest = dict(found.state), dict(found.rest)
     if "projection.weight" in state:  # into the space of texts that are not there
         rest["head.weight"] = state.pop("projection.weight")
@@ -263,23 +283,18 @@ def _encoder(found: EncoderWeights, crop: CenterCrop) -> Imported:
     if weight is not None:
         named["head.weight"] = weight.clone()
         named["head.bias"] = weight.new_zeros(len(weight)) if bias is None else bias.clone()
-    classes = None if weight is None else len(weight)
-    data: Any = ImageData(train=())
-    recipe = Recipe(
-        model=ImportedEncoder(image=tower, num_classes=classes),
-        data=data,
-        reduction=Reductions(image=KeepAll()),
-        objective=TrainedElsewhere(),
-        optimizer=AdamW(learning_rate=1e-4),
-        schedule=WarmupCosine(samples=1),
-        batch_size=1,
-        evaluation=(LinearProbe(crop=crop),),
+    config = ImportedEncoder(image=tower, num_classes=None if weight is None else len(weight))
+    model = config.build()
+    model.load_state_dict(named)
+    left = tuple(sorted({name.split(".")[0] for name in rest}))
+    return ModelBundle(
+        model=model.eval(),
+        config=config,
+        image=tower,
+        text=None,
+        tokenizer_source=None,
+        transform=crop,
+        source=Source(path=path, library=library, name=name or library, left_behind=left),
+        precision="auto",
+        told_by=found.preparation.told_by if found.preparation else _NOT_SAID,
     )
-    head = "" if classes is None else f", with a linear layer to {classes:,} numbers"
-    told_by = found.preparation.told_by if found.preparation else _NOT_SAID
-    described = (
-        f"{_words(tower)}{head}; {_count(named)} parameters; "
-        f"{in_words(recipe.model, crop, told_by=told_by)}"
-    )
-    left = sorted({name.split(".")[0] for name in rest})
-    return Imported(recipe, named, described, tuple(left))

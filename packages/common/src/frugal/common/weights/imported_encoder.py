@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from frugal.common.contracts import ObjectiveConfig
 from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe
 
@@ -35,7 +36,7 @@ class ImportedEncoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedElsewhere:
+class TrainedElsewhere(ObjectiveConfig):
     """Stands where a recipe says what was minimized: nobody here did it, and nothing can go on."""
 
     def build(self, recipe: Recipe) -> Any:

@@ -2,68 +2,55 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import to_json
-from frugal.common.weights.trained import TrainedRun
+from frugal.common.weights.runs import part_in_words
+from frugal.common.weights.written import nearest_crop
 
 
-def model_card(trained: TrainedRun, *, library: str, usage: str) -> str:
+def model_card(bundle: ModelBundle, *, name: str, library: str, usage: str) -> str:
     """Markdown with the front matter of the Hugging Face hub."""
-    recipe = trained.recipe
-    samples = trained.checkpoint.step * recipe.batch_size
-    average = recipe.engine.ema_decay
-    training = {
-        "samples": f"{samples:,} in steps of {recipe.batch_size:,}" if samples else "not known",
-        "data": ", ".join(getattr(recipe.data, "train", ())) or "not stated",
-        "image tokens": _words(recipe.reduction.image),
-        "text tokens": _words(recipe.reduction.text),
-        "objective": _words(recipe.objective),
-        "optimizer": _words(recipe.optimizer),
-        "schedule": _words(recipe.schedule),
-        "weights": "of the last step" if average is None else f"moving average, decay {average}",
-    }
-    if recipe.reduction.text is None:
-        del training["text tokens"]
-    front, what = _kind(trained)
+    source, training = bundle.source, dict(bundle.source.training)
+    front, what = _kind(bundle)
     parts = [
         f"---\nlibrary_name: {library}\n{front}\n- frugal\n---",
-        f"# {trained.folder.resolve().name}",
+        f"# {name}",
         what,
         "## Use",
         usage.rstrip(),
         "## Model",
-        _table(_model(trained)),
+        _table(_model(bundle)),
         "## Training",
-        _table(training),
-        "`recipe.json` holds every setting.",
+        _table(training) if training else f"Trained elsewhere; read from {source.library}.",
+        *(["`recipe.json` holds every setting."] if training else []),
         "## Evaluation",
-        *(_numbers(task, numbers) for task, numbers in sorted(trained.numbers.items())),
+        *(_numbers(task, numbers) for task, numbers in sorted(source.numbers.items())),
     ]
-    if not trained.numbers:
+    if not source.numbers:
         parts.append("Not measured in this run.")
-    usual = None if library == "frugal" else trained.crop_in(library)
-    if usual is not None and trained.crop != usual:
+    crop = bundle.transform
+    usual = crop if library == "frugal" else nearest_crop(crop, bundle.image, library)
+    if crop != usual:
         parts.append(
-            f"This model is measured on images prepared by `{_words(trained.crop)}`. "
+            f"This model is measured on images prepared by `{part_in_words(crop)}`. "
             "The preprocessing in this folder comes as near as "
-            f"{library} has it, `{_words(usual)}`."
+            f"{library} has it, `{part_in_words(usual)}`."
         )
     return "\n\n".join(parts) + "\n"
 
 
-def _kind(trained: TrainedRun) -> tuple[str, str]:
+def _kind(bundle: ModelBundle) -> tuple[str, str]:
     """Task and tags for the front matter, and a sentence."""
-    if trained.reads_captions:
+    if bundle.text is not None:
         return (
             "pipeline_tag: zero-shot-image-classification\ntags:\n- clip",
             "A dual encoder of images and captions, trained with Frugal.",
         )
-    classes = getattr(trained.recipe.model, "num_classes", None)
+    classes = getattr(bundle.config, "num_classes", None)
     task = "image-feature-extraction" if classes is None else "image-classification"
     return (
         f"pipeline_tag: {task}\ntags:\n- vit",
@@ -73,9 +60,9 @@ def _kind(trained: TrainedRun) -> tuple[str, str]:
     )
 
 
-def _model(trained: TrainedRun) -> dict[str, str]:
+def _model(bundle: ModelBundle) -> dict[str, str]:
     """The shape of the towers."""
-    config: Any = trained.recipe.model
+    config: Any = bundle.config
     if not hasattr(config, "image"):
         return {"kind": type(config).__name__}
     height, width = config.image.height_width
@@ -85,7 +72,7 @@ def _model(trained: TrainedRun) -> dict[str, str]:
         "images": f"{height}x{width} pixels{patches}",
         "image tower": _shape(config.image),
     }
-    if trained.reads_captions:
+    if bundle.text is not None:
         rows |= {
             "captions": f"{config.text.length} tokens of {config.text.vocabulary:,}",
             "text tower": _shape(config.text),
@@ -96,18 +83,8 @@ def _model(trained: TrainedRun) -> dict[str, str]:
 
 def _shape(tower: Any) -> str:
     if not isinstance(tower, (ImageTower, TextTower)):
-        return f"{tower.name} ({_words(tower)})"
+        return f"{tower.name} ({part_in_words(tower)})"
     return f"{tower.depth} blocks of width {tower.width}, {tower.heads} heads"
-
-
-def _words(part: Any) -> str:
-    """A part of a recipe with its settings."""
-    settings = to_json(part)
-    if not isinstance(settings, dict):
-        return str(settings)
-    name = settings.pop("type").rpartition(".")[2]
-    settings.pop("facts", None)  # all that a model of another library is made of
-    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -116,23 +93,10 @@ def _table(rows: dict[str, str]) -> str:
     )
 
 
-def _numbers(task: str, numbers: dict[str, Any]) -> str:
+def _numbers(task: str, numbers: Mapping[str, Any]) -> str:
     shown = {
         name: f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
         for name, value in numbers.items()
         if name not in ("step", "samples") and isinstance(value, (int, float))
     }
     return _table({f"**{task}**": "", **shown})
-
-
-def measured(folder: Path, *, step: int) -> dict[str, dict[str, Any]]:
-    """What a run measured with the weights of a step, by task."""
-    found = {}
-    for file in sorted((folder / "evaluation").glob("*.json")):
-        try:
-            numbers = json.loads(file.read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(numbers, dict) and numbers.get("step") == step:
-            found[file.stem] = numbers
-    return found

@@ -17,8 +17,14 @@ from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_open_clip
 from frugal.common.weights.folding import fold_patch_bias
-from frugal.common.weights.trained import Embedded, Misfit, TrainedModel, misfit_of_projector
 from frugal.common.weights.transformers_tokenizer import CLEAN_UP, as_transformers, save
+from frugal.common.weights.written import (
+    Embedded,
+    TwoTowers,
+    UnsupportedOption,
+    nearest_crop,
+    unsupported_projector,
+)
 
 USAGE = """\
 ```python
@@ -33,41 +39,45 @@ On the Hugging Face hub the same works with `hf-hub:NAME` once `hf_tokenizer_nam
 """
 
 
-def usage(trained: TrainedModel) -> str:
+def usage(towers: TwoTowers) -> str:
     """How to load it, and which captions get other tokens there."""
-    if isinstance(trained.tokenizer.vocabulary, BytePairs):
+    if isinstance(towers.tokenizer.vocabulary, BytePairs):
         return USAGE
     return (
-        f"{USAGE}\nWith such a tokenizer {CLEAN_UP}; this model was trained without that. Captions "
+        f"{USAGE}\nWith such a tokenizer {CLEAN_UP}; this model was towers without that. Captions "
         "in need of it, such as those with curly quotes, `&amp;` or ligatures, get other tokens.\n"
     )
 
 
-def misfit(trained: TrainedModel) -> Misfit | None:
+def unsupported(towers: TwoTowers) -> UnsupportedOption | None:
     """The first option that open_clip cannot express."""
-    image, text = trained.config.image, trained.config.text
+    image, text = towers.config.image, towers.config.text
     quick = [tower.activation == "quick_gelu" for tower in (image, text)]
-    if (found := misfit_of_projector(image)) is not None:
+    if (found := unsupported_projector(image)) is not None:
         return found
     reads_one_caption_token = text.pooling in ("first", "end_of_text")
     if image.class_token == "none":
-        return Misfit("model.image.class_token=none", "its vision transformer always has one")
+        return UnsupportedOption(
+            "model.image.class_token=none", "its vision transformer always has one"
+        )
     if image.pooling == "mean_all":
-        return Misfit(
+        return UnsupportedOption(
             "model.image.pooling=mean_all",
             "its vision transformer pools the class token or the mean of the patches without it",
         )
     if any(quick) and not all(quick):
-        return Misfit(
+        return UnsupportedOption(
             f"model.{'image' if quick[0] else 'text'}.activation=quick_gelu",
             "both towers have it or none",
         )
     if text.pooling in ("mean", "mean_all"):
-        return Misfit(f"model.text.pooling={text.pooling}", "its text transformer reads one token")
+        return UnsupportedOption(
+            f"model.text.pooling={text.pooling}", "its text transformer reads one token"
+        )
     if text.pad_mask and not (text.causal and reads_one_caption_token):
-        return Misfit("model.text.pad_mask", "its text transformer attends to padding")
-    if text.pooling == "end_of_text" and not trained.captions_end:
-        return Misfit(
+        return UnsupportedOption("model.text.pad_mask", "its text transformer attends to padding")
+    if text.pooling == "end_of_text" and not towers.captions_end:
+        return UnsupportedOption(
             "model.text.pooling=end_of_text",
             "it needs a token that ends every caption and stands nowhere else, which this "
             "tokenizer has not",
@@ -76,7 +86,7 @@ def misfit(trained: TrainedModel) -> Misfit | None:
 
 
 def model_config(config: DualEncoderConfig, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """The ``model_cfg`` of open_clip for towers that :func:`misfit` has nothing to say about.
+    """The ``model_cfg`` of open_clip for towers that :func:`unsupported` has nothing to say about.
 
     Args:
         config: without a bias of the patch projection.
@@ -143,18 +153,18 @@ def _ratio(mlp_width: int, width: int) -> float:
     return ratio if int(width * ratio) == mlp_width else (mlp_width + 0.5) / width
 
 
-def write(trained: TrainedModel, folder: Path) -> None:
+def write(towers: TwoTowers, folder: Path) -> None:
     """Weights, configuration and tokenizer."""
-    state, config = fold_patch_bias(trained.model.state_dict(), trained.config)
+    state, config = fold_patch_bias(towers.model.state_dict(), towers.config)
     save_file(
         to_open_clip(state, config),
         folder / "open_clip_model.safetensors",
         metadata={"format": "pt"},
     )
-    save(as_transformers(trained.tokenizer, length=config.text.length), folder)
-    crop = trained.crop_in("open_clip")
-    is_carried = isinstance(trained.tokenizer.vocabulary, BytePairs)  # by open_clip itself
-    own = None if is_carried else trained.tokenizer
+    save(as_transformers(towers.tokenizer, length=config.text.length), folder)
+    crop = nearest_crop(towers.transform, config.image, "open_clip")
+    is_carried = isinstance(towers.tokenizer.vocabulary, BytePairs)  # by open_clip itself
+    own = None if is_carried else towers.tokenizer
     content = {
         "model_cfg": model_config(config, own),
         "preprocess_cfg": {

@@ -11,11 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal.common.data.transforms import normalize
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.named import SIZES
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import State, to_timm
 from frugal.common.weights.folding import fold_patch_bias_of_tower
-from frugal.common.weights.trained import Misfit, Seen, TrainedTower, misfit_of_projector
+from frugal.common.weights.written import (
+    Seen,
+    UnsupportedOption,
+    nearest_crop,
+    unsupported_projector,
+)
 
 USAGE = """\
 ```python
@@ -33,13 +39,13 @@ _EPSILONS = {1e-6: "", 1e-5: "_clip"}
 _SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
 
-def misfit(trained: TrainedTower) -> Misfit | None:
+def unsupported(encoder: ImageEncoder) -> UnsupportedOption | None:
     """The first option that timm cannot express."""
-    if (found := misfit_of_projector(trained.tower)) is not None:
+    if (found := unsupported_projector(encoder.tower)) is not None:
         return found
-    epsilon = trained.tower.norm_epsilon
+    epsilon = encoder.tower.norm_epsilon
     if epsilon not in _EPSILONS:
-        return Misfit(
+        return UnsupportedOption(
             f"model.image.norm_epsilon={epsilon}", "its vision transformers have 1e-06 or 1e-05"
         )
     return None
@@ -90,17 +96,17 @@ def _ratio(tower: ImageTower) -> float:
     return ratio
 
 
-def write(trained: TrainedTower, folder: Path) -> None:
+def write(encoder: ImageEncoder, folder: Path) -> None:
     """Weights, position table included, and configuration."""
-    tower = trained.tower
-    state, numbers = _state(trained), 0
-    if trained.head is not None:
-        state["head.weight"], state["head.bias"] = (part.contiguous() for part in trained.head)
-        numbers = len(trained.head[1])
+    tower = encoder.tower
+    state, numbers = _state(encoder), 0
+    if encoder.head is not None:
+        state["head.weight"], state["head.bias"] = (part.contiguous() for part in encoder.head)
+        numbers = len(encoder.head[1])
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    args = model_args(tower, has_norm=trained.has_norm)
+    args = model_args(tower, has_norm=encoder.has_norm)
     height, width = tower.height_width
-    crop = trained.crop_in("timm")
+    crop = nearest_crop(encoder.transform, tower, "timm")
     content = {
         "architecture": architecture(tower),
         "num_classes": numbers,
@@ -124,9 +130,9 @@ def write(trained: TrainedTower, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _state(trained: TrainedTower) -> State:
+def _state(encoder: ImageEncoder) -> State:
     """By timm's names; its patches have a bias unless a norm follows them."""
-    state, tower = dict(trained.state), trained.tower
+    state, tower = dict(encoder.state), encoder.tower
     if tower.pre_norm:
         state, tower = fold_patch_bias_of_tower(state, tower)
     elif not tower.patch_bias:

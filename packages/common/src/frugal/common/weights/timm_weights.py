@@ -15,10 +15,10 @@ from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
 from frugal.common.models.blocks import Activation
 from frugal.common.models.fit import misfit
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.preprocess import Pixels, of_timm, pixels_of_timm, timm_settings
 from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.models.weight_names import from_timm
-from frugal.common.weights.encoder_weights import EncoderWeights
 from frugal.common.weights.stored_files import part_with, read_weights, weights_in
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -33,7 +33,7 @@ _LARGEST_DIFFERENCE = 1e-4
 class TimmWeights:
     """A vision transformer of timm's."""
 
-    weights: EncoderWeights
+    weights: ImageEncoder
     crop: CenterCrop
     """How timm prepares an image for it."""
 
@@ -106,7 +106,7 @@ def _read(
     ours = from_timm({n: t for n, t in state.items() if not n.startswith("head.")}, tower)
     head = {n: t for n, t in state.items() if n.startswith("head.")}
     prepared = of_timm(settings, size=tower.height_width, source=source)
-    weights = EncoderWeights(tower, ours, str(path), head, prepared)
+    weights = ImageEncoder(tower, ours, str(path), head, prepared)
     _compare(theirs.eval(), weights, name)
     return TimmWeights(weights, prepared.crop)
 
@@ -162,7 +162,7 @@ def _tower(theirs: Any, name: str, pixels: Pixels) -> ImageTower:
 
 
 @torch.no_grad()
-def _compare(theirs: Any, weights: EncoderWeights, name: str) -> None:
+def _compare(theirs: Any, weights: ImageEncoder, name: str) -> None:
     """Refuse what our tower computes otherwise, whatever option that is."""
     transformer = ImageTransformer(weights.tower)
     if what := misfit(weights.state, transformer.state_dict()):

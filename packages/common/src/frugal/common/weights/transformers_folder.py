@@ -10,19 +10,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal.common.data.tokenizers import Tokenizer
+from frugal.common.data.transforms import CenterCrop
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_transformers_clip
 from frugal.common.weights.folding import fold_layer_scale, fold_patch_bias
-from frugal.common.weights.trained import (
-    Embedded,
-    Misfit,
-    TrainedModel,
-    TrainedRun,
-    misfit_of_projector,
-)
 from frugal.common.weights.transformers_tokenizer import as_transformers, save
+from frugal.common.weights.written import (
+    Embedded,
+    TwoTowers,
+    UnsupportedOption,
+    nearest_crop,
+    unsupported_projector,
+)
 
 USAGE = """\
 ```python
@@ -44,48 +45,58 @@ _ARGMAX = 2
 """An end-of-text id that CLIPModel takes for "the highest id", for its oldest configurations."""
 
 
-def misfit(trained: TrainedModel) -> Misfit | None:
+def unsupported(towers: TwoTowers) -> UnsupportedOption | None:
     """The first option that ``CLIPModel`` cannot express."""
-    config, image, text = trained.config, trained.config.image, trained.config.text
-    if (found := misfit_of_projector(image)) is not None:
+    config, image, text = towers.config, towers.config.image, towers.config.text
+    if (found := unsupported_projector(image)) is not None:
         return found
     if image.class_token == "none":
-        return Misfit("model.image.class_token=none", "CLIPModel always has one")
+        return UnsupportedOption("model.image.class_token=none", "CLIPModel always has one")
     if image.pooling != "class":
-        return Misfit(f"model.image.pooling={image.pooling}", "CLIPModel pools the class token")
+        return UnsupportedOption(
+            f"model.image.pooling={image.pooling}", "CLIPModel pools the class token"
+        )
     if not image.pre_norm:
-        return Misfit("model.image.pre_norm=False", "CLIPModel has a norm before the blocks")
+        return UnsupportedOption(
+            "model.image.pre_norm=False", "CLIPModel has a norm before the blocks"
+        )
     if image.grid[0] != image.grid[1]:
-        return Misfit(f"model.image.image_size={image.image_size}", "CLIPModel takes square images")
-    if (found := misfit_of_text(text)) is not None:
+        return UnsupportedOption(
+            f"model.image.image_size={image.image_size}", "CLIPModel takes square images"
+        )
+    if (found := unsupported_text(text)) is not None:
         return found
     if config.initial_logit_bias is not None:
-        return Misfit("model.initial_logit_bias", "CLIPModel's logits have a scale and no bias")
-    return misfit_of_tokenizer(trained)
+        return UnsupportedOption(
+            "model.initial_logit_bias", "CLIPModel's logits have a scale and no bias"
+        )
+    return unsupported_tokenizer(towers)
 
 
-def misfit_of_text(text: TextTower) -> Misfit | None:
+def unsupported_text(text: TextTower) -> UnsupportedOption | None:
     """The first option of a text tower that ``CLIPTextModel`` cannot express."""
     if not text.causal:
-        return Misfit("model.text.causal=False", "CLIPModel's text tower is causal")
+        return UnsupportedOption("model.text.causal=False", "CLIPModel's text tower is causal")
     if text.pooling != "end_of_text":
-        return Misfit(f"model.text.pooling={text.pooling}", "CLIPModel pools the end-of-text token")
+        return UnsupportedOption(
+            f"model.text.pooling={text.pooling}", "CLIPModel pools the end-of-text token"
+        )
     return None
 
 
-def misfit_of_tokenizer(trained: TrainedModel) -> Misfit | None:
+def unsupported_tokenizer(towers: TwoTowers) -> UnsupportedOption | None:
     """Captions whose end ``CLIPTextModel`` cannot find."""
-    if not trained.captions_end or trained.tokenizer.end_id == _ARGMAX:
-        return Misfit(
+    if not towers.captions_end or towers.tokenizer.end_id == _ARGMAX:
+        return UnsupportedOption(
             "data.tokenizer",
             "CLIPModel needs a token that ends every caption, stands nowhere else and has not the "
-            f"number {_ARGMAX}; here it is {trained.tokenizer.end_id}",
+            f"number {_ARGMAX}; here it is {towers.tokenizer.end_id}",
         )
     return None
 
 
 def model_config(config: DualEncoderConfig, **token_ids: Any) -> Any:
-    """The ``CLIPConfig`` for towers that :func:`misfit` has nothing to say about.
+    """The ``CLIPConfig`` for towers that :func:`unsupported` has nothing to say about.
 
     Args:
         config: without a bias of the patch projection and layer scales.
@@ -129,18 +140,18 @@ def _transformer(tower: ImageTower | TextTower, embed_dim: int) -> dict[str, Any
     }
 
 
-def write(trained: TrainedModel, folder: Path) -> None:
+def write(towers: TwoTowers, folder: Path) -> None:
     """Weights, configuration, and a processor with its tokenizer."""
     from transformers import CLIPProcessor
 
-    state, config = fold_patch_bias(trained.model.state_dict(), trained.config)
+    state, config = fold_patch_bias(towers.model.state_dict(), towers.config)
     state, config = fold_layer_scale(state, config)
     save_file(
         to_transformers_clip(state, config), folder / "model.safetensors", metadata={"format": "pt"}
     )
-    theirs = as_transformers(trained.tokenizer, length=config.text.length)
-    model_config(config, **token_ids(trained.tokenizer)).save_pretrained(folder)
-    pixels = image_processor(trained, config.image)
+    theirs = as_transformers(towers.tokenizer, length=config.text.length)
+    model_config(config, **token_ids(towers.tokenizer)).save_pretrained(folder)
+    pixels = image_processor(towers.transform, config.image)
     CLIPProcessor(image_processor=pixels, tokenizer=theirs).save_pretrained(folder)
     save(theirs, folder)
 
@@ -151,11 +162,11 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     return ids | ({"bos_token_id": tokenizer.prefix[0]} if tokenizer.prefix else {})
 
 
-def image_processor(trained: TrainedRun, tower: ImageTower) -> Any:
+def image_processor(transform: CenterCrop, tower: ImageTower) -> Any:
     """What brings pictures to the size of a tower and normalizes them, as in evaluations."""
     from transformers import CLIPImageProcessor
 
-    crop = trained.crop_in("transformers")
+    crop = nearest_crop(transform, tower, "transformers")
     height, width = tower.height_width
     rows, columns = (int(side / crop.share + 1e-9) for side in (height, width))
     is_stretched = crop.order == "stretch"

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from frugal.common.checkpoint.warm_start import load_weights
+from frugal.common.models.bundle import ModelBundle
+from frugal.common.models.image_encoder import ImageEncoder, image_encoder
 from frugal.common.models.weight_names import State
-from frugal.common.weights.beit_folder import beit_settings, block_state, misfit_of_blocks
-from frugal.common.weights.trained import Misfit, TrainedTower, largest_difference, noise_pictures
+from frugal.common.weights.beit_folder import beit_settings, block_state, unsupported_blocks
+from frugal.common.weights.runs import open_checkpoint
 from frugal.common.weights.vit_folder import labels, processed
+from frugal.common.weights.written import UnsupportedOption, largest_difference, noise_images
 
 USAGE = """\
 ```python
@@ -32,17 +34,17 @@ classes = processor.post_process_semantic_segmentation(made, target_sizes=sizes)
 """
 
 
-def is_segmenter(trained: TrainedTower) -> bool:
-    """Whether the recipe describes UperNet on the tower."""
-    return hasattr(trained.recipe.model, "taps")
+def is_segmenter(bundle: ModelBundle) -> bool:
+    """Whether the model is UperNet on an image tower."""
+    return hasattr(bundle.config, "taps")
 
 
-def misfit(trained: TrainedTower) -> Misfit | None:
+def unsupported(bundle: ModelBundle) -> UnsupportedOption | None:
     """The first option that ``BeitBackbone`` cannot express."""
-    return misfit_of_blocks(trained.tower)
+    return unsupported_blocks(image_encoder(bundle).tower)
 
 
-def write(trained: TrainedTower, folder: Path) -> None:
+def write(bundle: ModelBundle, folder: Path) -> None:
     """Weights of the tower and of both heads, configuration and image processor.
 
     The processor stretches a whole picture to the size of the crops of training, as BEiT's
@@ -55,45 +57,50 @@ def write(trained: TrainedTower, folder: Path) -> None:
         UperNetForSemanticSegmentation,
     )
 
-    recipe: Any = trained.recipe
-    model = recipe.model
+    model: Any = bundle.config
+    encoder = image_encoder(bundle)
     taps = [f"stage{tap}" for tap in model.taps]
-    backbone = beit_settings(trained.tower, add_fpn=True, out_features=taps)
+    backbone = beit_settings(encoder.tower, add_fpn=True, out_features=taps)
     theirs = UperNetForSemanticSegmentation(
         UperNetConfig(
             backbone_config=BeitConfig(**backbone),
-            hidden_size=model.width or trained.tower.width,
+            hidden_size=model.width or encoder.tower.width,
             pool_scales=list(model.pool_scales),
             auxiliary_channels=model.auxiliary_width,
-            auxiliary_loss_weight=recipe.objective.auxiliary_weight,
+            auxiliary_loss_weight=_auxiliary_weight(bundle),
             **labels(model.num_classes),
         )
     )
-    theirs.load_state_dict(_state(trained))
+    theirs.load_state_dict(_state(encoder))
     theirs.save_pretrained(folder)
-    height, width = trained.tower.height_width
+    height, width = encoder.tower.height_width
     SegformerImageProcessor(
         size={"height": height, "width": width},
-        image_mean=trained.tower.mean,
-        image_std=trained.tower.std,
+        image_mean=encoder.tower.mean,
+        image_std=encoder.tower.std,
     ).save_pretrained(folder)
 
 
-def _state(trained: TrainedTower) -> State:
-    state = {f"backbone.beit.{name}": tensor for name, tensor in block_state(trained).items()}
-    for name, tensor in load_weights(trained.checkpoint).items():
-        part, _, rest = name.removeprefix("model.").partition(".")
-        if part != "image":
-            state[f"backbone.fpn.{rest}" if part == "neck" else f"{part}.{rest}"] = tensor
+def _state(encoder: ImageEncoder) -> State:
+    state = {f"backbone.beit.{name}": tensor for name, tensor in block_state(encoder).items()}
+    for name, tensor in encoder.rest.items():
+        part, _, rest = name.partition(".")
+        state[f"backbone.fpn.{rest}" if part == "neck" else f"{part}.{rest}"] = tensor
     return state
 
 
 @torch.no_grad()
-def difference(trained: TrainedTower, folder: Path) -> float:
+def difference(bundle: ModelBundle, folder: Path) -> float:
     """How far the scores of noise are from ours; infinite if one is not finite."""
     from transformers import AutoModelForSemanticSegmentation
 
-    pictures = noise_pictures(trained.tower)
+    pictures = noise_images(bundle.image)
     theirs = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
     scores = theirs(pixel_values=processed(folder, pictures)).logits
-    return largest_difference(trained.objective().model(pictures), scores)
+    return largest_difference(bundle.model(pictures), scores)
+
+
+def _auxiliary_weight(bundle: ModelBundle) -> float:
+    """Of the auxiliary head's loss in training; of no account where the model is only used."""
+    objective: Any = open_checkpoint(bundle.source.path)[1].objective
+    return objective.auxiliary_weight

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import State, to_vit_mae
 from frugal.common.weights.folding import fold_layer_scales
-from frugal.common.weights.trained import Misfit, Seen, TrainedTower
 from frugal.common.weights.transformers_folder import ACTIVATIONS, image_processor
+from frugal.common.weights.written import Seen, UnsupportedOption
 
 USAGE = """\
 ```python
@@ -35,58 +36,62 @@ scores = model(**processor(images, return_tensors="pt")).logits
 """
 
 
-def misfit(trained: TrainedTower) -> Misfit | None:
+def unsupported(encoder: ImageEncoder) -> UnsupportedOption | None:
     """The first option that ``ViTModel`` cannot express."""
-    found = misfit_of_tower(trained.tower)
+    found = unsupported_tower(encoder.tower)
     if found is not None:
         return found
-    if trained.tower.norm_after_pooling or not trained.has_norm:
-        option = "norm_after_pooling=True" if trained.has_norm else "norm"
-        return Misfit(f"model.image.{option}", "ViTModel's last norm acts on every token")
-    if trained.head is not None and trained.tower.pooling != "class":
-        return Misfit(
-            f"model.image.pooling={trained.tower.pooling}",
+    if encoder.tower.norm_after_pooling or not encoder.has_norm:
+        option = "norm_after_pooling=True" if encoder.has_norm else "norm"
+        return UnsupportedOption(
+            f"model.image.{option}", "ViTModel's last norm acts on every token"
+        )
+    if encoder.head is not None and encoder.tower.pooling != "class":
+        return UnsupportedOption(
+            f"model.image.pooling={encoder.tower.pooling}",
             "ViTForImageClassification reads the class token",
         )
     return None
 
 
-def misfit_of_tower(tower: ImageTower) -> Misfit | None:
+def unsupported_tower(tower: ImageTower) -> UnsupportedOption | None:
     """The first option of what comes before the last norm that it cannot express."""
     if tower.class_token == "none":
-        return Misfit("model.image.class_token=none", "ViTModel always has one")
+        return UnsupportedOption("model.image.class_token=none", "ViTModel always has one")
     if tower.pre_norm:
-        return Misfit("model.image.pre_norm=True", "ViTModel has no norm before the blocks")
+        return UnsupportedOption(
+            "model.image.pre_norm=True", "ViTModel has no norm before the blocks"
+        )
     return None
 
 
-def write(trained: TrainedTower, folder: Path) -> None:
+def write(encoder: ImageEncoder, folder: Path) -> None:
     """Weights, configuration and image processor."""
     from transformers import ViTConfig
 
-    state = encoder_state(trained)
-    settings = transformer_settings(trained.tower)
-    if trained.head is None:
+    state = encoder_state(encoder)
+    settings = transformer_settings(encoder.tower)
+    if encoder.head is None:
         settings["architectures"] = ["ViTModel"]
     else:
         state = {f"vit.{name}": tensor for name, tensor in state.items()}
-        weight, bias = trained.head
+        weight, bias = encoder.head
         state |= {"classifier.weight": weight.contiguous(), "classifier.bias": bias}
         settings |= {"architectures": ["ViTForImageClassification"], **labels(len(bias))}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     ViTConfig(**settings).save_pretrained(folder)
-    image_processor(trained, trained.tower).save_pretrained(folder)
+    image_processor(encoder.transform, encoder.tower).save_pretrained(folder)
 
 
-def encoder_state(trained: TrainedTower) -> State:
+def encoder_state(encoder: ImageEncoder) -> State:
     """The tower by the names of checkpoints."""
-    return to_vit_mae(plain_state(trained), trained.tower, published=True)
+    return to_vit_mae(plain_state(encoder), encoder.tower, published=True)
 
 
-def plain_state(trained: TrainedTower) -> State:
+def plain_state(encoder: ImageEncoder) -> State:
     """The tower by our names, without layer scales and with a patch bias, if only of zeros."""
-    state = fold_layer_scales(trained.state)
-    state.setdefault("patch_embed.bias", torch.zeros(trained.tower.width))
+    state = fold_layer_scales(encoder.state)
+    state.setdefault("patch_embed.bias", torch.zeros(encoder.tower.width))
     return state
 
 

@@ -6,6 +6,7 @@ called ``decoder.*``, and by an objective with ``normalize_patches``; common kno
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from frugal.common.checkpoint.warm_start import load_weights
+from frugal.common.checkpoint.warm_start import trained_objective
 from frugal.common.contracts import Batch
+from frugal.common.models.bundle import ModelBundle
+from frugal.common.models.image_encoder import ImageEncoder, image_encoder
 from frugal.common.models.vit import image_table
 from frugal.common.models.weight_names import VIT_MAE_DECODER, State, write_names
-from frugal.common.weights.trained import Misfit, TrainedTower, noise_pictures
+from frugal.common.weights.runs import open_checkpoint
 from frugal.common.weights.transformers_folder import image_processor
 from frugal.common.weights.vit_folder import (
     encoder_state,
-    misfit_of_tower,
     processed,
     transformer_settings,
+    unsupported_tower,
 )
+from frugal.common.weights.written import UnsupportedOption, noise_images
 
+_LOG = logging.getLogger("frugal")
 USAGE = """\
 ```python
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
@@ -37,40 +42,44 @@ loss = model(**processor(images, return_tensors="pt")).loss
 """
 
 
-def misfit(trained: TrainedTower) -> Misfit | None:
+def unsupported(bundle: ModelBundle) -> UnsupportedOption | None:
     """The first option that ``ViTMAEForPreTraining`` cannot express."""
-    recipe, tower = trained.recipe, trained.tower
-    decoder: Any = getattr(recipe.model, "decoder", None)
+    config: Any = bundle.config
+    decoder: Any = getattr(config, "decoder", None)
     if decoder is None or not hasattr(decoder, "kind"):
-        return Misfit(f"model={type(recipe.model).__name__}", "ViTMAEForPreTraining has a decoder")
+        return UnsupportedOption(
+            f"model={type(config).__name__}", "ViTMAEForPreTraining has a decoder"
+        )
+    recipe, tower = open_checkpoint(bundle.source.path)[1], config.image
     if decoder.kind != "plain":
-        return Misfit(
+        return UnsupportedOption(
             f"model.decoder.kind={decoder.kind}",
             "in the decoder of ViTMAEForPreTraining all tokens change",
         )
     if not hasattr(recipe.objective, "normalize_patches"):
-        return Misfit(
+        return UnsupportedOption(
             f"objective={type(recipe.objective).__name__}", "ViTMAEForPreTraining predicts pixels"
         )
     if tower.grid[0] != tower.grid[1]:
-        return Misfit(
+        return UnsupportedOption(
             f"model.image.image_size={tower.image_size}",
             "ViTMAEForPreTraining takes square images",
         )
-    return misfit_of_tower(tower)
+    return unsupported_tower(tower)
 
 
-def write(trained: TrainedTower, folder: Path) -> None:
+def write(bundle: ModelBundle, folder: Path) -> None:
     """Weights, both position tables included, configuration and image processor."""
     from transformers import ViTMAEConfig
 
-    recipe: Any = trained.recipe
-    shape = recipe.model.decoder.tower(trained.tower)
-    state = {f"vit.{name}": tensor for name, tensor in encoder_state(trained).items()}
-    state |= {f"decoder.{name}": tensor for name, tensor in _decoder_state(trained, shape).items()}
+    recipe: Any = open_checkpoint(bundle.source.path)[1]
+    encoder = image_encoder(bundle)
+    shape = recipe.model.decoder.tower(encoder.tower)
+    state = {f"vit.{name}": tensor for name, tensor in encoder_state(encoder).items()}
+    state |= {f"decoder.{name}": tensor for name, tensor in _decoder_state(encoder, shape).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     ViTMAEConfig(
-        **transformer_settings(trained.tower),
+        **transformer_settings(encoder.tower),
         decoder_hidden_size=shape.width,
         decoder_num_hidden_layers=shape.depth,
         decoder_num_attention_heads=shape.heads,
@@ -79,24 +88,24 @@ def write(trained: TrainedTower, folder: Path) -> None:
         mask_ratio=getattr(recipe.reduction.image, "mask_ratio", 0.75),
         architectures=["ViTMAEForPreTraining"],
     ).save_pretrained(folder)
-    image_processor(trained, trained.tower).save_pretrained(folder)
+    image_processor(encoder.transform, encoder.tower).save_pretrained(folder)
 
 
-def _decoder_state(trained: TrainedTower, shape: Any) -> State:
-    prefix = "model.decoder."
-    weights = load_weights(trained.checkpoint)
-    state = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+def _decoder_state(encoder: ImageEncoder, shape: Any) -> State:
+    prefix = "decoder."
+    state = {n.removeprefix(prefix): t for n, t in encoder.rest.items() if n.startswith(prefix)}
     state["pos_embed"] = image_table(shape)
     return write_names(state, VIT_MAE_DECODER, target="transformers' ViTMAE")
 
 
 @torch.no_grad()
-def difference(trained: TrainedTower, folder: Path) -> float:
+def difference(bundle: ModelBundle, folder: Path) -> float:
     """How far the loss of noise is from ours, the same patches hidden; infinite if not finite."""
     from transformers import ViTMAEForPreTraining
 
-    objective = trained.objective()
-    pictures = noise_pictures(trained.tower)
+    checkpoint, recipe = open_checkpoint(bundle.source.path)
+    objective = trained_objective(recipe, checkpoint.folder, log=_LOG)
+    pictures = noise_images(bundle.image)
     numbers = torch.arange(len(pictures))
     batch = Batch(images=pictures, sample_numbers=numbers, valid=torch.ones_like(numbers).bool())
     view, noise = objective.look(batch)

@@ -1,0 +1,398 @@
+"""Run directories and their checkpoints as models: read and written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from frugal.common.checkpoint.store import (
+    Checkpoint,
+    copy_weights,
+    find_checkpoint,
+    recipe_of_run,
+    save_weights,
+)
+from frugal.common.checkpoint.warm_start import MODEL_FILE, load_weights
+from frugal.common.data.config import ImageData, PairData
+from frugal.common.data.damage import PassedOver
+from frugal.common.data.samples import IMAGE_EXTENSIONS
+from frugal.common.data.stores.class_folders import kept_classes, read_class_folders
+from frugal.common.data.tokenizers import ClipBpe, HuggingFace, SavedTokenizer, WordPiece
+from frugal.common.data.transforms import CenterCrop
+from frugal.common.errors import InputError
+from frugal.common.files import read_json_object, write_json
+from frugal.common.models.bundle import ModelBundle, Source, TokenizerSource
+from frugal.common.models.fit import misfit
+from frugal.common.recipe import Recipe, from_json, to_json
+
+
+def load_run(path: Path) -> ModelBundle:
+    """The model of a run, with the moving average of its weights where the run kept one.
+
+    Args:
+        path: a run directory, or one of its checkpoints.
+
+    Raises:
+        InputError: if there is no whole checkpoint, or its weights are not of the run's model.
+    """
+    checkpoint = find_checkpoint(path)
+    folder = checkpoint.folder.parent.parent
+    if is_described_alone(folder):
+        return _read_description(checkpoint, path)
+    checkpoint, recipe = open_checkpoint(path)
+    weights = load_weights(checkpoint)
+    state = {n.removeprefix("model."): t for n, t in weights.items() if n.startswith("model.")}
+    plain = replace(recipe, engine=replace(recipe.engine, compile=False))
+    model = recipe.objective.trained_model(plain, state)
+    _fill(model, state, checkpoint)
+    return _from_training(bundle_of(model.eval(), recipe), path, checkpoint, recipe, average=True)
+
+
+def describe_run(
+    path: Path, checkpoint: Checkpoint, recipe: Recipe, *, average: bool
+) -> ModelBundle:
+    """The same without its weights, however large they are, and perhaps not their average."""
+    bundle = bundle_of(nn.Module(), recipe)
+    return _from_training(bundle, path, checkpoint, recipe, average=average)
+
+
+def _from_training(
+    bundle: ModelBundle, path: Path, checkpoint: Checkpoint, recipe: Recipe, *, average: bool
+) -> ModelBundle:
+    folder = checkpoint.folder.parent.parent
+    source = Source(
+        path=path,
+        library="frugal",
+        name=checkpoint.folder.name,
+        step=checkpoint.step,
+        samples=checkpoint.step * recipe.batch_size,
+        training=_training(recipe, checkpoint.step, average=average),
+        # what was measured is of the average
+        numbers=measured(folder, step=checkpoint.step) if average else {},
+    )
+    return replace(bundle, source=source)
+
+
+def open_checkpoint(path: Path) -> tuple[Checkpoint, Recipe]:
+    """A checkpoint and the recipe of its run, with the folder where that lies now.
+
+    Raises:
+        InputError: if there is no whole checkpoint.
+    """
+    checkpoint = find_checkpoint(path)
+    folder = checkpoint.folder.parent.parent
+    recipe = recipe_of_run(folder)
+    assert recipe is not None  # it has a checkpoint
+    return checkpoint, replace(recipe, run=replace(recipe.run, dir=folder))
+
+
+def recipe_if_any(path: Path) -> Recipe | None:
+    """The recipe of a run or checkpoint; None of weights that were trained elsewhere.
+
+    Raises:
+        InputError: if there is no whole checkpoint, or its recipe cannot be read.
+    """
+    folder = find_checkpoint(path).folder.parent.parent
+    return None if is_described_alone(folder) else open_checkpoint(path)[1]
+
+
+def is_described_alone(folder: Path) -> bool:
+    """Whether a run directory holds weights that were trained elsewhere."""
+    return (folder / MODEL_FILE).is_file() and not (folder / "recipe.json").exists()
+
+
+def bundle_of(model: nn.Module, recipe: Recipe) -> ModelBundle:
+    """The model that a recipe trains, as it is at this moment."""
+    config: Any = recipe.model
+    data: Any = recipe.data
+    folder = recipe.run.dir or Path()
+    text = getattr(config, "text", None)
+    tokenizer = None if text is None else data.tokenizer
+    if tokenizer is not None and (folder / "tokenizer").is_dir():
+        # what the recipe names may lie on another machine, or on the hub
+        tokenizer = SavedTokenizer(folder=folder / "tokenizer")
+    return ModelBundle(
+        model=model,
+        config=config,
+        image=getattr(config, "image", None),  # type: ignore[arg-type]
+        text=text,
+        tokenizer_source=tokenizer,
+        transform=crop_of(recipe),
+        source=Source(path=folder, library="frugal", name=folder.name),
+        text_reduction=recipe.reduction.text,
+        class_names=_class_names(recipe, folder),
+        precision=recipe.engine.precision,
+        seed=recipe.run.seed,
+    )
+
+
+def crop_of(recipe: Recipe) -> CenterCrop:
+    """Which part of an image the first evaluation of a recipe shows the model."""
+    crops = (getattr(task, "crop", None) for task in recipe.evaluation)
+    return next((crop for crop in crops if isinstance(crop, CenterCrop)), CenterCrop())
+
+
+def _class_names(recipe: Recipe, folder: Path) -> tuple[str, ...] | None:
+    """The class folders that a classifier was trained on; None where they cannot be known."""
+    count = getattr(recipe.model, "num_classes", None)
+    if count is None or not isinstance(recipe.data, ImageData):
+        return None
+    if (kept := kept_classes(folder)) is not None:
+        return tuple(kept)
+    trained_on = recipe.data.train
+    if not trained_on or not Path(trained_on[0]).is_dir():
+        return None
+    # runs of earlier versions kept no names
+    found = read_class_folders(Path(trained_on[0]), IMAGE_EXTENSIONS, PassedOver())
+    return tuple(found.names) if any(found.images.values()) and len(found.names) == count else None
+
+
+def _training(recipe: Recipe, step: int, *, average: bool) -> dict[str, str]:
+    """How a run trained, in words."""
+    samples = step * recipe.batch_size
+    decay = recipe.engine.ema_decay if average else None
+    training = {
+        "samples": f"{samples:,} in steps of {recipe.batch_size:,}" if samples else "not known",
+        "data": ", ".join(getattr(recipe.data, "train", ())) or "not stated",
+        "image tokens": part_in_words(recipe.reduction.image),
+        "text tokens": part_in_words(recipe.reduction.text),
+        "objective": part_in_words(recipe.objective),
+        "optimizer": part_in_words(recipe.optimizer),
+        "schedule": part_in_words(recipe.schedule),
+        "weights": "of the last step" if decay is None else f"moving average, decay {decay}",
+    }
+    if recipe.reduction.text is None:
+        del training["text tokens"]
+    return training
+
+
+def measured(folder: Path, *, step: int) -> dict[str, dict[str, Any]]:
+    """What a run measured with the weights of a step, by task."""
+    found = {}
+    for file in sorted((folder / "evaluation").glob("*.json")):
+        try:
+            numbers = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(numbers, dict) and numbers.get("step") == step:
+            found[file.stem] = numbers
+    return found
+
+
+def part_in_words(part: Any) -> str:
+    """A part of a recipe with its settings."""
+    settings = to_json(part)
+    if not isinstance(settings, dict):
+        return str(settings)
+    name = settings.pop("type").rpartition(".")[2]
+    settings.pop("facts", None)  # all that a model of another library is made of
+    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing
+
+
+USAGE = """\
+    python -m frugal.common.evaluate --checkpoint FOLDER --data ...
+    python -m frugal.common.export --checkpoint FOLDER --to open_clip --out ...
+
+A recipe starts from these weights with `--run.start-from FOLDER`.
+"""
+USAGE_OF_A_TOWER = """\
+    python -m frugal.common.export --checkpoint FOLDER --to timm --out ...
+
+A recipe starts from these weights with `--run.start-from FOLDER`.
+"""
+
+
+def refuse_taken(out: Path) -> None:
+    """Nothing is ever overwritten.
+
+    Raises:
+        InputError: if there is a file, or a folder that holds something.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise InputError(f"{out} {what}, and nothing is overwritten; choose another --out")
+
+
+def write_run(bundle: ModelBundle, folder: Path) -> None:
+    """One checkpoint with the weights of a model, its tokenizer, numbers and description."""
+    named = {f"model.{name}": tensor for name, tensor in bundle.model.state_dict().items()}
+    save_weights(folder / "checkpoints", named, step=bundle.source.step or 0)
+    tokenizer = _kept_tokenizer(bundle.tokenizer_source, folder / "tokenizer")
+    write_description(replace(bundle, tokenizer_source=tokenizer), folder)
+    for task, numbers in bundle.source.numbers.items():
+        write_json(folder / "evaluation" / f"{task}.json", dict(numbers))
+
+
+def difference(bundle: ModelBundle, folder: Path) -> float:
+    """0 where a written folder has every weight bit for bit, else infinite."""
+    written = load_weights(find_checkpoint(folder))
+    state = bundle.model.state_dict()
+    same = len(written) == len(state) and all(
+        written[f"model.{name}"].equal(tensor) for name, tensor in state.items()
+    )
+    return 0.0 if same else float("inf")
+
+
+def copy_run(checkpoint: Checkpoint, recipe: Recipe, folder: Path, *, average: bool) -> None:
+    """The same of a checkpoint, however large: a few MiB of it are in memory at a time.
+
+    Args:
+        checkpoint: of the run.
+        recipe: of the run; ``run.dir`` is where it lies.
+        folder: is filled.
+        average: take the moving average of a weight where there is one.
+
+    Raises:
+        InputError: if a number is not finite.
+    """
+    source = checkpoint.folder.parent.parent
+    copy_weights(checkpoint, folder / "checkpoints", average=average)
+    if (source / "tokenizer").is_dir():
+        shutil.copytree(source / "tokenizer", folder / "tokenizer")
+    if average:
+        shutil.copyfile(source / "recipe.json", folder / "recipe.json")
+        for task in measured(source, step=checkpoint.step):
+            (folder / "evaluation").mkdir(exist_ok=True)
+            shutil.copyfile(
+                source / "evaluation" / f"{task}.json", folder / "evaluation" / f"{task}.json"
+            )
+    else:  # what was measured is of the average
+        recipe = replace(recipe, engine=replace(recipe.engine, ema_decay=None))
+        write_json(folder / "recipe.json", to_json(recipe))
+    written, stored = find_checkpoint(folder).tensor_bytes(), checkpoint.tensor_bytes()
+    names = checkpoint.weights(average=average)
+    assert all(written[f"weight/{n}"].equals(stored[source]) for n, source in names.items())
+
+
+def write_description(bundle: ModelBundle, folder: Path) -> None:
+    """``model.json``: what of a model is no weight."""
+    content = {
+        "model": to_json(bundle.config),
+        "tokenizer": to_json(bundle.tokenizer_source),
+        "transform": to_json(bundle.transform),
+        "library": bundle.source.library,
+        "told_by": bundle.told_by,
+        "class_names": bundle.class_names,
+    }
+    write_json(folder / MODEL_FILE, content)
+
+
+def _read_description(checkpoint: Checkpoint, path: Path) -> ModelBundle:
+    """The model of a folder that ``model.json`` describes and no recipe."""
+    folder = checkpoint.folder.parent.parent
+    about = read_json_object(folder / MODEL_FILE)
+    source = str(folder / MODEL_FILE)
+    try:
+        config, transform = (
+            from_json(about[name], source=source) for name in ("model", "transform")
+        )
+        tokenizer = from_json(about["tokenizer"], source=source)
+        library = str(about["library"])
+    except KeyError as error:
+        raise InputError(f"{source} lacks {error.args[0]!r}; copy it again") from None
+    if tokenizer is not None and (folder / "tokenizer").is_dir():
+        tokenizer = SavedTokenizer(folder=folder / "tokenizer")
+    state = {n.removeprefix("model."): t for n, t in load_weights(checkpoint).items()}
+    model = config.build()
+    _fill(model, state, checkpoint)
+    names = about.get("class_names")
+    return ModelBundle(
+        model=model.eval(),
+        config=config,
+        image=config.image,
+        text=getattr(config, "text", None),
+        tokenizer_source=tokenizer,
+        transform=transform,
+        source=Source(path=path, library=library, name=checkpoint.folder.name),
+        class_names=None if names is None else tuple(names),
+        precision="auto",
+        told_by=str(about.get("told_by", "")),
+    )
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    if what := misfit(state, model.state_dict()):
+        raise InputError(
+            f"the weights of {checkpoint.folder} do not fit this recipe's model: "
+            f"{what}; copy both again"
+        )
+    model.load_state_dict(state)
+
+
+def copy_recipe(source: Path, folder: Path) -> None:
+    """The settings of a run beside its weights in another library's layout, where there are any."""
+    recipe = folder_of(source) / "recipe.json"
+    if is_own(source) and recipe.is_file():
+        shutil.copyfile(recipe, folder / "recipe.json")
+
+
+def folder_of(path: Path) -> Path:
+    """The run directory of a checkpoint; any other path as it is."""
+    return find_checkpoint(path).folder.parent.parent if is_own(path) else path
+
+
+def is_own(path: Path) -> bool:
+    """Whether a path is a run directory or checkpoint of this library."""
+    return (
+        (path / "state.json").exists()
+        or (path / "checkpoints").is_dir()
+        or (path.name in ("checkpoints", "best.json"))
+    )
+
+
+def _kept_tokenizer(source: TokenizerSource | None, folder: Path) -> TokenizerSource | None:
+    """The same with a copy of its vocabulary, unless that is still to be fetched from the hub."""
+    if isinstance(source, WordPiece) and source.vocab is not None:
+        source.load().save(folder)
+        return replace(source, vocab=folder / "vocab.txt")
+    is_here = isinstance(source, HuggingFace) and Path(source.name).is_dir()
+    if source is not None and (isinstance(source, (ClipBpe, SavedTokenizer)) or is_here):
+        source.load().save(folder)
+    return source
+
+
+def write_converted(out: Path, recipe: Recipe, weights: Mapping[str, Tensor], *, step: int) -> None:
+    """Weights of another library as a run of a recipe, with a copy of its vocabulary file.
+
+    Args:
+        out: new or empty; what was written of it is removed again if that fails.
+        recipe: its run directory becomes ``out``.
+        weights: of the model, under our names.
+        step: how long they were trained.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    folder = out.resolve()
+    existed = folder.exists()
+    data = recipe.data
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(data, PairData):
+            kept: Any = _kept_tokenizer(data.tokenizer, folder / "tokenizer")
+            data = replace(data, tokenizer=kept)
+        # the objective's names: it holds the model as a part
+        named = {f"model.{name}": tensor for name, tensor in weights.items()}
+        save_weights(folder / "checkpoints", named, step=step)
+        run = replace(recipe.run, dir=folder, interpolate=False)
+        recipe = replace(recipe, data=data, run=run)
+        write_json(folder / "recipe.json", to_json(recipe))
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if existed:
+            folder.mkdir(exist_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{out} cannot be written ({error.strerror})") from None
+        raise
