@@ -408,6 +408,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, existed: bool):
 _MEASURED = """
 import logging, sys
 from pathlib import Path
+from frugal.flip.convert import Options, convert
 
 def status(name):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if name in l)

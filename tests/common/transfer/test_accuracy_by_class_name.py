@@ -59,6 +59,7 @@ def begin(recipe: Recipe, run: Run, *, first_sample: int = 0) -> None:
 
 def measure(data: Path, run: Run, recipe: Recipe) -> dict[str, float | int]:
     model = CONFIG.build(torch.Generator().manual_seed(0))
+    recipe = replace(recipe, run=replace(recipe.run, dir=run.dir))
     return Accuracy(data=data).evaluate(bundle_of(model, recipe), run)
 
 

@@ -143,7 +143,7 @@ def embedding_model(bundle: ModelBundle) -> nn.Module:
     if bundle.text is not None:
         return bundle.model
     device = next(bundle.model.parameters()).device
-    return EncoderAlone(image_encoder(bundle).build()).to(device).eval()
+    return EncoderAlone(image_encoder(bundle).build(needs_norm=False)).to(device).eval()
 
 
 class Embedder:

@@ -65,8 +65,11 @@ class ImageEncoder:
         """What of the weights is not of this tower, by name, count and shape; or None."""
         return misfit(self.state, self._needed())
 
-    def build(self) -> ImageTransformer:
+    def build(self, *, needs_norm: bool = True) -> ImageTransformer:
         """The tower, on the CPU in float32.
+
+        Args:
+            needs_norm: refuse weights without the last norm, which segmenters have none of.
 
         Raises:
             InputError: if the weights are not those of one tower.
@@ -76,7 +79,9 @@ class ImageEncoder:
         tower.to_empty(device="cpu")
         if self.tower.positions != "learned":
             tower.pos_embed.copy_(image_table(self.tower))
-        if what := self.misfit():
+        if not (needs_norm or self.has_norm):
+            tower.norm = nn.Identity()  # type: ignore[assignment]
+        if what := misfit(self.state, tower.state_dict()):
             raise InputError(f"{self.source} does not hold one whole tower: {what}")
         tower.load_state_dict(self.state)
         return tower

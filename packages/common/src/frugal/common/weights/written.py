@@ -177,7 +177,7 @@ def tower_difference(
         see: what the library makes of (B, 3, H, W) uint8 images with a written folder.
         folder: as it was written.
     """
-    images, transformer = noise_images(encoder.tower), encoder.build().eval()
+    images, transformer = noise_images(encoder.tower), encoder.build(needs_norm=False).eval()
     scores = transformer.forward_pooled if encoder.scores is None else encoder.scores
     here, there = (scores(images), transformer.forward_tokens(images)), see(folder, images)
     return max(
