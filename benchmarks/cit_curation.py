@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def curate(pool_folder: Path, device: str) -> dict[str, Any]:
     """Scan a pool once."""
     import torch
 
-    from frugal.cit.curation import Curator, Gather
+    from frugal.cit.curation import Curator, gather_scores
     from frugal.cit.features import TextFeatures
     from frugal.cit.pool import open_pool
 
@@ -197,7 +198,8 @@ def curate(pool_folder: Path, device: str) -> dict[str, Any]:
     features = TextFeatures(
         tower, pool.transform.tokenizer, length=length, device=run.device, dtype=torch.float32
     )
-    options = {"needed": recipe.batch_size, "features": features, "gather": Gather(run)}
+    gather = partial(gather_scores, device=run.device)
+    options = {"needed": recipe.batch_size, "features": features, "gather": gather}
     for limit in (data.scan, pool.samples):  # the first chooses kernels
         limited = replace(data, max_scanned=limit)
         curator = Curator(limited, limited.rule, pool, data.metadata.classes(), run, first_unit=0)

@@ -26,8 +26,8 @@ from measuring import fastest, measured, memory_in_mib, place, read_step_options
 
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.contracts import Batch
-from frugal.common.randomness import SampleNoise
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.randomness import NoiseSource, SampleNoise
+from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 
 if TYPE_CHECKING:
@@ -142,15 +142,15 @@ def cloudy_batch(options: argparse.Namespace) -> Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilledUp:
+class FilledUp(ImageReduction):
     """The published layout: visible patches, and masked ones until there are equally many."""
 
     clusters: ClusterMasking
 
-    def keep(self, view: PatchView, *, noise: SampleNoise) -> Kept:
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches:
         """Dense, (B, K), with K the most that an image may keep: some image of a batch does."""
         mask = self.clusters.mask(view, noise=noise)
-        return Kept.dense(mask.order[:, : mask.most_kept])
+        return KeptPatches.dense(mask.order[:, : mask.most_kept])
 
 
 def small_recipe(options: argparse.Namespace, batch: Batch) -> Recipe:
@@ -165,7 +165,7 @@ def small_recipe(options: argparse.Namespace, batch: Batch) -> Recipe:
         text=replace(recipe.model.text, depth=options.depth),
     )
     view, noise = PatchView.of(batch.images, model.image), SampleNoise(0, batch.sample_numbers)
-    clusters = ClusterMasking(target_mask_ratio=TARGET).prepared(
+    clusters = ClusterMasking(target_mask_ratio=TARGET).calibrate(
         [(view, noise)], gather=lambda value: [value], log=logging.getLogger(__name__)
     )
     ratio = clusters.mask(view, noise=noise).mask_ratio.mean().item()
@@ -194,7 +194,7 @@ def published_tower(tower: ImageTransformer) -> Any:
             super().__init__()
             self.tower = tower
 
-        def forward(self, images: torch.Tensor, kept: Kept) -> torch.Tensor:
+        def forward(self, images: torch.Tensor, kept: KeptPatches) -> torch.Tensor:
             hits = kept.index.new_zeros(len(images), 1 + kept.index.shape[1])
             bias = published_bias(hits, tower.config.heads)
             return tower_with_bias(tower, images, kept.index, bias)
@@ -212,7 +212,7 @@ def training_step(
     from frugal.common.run import Run, make_logger
 
     run = Run(Path("runs/benchmarks"), 0, 1, 0, torch.device(options.device), make_logger(0))
-    objective = recipe.objective.build(recipe)
+    objective: Any = recipe.objective.build(recipe)
     if options.measure == "reference":
         objective.model.image = published_tower(objective.model.image)
     engine = AccelerateEngine(objective, recipe, run)
@@ -228,7 +228,9 @@ def training_step(
     def choose() -> torch.Tensor:
         view = PatchView.of(batch.images, recipe.model.image)
         noise = SampleNoise(0, batch.sample_numbers)
-        return recipe.reduction.image.keep(view, noise=noise).index
+        kept = recipe.reduction.image.keep(view, noise=noise)
+        assert kept is not None
+        return kept.index
 
     return step, metrics, choose
 

@@ -121,7 +121,7 @@ def frugal_loss(options: argparse.Namespace) -> Callable[..., Any]:
     def repeated(local: Any, group: Any = None) -> Any:
         return local.detach().repeat(options.world, *[1] * (local.ndim - 1))
 
-    module.gather_values = repeated
+    module.gather = repeated
     module.place_in_world = lambda group=None: (0, options.world)
 
     def loss(images: Any, texts: Any, log_scale: Any) -> Any:

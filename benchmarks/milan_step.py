@@ -116,8 +116,7 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
     import torch
 
     from frugal.common.contracts import Batch
-    from frugal.common.optim.optimizers import build_adamw
-    from frugal.common.recipe import AdamW
+    from frugal.common.optim.optimizers import AdamW
     from frugal.milan.decoders import Split
     from frugal.milan.objective import Reconstruction
     from frugal.milan.recipes import vit_b16
@@ -147,7 +146,7 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
 
     model = config.build(outputs=FEATURES).to(device)
     objective = Reconstruction(model, Ready(), reduction=recipe.reduction.image, seed=0)
-    optimizer = build_adamw(objective, recipe.optimizer)
+    optimizer = recipe.optimizer.build(objective)
     batch = Batch(
         images=random_images(options),
         sample_numbers=torch.arange(options.batch, device=device),
@@ -155,8 +154,10 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
     )
 
     def plain_loss() -> torch.Tensor:
-        view, noise = objective.look(batch)
-        split = Split.of(objective.reduction.keep(view, noise=noise), patches)
+        view, noise = objective.patch_view(batch)
+        kept = objective.reduction.keep(view, noise=noise)
+        assert kept is not None
+        split = Split.of(kept, patches)
         return readable.feature_loss(readable.predict(model, batch.images, split), target.values)
 
     def step() -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from measuring import write
 
@@ -33,7 +34,7 @@ from frugal.common.data.sources import index_missing, open_shard
 from frugal.common.data.tokenizers import ClipBpe, Tokenizer, WordPiece
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
-from frugal.common.reduction.text import Truncate
+from frugal.common.reduction.text import TextReduction, Truncate
 from frugal.common.run import make_logger
 
 ROOT = Path(__file__).parents[1]
@@ -158,12 +159,10 @@ def open_clip_tokenizers() -> dict[str, Callable[[str], Any]]:
     }
 
 
-def is_ready(name: str, reduction: Any, tokenizer: Tokenizer) -> bool:
+def is_ready(name: str, reduction: TextReduction, tokenizer: Tokenizer) -> bool:
     """Whether a strategy has what it needs; if not, says what is missing."""
     try:
-        prepare = getattr(reduction, "prepare", None)
-        if prepare is not None:
-            prepare(tokenizer, length=LENGTH)
+        reduction.prepare(tokenizer, length=LENGTH)
     except InputError as error:
         print(f"{name} masking is left out: {error}")
         return False
@@ -209,8 +208,9 @@ def rate(
 
 def check_agreement(theirs: Callable[[str], Any], clip: Tokenizer, captions: list[str]) -> None:
     """Both sides must have done the same work."""
+    draws = np.random.default_rng(0)
     for caption in captions:
-        ids = Truncate().encode(caption, clip, length=LENGTH, generator=None)
+        ids = Truncate().encode(caption, clip, length=LENGTH, generator=draws)
         if theirs(caption)[0].tolist()[: len(ids)] != ids:
             sys.exit(f"open_clip has other tokens for {caption!r}")
 

@@ -13,11 +13,12 @@ METHOD = '''
 from dataclasses import dataclass, replace
 
 from frugal.common.recipe import Recipe
+from frugal.common.reduction.image import ImageReduction, KeptPatches
 from frugal.flip.recipes import demo  # a recipe to start from; a real method writes its own
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftPart:
+class LeftPart(ImageReduction):
     """The leftmost columns of patches stay."""
 
     columns: int = 1
@@ -27,11 +28,9 @@ class LeftPart:
         """Dense indices, row-major."""
         import torch
 
-        from frugal.common.reduction.image import Kept
-
         rows, columns = view.grid
         index = torch.arange(rows * columns).view(rows, columns)[:, : self.columns].flatten()
-        return Kept.dense(index.expand(len(view.images), -1))
+        return KeptPatches.dense(index.expand(len(view.images), -1))
 
 
 def left_demo() -> Recipe:

@@ -23,13 +23,14 @@ from tower_cases import (
 from frugal.cit.objective import LockedContrastive
 from frugal.cit.published_dual import to_released
 from frugal.cit.recipes import published_optimizer
+from frugal.common.checkpoint.warm_start import warm_start
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage
 from frugal.common.models.text import TextTower
 from frugal.common.objectives.contrastive_loss import LARGEST_LOG_SCALE
-from frugal.common.optim.optimizers import build_optimizer, set_learning_rate
-from frugal.common.recipe import AdamW, EngineOptions, Recipe, Reductions
+from frugal.common.optim.optimizers import AdamW, set_learning_rate
+from frugal.common.recipe import EngineOptions, Recipe, Reductions
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate
 
@@ -77,7 +78,7 @@ def test_what_is_frozen_is_bit_for_bit_what_it_was(recipe: Recipe, parts) -> Non
     module = objective_of(replace(recipe, objective=chosen))
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     free = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    optimizer = build_optimizer(module, published_optimizer())
+    optimizer = published_optimizer().build(module)
     set_learning_rate(optimizer, 1e-3)
     for seed in range(2):
         loss, _ = module(batch_of(seed=seed))
@@ -112,7 +113,7 @@ def test_there_are_three_groups_of_weight_decay(recipe: Recipe) -> None:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     decays = {
         names[id(parameter)]: group["weight_decay"]
-        for group in build_optimizer(module, published_optimizer()).param_groups
+        for group in published_optimizer().build(module).param_groups
         for parameter in group["params"]
     }
     assert decays.keys() == set(names.values())
@@ -123,11 +124,11 @@ def test_there_are_three_groups_of_weight_decay(recipe: Recipe) -> None:
             assert decays[name] == (0.0 if parameter.ndim == 1 else 0.2), name
     assert decays["model.image.pos_embed"] == decays["model.image.cls_token"] == 0.2
     assert decays["model.logit_scale"] == 0.0
-    published = build_optimizer(module, published_optimizer(no_decay=("bias", "norm")))
+    published = published_optimizer(no_decay=("bias", "norm")).build(module)
     held = {names[id(p)]: g["weight_decay"] for g in published.param_groups for p in g["params"]}
     assert {name for name in names.values() if held[name] != decays[name]} == {"model.logit_scale"}
     with pytest.raises(InputError, match="projects into no shared space"):
-        build_optimizer(torch.nn.Linear(2, 2), published_optimizer())
+        published_optimizer().build(torch.nn.Linear(2, 2))
     assert AdamW(learning_rate=1.0).projection_weight_decay is None
 
 
@@ -174,7 +175,9 @@ def test_flops_of_frozen_parts_are_those_of_one_pass(recipe: Recipe) -> None:
 def started(recipe: Recipe, source: Path | None = None, **objective: str):
     chosen = LockedContrastive(**objective)
     module = objective_of(replace(recipe, objective=chosen))
-    module.start_from(source, interpolate=False, log=LOG)
+    if not module.start_from(source, interpolate=False, log=LOG):
+        assert source is not None
+        warm_start(module, source, resample=None, log=LOG)
     return module
 
 

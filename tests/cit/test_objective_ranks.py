@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tower_cases import MOCO, batch_of, objective_of, recipe_of, text_of
 
-from frugal.common.optim.optimizers import build_optimizer, set_learning_rate
+from frugal.common.optim.optimizers import set_learning_rate
 from support import start_ranks
 
 SAMPLES, STEPS = 8, 3
@@ -27,7 +27,7 @@ def weights(rank: int, world: int, bert: Path) -> dict[str, Tensor]:
     text = text_of(bert, pretrained=False, dropout=0.0)
     recipe = recipe_of(MOCO, text, bert, train_image="head")
     module = objective_of(recipe)
-    optimizer = build_optimizer(module, recipe.optimizer)
+    optimizer = recipe.optimizer.build(module)
     set_learning_rate(optimizer, 1e-3)
     size = SAMPLES // world
     for seed in range(STEPS):

@@ -28,7 +28,7 @@ from frugal.cit.recipes import dual_encoder
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage, TransformersImage, TransformersText
 from frugal.common.recipe import from_json, to_json
-from frugal.common.reduction.image import Kept
+from frugal.common.reduction.image import KeptPatches
 
 NARROW = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48,
@@ -293,7 +293,7 @@ def test_a_foreign_image_tower_sees_images_whole(bert: Path) -> None:
     image = TimmImage(name="resnet18", image_size=32, pretrained=False)
     tower = image.module()
     with pytest.raises(InputError, match="sees images whole"):
-        tower(batch_of().images, Kept.dense(torch.zeros(6, 1, dtype=torch.int64)))
+        tower(batch_of().images, KeptPatches.dense(torch.zeros(6, 1, dtype=torch.int64)))
     with pytest.raises(InputError, match="reached a tower built for 32"):
         tower(batch_of(size=64).images)
 

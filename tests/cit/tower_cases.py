@@ -20,7 +20,8 @@ from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.models.pretrained import TransformersText
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import Recipe, Reductions, WarmupCosine, to_json
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import Recipe, Reductions, to_json
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate
 from frugal.common.run import Run
@@ -91,7 +92,7 @@ def write_run(folder: Path, recipe: Recipe) -> Path:
     recipe.data.save_tokenizer(folder / "tokenizer")
     run = Run(folder, 0, 1, 0, torch.device("cpu"), LOG)
     state = {"step": 20, "updates": 20, "loss_scale": {}}
-    CheckpointStore(run, keep=1).save(tensors, state, gather=lambda value: [value])
+    CheckpointStore(run, keep=1).save(tensors, state)
     return folder
 
 

@@ -130,7 +130,6 @@ def test_a_fine_tuning_has_the_weights_of_the_stage_before_and_other_tables(name
 
 
 def test_weight_decay_acts_on_what_the_references_decayed():
-    from frugal.common.optim.optimizers import decayed_names
 
     for name, spared in (
         ("vit-l16-i17-t16-tuning-224", {"image.cls_token"}),
@@ -140,7 +139,7 @@ def test_weight_decay_acts_on_what_the_references_decayed():
         with torch.device("meta"):
             model = DualEncoder(recipe.model)
         matrices = {key for key, value in model.named_parameters() if value.ndim >= 2}
-        assert decayed_names(model, recipe.optimizer) == matrices - spared
+        assert recipe.optimizer.decayed_names(model) == matrices - spared
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

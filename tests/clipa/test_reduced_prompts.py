@@ -9,13 +9,12 @@ import torch
 from frugal.clipa.recipes import RECIPES
 from frugal.clipa.syntax_masking import SyntaxMasking
 from frugal.clipa.text_masking import BlockTextMasking, RandomTextMasking
-from frugal.common.contracts import TextReduction
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.recipe import Recipe
-from frugal.common.reduction.text import Truncate
+from frugal.common.reduction.text import TextReduction, Truncate
 from frugal.common.run import Run, make_logger
 from frugal.flip.text_masking import TextMasking as MaskingInPlace
 

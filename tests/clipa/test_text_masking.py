@@ -15,12 +15,11 @@ from open_clip.tokenizer import random_mask_tokenize, simple_mask_tokenize
 from frugal.clipa.frequency_masking import FrequencyMasking
 from frugal.clipa.syntax_masking import SyntaxMasking
 from frugal.clipa.text_masking import BlockTextMasking, RandomTextMasking
-from frugal.common.contracts import TextReduction
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
 from frugal.common.recipe import Recipe, from_json, to_json
-from frugal.common.reduction.text import Truncate
+from frugal.common.reduction.text import TextReduction, Truncate
 from frugal.flip.recipes import demo
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -22,7 +22,7 @@ from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, ImageTower, ImageTransformer
 from frugal.common.models.weight_names import OPEN_CLIP, read_names
 from frugal.common.randomness import RecordedNoise
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import KeptPatches, PatchView
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cluster_masking"
 CASES = ("vit_tiny", "vit_tiny_gap")
@@ -55,7 +55,7 @@ class Case:
         return self.masking.mask(self.view(), noise=self.noise)
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptPatches:
         return self.masking.keep(self.view(), noise=self.noise)
 
 

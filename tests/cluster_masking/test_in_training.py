@@ -10,10 +10,10 @@ import torch
 from frugal.cluster_masking.clusters import ANCHORS, CUT_OFF, cluster_mask
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.cluster_masking.recipes import demo
-from frugal.common.contracts import Batch, PreparedReduction
+from frugal.common.contracts import Batch
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import SampleNoise
-from frugal.common.recipe import EngineOptions, Recipe, difference, with_measured
+from frugal.common.recipe import EngineOptions, Recipe, difference, with_calibrated
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 
@@ -134,17 +134,17 @@ def test_pictures_are_drawn_where_the_masking_draws() -> None:
 
 def test_a_run_goes_on_with_what_it_measured() -> None:
     wanted, saved = small(ClusterMasking()), small(ClusterMasking(threshold=0.7))
-    assert isinstance(wanted.reduction.image, PreparedReduction)
-    assert with_measured(wanted, saved) == saved
-    assert not difference(saved, with_measured(wanted, saved))
+    assert wanted.reduction.image.calibrated
+    assert with_calibrated(wanted, saved) == saved
+    assert not difference(saved, with_calibrated(wanted, saved))
     # what was given stays, and so does everything else
     given = small(ClusterMasking(threshold=0.6))
-    assert with_measured(given, saved) == given
+    assert with_calibrated(given, saved) == given
     other = small(ClusterMasking(anchor_ratio=0.1))
-    assert with_measured(other, saved).reduction.image == ClusterMasking(
+    assert with_calibrated(other, saved).reduction.image == ClusterMasking(
         anchor_ratio=0.1, threshold=0.7
     )
-    assert len(difference(saved, with_measured(other, saved))) == 1
+    assert len(difference(saved, with_calibrated(other, saved))) == 1
     random = small(RandomMasking())
-    assert with_measured(random, saved) == random
-    assert with_measured(wanted, random) == wanted
+    assert with_calibrated(random, saved) == random
+    assert with_calibrated(wanted, random) == wanted

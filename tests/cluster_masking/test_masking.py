@@ -16,12 +16,11 @@ from frugal.cluster_masking.clusters import (
     num_anchors,
 )
 from frugal.cluster_masking.masking import ClusterMasking
-from frugal.common.contracts import ImageReduction
 from frugal.common.errors import InputError
 from frugal.common.models.named import image_tower
 from frugal.common.randomness import RecordedNoise, SampleNoise
 from frugal.common.recipe import from_json, to_json
-from frugal.common.reduction.image import PatchView
+from frugal.common.reduction.image import ImageReduction, PatchView
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 GRIDS = [(4, 8, 3), (5, 3, 4), (7, 7, 2), (1, 13, 5)]  # rows, columns, side of a patch
@@ -295,9 +294,9 @@ def test_settings_that_an_image_size_makes_impossible_are_refused(
     settings: dict, sentence: str
 ) -> None:
     recipe = SimpleNamespace(model=SimpleNamespace(image=image_tower("Ti/8", image_size=32)))
-    ClusterMasking().check(recipe)
+    ClusterMasking().check_patches(recipe.model.image.num_patches)
     with pytest.raises(InputError, match=sentence):
-        ClusterMasking(**settings).check(recipe)
+        ClusterMasking(**settings).check_patches(recipe.model.image.num_patches)
 
 
 def test_few_search_images_are_no_mistake_where_nothing_is_searched() -> None:
@@ -313,7 +312,7 @@ def test_without_a_threshold_nothing_can_be_masked() -> None:
     ("ratio", "said"), [(0.5, False), (0.549, False), (0.46, False), (0.56, True), (0.44, True)]
 )
 def test_a_mask_ratio_that_drifts_from_the_target_is_remarked(ratio: float, said: bool) -> None:
-    remark = ClusterMasking(threshold=0.6).remark({"mask_ratio": ratio, "loss": 1.0})
+    remark = ClusterMasking(threshold=0.6).off_target({"mask_ratio": ratio, "loss": 1.0})
     assert (remark is not None) == said
     if remark is not None:
         assert f"{ratio:.1%}" in remark and "50.0%" in remark
@@ -321,5 +320,5 @@ def test_a_mask_ratio_that_drifts_from_the_target_is_remarked(ratio: float, said
 
 def test_a_threshold_without_a_target_drifts_from_nothing() -> None:
     masking = ClusterMasking(threshold=0.6, target_mask_ratio=None)
-    assert masking.remark({"mask_ratio": 0.9}) is None
-    assert ClusterMasking(threshold=0.6).remark({"loss": 1.0}) is None
+    assert masking.off_target({"mask_ratio": 0.9}) is None
+    assert ClusterMasking(threshold=0.6).off_target({"loss": 1.0}) is None

@@ -13,7 +13,6 @@ from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.named import clip_encoder
-from frugal.common.optim.optimizers import decayed_names
 from frugal.common.recipe import Recipe, difference, from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 
@@ -50,7 +49,7 @@ def test_the_published_run() -> None:
     assert (masking.anchor_ratio, masking.target_mask_ratio, masking.min_mask_ratio) == (
         0.03, 0.5, 0.3,
     )  # fmt: skip
-    assert masking.threshold is None and masking.images_to_see >= 1000
+    assert masking.threshold is None and masking.calibration_images >= 1000
     patches = recipe.model.image.num_patches
     assert (patches, num_anchors(patches, 0.03), most_kept(patches, 0.3)) == (196, 6, 137)
     assert (recipe.optimizer.betas, recipe.optimizer.epsilon) == ((0.9, 0.98), 1e-6)
@@ -77,7 +76,7 @@ def test_weight_decay_acts_on_matrices_alone() -> None:
     recipe = RECIPES["vit-b16-cc12m"]()
     with torch.device("meta"):
         model = DualEncoder(recipe.model)
-    decayed = decayed_names(model, recipe.optimizer)
+    decayed = recipe.optimizer.decayed_names(model)
     # of the published names: fewer than two dimensions, or one of these words
     spared = {
         name
@@ -177,7 +176,7 @@ def test_every_field_of_the_masking_is_a_flag(name: str, capsys: pytest.CaptureF
     for field in ("anchor-ratio", "threshold", "target-mask-ratio", "min-mask-ratio", "tolerance",
                   "search-images", "use-embeddings"):  # fmt: skip
         assert f"--reduction.image.{field}" in page
-    assert "--reduction.image.measured" not in page
+    assert "--reduction.image.calibrated" not in page
 
 
 def test_recipes_need_nothing_slower_than_torch_and_the_command_line_answers() -> None:

@@ -39,7 +39,7 @@ def alone(value: Any) -> list[Any]:
 
 
 def prepared(masking: ClusterMasking, images: torch.Tensor) -> ClusterMasking:
-    return masking.prepared([seen(images)], gather=alone, log=LOG)
+    return masking.calibrate([seen(images)], gather=alone, log=LOG)
 
 
 @pytest.mark.parametrize("target", [0.35, 0.5, 0.65, 0.8])
@@ -56,22 +56,22 @@ def test_the_threshold_found_masks_the_target_ratio(target: float, anchor_ratio:
     assert kept.counts.double().mean().item() == pytest.approx(
         48 * (1 - target), abs=48 * PRECISION
     )
-    assert found.remark({"mask_ratio": achieved}) is None
+    assert found.off_target({"mask_ratio": achieved}) is None
 
 
 def test_what_is_known_is_not_searched_again() -> None:
     masking = ClusterMasking(threshold=0.3)
-    assert masking.images_to_see == 0
-    assert masking.prepared([], gather=alone, log=LOG) is masking
-    assert ClusterMasking(search_images=77).images_to_see == 77
-    assert prepared(ClusterMasking(), pictures(100)).images_to_see == 0
+    assert masking.calibration_images == 0
+    assert masking.calibrate([], gather=alone, log=LOG) is masking
+    assert ClusterMasking(search_images=77).calibration_images == 77
+    assert prepared(ClusterMasking(), pictures(100)).calibration_images == 0
 
 
 def test_how_images_are_batched_does_not_matter() -> None:
     images = pictures(240)
     whole = prepared(ClusterMasking(), images)
     parts = [seen(images[start : start + 50], start) for start in range(0, 240, 50)]
-    assert ClusterMasking().prepared(parts, gather=alone, log=LOG) == whole
+    assert ClusterMasking().calibrate(parts, gather=alone, log=LOG) == whole
 
 
 class Meeting:
@@ -100,7 +100,7 @@ def test_members_with_other_images_and_other_numbers_of_them_agree() -> None:
     found: dict[int, ClusterMasking] = {}
 
     def search(member: int, start: int, stop: int) -> None:
-        found[member] = ClusterMasking().prepared(
+        found[member] = ClusterMasking().calibrate(
             [seen(images[start:stop], start)], gather=meeting.gather(member), log=LOG
         )
 
@@ -153,7 +153,7 @@ def test_a_target_between_two_steps_is_taken_with_a_warning(
     noise = SampleNoise(0, torch.zeros(30, dtype=torch.long))
     masking = ClusterMasking(target_mask_ratio=0.51, tolerance=0.2)
     with caplog.at_level(logging.INFO, logger="test"):
-        found = masking.prepared([(view, noise)], gather=alone, log=LOG)
+        found = masking.calibrate([(view, noise)], gather=alone, log=LOG)
     assert found.threshold is not None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no threshold comes nearer to 51.00 %" in caplog.text

@@ -11,7 +11,14 @@ import pytest
 
 from forks import fork
 from frugal.common import distributed
-from frugal.common.distributed import Ranks, free_port, launcher_ranks, meet, settle, work_alone
+from frugal.common.distributed import (
+    Ranks,
+    forget_launchers,
+    free_port,
+    init_process_group,
+    launcher_ranks,
+    resolve_ranks,
+)
 from frugal.common.errors import InputError
 from frugal.common.exits import exit_politely
 from support import ROOT, environment
@@ -78,7 +85,7 @@ def test_what_contradicts_itself_is_named_with_the_way_out(announce, variables, 
 @pytest.mark.parametrize("left", [OPEN_MPI, {"PMI_SIZE": "2", "PMI_RANK": "1"}, SLURM])
 def test_what_is_left_over_is_told_and_not_believed_by_libraries(announce, left, caplog) -> None:
     announce(left | {"LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1"})
-    assert settle(LOG) == Ranks(0, 1, 0)
+    assert resolve_ranks(LOG) == Ranks(0, 1, 0)
     for name, value in left.items():
         assert f"{name}={value}" in caplog.text
     assert "unset" in caplog.text
@@ -88,14 +95,14 @@ def test_what_is_left_over_is_told_and_not_believed_by_libraries(announce, left,
 
 def test_one_process_meets_nobody_elsewhere(announce) -> None:
     announce(WHOLE | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "10.255.255.1"})
-    assert settle(LOG) == Ranks(0, 1, 0)
+    assert resolve_ranks(LOG) == Ranks(0, 1, 0)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
 def test_a_command_of_one_process_forgets_every_launcher(announce) -> None:
     announce(WHOLE | SLURM | OPEN_MPI)
-    work_alone()
-    assert settle(LOG) == Ranks(0, 1, 0)
+    forget_launchers()
+    assert resolve_ranks(LOG) == Ranks(0, 1, 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -106,7 +113,7 @@ def test_who_does_not_come_is_named_with_the_place_and_waited_for_with_a_limit(
     announce(WHOLE | {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_PORT": str(port)})
     monkeypatch.setattr(distributed, "_VOICE", 0.3)
     with pytest.raises(InputError, match=rf"at 127\.0\.0\.1:{port}.*unset RANK") as refused:
-        meet(launcher_ranks(), "gloo", LOG, limit=1.0)
+        init_process_group(launcher_ranks(), "gloo", LOG, limit=1.0)
     who = r"2 of the 3 processes (1, 2)" if rank == 0 else "process 0, which keeps"
     assert who in str(refused.value)
     assert f"waiting for {who}" in caplog.text and f"127.0.0.1:{port}" in caplog.text

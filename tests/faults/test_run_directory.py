@@ -33,9 +33,7 @@ def write_run(recipe: Recipe, *, step: int | None) -> Path:
     if step is not None:
         run = Run(folder, 0, 1, 0, torch.device("cpu"), logging.getLogger("test"))
         state = {"step": step, "recipe": to_json(recipe)}
-        CheckpointStore(run, keep=2).save(
-            {"weight/a": torch.ones(2)}, state, gather=lambda value: [value]
-        )
+        CheckpointStore(run, keep=2).save({"weight/a": torch.ones(2)}, state)
     return folder
 
 
@@ -76,19 +74,16 @@ def test_without_its_recipe_a_run_is_known_by_its_checkpoint(
 
 
 SEES = """
-import logging, sys
-from pathlib import Path
-import torch, torch.distributed as dist
+import sys
+import torch.distributed as dist
 from frugal.common.cli import run_politely
 from frugal.common.data.contents import check_same_data
 from frugal.common.data.contents import Part, streamed_contents
-from frugal.common.run import Run
 rank = int(sys.argv[1])
 dist.init_process_group("gloo")
-run = Run(Path("."), rank, 2, rank, torch.device("cpu"), logging.getLogger("test"))
-check_same_data(streamed_contents([["/disk%d/0.tar" % rank]]), run)
+check_same_data(streamed_contents([["/disk%d/0.tar" % rank]]))
 other = [[Part("0.tar", 5 + rank, "")]]
-run_politely(lambda: check_same_data(other, run))
+run_politely(lambda: check_same_data(other))
 """
 
 

@@ -15,7 +15,7 @@ from frugal.common.models.positions import sincos_table
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import RecordedNoise
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import KeptPatches, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.flip.published_weights import from_flax, to_flax
 
@@ -79,7 +79,7 @@ def model(golden) -> DualEncoder:
     return model
 
 
-def kept_of(golden, mode) -> Kept | None:
+def kept_of(golden, mode) -> KeptPatches | None:
     """As the objective does it: training masks, evaluation does not."""
     setting = DESCRIPTION["modes"][mode]
     if not setting["train"]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from frugal.common.models.clip import DualEncoder
-from frugal.common.optim.optimizers import decayed_names
-from frugal.common.recipe import Recipe, WarmupCosine
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import Recipe
 from frugal.flip.published_weights import to_flax
 from frugal.flip.recipes import CLEAN, PARITY, RECIPES, VIRTUAL_EPOCH
 
@@ -103,7 +103,7 @@ def narrow(recipe: Recipe) -> Recipe:
 def decayed_leaves(recipe: Recipe) -> dict[str, bool]:
     recipe = narrow(recipe)
     model = on_meta(recipe)
-    decayed = decayed_names(model, recipe.optimizer)
+    decayed = recipe.optimizer.decayed_names(model)
     state = {
         name: torch.full(weight.shape, float(name in decayed))
         for name, weight in model.named_parameters()
@@ -150,7 +150,7 @@ def test_models_have_the_published_sizes(
 def test_the_clean_preset_spares_the_class_token_and_the_scale_besides(name: str) -> None:
     parity, clean = RECIPES[name](), RECIPES[f"{name}-clean"]()
     model = on_meta(narrow(parity))
-    before, after = (decayed_names(model, r.optimizer) for r in (parity, clean))
+    before, after = (r.optimizer.decayed_names(model) for r in (parity, clean))
     assert before - after == {"image.cls_token", "logit_scale"}
     assert not after - before
     assert PARITY.clamp == parity.objective.clamp != clean.objective.clamp == CLEAN.clamp

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from frugal.common.contracts import Batch
 from frugal.common.models.named import flip_encoder
 from frugal.common.objectives.contrastive import ContrastiveObjective
-from frugal.common.optim.optimizers import build_adamw
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
 from frugal.common.randomness import RecordedNoise
-from frugal.common.recipe import AdamW, WarmupCosine
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.flip.published_weights import from_flax, to_flax
 from frugal.flip.recipes import base
@@ -23,14 +23,14 @@ from frugal.flip.recipes import base
 GOLDEN = Path(__file__).parents[1] / "golden" / "flip"
 
 
-class Replayed:
+class Replayed(ImageReduction):
     """Random masking with the noise of one recorded step."""
 
     def __init__(self, masking: RandomMasking) -> None:
         self.masking = masking
         self.noise = torch.empty(0)
 
-    def keep(self, view: PatchView, *, noise: object) -> Kept | None:
+    def keep(self, view: PatchView, *, noise: object) -> KeptPatches | None:
         return self.masking.keep(view, noise=RecordedNoise({"image mask": self.noise}))
 
 
@@ -66,7 +66,7 @@ def test_the_reference_run_is_repeated_step_by_step() -> None:
         weight_decay=case["weight_decay"],
         no_decay=published.optimizer.no_decay,
     )
-    optimizer = build_adamw(objective, options)
+    optimizer = options.build(objective)
     schedule = WarmupCosine(
         samples=case["total_steps"] * batch, warmup_samples=int(case["warmup_steps"]) * batch
     )

@@ -13,7 +13,7 @@ from frugal.common.contracts import Batch
 from frugal.common.recipe import Recipe, difference
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.random_masking import RandomMasking
-from frugal.common.reduction.text import Placed, Truncate
+from frugal.common.reduction.text import PositionedTokens, Truncate
 from frugal.flip.recipes import RECIPES, VIRTUAL_EPOCH
 from frugal.flip.text_masking import TextMasking
 
@@ -62,7 +62,7 @@ def batch_for(recipe: Recipe) -> Batch:
         tokens = recipe.reduction.text.encode(
             caption, Words(), length=recipe.model.text.length, generator=np.random.default_rng(0)
         )
-        if isinstance(tokens, Placed):
+        if isinstance(tokens, PositionedTokens):
             positions.append(tokens.positions)
             tokens, slots = tokens.ids, len(tokens.positions)
         else:

@@ -89,7 +89,7 @@ def make_run(tmp_path: Path) -> Make:
         (folder / "recipe.json").write_text(json.dumps(to_json(recipe)))
         run = Run(folder, 0, 1, 0, torch.device("cpu"), logging.getLogger("test"))
         state = {"step": STEP, "updates": STEP, "loss_scale": {}}
-        CheckpointStore(run, keep=1).save(tensors, state, gather=lambda value: [value])
+        CheckpointStore(run, keep=1).save(tensors, state)
         return folder
 
     return make

@@ -79,7 +79,7 @@ def make_batch(count: int = 4, device: str = "cpu") -> Batch:
 
 
 def readable_loss(objective: Reconstruction, batch: Batch) -> torch.Tensor:
-    view, noise = objective.look(batch)
+    view, noise = objective.patch_view(batch)
     split = Split.of(objective.reduction.keep(view, noise=noise), view.num_patches)
     predicted = readable.predict(objective.model, batch.images, split)
     if isinstance(objective.target, FeatureTarget):

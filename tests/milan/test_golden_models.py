@@ -8,7 +8,7 @@ from golden_cases import case, in_image_order
 
 from frugal.common.contracts import Batch
 from frugal.common.randomness import RecordedNoise, uniform_noise
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import KeptPatches, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.milan.decoders import PromptingDecoder, Split
 from frugal.milan.objective import Reconstruction
@@ -45,7 +45,7 @@ def test_latent_prediction_loss_and_gradients_are_the_recorded_ones(name, dtype)
     recorded = case(name)
     model, split = recorded.model(dtype), recorded.split
     images = recorded.get("input/images", dtype)
-    latent = model.image.forward_tokens(images, Kept.dense(split.visible))
+    latent = model.image.forward_tokens(images, KeptPatches.dense(split.visible))
     close = CLOSE[dtype]
     torch.testing.assert_close(latent, recorded.get("out/latent", dtype), **close)
     predicted = model(images, split)
@@ -134,7 +134,7 @@ def test_uniform_masking_keeps_what_the_recorded_noise_keeps(name):
 
 def test_a_split_of_an_uneven_grid_is_a_partition():
     index = uniform_noise(1, torch.arange(5), 15).argsort(1)[:, :4]
-    split = Split.of(Kept.dense(index), 15)
+    split = Split.of(KeptPatches.dense(index), 15)
     both = torch.cat((split.visible, split.hidden), dim=1).sort(1).values
     assert torch.equal(both, torch.arange(15).expand(5, -1))
     assert split.order[:, 0].eq(0).all() and torch.equal(split.order[:, 1:5], index + 1)
@@ -154,7 +154,7 @@ def test_a_batch_has_the_mean_loss_of_its_undamaged_images_by_the_readable_way()
     )
     loss, metrics = objective(batch)
     assert metrics["image_tokens"] == 5 and metrics["mask_ratio"] == 0.75
-    view, noise = objective.look(batch)
+    view, noise = objective.patch_view(batch)
     split = Split.of(masking.keep(view, noise=noise), 16)
     images = torch.stack([tf.normalize(i / 255, image.mean, image.std) for i in batch.images])
     predicted = readable.predict(model, images, split)[:, 1:]

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from frugal.common.errors import InputError
 from frugal.common.models.vit import image_table
-from frugal.common.optim.optimizers import decayed_names
 from frugal.common.recipe import Reductions, from_json, to_json
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.random_masking import RandomMasking
@@ -77,7 +76,7 @@ def test_weight_decay_acts_on_the_recorded_tensors_of_vit_b():
     recorded = read("wd_groups_pretrain_vit_b")
     recipe = RECIPES["vit-b16"]()
     model = on_meta(recipe.model, 512)
-    decayed = decayed_names(model, recipe.optimizer)
+    decayed = recipe.optimizer.decayed_names(model)
     names = {name for name, _ in model.named_parameters()}
     for group, ours in zip(recorded["groups"], (names - decayed, decayed), strict=True):
         # a number per tensor of ours tells the recorded names apart; those stacked appear as one

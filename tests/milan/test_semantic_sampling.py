@@ -106,6 +106,6 @@ def test_a_recipe_that_would_keep_nothing_is_refused():
     tower = ImageTower(width=8, depth=1, heads=1, mlp_width=8, patch_size=8, image_size=16)
     recipe = SimpleNamespace(model=SimpleNamespace(image=tower))
     with pytest.raises(InputError, match=r"mask ratio 0\.9 keeps none of 4 patches"):
-        SemanticSampling(mask_ratio=0.9).check(recipe)
+        SemanticSampling(mask_ratio=0.9).check_patches(recipe.model.image.num_patches)
     with pytest.raises(InputError, match=r"must lie in \[0, 1\)"):
         SemanticSampling(mask_ratio=1.0)

@@ -39,7 +39,7 @@ def saved(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
     weights = recipe.objective.build(recipe).state_dict()
     store = CheckpointStore(Run(folder, 0, 1, 0, torch.device("cpu"), LOG), keep=1)
     tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
-    store.save(tensors, {"step": 3}, gather=lambda value: [value])
+    store.save(tensors, {"step": 3})
     (folder / "recipe.json").write_text(json.dumps(to_json(recipe)))
     return weights
 

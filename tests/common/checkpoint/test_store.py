@@ -36,7 +36,7 @@ def tensors(seed: int) -> dict[str, Tensor]:
 
 
 def save(store: CheckpointStore, step: int) -> Path:
-    return store.save(tensors(step), {"step": step}, gather=lambda value: [value])
+    return store.save(tensors(step), {"step": step})
 
 
 def test_a_checkpoint_reads_back_bit_for_bit(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(tmp_path: Path, fit
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_allowed, bytes_allowed))
         try:
             state = {"step": 20, "long": "x" * 1000}
-            store_in(tmp_path).save(tensors(20), state, gather=lambda value: [value])
+            store_in(tmp_path).save(tensors(20), state)
         except InputError as error:
             told = "step 20 could not be written" in str(error)
             os._exit(7 if told and "older checkpoints are untouched" in str(error) else 1)

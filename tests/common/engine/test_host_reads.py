@@ -18,8 +18,8 @@ from frugal.common.engine.accelerate import AccelerateEngine
 from frugal.common.engine.logger import Watch
 from frugal.common.engine.loop import Training, train
 from frugal.common.engine.saving import WeightAverage
-from frugal.common.optim.optimizers import build_optimizer, skip_unless_finite
-from frugal.common.recipe import LARS, Recipe
+from frugal.common.optim.optimizers import LARS, skip_unless_finite
+from frugal.common.recipe import Recipe
 from frugal.common.run import Run, make_logger
 from frugal.flip.recipes import RECIPES as FLIP
 from frugal.milan.recipes import RECIPES as MILAN
@@ -173,7 +173,7 @@ def test_every_way_to_read_is_known(reading: Callable) -> None:
 
 def test_a_step_of_lars_reads_nothing() -> None:
     model = nn.Linear(3, 5)
-    optimizer = build_optimizer(model, LARS(learning_rate=1.0))
+    optimizer = LARS(learning_rate=1.0).build(model)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     with nothing_is_read():

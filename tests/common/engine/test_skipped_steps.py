@@ -11,10 +11,12 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from frugal.common.contracts import Objective
 from frugal.common.engine.accelerate import AccelerateEngine
 from frugal.common.engine.engine import LossScale
 from frugal.common.engine.saving import WeightAverage
-from frugal.common.recipe import LARS, AdamW, EngineOptions
+from frugal.common.optim.optimizers import LARS, AdamW
+from frugal.common.recipe import EngineOptions
 from frugal.common.run import Run, make_logger
 from frugal.flip.recipes import RECIPES
 from host_reads import nothing_is_read
@@ -35,6 +37,10 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+class Layers(nn.Sequential, Objective):
+    """Layers one after the other, as what an engine trains."""
+
+
 def make_engine(folder: Path, optimizer: str, precision: str = "float32") -> AccelerateEngine:
     """Around three matrices and three vectors."""
     torch.manual_seed(0)
@@ -44,7 +50,7 @@ def make_engine(folder: Path, optimizer: str, precision: str = "float32") -> Acc
         engine=EngineOptions(precision=precision),
     )
     run = Run(folder, 0, 1, 0, torch.device("cpu"), make_logger(0))
-    layers = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.Linear(4, 2))
+    layers = Layers(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.Linear(4, 2))
     return AccelerateEngine(layers, recipe, run)
 
 

@@ -18,12 +18,12 @@ from PIL import Image
 from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
+from frugal.common.distributed import Ranks
 from frugal.common.evaluation.compositional import judge, open_contrasts
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating, similarity
 from frugal.common.evaluation.metrics import recall_at
 from frugal.common.evaluation.prompts import class_embeddings
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import embed, open_captioned
 from frugal.common.evaluation.sugarcrepe import CATEGORIES
 from frugal.common.evaluation.zero_shot import ask, open_question

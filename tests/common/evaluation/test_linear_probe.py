@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation import features as features_module
 from frugal.common.evaluation.config import LinearProbe
@@ -30,7 +31,6 @@ from frugal.common.evaluation.linear_probe import (
     probe,
     search,
 )
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 from support import described

@@ -19,7 +19,7 @@ from frugal.common.evaluation.embed import Embedder, MaskedViews, evaluating
 from frugal.common.models.named import clip_encoder
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import EngineOptions
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import KeptPatches, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
@@ -85,7 +85,9 @@ def slow_embedding(model, image: Tensor, place: int, count: int, num_kept: int) 
     """The mean of the unit embeddings of the views, one forward pass each; of unit length."""
     total = torch.zeros(8, dtype=torch.float64)
     for patches in slow_views(place, count, num_kept):
-        embedding = model.encode_image(image[None], Kept.dense(torch.tensor([patches])))[0].double()
+        embedding = model.encode_image(image[None], KeptPatches.dense(torch.tensor([patches])))[
+            0
+        ].double()
         total += embedding / embedding.norm()
     return total / total.norm()
 
@@ -126,7 +128,7 @@ def test_as_many_views_as_fit_see_every_patch_once(mask_ratio: float, count: int
 def test_further_views_are_drawn_anew() -> None:
     views = views_of(0.5, 5, torch.arange(200))
     assert len(views) == 5
-    as_masks = [Kept.dense(index).mask(PATCHES) for index in views]
+    as_masks = [KeptPatches.dense(index).mask(PATCHES) for index in views]
     assert torch.equal(as_masks[0], ~as_masks[1])
     assert torch.equal(as_masks[2], ~as_masks[3])
     for later in (as_masks[2], as_masks[4]):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from frugal.common.evaluation.pictures import draw_masked, draw_predictions, gray_dropped, tile
-from frugal.common.reduction.image import Kept
+from frugal.common.reduction.image import KeptPatches
 
 
 def noise(count: int, height: int, width: int) -> np.ndarray:
@@ -43,7 +43,7 @@ def test_a_dropped_patch_shows_on_any_flat_background(level: int) -> None:
 
 def test_a_packed_mask_is_drawn_like_any_other() -> None:
     images = torch.from_numpy(noise(2, 4, 6))
-    kept = Kept.packed(torch.tensor([5, 0, 1]), torch.tensor([1, 2]))
+    kept = KeptPatches.packed(torch.tensor([5, 0, 1]), torch.tensor([1, 2]))
     seen = gray_dropped(images, kept.mask(6), 2)
     assert (seen[0, :, 2:, 4:] == images[0, :, 2:, 4:].numpy()).all()
     assert (seen[1, :, :2, :4] == images[1, :, :2, :4].numpy()).all()

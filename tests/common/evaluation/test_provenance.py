@@ -14,9 +14,9 @@ import torch
 from evaluated import multi_label_tars, recipe, telling
 from PIL import Image
 
-from frugal.common.data.contents import agree
 from frugal.common.data.labeled import CaptionedImages, LabeledImages, MultiLabeledImages
 from frugal.common.data.writing import NewSample, write_tars
+from frugal.common.distributed import require_same
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Measure, Outcomes
 from frugal.common.evaluation.compositional import Contrasts
@@ -292,13 +292,13 @@ def test_processes_notice_copies_that_differ_in_one_picture(
 def test_a_process_that_sees_other_data_is_named_in_one_sentence() -> None:
     seen = ["x", "x", "y", "x", "z"]
     with pytest.raises(InputError) as caught:
-        agree(
+        require_same(
             "x",
             "data of the evaluation 'zero_shot'",
-            lambda own: [(value, *own[1:]) for value in seen],
+            gather=lambda own: [(value, *own[1:]) for value in seen],
         )
     assert "process 2, 4 of 5 see another copy than process 0" in str(caught.value)
-    agree("x", "data", lambda value: [value] * 3)
+    require_same("x", "data", gather=lambda value: [value] * 3)
 
 
 def test_contrasts_are_known_by_their_pictures_and_captions(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import torch
 from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
 from torch import Tensor, nn
 
+from frugal.common.distributed import Ranks
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.metrics import recall_at
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import embed
 from frugal.common.report.examples import retrieval_examples
 

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 
 from frugal.common.data.labeled import LabeledImages, MultiLabeledImages
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.cli import Options, chosen_tasks
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.metrics import average_precision, ranked_classes, roc_auc
 from frugal.common.evaluation.prompts import class_embeddings, named_templates, prompts
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.suites import SUITES, listed, metric_of
 from frugal.common.evaluation.task_labels import TASKS, task_labels
 from frugal.common.evaluation.zero_shot import Answers, open_question

@@ -12,11 +12,11 @@ from evaluated import multi_label_tars, recipe, telling
 from PIL import Image
 from torch import Tensor, nn
 
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.prompts import class_embeddings
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 

@@ -16,6 +16,7 @@ from open_clip import zero_shot_metadata
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.class_names import names_and_templates, naming
 from frugal.common.evaluation.config import ZeroShot
@@ -31,7 +32,6 @@ from frugal.common.evaluation.prompts import (
     named_templates,
     prompts,
 )
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.remarks import Remarks, same_names
 from frugal.common.evaluation.zero_shot import Answers, answer, held_out_classes
 

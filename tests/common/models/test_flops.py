@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from frugal.common.models.flops import dual_encoder_flops, image_flops, text_flops
 from frugal.common.models.named import flip_encoder
-from frugal.common.reduction.image import Kept
+from frugal.common.reduction.image import KeptPatches
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_the_count_is_that_of_torch(patches: int | None) -> None:
     )
     model = config.build()
     images = torch.zeros(2, 3, 48, 64, dtype=torch.uint8)
-    kept = None if patches is None else Kept.dense(torch.arange(patches).expand(2, -1))
+    kept = None if patches is None else KeptPatches.dense(torch.arange(patches).expand(2, -1))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode_image(images, kept)
         model.encode_text(torch.ones(2, 9, dtype=torch.long), torch.tensor([9, 4]))

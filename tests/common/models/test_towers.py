@@ -12,7 +12,7 @@ from frugal.common.models.clip import DualEncoderConfig, unit
 from frugal.common.models.layout import Layout
 from frugal.common.models.text import TextTower, TextTransformer
 from frugal.common.models.vit import ImageTower, ImageTransformer
-from frugal.common.reduction.image import Kept
+from frugal.common.reduction.image import KeptPatches
 
 IMAGE = ImageTower(
     width=24, depth=2, heads=3, mlp_width=40, patch_size=4, image_size=(12, 20), pre_norm=True
@@ -86,8 +86,8 @@ def assert_equal_with_gradients(tower, one, two) -> None:
 UNEQUAL = ([14, 0, 3], [7], [2, 1, 0, 9, 8], list(range(15)))
 
 
-def unequal_kept() -> Kept:
-    return Kept.packed(
+def unequal_kept() -> KeptPatches:
+    return KeptPatches.packed(
         torch.tensor([patch for image in UNEQUAL for patch in image]),
         torch.tensor([len(image) for image in UNEQUAL]),
     )
@@ -98,7 +98,7 @@ def test_packed_images_equal_each_image_alone(options):
     tower = image_tower(**options)
     images = pictures()
     alone = [
-        tower(images[i : i + 1], Kept.dense(torch.tensor([patches])))
+        tower(images[i : i + 1], KeptPatches.dense(torch.tensor([patches])))
         for i, patches in enumerate(UNEQUAL)
     ]
     assert_equal_with_gradients(tower, torch.cat(alone), tower(images, unequal_kept()))
@@ -109,7 +109,7 @@ def test_tokens_of_packed_images_equal_those_of_each_image_alone(options):
     tower = image_tower(**options)
     images = pictures()
     alone = [
-        tower.forward_tokens(images[i : i + 1], Kept.dense(torch.tensor([patches])))[0]
+        tower.forward_tokens(images[i : i + 1], KeptPatches.dense(torch.tensor([patches])))[0]
         for i, patches in enumerate(UNEQUAL)
     ]
     packed = tower.forward_tokens(images, unequal_kept())
@@ -123,7 +123,7 @@ def test_dropping_patches_before_the_embedding_equals_dropping_their_tokens(opti
     index = torch.stack(
         [torch.randperm(15, generator=torch.Generator().manual_seed(i))[:6] for i in range(4)]
     )
-    kept = Kept.dense(index)
+    kept = KeptPatches.dense(index)
 
     # embed everything, add positions, then drop: what the papers describe
     tokens, layout = tower.embed(images)  # norms act on single tokens: order is free
@@ -140,19 +140,19 @@ def test_dropping_patches_before_the_embedding_equals_dropping_their_tokens(opti
 def test_the_order_of_kept_patches_does_not_matter():
     tower = image_tower(pooling="mean")
     index = torch.tensor([[3, 14, 7, 1]] * 4)
-    one = tower(pictures(), Kept.dense(index))
-    torch.testing.assert_close(tower(pictures(), Kept.dense(index.flip(1))), one)
+    one = tower(pictures(), KeptPatches.dense(index))
+    torch.testing.assert_close(tower(pictures(), KeptPatches.dense(index.flip(1))), one)
 
 
 def test_keeping_every_patch_equals_no_reduction():
     tower = image_tower()
-    every = Kept.dense(torch.arange(15).expand(4, -1))
+    every = KeptPatches.dense(torch.arange(15).expand(4, -1))
     torch.testing.assert_close(tower(pictures(), every), tower(pictures()))
 
 
 def test_removed_pixels_do_not_matter():
     tower = image_tower()
-    kept = Kept.dense(torch.tensor([[0, 7]] * 4))
+    kept = KeptPatches.dense(torch.tensor([[0, 7]] * 4))
     images = pictures()
     changed = images.clone()
     changed[:, :, 8:] = 255 - changed[:, :, 8:]  # the last row of patches
@@ -161,18 +161,18 @@ def test_removed_pixels_do_not_matter():
 
 def test_an_image_that_keeps_nothing_stays_finite_and_alone():
     tower = image_tower(pooling="mean")
-    kept = Kept.packed(torch.tensor([3, 4]), torch.tensor([0, 2, 0, 0]))
+    kept = KeptPatches.packed(torch.tensor([3, 4]), torch.tensor([0, 2, 0, 0]))
     output = tower(pictures(), kept)
     assert torch.all(output.isfinite())
     grads = gradients(tower, output)
     assert all(torch.all(grad.isfinite()) for grad in grads.values())
-    alone = tower(pictures()[1:2], Kept.dense(torch.tensor([[3, 4]])))
+    alone = tower(pictures()[1:2], KeptPatches.dense(torch.tensor([[3, 4]])))
     torch.testing.assert_close(output[1:2], alone)
 
 
 def test_the_class_token_alone_is_enough_for_class_pooling():
     tower = image_tower()
-    nothing = Kept.packed(torch.zeros(0, dtype=torch.long), torch.zeros(4, dtype=torch.long))
+    nothing = KeptPatches.packed(torch.zeros(0, dtype=torch.long), torch.zeros(4, dtype=torch.long))
     output = tower(pictures(), nothing)
     torch.testing.assert_close(output, output[:1].expand(4, -1))
 
@@ -282,7 +282,7 @@ def test_an_empty_caption_stays_finite(options, packed):
 def test_image_gradients_equal_finite_differences(options):
     tower = image_tower(**options, depth=1)
     images = pictures(2)
-    kept = Kept.packed(torch.tensor([3, 1, 0]), torch.tensor([2, 1]))
+    kept = KeptPatches.packed(torch.tensor([3, 1, 0]), torch.tensor([2, 1]))
     weights = [tower.patch_embed.weight, tower.blocks[0].mlp.fc1.bias]
     assert gradcheck(lambda *_: tower(images, kept), weights, fast_mode=True)
 
@@ -347,7 +347,9 @@ def test_the_residual_stream_and_its_norms_stay_float32_under_bfloat16():
 def test_a_model_cast_to_bfloat16_runs():
     model = dual().build().bfloat16()
     ids, lengths = captions()
-    images, texts = model(pictures(5), ids, lengths, kept=Kept.dense(torch.tensor([[1, 2]] * 5)))
+    images, texts = model(
+        pictures(5), ids, lengths, kept=KeptPatches.dense(torch.tensor([[1, 2]] * 5))
+    )
     assert images.dtype == texts.dtype == torch.float32
 
 
@@ -358,7 +360,7 @@ def test_recomputing_activations_changes_nothing(kept, drop_path):
     model = dual(image=options, text={**options, "packed": kept == "packed"}).build().train()
     choices = {
         None: None,
-        "dense": Kept.dense(torch.tensor([[1, 2]] * 4)),
+        "dense": KeptPatches.dense(torch.tensor([[1, 2]] * 4)),
         "packed": unequal_kept(),
     }
     ids, lengths = captions()
@@ -421,7 +423,10 @@ def test_dropped_paths_are_the_same_packed_and_dense():
     tower = image_tower(drop_path=0.5).train()
     index = torch.tensor([[3, 1], [7, 2], [0, 14], [5, 6]])
     results = []
-    for kept in (Kept.dense(index), Kept.packed(index.flatten(), torch.full((4,), 2))):
+    for kept in (
+        KeptPatches.dense(index),
+        KeptPatches.packed(index.flatten(), torch.full((4,), 2)),
+    ):
         torch.manual_seed(11)
         results.append(tower(pictures(), kept))
     torch.testing.assert_close(results[1], results[0])
@@ -466,7 +471,7 @@ def test_a_fixed_position_table_is_neither_trained_nor_saved():
 def test_a_compiled_tower_gives_the_same_numbers():
     torch._dynamo.reset()
     model = dual(image={"depth": 1}).build()
-    kept = Kept.dense(torch.tensor([[3, 1, 2]] * 4))
+    kept = KeptPatches.dense(torch.tensor([[3, 1, 2]] * 4))
     compiled = torch.compile(model.image, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(pictures(), kept), model.image(pictures(), kept))
     ids, lengths = captions()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.contracts import Batch
+from frugal.common.engine.engine import prepare_towers
 from frugal.common.errors import InputError
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.flops import dual_encoder_flops
@@ -19,7 +20,7 @@ from frugal.common.objectives.contrastive_loss import BOTH, contrastive_loss, si
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import NoiseSource, SampleNoise
 from frugal.common.recipe import EngineOptions, RunOptions, from_json, to_json
-from frugal.common.reduction.image import KeepAll, Kept, PatchView
+from frugal.common.reduction.image import ImageReduction, KeepAll, KeptPatches, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 
 MODEL = DualEncoderConfig(
@@ -33,12 +34,12 @@ SIGMOID = replace(MODEL, initial_logit_scale=math.log(10), initial_logit_bias=-1
 
 
 @dataclass(frozen=True)
-class Uneven:
+class Uneven(ImageReduction):
     """Image i keeps its first 1 + i patches."""
 
-    def keep(self, view: PatchView, *, noise: NoiseSource) -> Kept:
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches:
         places = torch.arange(view.num_patches)
-        return Kept.where(places <= torch.arange(len(view.images))[:, None])
+        return KeptPatches.where(places <= torch.arange(len(view.images))[:, None])
 
 
 def recipe(config: Contrastive, **parts: Any) -> Any:
@@ -302,6 +303,7 @@ def test_weights_are_a_function_of_the_seed_alone() -> None:
 def test_engine_options_reach_the_towers() -> None:
     options = EngineOptions(checkpoint_activations=True, compile=True)
     mine = objective(engine=options)
+    prepare_towers(mine, options)
     assert mine.model.checkpoint_activations
     assert not objective().model.checkpoint_activations
     assert mine.model.image._compiled_call_impl is not None

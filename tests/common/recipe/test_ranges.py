@@ -15,11 +15,12 @@ from typing import Annotated, Any
 import pytest
 
 from frugal.common.cli import read_command_line
-from frugal.common.contracts import DataConfig, EvaluationTask
+from frugal.common.contracts import EvaluationTask
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage
+from frugal.common.optim.schedules import WarmupCosine
 from frugal.common.ranges import Count, Range, check_ranges
-from frugal.common.recipe import WarmupCosine, from_json, to_json
+from frugal.common.recipe import DataConfig, from_json, to_json
 from frugal.flip.recipes import RECIPES
 from support import ROOT
 

@@ -1,7 +1,6 @@
 """Truncation of captions."""
 
-from frugal.common.contracts import TextReduction
-from frugal.common.reduction.text import Truncate
+from frugal.common.reduction.text import TextReduction, Truncate
 
 
 class Letters:

@@ -16,7 +16,9 @@ from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.models.named import clip_encoder
 from frugal.common.objectives.contrastive import Contrastive
-from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine, to_json
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import Recipe, Reductions, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate
 from frugal.common.report import write_report
@@ -134,6 +136,6 @@ def finished_run(folder: Path, recipe: Recipe, *, seconds: float) -> Path:
         "recipe": to_json(recipe),
     }  # fmt: skip
     tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
-    CheckpointStore(run, keep=1).save(tensors, state, gather=lambda value: [value])
+    CheckpointStore(run, keep=1).save(tensors, state)
     (folder / "recipe.json").write_text(json.dumps(to_json(recipe)))
     return folder

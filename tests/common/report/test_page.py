@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from reported import NUMBERS, Page, log, picture, steps, written
 
-from frugal.common.reduction.image import Kept
+from frugal.common.reduction.image import KeptPatches
 from frugal.common.report import write_report
 from frugal.common.report.collect import REQUIRED
 from frugal.common.report.examples import (
@@ -31,7 +31,7 @@ from frugal.common.report.page import Command
 
 def some_examples() -> Examples:
     images = torch.from_numpy(np.stack([picture(seed=n) for n in range(2)]))
-    kept = Kept.packed(torch.tensor([0, 5, 1]), torch.tensor([2, 1]))
+    kept = KeptPatches.packed(torch.tensor([0, 5, 1]), torch.tensor([2, 1]))
     wrong = "<script>alert('x')</script> & a \"moon\""
     example = Example(
         picture(), ("red ring",), (Guess("red ring", 0.75, True), Guess("blue ring", 0.125, False))

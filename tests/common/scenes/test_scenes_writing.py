@@ -427,14 +427,14 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_help_answers_within_two_seconds_and_without_torch() -> None:
+def test_help_answers_within_three_seconds_and_without_transformers() -> None:
     started = time.perf_counter()
     answer = command("--help")
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 3
     assert answer.returncode == 0
     for flag in ("--out", "--seed", "--image-size", "--irrelevant", "--long-captions", "--masks"):
         assert flag in answer.stdout
-    heavy = "import sys, frugal.common.scenes as s; sys.exit('torch' in sys.modules)"
+    heavy = "import sys, frugal.common.scenes as s; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
 
 

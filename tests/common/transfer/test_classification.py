@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from frugal.common.contracts import Batch
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_timm
-from frugal.common.optim.optimizers import build_adamw
-from frugal.common.recipe import WarmupCosine
+from frugal.common.optim.schedules import WarmupCosine
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.classification import (
     Classification,
@@ -132,7 +131,7 @@ def test_layer_decay_makes_the_recorded_groups_in_the_recorded_order() -> None:
     assert recipe.optimizer.weight_decay == recorded["weight_decay"]
     model = meta_classifier(recipe.model)
     names = {id(parameter): name for name, parameter in their_names(model).items()}
-    groups = build_adamw(model, recipe.optimizer).param_groups
+    groups = recipe.optimizer.build(model).param_groups
     assert len(groups) == len(recorded["groups"]) == 28
     for found, wanted in zip(groups, recorded["groups"], strict=True):
         assert found["lr_scale"] == pytest.approx(wanted["lr_scale"], rel=1e-12)
@@ -145,7 +144,7 @@ def test_a_classifier_on_the_class_token_has_its_norm_in_the_group_of_the_head()
     tower = pooled(recipe.model.image, "class")
     model = meta_classifier(replace(recipe.model, image=tower))
     names = {id(parameter): name for name, parameter in their_names(model).items()}
-    *_, norm, head = build_adamw(model, recipe.optimizer).param_groups
+    *_, norm, head = recipe.optimizer.build(model).param_groups
     assert [names[id(p)] for p in norm["params"]] == ["norm.weight", "norm.bias", "head.bias"]
     assert [names[id(p)] for p in head["params"]] == ["head.weight"]
     assert norm["lr_scale"] == head["lr_scale"] == 1.0

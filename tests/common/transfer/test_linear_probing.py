@@ -15,8 +15,7 @@ from frugal.common.contracts import Batch
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.models.vit import ImageTower
-from frugal.common.optim.optimizers import build_optimizer, set_learning_rate
-from frugal.common.recipe import LARS
+from frugal.common.optim.optimizers import LARS, set_learning_rate
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.augmentation import SingleDrawCrop, single_window
 from frugal.common.transfer.classifier import ClassifierConfig
@@ -71,7 +70,7 @@ def test_two_steps_and_an_evaluation(probe: ProbeObjective) -> None:
         trust=FACTS["trust_coefficient"],
     )
     norm, linear = probe.model.head.children()
-    optimizer = build_optimizer(probe, options)
+    optimizer = options.build(probe)
     set_learning_rate(optimizer, FACTS["lr"])
     features = probe.model.features(recorded_batch(1).images)
     torch.testing.assert_close(features, NUMBERS["out/features1"], **close)

@@ -15,7 +15,9 @@ from frugal.common.data.tokenizers import ClipBpe, TokenizerConfig
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.objectives.contrastive import Contrastive
-from frugal.common.recipe import AdamW, EngineOptions, Recipe, Reductions, WarmupCosine, to_json
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import EngineOptions, Recipe, Reductions, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate
 from frugal.common.run import Run
@@ -84,4 +86,4 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A checkpoint of one process into a run directory."""
     run = Run(folder, 0, 1, 0, torch.device("cpu"), logging.getLogger("test"))
     state = {"step": STEP, "updates": STEP, "loss_scale": {}}
-    CheckpointStore(run, keep=1).save(tensors, state, gather=lambda value: [value])
+    CheckpointStore(run, keep=1).save(tensors, state)

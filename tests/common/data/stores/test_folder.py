@@ -20,7 +20,7 @@ from frugal.common.data.sources import open_source
 from frugal.common.data.stores.folder import refuse_without_words
 from frugal.common.data.stores.image_walk import image_files
 from frugal.common.errors import InputError
-from frugal.common.recipe import difference, from_json, to_json, with_measured
+from frugal.common.recipe import difference, from_json, to_json, with_calibrated
 from frugal.flip.recipes import RECIPES
 
 IMAGES_ALONE = Fields(caption=())
@@ -75,11 +75,11 @@ def test_a_run_that_began_with_fewer_formats_goes_on_with_them():
     former = ("jpg", "jpeg", "png", "webp")
     saved = replace(wanted, data=replace(wanted.data, fields=Fields(image=former)))
     assert difference(from_json(to_json(saved)), wanted)
-    resumed = with_measured(wanted, from_json(to_json(saved)))
+    resumed = with_calibrated(wanted, from_json(to_json(saved)))
     assert resumed.data.fields.image == former and not difference(saved, resumed)
     # what was chosen is no former default
     chosen = replace(wanted, data=replace(wanted.data, fields=Fields(image=("png",))))
-    assert with_measured(wanted, chosen) == wanted and with_measured(chosen, saved) == chosen
+    assert with_calibrated(wanted, chosen) == wanted and with_calibrated(chosen, saved) == chosen
 
 
 # What is no data.

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from frugal.cit.curation import Chosen, Curation, Curator, Gather
+from frugal.cit.curation import Chosen, Curation, Curator, gather_scores
 from frugal.cit.curation_files import CurationFiles
 from frugal.cit.features import TextFeatures
 from frugal.cit.metadata import Metadata
@@ -27,10 +27,11 @@ from frugal.cit.pool import Pool, open_pool
 from frugal.cit.report import sections_of
 from frugal.cit.selection import Rule
 from frugal.cit.texts import TextChoice
-from frugal.common.contracts import Batch, Stream
+from frugal.common.contracts import Batch, Stream, TrainedModel
 from frugal.common.data.config import PairData
 from frugal.common.data.samples import RawSample
 from frugal.common.data.stream import IndexedStream, OrderedSamples, RankSlice
+from frugal.common.distributed import new_host_group
 from frugal.common.errors import InputError
 from frugal.common.ranges import Count, Range
 from frugal.common.recipe import Recipe
@@ -140,7 +141,7 @@ class CuratedData(PairData):
         *,
         first_sample: int,
         state: dict[str, Any],
-        engine: Any,
+        engine: TrainedModel | None,
     ) -> Stream:
         """The micro-batches of this process from ``first_sample`` on; they ask the engine's model.
 
@@ -218,7 +219,7 @@ class CuratedStream:
         run: Run,
         pool: Pool,
         *,
-        engine: Any,
+        engine: TrainedModel,
         first_sample: int,
         state: dict[str, Any],
     ) -> None:
@@ -383,17 +384,15 @@ class _Chooser:
         pool: Pool,
         recipe: Recipe,
         run: Run,
-        engine: Any,
+        engine: TrainedModel,
         *,
         background: bool,
     ) -> None:
         self._curator, self._pool, self._recipe = curator, pool, recipe
         self._run, self._engine = run, engine
         self._copy: torch.nn.Module | None = None
-        self._group = None
-        if background and run.world_size > 1:
-            # the one that trains is not to be used by two threads at a time
-            self._group = dist.new_group(backend="gloo")
+        # the one that trains is not to be used by two threads at a time
+        self._group = new_host_group() if background else None
 
     def _features(self, tower: torch.nn.Module) -> TextFeatures:
         return TextFeatures(
@@ -406,16 +405,18 @@ class _Chooser:
 
     def now(self, period: int, first_unit: int, needed: int) -> Curation:
         """Choose before anything else happens."""
-        features = self._features(self._engine.objective.model.text)
+        features = self._features(self._engine.objective.model.get_submodule("text"))
+        gather = partial(gather_scores, device=self._run.device)
         with self._engine.whole_weights():
             return self._curator.curate(
-                period, first_unit, needed, features=features, gather=Gather(self._run)
+                period, first_unit, needed, features=features, gather=gather
             )
 
     def in_background(self, period: int, first_unit: int, needed: int) -> Future[Curation]:
         """Choose with the weights as they are now, while these go on being trained."""
         features = self._features(self._copied())
-        gather = Gather(self._run, self._group)
+        device = self._run.device if self._group is None else torch.device("cpu")
+        gather = partial(gather_scores, device=device, group=self._group)
         on_device = self._cuda_stream()
         found: Future[Curation] = Future()
 
@@ -438,7 +439,7 @@ class _Chooser:
         if self._copy is None:
             self._copy = self._recipe.model.build().text.to(self._run.device)
         with self._engine.whole_weights(), torch.no_grad():
-            live = self._engine.objective.model.text
+            live = self._engine.objective.model.get_submodule("text")
             for copies, trained in (
                 (self._copy.named_parameters(), dict(live.named_parameters())),
                 (self._copy.named_buffers(), dict(live.named_buffers())),

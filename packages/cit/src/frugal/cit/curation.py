@@ -11,11 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from frugal.cit.features import TextFeatures
@@ -25,6 +23,7 @@ from frugal.cit.selection import Collection, Rule, class_features, nearest_class
 from frugal.common.contracts import DamageNote
 from frugal.common.data.config import PairData
 from frugal.common.data.damage import DamageCounter, warning
+from frugal.common.distributed import Group, gather, place_in_world
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
 from frugal.common.run import Run
@@ -51,7 +50,7 @@ class Chosen:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def rows(self, which: Any) -> Chosen:
+    def rows(self, which: slice | np.ndarray | Tensor) -> Chosen:
         """Some of them, by an index or a mask."""
         return Chosen(**{name: value[which] for name, value in vars(self).items()})
 
@@ -116,28 +115,24 @@ class Curation:
     seconds: float = 0.0
 
 
-class Gather:
-    """Collects the scores of one unit of every process, in rank order, on all of them."""
+Gather = Callable[[Tensor], Tensor]
+"""From the scores (3, scan) of one unit to those of every process, (W, 3, scan), in rank order."""
 
-    def __init__(self, run: Run, group: Any = None) -> None:
-        """Talk to the processes of a run.
 
-        Args:
-            run: whose processes.
-            group: of the processes, for tensors on the CPU; by default the one that trains.
-        """
-        self._world_size = run.world_size
-        self._group = group
-        self._device = run.device if group is None else torch.device("cpu")
+def gather_scores(scores: Tensor, device: torch.device, group: Group = None) -> Tensor:
+    """The scores of one unit of every process, in rank order, on all of them.
 
-    def __call__(self, scores: Tensor) -> list[Tensor]:
-        """The scores (3, scan) int32 of every process, on the CPU."""
-        if self._world_size == 1:
-            return [scores]
-        mine = scores.to(self._device)
-        parts = [torch.empty_like(mine) for _ in range(self._world_size)]
-        dist.all_gather(parts, mine, group=self._group)
-        return [part.cpu() for part in parts]
+    Args:
+        scores: (3, scan) int32.
+        device: that the processes of the group exchange tensors on.
+        group: by default the one that trains.
+
+    Returns:
+        (W, 3, scan) int32 on the CPU.
+    """
+    if place_in_world(group)[1] == 1:
+        return scores[None]
+    return gather(scores[None].to(device), group).cpu()
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from torch import nn
 from typing_extensions import override
 
 from frugal.cit.tower_start import start_image, start_text
-from frugal.common.checkpoint.warm_start import warm_start
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import counting
-from frugal.common.models.clip import DualEncoder, resample_table
+from frugal.common.models.clip import DualEncoder
 from frugal.common.models.flops import projection_flops, projector_flops, tower_flops
 from frugal.common.models.pretrained import TransformersText
 from frugal.common.models.text import TextTower
@@ -109,18 +108,18 @@ class LockedObjective(ContrastiveObjective):
         with counting(batch.valid):
             return super()._encode(batch)
 
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> None:
-        """Take all weights of a run, or those that every tower starts from.
+    @override
+    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
+        """Take the weights that every tower starts from, unless a run is given.
 
         Raises:
             InputError: if they cannot be read or do not fit, or a frozen tower would be random.
         """
         if source is not None:
-            resample = resample_table if interpolate else None
-            warm_start(self, source, resample=resample, log=log)
-            return
+            return False
         self._start_image(interpolate=interpolate, log=log)
         self._start_text(interpolate=interpolate, log=log)
+        return True
 
     def _start_image(self, *, interpolate: bool, log: logging.Logger) -> None:
         config, tower = self._config, self.model.image

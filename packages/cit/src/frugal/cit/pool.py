@@ -118,7 +118,7 @@ def open_pool(
     transform = make_transform(data, recipe)
     sources = open_sources(data, run)
     contents = contents_of(sources)
-    check_same_data(contents, run)
+    check_same_data(contents)
     order = make_order(data, sources, seed=recipe.run.seed)
     if order.samples < needed:
         raise InputError(

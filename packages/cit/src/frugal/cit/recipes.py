@@ -24,7 +24,9 @@ from frugal.common.evaluation.task_labels import TASKS
 from frugal.common.models.named import image_tower
 from frugal.common.models.pretrained import PretrainedDualEncoderConfig, TransformersText
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import Recipe, Reductions, RunOptions
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import ShareBelowOne
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.reduction.random_masking import PURPOSE
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockMasking:
+class BlockMasking(ImageReduction):
     """Keep one rectangle of the shape of the image at a place drawn uniformly."""
 
     mask_ratio: ShareBelowOne = 0.75
@@ -36,7 +36,7 @@ class BlockMasking:
         rows, columns = (max(1, round(side * share)) for side in grid)
         return rows, columns
 
-    def keep(self, view: PatchView, *, noise: NoiseSource) -> Kept | None:
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches | None:
         """The patches of the rectangle, row by row.
 
         Returns:
@@ -54,4 +54,4 @@ class BlockMasking:
             corner[:, axis, None] + torch.arange(sides[axis], device=view.device) for axis in (0, 1)
         )  # (B, rows of the rectangle), (B, its columns)
         index = row[:, :, None] * view.grid[1] + column[:, None, :]
-        return Kept.dense(index.flatten(1))  # (B, K)
+        return KeptPatches.dense(index.flatten(1))  # (B, K)

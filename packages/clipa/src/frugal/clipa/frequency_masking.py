@@ -24,8 +24,7 @@ from frugal.common.data.vocabularies import clean_caption
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json
 from frugal.common.ranges import Range, check_ranges
-from frugal.common.recipe import Recipe
-from frugal.common.reduction.text import CaptionTokenizer
+from frugal.common.reduction.text import CaptionTokenizer, TextReduction
 
 _COUNT = "write it with `python -m frugal.clipa.word_counts SHARDS --out FILE`"
 
@@ -85,7 +84,7 @@ _CorpusShare = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrequencyMasking:
+class FrequencyMasking(TextReduction):
     """Common words are dropped at random; what then is still too long is truncated."""
 
     counts: Path | None = None
@@ -101,9 +100,9 @@ class FrequencyMasking:
         if self.counts is not None and self.counts_checksum is None and self.counts.is_file():
             object.__setattr__(self, "counts_checksum", _checksum(_read(self.counts)))
 
-    def check(self, recipe: Recipe) -> None:
+    def check_length(self, length: int) -> None:
         """Refuse a recipe whose texts are too short for words."""
-        check_length(recipe.model.text.length)
+        check_length(length)
 
     def prepare(self, tokenizer: CaptionTokenizer, *, length: int) -> None:
         """Load the counts, so that loader processes need not, or say what is wrong with them.

@@ -12,14 +12,14 @@ from typing import Annotated
 
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Range, check_ranges
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.reduction.random_masking import PURPOSE
 
 _Side = Annotated[int, Range(least=2, words="must be at least 2: one patch of every window stays")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridMasking:
+class GridMasking(ImageReduction):
     """Keep one patch of every square window, drawn uniformly; windows do not overlap."""
 
     window: _Side = 2
@@ -28,7 +28,7 @@ class GridMasking:
     def __post_init__(self) -> None:
         check_ranges(self, "reduction.image")
 
-    def keep(self, view: PatchView, *, noise: NoiseSource) -> Kept:
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches:
         """One patch per window, windows row by row.
 
         Returns:
@@ -46,4 +46,4 @@ class GridMasking:
         member = (draws * sizes).long()  # (B, windows down, windows across)
         row = top + member // widths
         column = left + member % widths
-        return Kept.dense((row * columns + column).flatten(1))  # (B, K)
+        return KeptPatches.dense((row * columns + column).flatten(1))  # (B, K)

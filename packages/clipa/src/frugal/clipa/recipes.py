@@ -16,7 +16,6 @@ from dataclasses import replace
 
 from frugal.clipa.named_models import clipa_v1_encoder
 from frugal.clipa.syntax_masking import SyntaxMasking
-from frugal.common.contracts import ImageReduction, TextReduction
 from frugal.common.data.color import NO_CHANGE, ColorJitter
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe, WordPiece
@@ -26,17 +25,12 @@ from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import clipa_encoder
 from frugal.common.objectives.contrastive import Contrastive
-from frugal.common.recipe import (
-    AdamW,
-    EngineOptions,
-    Recipe,
-    Reductions,
-    RunOptions,
-    WarmupCosine,
-)
-from frugal.common.reduction.image import KeepAll
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import EngineOptions, Recipe, Reductions, RunOptions
+from frugal.common.reduction.image import ImageReduction, KeepAll
 from frugal.common.reduction.random_masking import RandomMasking
-from frugal.common.reduction.text import Truncate
+from frugal.common.reduction.text import TextReduction, Truncate
 
 LAION_400M = 407_332_084
 """Pairs of LAION-400M that could still be downloaded."""

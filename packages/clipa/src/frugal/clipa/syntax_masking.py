@@ -31,8 +31,7 @@ import numpy as np
 
 from frugal.clipa.part_of_speech import load_language_data, load_tagger, split_words
 from frugal.clipa.text_masking import check_length, content_room
-from frugal.common.recipe import Recipe
-from frugal.common.reduction.text import CaptionTokenizer
+from frugal.common.reduction.text import CaptionTokenizer, TextReduction
 
 _CACHED_CAPTIONS = 1 << 16
 """Captions whose words are remembered in every loader process: about 25 MB at 80 letters each."""
@@ -127,14 +126,17 @@ def tag_entries(tokenizer: VocabularyTokenizer) -> WordPieceEntries | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntaxMasking:
+class SyntaxMasking(TextReduction):
     """Nouns stay first, then adjectives, verbs and the rest, in the order of the caption."""
 
-    def check(self, recipe: Recipe) -> None:
+    def check_length(self, length: int) -> None:
         """Refuse a recipe whose texts are too short for words."""
-        check_length(recipe.model.text.length)
+        check_length(length)
 
-    def prepare(self, tokenizer: VocabularyTokenizer, *, length: int) -> None:
+    # a vocabulary is needed, which every tokenizer of a recipe has
+    def prepare(  # type: ignore[override]
+        self, tokenizer: VocabularyTokenizer, *, length: int
+    ) -> None:
         """Load the tagger, so that loader processes need not, or say that it is missing.
 
         Raises:
@@ -145,7 +147,7 @@ class SyntaxMasking:
         if tokenizer.end_id is None:
             tag_entries(tokenizer)
 
-    def encode(
+    def encode(  # type: ignore[override]
         self,
         caption: str,
         tokenizer: VocabularyTokenizer,

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from frugal.common.errors import InputError
-from frugal.common.recipe import Recipe
-from frugal.common.reduction.text import CaptionTokenizer
+from frugal.common.reduction.text import CaptionTokenizer, TextReduction
 
 SHORTEST_TEXT = 3
 """Tokens: a start, a word, an end."""
@@ -70,15 +69,15 @@ def window(ids: Sequence[int], room: int, start: int) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomTextMasking:
+class RandomTextMasking(TextReduction):
     """A uniformly random part of the tokens stays, in the order of the caption."""
 
     shuffle: bool = False
     """Do not restore the order of captions that were too long."""
 
-    def check(self, recipe: Recipe) -> None:
+    def check_length(self, length: int) -> None:
         """Refuse a recipe whose texts are too short for words."""
-        check_length(recipe.model.text.length)
+        check_length(length)
 
     def encode(
         self,
@@ -98,12 +97,12 @@ class RandomTextMasking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockTextMasking:
+class BlockTextMasking(TextReduction):
     """A run of tokens stays, at a uniformly random place of the caption."""
 
-    def check(self, recipe: Recipe) -> None:
+    def check_length(self, length: int) -> None:
         """Refuse a recipe whose texts are too short for words."""
-        check_length(recipe.model.text.length)
+        check_length(length)
 
     def encode(
         self,

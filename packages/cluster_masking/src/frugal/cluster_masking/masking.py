@@ -32,7 +32,7 @@ from frugal.cluster_masking.threshold_search import LEAST_PATCHES, search
 from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Count, OpenShare, Positive, Range, check_ranges
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 
 _DRAWN_DISTANCES = (1.5, 1.0, 0.5)
 """Distances from 1 of the thresholds that are drawn, as shares of that of the one in use."""
@@ -61,7 +61,7 @@ _LeastRatio = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterMasking:
+class ClusterMasking(ImageReduction):
     """Keep what resembles none of some random patches, another number in every image."""
 
     anchor_ratio: _AnchorRatio = 0.03
@@ -81,7 +81,7 @@ class ClusterMasking:
     """Mix the similarity of patch embeddings in, with a weight that grows from 0 to 1 over the
     run."""
 
-    measured: ClassVar[tuple[str, ...]] = ("threshold",)
+    calibrated: ClassVar[tuple[str, ...]] = ("threshold",)
     """Fields that a run fills in where they are None, and keeps with its recipe."""
 
     def __post_init__(self) -> None:
@@ -102,12 +102,6 @@ class ClusterMasking:
                 f"{name}.target_mask_ratio is {target}, less than {name}.min_mask_ratio = "
                 f"{self.min_mask_ratio}, which goes in any case; raise the one or lower the other"
             )
-
-    def check(self, recipe: Any) -> None:
-        """Refuse a recipe whose images would have no anchor or keep nothing."""
-        tower = getattr(recipe.model, "image", None)
-        if tower is not None:
-            self.check_patches(tower.num_patches)
 
     def check_patches(self, num_patches: int) -> None:
         """Refuse what cannot be done with this number of patches.
@@ -170,23 +164,23 @@ class ClusterMasking:
             **more,
         )
 
-    def keep(self, view: PatchView, *, noise: NoiseSource) -> Kept:
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches:
         """The visible patches of every image, as far as the minimum mask ratio lets them stay.
 
         Returns:
             Packed, patches of an image by ascending number; an image may keep none.
         """
         with torch.no_grad():
-            return Kept.where(self.mask(view, noise=noise).stays)
+            return KeptPatches.where(self.mask(view, noise=noise).stays)
 
     @property
-    def images_to_see(self) -> int:
-        """Images, over all processes, that :meth:`prepared` wants before a run trains."""
+    def calibration_images(self) -> int:
+        """Images, over all processes, that :meth:`calibrate` wants before a run trains."""
         return 0 if self.threshold is not None else self.search_images
 
-    def prepared(
+    def calibrate(
         self,
-        seen: Iterable[tuple[PatchView, NoiseSource]],
+        batches: Iterable[tuple[PatchView, NoiseSource]],
         *,
         gather: Callable[[Any], list[Any]],
         log: logging.Logger,
@@ -197,7 +191,7 @@ class ClusterMasking:
         so that embeddings have no part in it.
 
         Args:
-            seen: images of this process, with the noise that they have in training.
+            batches: images of this process, with the noise that they have in training.
             gather: collects one JSON-ready value of every process, in rank order, on all of them.
             log: told what was found.
 
@@ -208,7 +202,7 @@ class ClusterMasking:
             return self
         assert self.target_mask_ratio is not None  # refused where there is no threshold either
         result = search(
-            seen,
+            batches,
             target=self.target_mask_ratio,
             tolerance=self.tolerance,
             anchor_ratio=self.anchor_ratio,
@@ -218,7 +212,7 @@ class ClusterMasking:
         )
         return replace(self, threshold=result.threshold)
 
-    def remark(self, means: dict[str, float]) -> str | None:
+    def off_target(self, means: dict[str, float]) -> str | None:
         """What there is to say of the means of some steps: that the mask ratio has drifted."""
         ratio = means.get("mask_ratio")
         if ratio is None or self.target_mask_ratio is None:

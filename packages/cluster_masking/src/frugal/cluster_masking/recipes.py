@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from frugal.cluster_masking.masking import ClusterMasking
-from frugal.common.contracts import ImageReduction
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import RandomResizedCrop
@@ -18,7 +17,10 @@ from frugal.common.demo import scenes_recipe, small_encoder
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.models.named import clip_encoder
 from frugal.common.objectives.contrastive import Contrastive
-from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import Recipe, Reductions, RunOptions
+from frugal.common.reduction.image import ImageReduction
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate
 

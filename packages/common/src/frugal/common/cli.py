@@ -15,11 +15,12 @@ from typing import Any, NoReturn
 
 import tyro
 
-from frugal.common.contracts import ImageReduction, TextReduction
-from frugal.common.distributed import launcher_ranks, work_alone
+from frugal.common.distributed import forget_launchers, launcher_ranks
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.exits import of_system
 from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.reduction.image import ImageReduction
+from frugal.common.reduction.text import TextReduction
 from frugal.common.words import command_words
 
 Recipes = Mapping[str, Callable[[], Recipe]]
@@ -169,7 +170,7 @@ def run_politely(command: Callable[[], None], *, alone: bool = False) -> NoRetur
         alone: it is the work of one process, whatever launchers left in the environment.
     """
     if alone:
-        work_alone()
+        forget_launchers()
     try:
         command()
         sys.stdout.flush()

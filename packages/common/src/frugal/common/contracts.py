@@ -1,28 +1,33 @@
-"""What the parts of a run hand to each other.
+"""What the parts of a run hand to each other, and what each of them must be able to do.
 
-Nothing here imports torch at run time: recipes are built from these names, and ``--help`` must
-answer at once.
+A method brings any of these from a package of its own. The parts that are configured by a whole
+recipe, models, data and objectives, have the contracts of their configurations in
+:mod:`frugal.common.recipe`; reductions have theirs in :mod:`frugal.common.reduction`.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from frugal.common.errors import InputError
+from frugal.common.randomness import NoiseSource
+from frugal.common.ranges import Count, NotNegative, Range, check_ranges
+from frugal.common.reduction.image import ImageReduction, PatchView
 
 if TYPE_CHECKING:
-    import logging
-    from pathlib import Path
-
-    import torch
-    from torch import Tensor, nn
-
     from frugal.common.evaluation.bootstrap import Keep
     from frugal.common.models.bundle import ModelBundle
-    from frugal.common.randomness import NoiseSource
-    from frugal.common.recipe import Recipe
-    from frugal.common.reduction.text import Placed
     from frugal.common.run import Run
 
 
@@ -94,121 +99,184 @@ class Batch:
         return len(self.sample_numbers)
 
 
-@runtime_checkable
-class ImageReduction(Protocol):
-    """Decides which patches of every image stay. A frozen dataclass; see ``reduction/``."""
+@dataclass(frozen=True)
+class Part:
+    """A shard, or the images of a class folder."""
 
-    def keep(self, view: Any, *, noise: NoiseSource) -> Any:
-        """From a ``PatchView`` to a ``Kept``, or None where every patch stays."""
-        ...
-
-
-@runtime_checkable
-class PreparedReduction(ImageReduction, Protocol):
-    """An image reduction that looks at the first images of a run before the run trains."""
-
-    measured: ClassVar[tuple[str, ...]]
-    """Fields that are None until then; the run's recipe and checkpoints hold what was found."""
-
-    @property
-    def images_to_see(self) -> int:
-        """Images, over all processes, that it wants to see; 0 where nothing is left to find."""
-        ...
-
-    def prepared(
-        self,
-        seen: Iterable[tuple[Any, NoiseSource]],
-        *,
-        gather: Callable[[Any], list[Any]],
-        log: logging.Logger,
-    ) -> ImageReduction:
-        """The same with every measured field filled in, alike on every process.
-
-        Args:
-            seen: ``PatchView`` of images of this process, with the noise they have in training.
-            gather: collects one JSON-ready value of every process, in rank order, on all of them.
-            log: told what was found.
-        """
-        ...
-
-    def remark(self, means: dict[str, float]) -> str | None:
-        """What a person should know of the objective's metrics over some steps; usually nothing."""
-        ...
+    name: str
+    """Below the folder that holds all parts of an entry of ``data.train``: it stays where the data
+    are moved."""
+    samples: int | None
+    """None where it is known only by reading everything."""
+    digest: str
+    """Of what tells its samples from others; empty where only the name is known."""
 
 
-@runtime_checkable
-class TextReduction(Protocol):
-    """Decides which tokens of a caption stay; runs in the loader, one caption at a time.
+@dataclass(frozen=True, kw_only=True)
+class Schedule(ABC):
+    """The learning rate of a run, as a pure function of the samples seen before a step."""
 
-    What it needs beside the caption (a tagger, a file of counts) it loads, or refuses in a
-    sentence, in an optional ``prepare(tokenizer, *, length)``, called before training starts.
+    samples: Count
+    """Samples the run trains on."""
+
+    @abstractmethod
+    def learning_rate(self, samples_seen: int, *, peak: float) -> float:
+        """The learning rate of the step that starts after ``samples_seen`` samples."""
+
+
+_ClipNorm = Annotated[float, Range(above=0, hint="leave it out to train without clipping")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(ABC):
+    """How weights are stepped; builds a ``torch.optim.Optimizer``.
+
+    The engine clips, sets the learning rate of every group to its ``lr_scale`` times that of the
+    schedule, and sets ``found_inf``, a scalar tensor, to 1 where a step must change nothing:
+    torch's fused kernels obey it, an optimizer of one's own has to.
     """
 
-    def encode(
-        self, caption: str, tokenizer: Any, *, length: int, generator: Any
-    ) -> list[int] | Placed:
-        """At most ``length`` token ids, special tokens included, without padding.
+    learning_rate: NotNegative | None = None
+    """Peak learning rate; give this or --optimizer.learning-rate-per-256."""
+    learning_rate_per_256: NotNegative | None = None
+    """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
+    clip_norm: _ClipNorm | None = None
+    """Largest norm of the whole gradient."""
 
-        Or, where tokens keep the slots they had, ids with positions; always or never.
+    moments: ClassVar[tuple[str, ...]] = ()
+    """What a checkpoint holds of every trainable parameter beside its weights: names of float32
+    tensors of the parameter's shape in the optimizer's ``state``."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "optimizer")
+        if (self.learning_rate is None) == (self.learning_rate_per_256 is None):
+            raise InputError(
+                "give exactly one of optimizer.learning_rate "
+                f"({self.learning_rate}) and optimizer.learning_rate_per_256 "
+                f"({self.learning_rate_per_256})"
+            )
+
+    def peak(self, batch_size: int) -> float:
+        """The peak learning rate at a global batch size."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        assert self.learning_rate_per_256 is not None
+        return self.learning_rate_per_256 * batch_size / 256
+
+    @abstractmethod
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer over the trainable parameters, every group with an ``lr_scale``.
+
+        Raises:
+            InputError: if the options do not go with the model.
         """
+
+
+@runtime_checkable
+class NormsOfWholeTensors(Protocol):
+    """An optimizer that needs norms of whole tensors, of which ZeRO gives each process a part."""
+
+    total: Callable[[Tensor], Tensor]
+    """Adds up what the processes know of squared norms; an engine that cuts tensors up sets it."""
+
+
+class Tower(Protocol):
+    """A part of an objective that does most of its work; ``nn.Module.compile`` meets the second."""
+
+    checkpoint_activations: bool
+    """Recompute every block in the backward pass instead of storing it."""
+
+    def compile(self) -> None:
+        """``torch.compile`` it, in place."""
         ...
 
 
-class Objective(Protocol):
+class Objective(nn.Module):
     """One ``nn.Module`` that holds everything trainable and maps a batch to its loss.
 
-    ``forward(batch) -> (loss, metrics)``: a scalar whose mean over the processes is the loss of
-    the global micro-batch, and detached scalars by name, the same names on every process. Two of
-    the names have a meaning: ``image_tokens`` and ``text_tokens``, the mean numbers of tokens that
-    the towers saw of one sample.
+    The engine compiles its towers, recomputes their activations and has ``forward`` compute in the
+    run's precision: an objective does none of that itself.
     """
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics)."""
-        ...
+    model: nn.Module
+    """What evaluations and exports take."""
+    reduction: ImageReduction
+    """Which patches stay; a run sets the calibrated one before it trains."""
 
-    @property
-    def model(self) -> nn.Module:
-        """What evaluations and exports take."""
-        ...
+    @override
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) of a micro-batch of this process.
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """Parameters, by name, that the engine keeps within bounds after every step."""
-        ...
+        The loss is a scalar whose mean over the processes is that of the global micro-batch; the
+        metrics are detached scalars by name, the same names on every process. Two of the names have
+        a meaning: ``image_tokens`` and ``text_tokens``, the mean numbers of tokens that the towers
+        saw of one sample.
+        """
+        raise NotImplementedError
 
-    def step_flops(self, metrics: dict[str, float]) -> float:
-        """Forward and backward FLOPs of one sample, from the means of ``metrics``."""
-        ...
-
-
-@runtime_checkable
-class CountingObjective(Protocol):
-    """An objective whose loss is the mean over something else than the valid samples."""
+    def towers(self) -> Sequence[Tower]:
+        """What is to be compiled and whose activations may be recomputed."""
+        return ()
 
     def counted(self, batch: Batch) -> Tensor:
         """(): how many things of a batch of this process its loss is the mean of."""
-        ...
+        return batch.valid.sum()
 
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Parameters, by name, that the engine keeps within bounds after every step."""
+        return {}
 
-@runtime_checkable
-class ObjectiveConfig(Protocol):
-    """The part of a recipe that builds the objective."""
+    def step_flops(self, metrics: dict[str, float]) -> float:
+        """Forward and backward FLOPs of one sample, from the means of ``metrics``; 0 if unknown."""
+        del metrics
+        return 0.0
 
-    def build(self, recipe: Recipe) -> Any:
-        """An :class:`Objective`, initialized from ``recipe.run.seed``, on the CPU in float32."""
-        ...
-
-    def trained_model(self, recipe: Recipe, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The model that weights of a checkpoint are of, on the CPU; it is filled with them.
-
-        What else trained it, such as a teacher, need not be there any more.
+    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
+        """Take weights that this objective alone knows how to start from.
 
         Args:
-            recipe: of the run.
-            weights: by their names in the model.
+            source: ``run.start_from``, which may hold weights of another kind of model.
+            interpolate: whether position tables may be resampled.
+            log: told what was taken.
+
+        Returns:
+            Whether it has; otherwise a run takes the weights of the same names from ``source``.
+
+        Raises:
+            InputError: if there are none, or they do not fit.
         """
-        del weights
-        return self.build(recipe).model
+        del source, interpolate, log
+        return False
+
+    def patch_view(self, batch: Batch) -> tuple[PatchView, NoiseSource] | None:
+        """What the image reduction sees of a batch, and where it gets its random numbers.
+
+        None where it cannot be shown, so that no reduction can be calibrated on it.
+        """
+        del batch
+        return None
+
+    def draw(self, batch: Batch) -> np.ndarray | None:
+        """A picture (3, H*, W*) uint8 of a few samples as they are seen, where there is one."""
+        del batch
+        return None
+
+    def draw_reduction(self, batch: Batch) -> np.ndarray | None:
+        """What the image reduction draws of a few samples, (3, H*, W*) uint8."""
+        del batch
+        return None
+
+
+class TrainedModel(Protocol):
+    """The model that is being trained, for data that asks it; an engine is one."""
+
+    objective: Objective
+    dtype: torch.dtype
+    """Of its matrix products."""
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """While open, ``objective`` holds all its weights on this process."""
+        ...
 
 
 class Stream(Protocol):
@@ -219,9 +287,9 @@ class Stream(Protocol):
 
     epoch_samples: int
     """Samples of one epoch."""
-    contents: Any
-    """What it is read from, as :mod:`frugal.common.data.contents` has it: compared where a run goes
-    on. () where that cannot change."""
+    contents: Sequence[Sequence[Part]]
+    """The parts of every entry of ``data.train``, in order, compared where a run goes on; () where
+    they cannot change."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -232,36 +300,6 @@ class Stream(Protocol):
     def scalars(self) -> dict[str, float]:
         """What to log of the data beside the loss, alike on every process; usually nothing."""
         ...
-
-
-class DataConfig(ABC):
-    """The part of a recipe that builds the stream of training batches."""
-
-    max_damaged: float
-    """Fraction of damaged samples at which the run stops."""
-    shared_state: ClassVar[bool] = False
-    """Whether the state of a stream is that of all processes, so that it fits any number of them.
-    Otherwise a stream gets a state back only where there are as many as before."""
-
-    @abstractmethod
-    def build(
-        self,
-        recipe: Recipe,
-        run: Run,
-        *,
-        first_sample: int,
-        state: dict[str, Any],
-        engine: Any,
-    ) -> Stream:
-        """A stream that continues at ``first_sample``, a multiple of the global batch size.
-
-        ``engine`` holds the model that is trained, for data that asks it; None where nothing is.
-        """
-
-    def report(self, run_dir: Path) -> list[tuple[str, str]]:
-        """Titles and HTML of what the report tells about the data of a run; usually nothing."""
-        del run_dir
-        return []
 
 
 Show = Callable[[str, Any], None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from frugal.common.contracts import ImageReduction
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import RandomResizedCrop
@@ -13,7 +12,10 @@ from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import clip_encoder
 from frugal.common.objectives.contrastive import Contrastive
-from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions, WarmupCosine
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import Recipe, Reductions, RunOptions
+from frugal.common.reduction.image import ImageReduction
 from frugal.common.reduction.text import Truncate
 
 

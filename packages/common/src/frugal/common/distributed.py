@@ -1,7 +1,10 @@
-"""Which process of how many this is, as launchers announce it; and how the processes meet.
+"""Which process of how many this is, how the processes meet, and all they say to each other.
 
 Variables of launchers linger in shells, in batch scripts and in containers. They are believed
 where they are whole, and wherever they are not believed that is said.
+
+No other module asks ``torch.distributed`` for ranks or gathers by itself. Every function here is
+called by all processes of its group alike, and does nothing where there is only one.
 """
 
 from __future__ import annotations
@@ -12,9 +15,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from frugal.common.errors import InputError
 
@@ -37,11 +45,65 @@ _MPI_LAUNCHERS = (b"mpirun", b"mpiexec", b"orterun", b"orted", b"prted", b"prter
 
 
 class Ranks(NamedTuple):
-    """Which process this is."""
+    """One process among those that work together; by default a process on its own."""
 
-    rank: int
-    world_size: int
-    local_rank: int
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Among the processes of its machine."""
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """This process among all of ``torch.distributed``, or on its own without it."""
+        rank, world_size = place_in_world()
+        return cls(rank, world_size, _number("LOCAL_RANK", 0) if world_size > 1 else 0)
+
+    def turns(self, count: int, chunk: int) -> Iterator[slice]:
+        """The rows of ``count`` that are this process's: chunks taken in turn, the last shorter."""
+        for start in range(self.rank * chunk, count, self.world_size * chunk):
+            yield slice(start, min(start + chunk, count))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place: a large table has no second copy.
+
+        Exact for integers, and for tables in which only one process filled any one row.
+        """
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def table(
+        self,
+        count: int,
+        width: int,
+        *,
+        chunk: int,
+        device: torch.device,
+        fill: Callable[[slice], Tensor],
+    ) -> Tensor:
+        """(count, width) float32 on every process, filled ``chunk`` rows at a time.
+
+        The chunks take turns among the processes, and the same rows share a chunk on any number
+        of them: what ``fill`` computes does not depend on how many there are.
+        """
+        table = torch.zeros(count, width, device=device)
+        for rows in self.turns(count, chunk):
+            table[rows] = fill(rows)
+        return self.sum(table)
+
+    def same_data(self, data: Any, name: str) -> None:
+        """Refuse to share out images that the processes see differently.
+
+        Args:
+            data: has ``len()`` and ``listing()``.
+            name: of the evaluation.
+
+        Raises:
+            InputError: on every process, if one sees other data.
+        """
+        if self.world_size > 1:
+            what, words = f"data of the evaluation {name!r}", f"{len(data):,} images"
+            require_same((len(data), data.listing()), what, words=words)
 
 
 def launcher_ranks() -> Ranks:
@@ -153,7 +215,7 @@ def parent_of(pid: int) -> int:
         return 0
 
 
-def settle(log: logging.Logger) -> Ranks:
+def resolve_ranks(log: logging.Logger) -> Ranks:
     """This process among those that run together, with an environment in which all agree on it.
 
     A process on its own forgets what is left over of launchers, which libraries would believe, and
@@ -186,7 +248,7 @@ def settle(log: logging.Logger) -> Ranks:
     return ranks
 
 
-def work_alone() -> None:
+def forget_launchers() -> None:
     """Forget every launcher: for commands that one process does, whatever the shell says."""
     _forget([*_ANNOUNCED, *_SLURM, "SLURM_STEP_NUM_TASKS", *(n for part in _MPI for n in part)])
 
@@ -203,7 +265,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def meet(ranks: Ranks, backend: str, log: logging.Logger, *, limit: float = MEETING) -> None:
+def init_process_group(
+    ranks: Ranks, backend: str, log: logging.Logger, *, limit: float = MEETING
+) -> None:
     """Bring up ``torch.distributed`` with all processes; it says for whom it waits, and where.
 
     Nothing happens where this process is on its own, or has met the others already.
@@ -217,8 +281,6 @@ def meet(ranks: Ranks, backend: str, log: logging.Logger, *, limit: float = MEET
     Raises:
         InputError: if some do not come.
     """
-    import torch.distributed as dist
-
     if ranks.world_size == 1 or dist.is_initialized():
         return
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -258,15 +320,11 @@ def _voices(thread: threading.Thread, limit: float) -> Iterator[float]:
             voice *= 2
 
 
-def _open_store(ranks: Ranks, limit: float) -> Any:
+def _open_store(ranks: Ranks, limit: float) -> dist.Store:
     """As torch's ``env://``, but the process that keeps the store does not wait for all others."""
-    from datetime import timedelta
-
-    from torch.distributed import PrefixStore, TCPStore
-
     # torchrun keeps the store itself, and starts processes that failed once more
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store: Any = TCPStore(
+    store: dist.Store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         ranks.world_size,
@@ -277,7 +335,7 @@ def _open_store(ranks: Ranks, limit: float) -> Any:
     )
     if kept:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"/worker/attempt_{attempt}", store)
+        store = dist.PrefixStore(f"/worker/attempt_{attempt}", store)
     return store
 
 
@@ -288,7 +346,7 @@ class _Meeting:
         self._ranks = ranks
         self._limit = limit
         self._start = time.monotonic()
-        self.store: Any = None
+        self.store: dist.Store | None = None
         self.is_complete = False
         self.failure = ""
 
@@ -314,6 +372,7 @@ class _Meeting:
     def _absent(self) -> list[int]:
         rank, size, _ = self._ranks
         others = (other for other in range(size) if other != rank)
+        assert self.store is not None
         return [other for other in others if not self.store.check([f"frugal/came/{other}"])]
 
     def missing(self) -> str:
@@ -327,3 +386,202 @@ class _Meeting:
         listed = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
         of = f"of the {self._ranks.world_size}"
         return f"{len(absent)} {of} processes ({listed})" if absent else "nobody"
+
+
+# ------------------------------------------------------------------------------------------------
+# What the processes of a group say to each other.
+
+Group = dist.ProcessGroup | None
+"""Some of the processes; None stands for all of them."""
+
+
+def place_in_world(group: Group = None) -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) where there is only this process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def new_host_group() -> Group:
+    """A group of all processes for tensors on the CPU; None where there is only this process.
+
+    The group that exchanges gradients works in the order of the device, and is not to be used by
+    two threads at a time. Whoever must not wait for it, or works beside it, takes one of its own.
+    """
+    if place_in_world()[1] == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every process belongs to it
+    return group
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if place_in_world()[1] > 1:
+        dist.barrier()
+
+
+def leave_process_group() -> None:
+    """End what :func:`init_process_group` began, or an engine did; DeepSpeed ends badly without."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(local: Tensor, group: Group = None) -> Tensor:
+    """The rows of every process in the order of the ranks.
+
+    Where ``local`` wants gradients, what any process computes from a row flows back to the process
+    that the row came from, summed over the processes.
+
+    Args:
+        local: (B, ...), of the same shape on every process.
+        group: the processes; all of them by default.
+
+    Returns:
+        (W B, ...); ``local`` itself where there is only this process.
+    """
+    if place_in_world(group)[1] == 1:
+        return local
+    return _Gather.apply(local, group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        ctx.shape = local.shape
+        rows = place_in_world(group)[1] * len(local)
+        whole = local.new_empty((rows, *local.shape[1:]))
+        dist.all_gather_into_tensor(whole, local.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        local = gradient.new_empty(ctx.shape)
+        dist.reduce_scatter_tensor(local, gradient.contiguous(), group=ctx.group)
+        return local, None
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """A small value of every process, in rank order, on all of them."""
+    world_size = place_in_world()[1]
+    values: list[Any] = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(local: Tensor) -> Tensor:
+    """The sum of a small tensor over the processes; gradients are summed on their way back."""
+    return local if place_in_world()[1] == 1 else _Sum.apply(local)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        del ctx
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        del ctx
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def mean_over_processes(local: Tensor) -> Tensor:
+    """The mean of a small float tensor over the processes."""
+    return sum_over_processes(local) / place_in_world()[1]
+
+
+def broadcast(tensor: Tensor, *, source: int) -> None:
+    """Overwrite a tensor with that of one process."""
+    if place_in_world()[1] > 1:
+        dist.broadcast(tensor, src=source)
+
+
+class Vote:
+    """Whether any process says yes, known to all of them after the same step.
+
+    The hosts tell each other without waiting, neither for the device nor for the slowest process:
+    what is said before one step is heard before the next.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Every process calls this; ``device`` is the one it trains on."""
+        self._is_alone = place_in_world()[1] == 1
+        self._group = new_host_group() if device.type == "cuda" else None
+        self._said: tuple[dist.Work, Tensor] | None = None
+
+    def any(self, *, yes: bool) -> bool:
+        """Say yes or no; every process calls this before a step.
+
+        Returns:
+            True on all processes alike, once one of them said yes; alone, without delay.
+        """
+        if self._is_alone:
+            return yes
+        heard = False
+        if self._said is not None:
+            work, votes = self._said
+            work.wait()
+            heard = votes.item() > 0
+        votes = torch.tensor(int(yes))
+        work = dist.all_reduce(votes, group=self._group, async_op=True)
+        assert work is not None
+        self._said = work, votes
+        return heard
+
+
+def require_same(
+    value: Any,
+    what: str,
+    *,
+    words: str = "",
+    gather: Callable[[Any], list[Any]] = gather_objects,
+) -> None:
+    """Refuse to work on something that the processes see differently.
+
+    Args:
+        value: compared; equal where the processes see the same.
+        what: it stands for, such as ``data of the evaluation 'a'``.
+        words: what a person is told of it.
+        gather: collects the value of every process, in rank order, on all of them.
+
+    Raises:
+        InputError: on every process alike, naming those that differ from process 0.
+    """
+    found = gather((value, words, socket.gethostname()))
+    first, first_words, first_host = found[0]
+    odd = [rank for rank, (other, _, _) in enumerate(found) if other != first]
+    if not odd:
+        return
+    _, odd_words, odd_host = found[odd[0]]
+    listed = ", ".join(map(str, odd[:8])) + (" and others" if len(odd) > 8 else "")
+    numbers = "of other names or bytes"
+    if odd_words != first_words:
+        numbers = f"{odd_words} where there are {first_words}"
+    raise InputError(
+        f"the {what} is not the same everywhere: process {listed} of {len(found)} "
+        f"{'sees' if len(odd) == 1 else 'see'} another copy than process 0 ({numbers}; process "
+        f"{odd[0]} is on {odd_host}, process 0 on {first_host}); give every machine the same files "
+        "under the same path"
+    )
+
+
+def check_delivery(delivered: Tensor) -> None:
+    """Refuse to count an image twice or not at all.
+
+    Args:
+        delivered: (N,) how often each image came, over all processes.
+    """
+    wrong = (delivered != 1).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        raise RuntimeError(
+            f"{len(wrong)} of {len(delivered)} images were not evaluated exactly once; image "
+            f"{first} came {int(delivered[first])} times"
+        )

@@ -14,12 +14,12 @@ import tyro
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.cli import named_recipe, overridden, run_politely, without_local_rank
 from frugal.common.contracts import EvaluationTask
+from frugal.common.distributed import gather_objects, leave_process_group
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Outcomes
 from frugal.common.evaluation.cli import Options, chosen_tasks, chosen_trainings, transfer_tasks
 from frugal.common.evaluation.config import FolderEvaluation, LinearProbe
 from frugal.common.evaluation.provenance import config_digest, versions, weights_digest
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.remote import as_url, fetch
 from frugal.common.evaluation.results import (
     Subject,
@@ -44,8 +44,6 @@ from frugal.common.words import command_words
 
 def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
-    import torch
-
     run = open_process(_folder(options.checkpoint), options.device)
     bundle = load_model(options.checkpoint, name=options.model, weights_key=options.weights_key)
     if options.precision is not None:
@@ -62,8 +60,7 @@ def evaluate(options: Options) -> None:
         scores = _measure_all(tasks, bundle, run, options, own, url)
         if run.is_main:
             _report_suites(options, scores, _out(options, run), _head(bundle))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
     for evaluation, recipe in trainings:
         _train_and_measure(evaluation, recipe, options)
 
@@ -176,7 +173,7 @@ def _check_free(
                 check_free(task, subject, out, step=bundle.source.step, trained_on=trained_on)
         except InputError as error:
             problem = str(error)
-    if (refused := Ranks.current().gather(problem)[0]) is not None:
+    if (refused := gather_objects(problem)[0]) is not None:
         raise InputError(refused)
 
 

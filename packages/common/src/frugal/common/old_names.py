@@ -18,7 +18,6 @@ _TRANSFER = {
     "photometric.PhotometricDistortion": "photometric.PhotometricDistortion",
     "segmentation.MeanIoU": "mean_iou.MeanIoU",
     "segmentation.Segmentation": "segmentation.Segmentation",
-    "segmentation.WarmupLinear": "segmentation.WarmupLinear",
     "segmentation.SegmenterConfig": "segmenter.SegmenterConfig",
     "segmentation_data.ScaledCrop": "segmentation_data.ScaledCrop",
     "segmentation_data.SegmentationData": "segmentation_data.SegmentationData",
@@ -31,6 +30,13 @@ TYPES = {
     "frugal.milan.settings.ReconstructPixels": "frugal.milan.objective.ReconstructPixels",
     "frugal.milan.settings.Teacher": "frugal.milan.teacher.Teacher",
     "frugal.cit.settings.LockedContrastive": "frugal.cit.objective.LockedContrastive",
+    "frugal.common.recipe.AdamW": "frugal.common.optim.optimizers.AdamW",
+    "frugal.common.recipe.LARS": "frugal.common.optim.optimizers.LARS",
+    "frugal.common.recipe.WarmupCosine": "frugal.common.optim.schedules.WarmupCosine",
+    "frugal.milan.segmentation.WarmupLinear": "frugal.common.optim.schedules.WarmupLinear",
+    "frugal.common.transfer.segmentation.WarmupLinear": (
+        "frugal.common.optim.schedules.WarmupLinear"
+    ),
     "frugal.common.data.colour.ColourJitter": "frugal.common.data.color.ColorJitter",
     "frugal.common.interop.imported_encoder.ImportedEncoder": (
         "frugal.common.weights.imported_encoder.ImportedEncoder"

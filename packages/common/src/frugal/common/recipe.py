@@ -12,32 +12,34 @@ import importlib
 import math
 import types
 import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from torch import Tensor, nn
+
 from frugal.common.contracts import (
-    DataConfig,
     EvaluationTask,
-    ImageReduction,
-    ObjectiveConfig,
-    PreparedReduction,
+    Objective,
+    Optimizer,
+    Schedule,
+    Stream,
+    TrainedModel,
 )
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
 from frugal.common.old_names import FIELDS, TYPES, VALUES
 from frugal.common.ranges import (
     Count,
-    CountOrZero,
-    NotNegative,
     OpenShare,
-    Positive,
-    PositiveShare,
     Range,
     Seed,
-    ShareBelowOne,
     check_ranges,
 )
+from frugal.common.reduction.image import ImageReduction
+from frugal.common.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,114 +51,6 @@ class Reductions:
     text: Any = None
     """Which tokens of a caption stay, a ``TextReduction``; None for a model that reads none. (A
     union in its type would take the fields of the reduction off the command line.)"""
-
-
-_ClipNorm = Annotated[float, Range(above=0, hint="leave it out to train without clipping")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """What the ways of stepping have in common."""
-
-    learning_rate: NotNegative | None = None
-    """Peak learning rate; give this or --optimizer.learning-rate-per-256."""
-    learning_rate_per_256: NotNegative | None = None
-    """Peak learning rate for a global batch of 256; scaled linearly with the batch."""
-    clip_norm: _ClipNorm | None = None
-    """Largest norm of the whole gradient."""
-
-    moments: ClassVar[tuple[str, ...]] = ()
-    """What a checkpoint holds of every trainable parameter beside its weights."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "optimizer")
-        if (self.learning_rate is None) == (self.learning_rate_per_256 is None):
-            raise InputError(
-                "give exactly one of optimizer.learning_rate "
-                f"({self.learning_rate}) and optimizer.learning_rate_per_256 "
-                f"({self.learning_rate_per_256})"
-            )
-
-    def peak(self, batch_size: int) -> float:
-        """The peak learning rate at a global batch size."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        assert self.learning_rate_per_256 is not None
-        return self.learning_rate_per_256 * batch_size / 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamW(Optimizer):
-    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
-
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
-    epsilon: NotNegative = 1e-8
-    weight_decay: NotNegative = 0.2
-    no_decay: tuple[str, ...] = ("bias", "norm", "position")
-    """Which parameters are not decayed: bias, norm, position, class_token, logit_scale,
-    embedding, vector (every parameter with fewer than two dimensions)."""
-    projection_weight_decay: NotNegative | None = None
-    """Of the projections of both towers into the shared space; without it as of all others."""
-    layer_decay: PositiveShare | None = None
-    """Learning rate of every block over that of the block behind it; what stands behind the last
-    block has the whole rate. Without it everything has."""
-
-    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known = {
-            "bias", "norm", "position", "class_token", "logit_scale", "embedding", "vector"
-        }  # fmt: skip
-        if unknown := sorted(set(self.no_decay) - known):
-            raise InputError(
-                f"optimizer.no_decay does not know {unknown[0]!r}; choose from {sorted(known)}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LARS(Optimizer):
-    """Momentum whose steps are scaled to the norm of each matrix (You et al., arXiv:1708.03888).
-
-    Vectors, such as biases, are neither scaled nor decayed.
-    """
-
-    momentum: ShareBelowOne = 0.9
-    weight_decay: NotNegative = 0.0
-    trust: Positive = 0.001
-    """Norm of a gradient, after scaling, over the norm of its weights."""
-
-    moments: ClassVar[tuple[str, ...]] = ("momentum",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarmupCosine:
-    """Linear warm-up, then half a cosine; a pure function of the samples seen before a step."""
-
-    samples: Count
-    """Samples the run trains on."""
-    warmup_samples: CountOrZero = 0
-    """Samples until the peak is reached."""
-    start: NotNegative = 0.0
-    """Learning rate of the very first step."""
-    floor: NotNegative = 0.0
-    """Learning rate at the end and beyond."""
-
-    def __post_init__(self) -> None:
-        if self.samples <= 0 or not 0 <= self.warmup_samples <= self.samples:
-            raise InputError(
-                f"schedule.warmup_samples ({self.warmup_samples}) must lie between 0 and "
-                f"schedule.samples ({self.samples}), which must be positive"
-            )
-        check_ranges(self, "schedule")
-
-    def learning_rate(self, samples_seen: int, *, peak: float) -> float:
-        """The learning rate of the step that starts after ``samples_seen`` samples."""
-        if samples_seen < self.warmup_samples:
-            return self.start + (peak - self.start) * samples_seen / self.warmup_samples
-        decay = max(self.samples - self.warmup_samples, 1)
-        progress = min((samples_seen - self.warmup_samples) / decay, 1.0)
-        return self.floor + (peak - self.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +119,101 @@ class RunOptions:
         check_ranges(self, "run")
 
 
+class ModelConfig:
+    """The trainable towers, as a part of a recipe; the objective builds them."""
+
+    @property
+    def num_patches(self) -> int | None:
+        """Patches of one image, for a model that takes a part of them; else None."""
+        return None
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens of a text at most; None for a model that reads none."""
+        return None
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what this model cannot be combined with.
+
+        Raises:
+            InputError: naming the setting, before anything is written.
+        """
+        del recipe
+
+
+class ObjectiveConfig(ABC):
+    """What is minimized, as a part of a recipe."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what this objective cannot be combined with, as :meth:`ModelConfig.check`."""
+        del recipe
+
+    @abstractmethod
+    def build(self, recipe: Recipe) -> Objective:
+        """The objective, initialized from ``recipe.run.seed``, on the CPU in float32."""
+
+    def trained_model(self, recipe: Recipe, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The model that weights of a checkpoint are of, on the CPU; it is filled with them.
+
+        What else trained it, such as a teacher, need not be there any more.
+
+        Args:
+            recipe: of the run.
+            weights: by their names in the model.
+        """
+        del weights
+        return self.build(recipe).model
+
+
+class DataConfig(ABC):
+    """What a run is trained on, as a part of a recipe; builds the stream of batches."""
+
+    max_damaged: float
+    """Fraction of damaged samples at which the run stops."""
+    shared_state: ClassVar[bool] = False
+    """Whether the state of a stream is that of all processes, so that it fits any number of them.
+    Otherwise a stream gets a state back only where there are as many as before."""
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What the numbers of sources in batches stand for; () where there is one source."""
+        return ()
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what this data cannot be combined with, as :meth:`ModelConfig.check`."""
+        del recipe
+
+    @abstractmethod
+    def build(
+        self,
+        recipe: Recipe,
+        run: Run,
+        *,
+        first_sample: int,
+        state: dict[str, Any],
+        engine: TrainedModel | None,
+    ) -> Stream:
+        """A stream that continues at ``first_sample``, a multiple of the global batch size.
+
+        ``engine`` holds the model that is trained, for data that asks it; None where nothing is.
+        """
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Keep with a run what is needed to tokenize as it did; usually nothing."""
+        del folder
+
+    def report(self, run_dir: Path) -> list[tuple[str, str]]:
+        """Titles and HTML of what the report tells about the data of a run; usually nothing."""
+        del run_dir
+        return []
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One run, complete."""
 
     model: Any
-    """The trainable towers."""
+    """The trainable towers, a :class:`ModelConfig`."""
     data: DataConfig
     """What it is trained on."""
     reduction: Reductions
@@ -239,7 +222,7 @@ class Recipe:
     """What is minimized."""
     optimizer: Optimizer
     """How weights are stepped."""
-    schedule: WarmupCosine
+    schedule: Schedule
     batch_size: Count
     """Samples per optimizer step, over all processes."""
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -258,16 +241,14 @@ class Recipe:
             raise InputError(
                 f"run.best is {self.run.best!r}, but this recipe evaluates nothing; leave it out"
             )
-        for part in (
-            self.model,
-            self.data,
-            self.reduction.image,
-            self.objective,  # which refuses a text reduction where no captions are read
-            self.reduction.text,
-        ):
-            check = getattr(part, "check", None)
-            if check is not None:
-                check(self)
+        self.model.check(self)
+        self.data.check(self)
+        if (num_patches := self.model.num_patches) is not None:
+            self.reduction.image.check_patches(num_patches)
+        self.objective.check(self)  # which refuses a text reduction where no captions are read
+        length = self.model.text_length
+        if self.reduction.text is not None and length is not None:
+            self.reduction.text.check_length(length)
 
     @property
     def steps(self) -> int:
@@ -428,16 +409,16 @@ def _with_former_defaults(wanted: Any, saved: Any) -> Any:
     return dataclasses.replace(wanted, **changes) if changes else wanted
 
 
-def with_measured(wanted: Recipe, saved: Recipe) -> Recipe:
-    """``wanted`` with what a run of ``saved`` has measured, where it leaves that open.
+def with_calibrated(wanted: Recipe, saved: Recipe) -> Recipe:
+    """``wanted`` with what a run of ``saved`` was calibrated to, where it leaves that open.
 
     A default that has changed since stays what it was when the run began.
     """
     wanted = _with_former_defaults(wanted, saved)
     image, before = wanted.reduction.image, saved.reduction.image
-    if not isinstance(image, PreparedReduction) or type(image) is not type(before):
+    if not image.calibrated or type(image) is not type(before):
         return wanted
-    found = {n: getattr(before, n) for n in image.measured if getattr(image, n) is None}
+    found = {n: getattr(before, n) for n in image.calibrated if getattr(image, n) is None}
     image = dataclasses.replace(image, **found)  # type: ignore[type-var]
     return dataclasses.replace(wanted, reduction=dataclasses.replace(wanted.reduction, image=image))
 

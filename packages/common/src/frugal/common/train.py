@@ -11,14 +11,20 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal.common.cli import Recipes, read_command_line, run_politely
-from frugal.common.contracts import Batch, PreparedReduction
-from frugal.common.distributed import Ranks, launcher_ranks, meet, settle
+from frugal.common.contracts import Batch, Objective
+from frugal.common.distributed import (
+    Ranks,
+    barrier,
+    gather_objects,
+    init_process_group,
+    launcher_ranks,
+    resolve_ranks,
+)
 from frugal.common.errors import InputError
 from frugal.common.files import raise_open_files_limit, read_json_object, write_json
 from frugal.common.objectives.contrastive import Contrastive
@@ -28,7 +34,7 @@ from frugal.common.recipe import (
     from_json,
     load_recipe,
     to_json,
-    with_measured,
+    with_calibrated,
 )
 from frugal.common.run import Run, lock_run_dir, make_logger
 
@@ -73,7 +79,7 @@ def train_recipe(recipe: Recipe) -> None:
     from frugal.common.engine.logger import Watch
     from frugal.common.engine.loop import Training, measure_what_was_missed, train
     from frugal.common.engine.rehearsal import rehearse
-    from frugal.common.engine.saving import WeightAverage, gather_values, restore
+    from frugal.common.engine.saving import WeightAverage, restore
     from frugal.common.models.clip import resample_table
 
     run = open_run(recipe)
@@ -83,9 +89,8 @@ def train_recipe(recipe: Recipe) -> None:
     objective = recipe.objective.build(recipe)
     if not store.whole():
         source, interpolate = recipe.run.start_from, recipe.run.interpolate
-        if hasattr(objective, "start_from"):  # what else than a run of its own kind, it knows
-            objective.start_from(source, interpolate=interpolate, log=run.log)
-        elif source is not None:
+        started = objective.start_from(source, interpolate=interpolate, log=run.log)
+        if source is not None and not started:
             resample = resample_table if interpolate else None
             warm_start(objective, source, resample=resample, log=run.log)
     _check_best(recipe)
@@ -109,7 +114,7 @@ def train_recipe(recipe: Recipe) -> None:
         engine=engine,
     )
     _warn_of_twins(recipe, run, stream.epoch_samples)
-    evaluated = gather_values(_last_evaluated(recipe, run), run.world_size)[0]
+    evaluated = gather_objects(_last_evaluated(recipe, run))[0]
     if first_step < recipe.steps:
         keep_contents(
             run,
@@ -209,14 +214,13 @@ def _claim(run: Run, store: CheckpointStore) -> tuple[TextIOWrapper | None, Chec
     Every process gets the same one.
     """
     from frugal.common.checkpoint.store import open_checkpoint
-    from frugal.common.engine.saving import gather_values
 
     lock = None
     if run.is_main and run.dir.exists():
         lock = lock_run_dir(run.dir, patience=120.0, log=run.log)
-    gather_values(None, run.world_size)
+    barrier()
     newest = store.newest() if run.is_main else None
-    name = gather_values(newest.folder.name if newest else None, run.world_size)[0]
+    name = gather_objects(newest.folder.name if newest else None)[0]
     if name is not None and newest is None:
         newest = open_checkpoint(store.folder / name)
     return lock, newest
@@ -234,21 +238,18 @@ def _prepared(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint |
 
     Every process calls this; a run that is continued goes on with what it found at its start.
     """
-    from frugal.common.engine.saving import gather_values
-
     if checkpoint is not None:
         source = str(checkpoint.folder / "state.json")
-        recipe = with_measured(recipe, from_json(checkpoint.state["recipe"], source=source))
+        recipe = with_calibrated(recipe, from_json(checkpoint.state["recipe"], source=source))
     image = recipe.reduction.image
-    if not isinstance(image, PreparedReduction):
+    if not image.calibrated:
         return recipe
-    if image.images_to_see:
-        gather = partial(gather_values, world_size=run.world_size)
+    if image.calibration_images:
         # curated data writes what it chose, here for nobody
         with tempfile.TemporaryDirectory() as folder:
             elsewhere = replace(run, dir=Path(folder))
-            seen = _first_views(recipe, elsewhere, engine, images=image.images_to_see)
-            image = image.prepared(seen, gather=gather, log=run.log)
+            seen = _first_views(recipe, elsewhere, engine, images=image.calibration_images)
+            image = image.calibrate(seen, gather=gather_objects, log=run.log)
     engine.objective.reduction = image
     return replace(recipe, reduction=replace(recipe.reduction, image=image))
 
@@ -259,11 +260,6 @@ def _first_views(recipe: Recipe, run: Run, engine: Engine, *, images: int) -> It
     Raises:
         InputError: if the objective shows none.
     """
-    if not hasattr(engine.objective, "look"):
-        raise InputError(
-            "reduction.image looks for its settings on the first images of a run, which this "
-            "objective does not show; give them on the command line"
-        )
     stream = recipe.data.build(recipe, run, first_sample=0, state={}, engine=engine)
     micro_batch = recipe.batch_size // recipe.engine.accumulate
     missing = math.ceil(images / micro_batch)
@@ -275,7 +271,13 @@ def _first_views(recipe: Recipe, run: Run, engine: Engine, *, images: int) -> It
             sample_numbers=batch.sample_numbers[stays],
             valid=stays[stays],
         )
-        yield engine.objective.look(whole.to(run.device))
+        view = engine.objective.patch_view(whole.to(run.device))
+        if view is None:
+            raise InputError(
+                "reduction.image looks for its settings on the first images of a run, which this "
+                "objective does not show; give them on the command line"
+            )
+        yield view
     if missing > 0:
         run.log.warning(
             "reduction.image wants to look at %s images, of which the run does not have the last "
@@ -300,7 +302,7 @@ def _check_run_dir(recipe: Recipe) -> Recipe:
                 "%s holds what a run left that never wrote a checkpoint; it is replaced", folder
             )
         return recipe
-    recipe = with_measured(recipe, before)
+    recipe = with_calibrated(recipe, before)
     changes = difference(before, recipe)
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
@@ -333,7 +335,7 @@ def open_process(folder: Path, device: str, *, threads: int | None = None) -> Ru
     import torch
 
     log = make_logger(launcher_ranks().rank)
-    rank, world_size, local_rank = settle(log)
+    rank, world_size, local_rank = resolve_ranks(log)
     raise_open_files_limit()  # what loader processes hand over takes a file each
     chosen = _device(device, local_rank)
     if chosen.type == "cpu":
@@ -382,10 +384,10 @@ def join(run: Run) -> None:
     shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if run.device.type == "cuda" and shards:
         backend = "cuda:nccl,cpu:gloo"  # as Accelerate has it, where parts may be on the host
-    meet(Ranks(run.rank, run.world_size, run.local_rank), backend, run.log)
+    init_process_group(Ranks(run.rank, run.world_size, run.local_rank), backend, run.log)
 
 
-def make_engine(objective: Any, recipe: Recipe, run: Run) -> Engine:
+def make_engine(objective: Objective, recipe: Recipe, run: Run) -> Engine:
     """DeepSpeed if the recipe names a file for it, else Accelerate; all processes have met then.
 
     Raises:
@@ -410,9 +412,7 @@ def _write_run_files(recipe: Recipe, run: Run, engine: Engine, *, begins: bool) 
         return
     environment = _environment(run, engine)
     write_json(run.dir / "environment.json", environment)
-    save_tokenizer = getattr(recipe.data, "save_tokenizer", None)
-    if save_tokenizer is not None:
-        save_tokenizer(run.dir / "tokenizer")
+    recipe.data.save_tokenizer(run.dir / "tokenizer")
     path = run.dir / "recipe.json"
     if begins or not _is_recipe(path):
         write_json(path, to_json(recipe))
@@ -560,10 +560,11 @@ def _data_of(task: EvaluationTask) -> str:
 
 def _draw(batch: Batch, step: int, engine: Engine, watch: Watch) -> None:
     """A picture of a batch with its masks, where the objective can draw one."""
-    draw = getattr(engine.objective, "draw", None)
-    if draw is not None:
-        watch.picture("batch", draw(batch.rows(0, 8)), step)
-    draw_reduction = getattr(engine.objective, "draw_reduction", None)
-    picture = draw_reduction(batch.rows(0, 8)) if draw_reduction is not None else None
-    if picture is not None:
-        watch.picture("reduction", picture, step)
+    few = batch.rows(0, 8)
+    pictures = {
+        "batch": engine.objective.draw(few),
+        "reduction": engine.objective.draw_reduction(few),
+    }
+    for name, picture in pictures.items():
+        if picture is not None:
+            watch.picture(name, picture, step)

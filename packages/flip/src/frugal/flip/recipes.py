@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from frugal.common.contracts import TextReduction
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
@@ -24,10 +23,12 @@ from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import flip_encoder
 from frugal.common.objectives.contrastive import Contrastive
-from frugal.common.recipe import AdamW, Recipe, Reductions, WarmupCosine
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import Recipe, Reductions
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.random_masking import RandomMasking
-from frugal.common.reduction.text import Truncate
+from frugal.common.reduction.text import TextReduction, Truncate
 from frugal.flip.text_masking import TextMasking
 
 BATCH_SIZE = 65_536

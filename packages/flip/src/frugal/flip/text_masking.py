@@ -8,19 +8,19 @@ evaluation, which masks nothing, finds every position trained.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from frugal.common.errors import InputError
 from frugal.common.ranges import ShareBelowOne
-from frugal.common.reduction.text import CaptionTokenizer, Placed
+from frugal.common.reduction.text import CaptionTokenizer, PositionedTokens, TextReduction
 
 Order = Literal["random", "padding_first"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextMasking:
+class TextMasking(TextReduction):
     """Keep a random subset of the slots of a caption, equally many for every caption.
 
     What the towers pool never goes, as the class token of an image never does: the special
@@ -45,11 +45,9 @@ class TextMasking:
                 f"the order of text masking is {self.order!r}; choose random or padding_first"
             )
 
-    def check(self, recipe: Any) -> None:
-        """Refuse a recipe whose captions would keep nothing."""
-        tower = getattr(recipe.model, "text", None)
-        if tower is not None:
-            self.num_kept(tower.length)
+    def check_length(self, length: int) -> None:
+        """Refuse captions that would keep nothing."""
+        self.num_kept(length)
 
     def num_kept(self, length: int) -> int:
         """Slots that stay of ``length``, by the rule that holds for patches.
@@ -72,7 +70,7 @@ class TextMasking:
         *,
         length: int,
         generator: np.random.Generator,
-    ) -> list[int] | Placed:
+    ) -> list[int] | PositionedTokens:
         """The tokens with the smallest noise, in the order of the caption.
 
         Args:
@@ -102,7 +100,7 @@ class TextMasking:
             )
         noise[fixed] = -1
         slots = np.sort(np.argsort(noise, kind="stable")[:count]).tolist()
-        return Placed([ids[slot] for slot in slots if slot < len(ids)], slots)
+        return PositionedTokens([ids[slot] for slot in slots if slot < len(ids)], slots)
 
 
 def _fixed_slots(tokenizer: CaptionTokenizer, used: int, length: int) -> list[int]:

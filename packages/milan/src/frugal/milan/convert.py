@@ -21,7 +21,9 @@ import tyro
 
 from frugal.common.cli import run_politely
 from frugal.common.errors import InputError
-from frugal.common.recipe import AdamW, Recipe, load_recipe, to_json
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.run import Run, make_logger
 from frugal.common.words import command_words
 from frugal.milan.model import MaskedModel
@@ -154,6 +156,7 @@ def _steps(recipe: Recipe, epochs: int) -> int:
 
 def _epoch(recipe: Recipe) -> int:
     """Samples of a published epoch."""
+    assert isinstance(recipe.schedule, WarmupCosine)  # every published recipe's is
     return max(recipe.schedule.warmup_samples // WARMUP_EPOCHS, 1)
 
 
@@ -191,7 +194,7 @@ def _save(
         "recipe": to_json(recipe),
     }
     run = Run(folder, 0, 1, 0, torch.device("cpu"), make_logger(0))
-    CheckpointStore(run, keep=1).save(tensors, state, gather=lambda value: [value])
+    CheckpointStore(run, keep=1).save(tensors, state)
 
 
 def _tell(out: Path, model: MaskedModel, outputs: int, step: int) -> None:

@@ -24,7 +24,7 @@ from frugal.common.models.blocks import Blocks, Mlp
 from frugal.common.models.layout import Layout
 from frugal.common.models.vit import ImageTower, image_table
 from frugal.common.ranges import Count, check_ranges
-from frugal.common.reduction.image import Kept
+from frugal.common.reduction.image import KeptPatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Split:
     """(B, M) the others."""
 
     @classmethod
-    def of(cls, kept: Kept, num_patches: int) -> Split:
+    def of(cls, kept: KeptPatches, num_patches: int) -> Split:
         """From what an image reduction keeps, equally many of every image."""
         if kept.is_packed:
             raise ValueError("a split needs equally many patches of every image")

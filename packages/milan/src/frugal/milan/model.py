@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from frugal.common.errors import InputError
 from frugal.common.models.flops import block_flops, image_flops
 from frugal.common.models.initialize import initialize_xavier
 from frugal.common.models.named import image_tower
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
-from frugal.common.reduction.image import Kept
+from frugal.common.recipe import ModelConfig
+from frugal.common.reduction.image import KeptPatches
 from frugal.milan.decoders import Decoder, DecoderConfig, PlainDecoder, PromptingDecoder, Split
 
 
@@ -32,7 +34,7 @@ def encoder(name: str, *, image_size: int | tuple[int, int] = 224, **options: An
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedModel:
+class MaskedModel(ModelConfig):
     """An image tower that is pretrained, and the decoder that it is pretrained with."""
 
     image: ImageTower
@@ -45,6 +47,12 @@ class MaskedModel:
                 "with_position"
             )
         self.decoder.tower(self.image)
+
+    @property
+    @override
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.image.num_patches
 
     def build(self, generator: torch.Generator | None = None, *, outputs: int) -> MaskedImageModel:
         """The model, on the CPU in float32, with weights drawn from ``generator`` (or seed 0).
@@ -85,7 +93,9 @@ class MaskedImageModel(nn.Module):
         Returns:
             See :meth:`frugal.milan.decoders.Decoder.forward`.
         """
-        latent = self.image.forward_tokens(images, Kept.dense(split.visible))  # (B, 1 + K, D)
+        latent = self.image.forward_tokens(
+            images, KeptPatches.dense(split.visible)
+        )  # (B, 1 + K, D)
         return self.decoder(latent, split, hidden_only=hidden_only)
 
     @property

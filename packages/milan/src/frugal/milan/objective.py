@@ -6,20 +6,20 @@ arXiv:2208.06049; pixels and the plain decoder are those of MAE, arXiv:2111.0637
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
-from frugal.common.contracts import Batch, ImageReduction, ObjectiveConfig
+from frugal.common.contracts import Batch, Objective, Tower
+from frugal.common.distributed import gather, place_in_world
 from frugal.common.errors import InputError
-from frugal.common.objectives.gather import gather_values, place_in_world
 from frugal.common.randomness import SampleNoise, weight_generator
-from frugal.common.recipe import Recipe
-from frugal.common.reduction.image import PatchView
+from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.reduction.image import ImageReduction, PatchView
 from frugal.milan.decoders import Split
 from frugal.milan.model import MaskedImageModel, MaskedModel
 from frugal.milan.pictures import draw_reconstruction
@@ -53,8 +53,6 @@ class ReconstructFeatures(_Reconstruct):
             InputError: if there is no teacher, or its patches do not lie where the student's do.
         """
         teacher = load_teacher(self.teacher, recipe.model.image)
-        if recipe.engine.compile:
-            teacher.compile()
         return _reconstruction(FeatureTarget(teacher), recipe)
 
 
@@ -96,11 +94,13 @@ def _check(recipe: Recipe) -> None:
         )
 
 
-class Reconstruction(nn.Module):
+class Reconstruction(Objective):
     """Images to the loss of what is predicted of them (arXiv:2208.06049).
 
     The target is no module: a teacher in it is frozen and belongs to nobody's optimizer.
     """
+
+    model: MaskedImageModel
 
     def __init__(
         self,
@@ -127,6 +127,7 @@ class Reconstruction(nn.Module):
         self._seed = seed
         self._samples = samples
 
+    @override
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics): the mean of the loss over the processes is that of their joint batch."""
         target, split, losses = self._predict(batch)
@@ -138,7 +139,14 @@ class Reconstruction(nn.Module):
         metrics["mask_ratio"] = losses.new_full((), 1 - visible / patches)
         return _weighted(losses.mean(1), weights), metrics
 
-    def look(self, batch: Batch) -> tuple[PatchView, SampleNoise]:
+    @override
+    def towers(self) -> Sequence[Tower]:
+        """Encoder and decoder, and the teacher, which is no module."""
+        teachers = (self.target.teacher,) if isinstance(self.target, FeatureTarget) else ()
+        return (self.model.image, self.model.decoder, *teachers)
+
+    @override
+    def patch_view(self, batch: Batch) -> tuple[PatchView, SampleNoise]:
         """What the image reduction sees of a batch, and where it gets its random numbers."""
         return self._view(batch, self.target.of(batch.images))
 
@@ -188,10 +196,7 @@ class Reconstruction(nn.Module):
             "importance_seen": share,
         }
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """No parameter has any."""
-        return {}
-
+    @override
     def step_flops(self, metrics: dict[str, float]) -> float:
         """Forward and backward FLOPs of one sample, and what looking at it costs.
 
@@ -215,7 +220,7 @@ class Reconstruction(nn.Module):
 
 def _weights(valid: Tensor) -> Tensor:
     """(B,) such that the mean over the processes of weighted sums is the mean of valid samples."""
-    count = gather_values(valid.sum()[None]).sum().clamp(min=1)
+    count = gather(valid.sum()[None]).sum().clamp(min=1)
     return valid * (place_in_world()[1] / count)
 
 
@@ -225,11 +230,7 @@ def _weighted(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _reconstruction(target: Target, recipe: Recipe) -> Reconstruction:
-    model: Any = recipe.model.build(weight_generator(recipe.run.seed), outputs=target.outputs)
-    model.checkpoint_activations = recipe.engine.checkpoint_activations
-    if recipe.engine.compile:
-        model.image.compile()
-        model.decoder.compile()
+    model = recipe.model.build(weight_generator(recipe.run.seed), outputs=target.outputs)
     return Reconstruction(
         model,
         target,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from frugal.common.evaluation.pictures import Picture, as_array, gray_dropped, labeled_row
 from frugal.common.models.vit import ImageTower
-from frugal.common.reduction.image import Kept
+from frugal.common.reduction.image import KeptPatches
 from frugal.milan.decoders import Split
 
 
@@ -40,7 +40,7 @@ def draw_reconstruction(
         (3, H*, W*) uint8, for ``SummaryWriter.add_image``.
     """
     pictures = _as_bytes(as_array(images), tower)
-    stays = Kept.dense(split.visible).mask(tower.num_patches)
+    stays = KeptPatches.dense(split.visible).mask(tower.num_patches)
     rows = [
         labeled_row("images", pictures),
         labeled_row("seen", gray_dropped(pictures, stays, tower.patch_size)),

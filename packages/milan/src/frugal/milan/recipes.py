@@ -10,17 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from frugal.common.contracts import ImageReduction, ObjectiveConfig
 from frugal.common.data.config import ImageData
 from frugal.common.data.transforms import RandomResizedCrop
-from frugal.common.recipe import (
-    AdamW,
-    EngineOptions,
-    Recipe,
-    Reductions,
-    RunOptions,
-    WarmupCosine,
-)
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import EngineOptions, ObjectiveConfig, Recipe, Reductions, RunOptions
+from frugal.common.reduction.image import ImageReduction
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.milan.decoders import DecoderConfig
 from frugal.milan.model import MaskedModel, encoder

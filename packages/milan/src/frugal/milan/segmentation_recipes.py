@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import AdamW, Recipe, Reductions, RunOptions
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupLinear
+from frugal.common.recipe import Recipe, Reductions, RunOptions
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.mean_iou import MeanIoU
 from frugal.common.transfer.photometric import PhotometricDistortion
-from frugal.common.transfer.segmentation import Segmentation, WarmupLinear
+from frugal.common.transfer.segmentation import Segmentation
 from frugal.common.transfer.segmentation_data import SegmentationData
 from frugal.common.transfer.segmenter import SegmenterConfig, even_taps
 from frugal.common.transfer.tasks import TransferTask, masked_split

@@ -7,14 +7,13 @@ arXiv:2208.06049, section 3.3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import ShareBelowOne
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.reduction.random_masking import PURPOSE, RandomMasking
 
 _SMALLEST_WAIT = 2.0**-25
@@ -22,7 +21,7 @@ _SMALLEST_WAIT = 2.0**-25
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticSampling:
+class SemanticSampling(ImageReduction):
     """Draw the patches that stay one by one, each in proportion to its importance."""
 
     mask_ratio: ShareBelowOne = 0.75
@@ -31,15 +30,15 @@ class SemanticSampling:
     def __post_init__(self) -> None:
         RandomMasking(mask_ratio=self.mask_ratio)  # the same fractions are possible
 
-    def check(self, recipe: Any) -> None:
+    def check_patches(self, num_patches: int) -> None:
         """Refuse a recipe whose images would keep nothing."""
-        RandomMasking(mask_ratio=self.mask_ratio).check(recipe)
+        RandomMasking(mask_ratio=self.mask_ratio).check_patches(num_patches)
 
     def num_kept(self, num_patches: int) -> int:
         """Patches that stay, as :meth:`RandomMasking.num_kept` counts them."""
         return RandomMasking(mask_ratio=self.mask_ratio).num_kept(num_patches)
 
-    def keep(self, view: PatchView, *, noise: NoiseSource) -> Kept | None:
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches | None:
         """The patches that are drawn first, in the order of the draws.
 
         Returns:
@@ -56,7 +55,7 @@ class SemanticSampling:
         if self.mask_ratio == 0:
             return None
         order = draw_order(view.importance, noise.uniform(PURPOSE, view.num_patches))
-        return Kept.dense(order[:, : self.num_kept(view.num_patches)])
+        return KeptPatches.dense(order[:, : self.num_kept(view.num_patches)])
 
 
 def draw_order(importance: Tensor, noise: Tensor) -> Tensor:

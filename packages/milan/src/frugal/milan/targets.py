@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.models.vit import ImageTower
-from frugal.common.reduction.image import Kept, PatchView, normalize, take_patches
+from frugal.common.reduction.image import KeptPatches, PatchView, normalize, take_patches
 from frugal.milan.decoders import Split
 from frugal.milan.teacher import FrozenTeacher
 
@@ -94,7 +94,7 @@ class PixelTarget:
     def losses(self, predicted: Tensor, target: TargetValues, split: Split) -> Tensor:
         """(B, M) float32: mean squared error over the pixels of every hidden patch."""
         view = PatchView.of(target.values, self._tower)
-        pixels = take_patches(view, Kept.dense(split.hidden))  # (B, M, P)
+        pixels = take_patches(view, KeptPatches.dense(split.hidden))  # (B, M, P)
         if pixels.dtype == torch.uint8:
             pixels = normalize(pixels, mean=self._tower.mean, std=self._tower.std)
         pixels = pixel_target(pixels, normalize_patches=self._normalize_patches)

@@ -76,6 +76,8 @@ class FrozenTeacher:
         self.tower = stored.build().eval().requires_grad_(False)
         self._given = (pixels_mean, pixels_std)
         self._dtype: torch.dtype | None = None
+        self.checkpoint_activations = False
+        """Has no effect: a teacher has no backward pass."""
 
     @property
     def config(self) -> ImageTower:

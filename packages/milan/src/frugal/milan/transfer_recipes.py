@@ -19,15 +19,9 @@ from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.demo import small_encoder
 from frugal.common.models.named import clip_encoder
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import (
-    LARS,
-    AdamW,
-    EngineOptions,
-    Recipe,
-    Reductions,
-    RunOptions,
-    WarmupCosine,
-)
+from frugal.common.optim.optimizers import LARS, AdamW
+from frugal.common.optim.schedules import WarmupCosine
+from frugal.common.recipe import EngineOptions, Recipe, Reductions, RunOptions
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.accuracy import Accuracy
 from frugal.common.transfer.augmentation import RandAugmentedCrop, SingleDrawCrop
@@ -293,6 +287,7 @@ def _on_scenes(recipe: Recipe, tower: ImageTower, *, learning_rate: float) -> Re
     Colors are what the classes are told by, so nothing that changes them is left of a recipe.
     """
     epoch = 17 * 128  # in whole batches
+    assert isinstance(recipe.schedule, WarmupCosine)
     return replace(
         recipe,
         model=replace(

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, find_tensors
+from frugal.common.distributed import gather_objects
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of, write_file
 from frugal.common.models.finite import refuse_not_finite_parts
@@ -125,7 +126,7 @@ class CheckpointStore:
         tensors: dict[str, Tensor],
         state: dict[str, Any],
         *,
-        gather: Callable[[Any], list[Any]],
+        gather: Callable[[Any], list[Any]] = gather_objects,
     ) -> Path:
         """Write one checkpoint; every process calls this with the tensors it owns.
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from frugal.common.contracts import DataConfig, Stream
+from typing_extensions import override
+
+from frugal.common.contracts import Stream, TrainedModel
 from frugal.common.data.color import NO_CHANGE, ColorJitter
 from frugal.common.data.contents import check_same_data, contents_of, streamed_contents
 from frugal.common.data.damage import Damaged, PassedOver, shortened
@@ -27,7 +29,7 @@ from frugal.common.data.tokenizers import Tokenizer, TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
 from frugal.common.errors import InputError
 from frugal.common.ranges import Count, CountOrZero, Positive, Range, Share, check_ranges
-from frugal.common.recipe import Recipe
+from frugal.common.recipe import DataConfig, Recipe
 from frugal.common.run import Run
 
 _Weight = Annotated[float, Range(above=0, hint="leave out what is not to be read")]
@@ -66,6 +68,12 @@ class StoredData(DataConfig):
     def caption_tokenizer(self) -> TokenizerConfig | None:
         """What makes tokens of captions; None reads images alone."""
 
+    @property
+    @override
+    def source_names(self) -> tuple[str, ...]:
+        """The entries of ``train``."""
+        return self.train
+
     def __post_init__(self) -> None:
         check_ranges(self, "data")
         if self.weights and len(self.weights) != len(self.train):
@@ -83,7 +91,7 @@ class StoredData(DataConfig):
         *,
         first_sample: int,
         state: dict[str, Any],
-        engine: Any,
+        engine: TrainedModel | None,
     ) -> Stream:
         """The micro-batches of this process from ``first_sample`` on.
 
@@ -159,7 +167,7 @@ def _indexed(
     """Samples that can be read in any order: each comes exactly once per epoch."""
     sources = open_sources(data, run, num_classes=transform.num_classes)
     contents = contents_of(sources)
-    check_same_data(contents, run)
+    check_same_data(contents)
     order = make_order(data, sources, seed=recipe.run.seed)
     if transform.num_classes is not None:
         _keep_classes(sources, recipe, run, is_resumed=rank_slice.first_sample > 0)
@@ -189,7 +197,7 @@ def _resampled(
     passed_over = PassedOver()
     urls = [find_streams(pattern, passed_over) for pattern in data.train]
     contents = streamed_contents(urls)
-    check_same_data(contents, run)
+    check_same_data(contents)
     odd = next((url for part in urls for url in part if not can_read(url)), None)
     if odd is not None:
         raise InputError(
@@ -241,9 +249,7 @@ def make_transform(data: StoredData, recipe: Recipe) -> SampleTransform:
                 "reduction.text is None, but captions are read; choose what stays of them, such as "
                 "with --reduction.text frugal.common.reduction.text.Truncate"
             )
-        prepare = getattr(recipe.reduction.text, "prepare", None)
-        if prepare is not None:
-            prepare(tokenizer, length=recipe.model.text.length)
+        recipe.reduction.text.prepare(tokenizer, length=recipe.model.text.length)
     return SampleTransform(
         seed=recipe.run.seed,
         augmentation=data.augmentation,

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from frugal.common.contracts import DamageNote, TextReduction
+from frugal.common.contracts import DamageNote
 from frugal.common.data.damage import REPAIRED, Damaged, note_of
 from frugal.common.data.samples import RawSample, describe_members
 from frugal.common.data.tokenizers import Tokenizer, text_length
 from frugal.common.data.transforms import Augmentation
 from frugal.common.randomness import sample_generator
-from frugal.common.reduction.text import Placed
+from frugal.common.reduction.text import PositionedTokens, TextReduction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,9 @@ class SampleTransform:
         generator = sample_generator(self.seed, "caption", number)
         return captions[int(generator.integers(len(captions)))]
 
-    def token_ids(self, caption: str, number: int) -> list[int] | Placed:
+    def token_ids(self, caption: str, number: int) -> list[int] | PositionedTokens:
         """At most ``text_length`` ids of the tokens of a caption that stay."""
-        assert self.text is not None
+        assert self.text is not None and self.tokenizer is not None
         generator = sample_generator(self.seed, "text", number)
         return self.text.encode(
             caption, self.tokenizer, length=self.text_length, generator=generator
@@ -112,7 +112,7 @@ class Collator:
         number = int(self.numbers[slot])
         # everything that may fail comes before anything is written: a damaged slot stays zero.
         # The image is decoded last, because it costs the most and text or class may be damaged.
-        tokens: list[int] | Placed | None = None
+        tokens: list[int] | PositionedTokens | None = None
         if self.transform.tokenizer is not None:
             tokens = self.transform.token_ids(self.transform.caption(raw, number), number)
         label = self.transform.label(raw)
@@ -127,11 +127,11 @@ class Collator:
         if raw.repaired:
             self.notes.append(DamageNote(REPAIRED, key, raw.repaired, source, 0))
 
-    def _add_text(self, slot: int, tokens: list[int] | Placed) -> None:
-        ids = tokens.ids if isinstance(tokens, Placed) else tokens
+    def _add_text(self, slot: int, tokens: list[int] | PositionedTokens) -> None:
+        ids = tokens.ids if isinstance(tokens, PositionedTokens) else tokens
         self.token_ids[slot, : len(ids)] = ids
         self.lengths[slot] = max(text_length(ids, self.transform.tokenizer), 1)
-        if isinstance(tokens, Placed):
+        if isinstance(tokens, PositionedTokens):
             if self.positions is None:  # a damaged sample keeps the first slots
                 first = np.arange(len(tokens.positions), dtype=np.int64)
                 self.positions = np.tile(first, (len(self.numbers), 1))

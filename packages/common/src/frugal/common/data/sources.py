@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch.distributed as dist
-
 from frugal.common.data.damage import PassedOver
 from frugal.common.data.patterns import find_files, kind_of, needs_index
 from frugal.common.data.samples import Fields, Shard
@@ -25,7 +23,7 @@ from frugal.common.data.stores.index import (
 )
 from frugal.common.data.stores.tar import TarReader, index_tar
 from frugal.common.data.stores.tfrecord import RecordReader, index_records
-from frugal.common.distributed import launcher_ranks
+from frugal.common.distributed import Ranks, barrier
 from frugal.common.errors import InputError
 
 EMPTY = "shards or lists hold no sample"
@@ -70,28 +68,16 @@ def index_missing(paths: Sequence[Path], log: Log) -> None:
             if renewed
             else "",
         )
-    rank, world_size, local_rank = _processes()
-    _wait(world_size)  # until all have looked: every process divides the same list
+    rank, world_size, local_rank = Ranks.current()
+    barrier()  # until all have looked: every process divides the same list
     for path in missing[rank::world_size]:
         build_index(path)
-    _wait(world_size)
+    barrier()
     # other machines may have written where this one cannot see it
     for path in missing if local_rank == 0 else ():
         if find_index(path) is None:
             build_index(path)
-    _wait(world_size)
-
-
-def _processes() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1, 0
-    return dist.get_rank(), dist.get_world_size(), launcher_ranks().local_rank
-
-
-def _wait(world_size: int) -> None:
-    if world_size > 1:
-        dist.barrier()
+    barrier()
 
 
 @dataclass(frozen=True)

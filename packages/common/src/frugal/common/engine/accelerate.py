@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
+from frugal.common.contracts import Objective
 from frugal.common.engine.engine import Engine, check_world_size, fresh_moments
-from frugal.common.optim.optimizers import (
-    build_optimizer,
-    set_learning_rate,
-    skip_unless_finite,
-)
+from frugal.common.optim.optimizers import set_learning_rate, skip_unless_finite
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -26,7 +24,7 @@ from frugal.common.run import Run
 class AccelerateEngine(Engine):
     """``accelerate.Accelerator`` around the objective; precision and scaling stay ours."""
 
-    def __init__(self, objective: nn.Module, recipe: Recipe, run: Run) -> None:
+    def __init__(self, objective: Objective, recipe: Recipe, run: Run) -> None:
         super().__init__(objective, run, recipe)
         on_cpu = run.device.type == "cpu"
         # without cpu=True Accelerate ignores the launcher's ranks on a machine without GPU
@@ -34,7 +32,7 @@ class AccelerateEngine(Engine):
         check_world_size(self._accelerator.num_processes, "Accelerate")
         objective.to(run.device)
         self._clip_norm = recipe.optimizer.clip_norm
-        self._optimizer = build_optimizer(objective, recipe.optimizer)
+        self._optimizer = recipe.optimizer.build(objective)
         self._wrapped, prepared = self._accelerator.prepare(objective, self._optimizer)
         self._optimizer = prepared.optimizer
         for group in self._optimizer.param_groups:
@@ -103,7 +101,7 @@ class AccelerateEngine(Engine):
     @override
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        sharded = [m for m in self.objective.modules() if hasattr(m, "unshard")]
+        sharded = [m for m in self.objective.modules() if isinstance(m, FSDPModule)]
         for module in sharded:
             module.unshard()
         yield

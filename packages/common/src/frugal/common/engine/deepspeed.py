@@ -29,16 +29,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from typing_extensions import override
 
-from frugal.common.distributed import free_port
+from frugal.common.contracts import NormsOfWholeTensors, Objective
+from frugal.common.distributed import free_port, place_in_world, sum_over_processes
 from frugal.common.engine.engine import Engine, check_world_size, fresh_moments
 from frugal.common.errors import InputError
 from frugal.common.files import read_text, reason_of
-from frugal.common.optim.optimizers import (
-    Lars,
-    build_optimizer,
-    set_learning_rate,
-    skip_unless_finite,
-)
+from frugal.common.optim.optimizers import set_learning_rate, skip_unless_finite
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -54,18 +50,18 @@ class DeepSpeedEngine(Engine):
     gradients the norm of every parameter). Stage 0 reads nothing.
     """
 
-    def __init__(self, objective: nn.Module, recipe: Recipe, run: Run) -> None:
+    def __init__(self, objective: Objective, recipe: Recipe, run: Run) -> None:
         super().__init__(objective, run, recipe)
         assert recipe.engine.deepspeed_config is not None
         _announce_single_process()
         _leave_out_shared_memory_operator()
         backend = "nccl" if run.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        check_world_size(torch.distributed.get_world_size(), "DeepSpeed")
+        check_world_size(place_in_world()[1], "DeepSpeed")
         objective.to(run.device)
         config = fill_config(recipe.engine.deepspeed_config, recipe, run.world_size)
         self._clip_norm = recipe.optimizer.clip_norm
-        optimizer = build_optimizer(objective, recipe.optimizer)
+        optimizer = recipe.optimizer.build(objective)
         self._engine, _, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
@@ -74,7 +70,7 @@ class DeepSpeedEngine(Engine):
         )
         self._stage = self._engine.zero_optimization_stage()
         self.name = f"deepspeed zero{self._stage}"
-        if isinstance(optimizer, Lars) and self._stage > 0:
+        if isinstance(optimizer, NormsOfWholeTensors) and self._stage > 0:
             optimizer.total = self._sum_of_parts
         self._create_moments(recipe.optimizer.moments)
 
@@ -181,8 +177,7 @@ class DeepSpeedEngine(Engine):
 
     def _sum_of_parts(self, squares: Tensor) -> Tensor:
         """Of numbers that each process found in its part of a tensor."""
-        total = squares.to(self.run.device)  # offloaded optimizers work on the CPU
-        torch.distributed.all_reduce(total)
+        total = sum_over_processes(squares.to(self.run.device))  # offloaded ones work on the CPU
         return total.to(squares.device)
 
     def _create_moments(self, moments: Sequence[str]) -> None:

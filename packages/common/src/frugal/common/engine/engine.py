@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from frugal.common.distributed import launcher_ranks
+from frugal.common.contracts import Objective
+from frugal.common.distributed import launcher_ranks, leave_process_group, mean_over_processes
 from frugal.common.errors import InputError
-from frugal.common.recipe import Recipe
+from frugal.common.recipe import EngineOptions, Recipe
 from frugal.common.run import Run
 
 
@@ -28,8 +28,9 @@ class Engine(ABC):
     name: str
     """For the log and the report: ``deepspeed zero2``, ``accelerate``."""
 
-    def __init__(self, objective: nn.Module, run: Run, recipe: Recipe) -> None:
-        self.objective: Any = objective
+    def __init__(self, objective: Objective, run: Run, recipe: Recipe) -> None:
+        self.objective = objective
+        prepare_towers(objective, recipe.engine)
         self.run = run
         self.state_kinds = ("weight", *recipe.optimizer.moments)
         """What a checkpoint holds of every trainable parameter."""
@@ -132,16 +133,19 @@ class Engine(ABC):
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the processes of a small float tensor."""
-        if self.run.world_size == 1:
-            return values
-        values = values.clone()
-        dist.all_reduce(values)
-        return values / self.run.world_size
+        return mean_over_processes(values)
 
     def close(self) -> None:
         """Leave the process group; DeepSpeed ends badly without it."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_process_group()
+
+
+def prepare_towers(objective: Objective, options: EngineOptions) -> None:
+    """Compile the towers of an objective, and have them recompute activations, as a recipe says."""
+    for tower in objective.towers():
+        tower.checkpoint_activations = options.checkpoint_activations
+        if options.compile:
+            tower.compile()
 
 
 def fresh_moments(tensor: Tensor, moments: Sequence[str]) -> dict[str, Tensor]:

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
 from frugal.common.checkpoint.store import CheckpointStore
-from frugal.common.contracts import Batch, CountingObjective, PreparedReduction, Stream
+from frugal.common.contracts import Batch, Stream
 from frugal.common.data.damage import DamageCounter, warning
+from frugal.common.distributed import gather_objects
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.logger import Watch
 from frugal.common.engine.metrics import Step, Values, read
-from frugal.common.engine.saving import WeightAverage, collect, gather_values
+from frugal.common.engine.saving import WeightAverage, collect
 from frugal.common.engine.signals import Agreement, Termination, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.errors import InputError, RunStopped
@@ -94,14 +94,14 @@ class Training:
         """Bring ``damage`` up to date on every process, and tell of what is new in kind."""
         mine = replace(self.unshared)
         self.unshared.clear()
-        for part in gather_values(mine, self.run.world_size):
+        for part in gather_objects(mine):
             for note in self.damage.add_counter(part):
                 self.run.log.warning("%s", warning(note, self.source_names))
 
     @property
     def source_names(self) -> tuple[str, ...]:
         """The entries of ``data.train``."""
-        return tuple(getattr(self.recipe.data, "train", ()))
+        return self.recipe.data.source_names
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
@@ -112,7 +112,7 @@ class Training:
             "skipped_steps": self.skipped_steps,
             "skipped_in_row": self.skipped_in_row,
             "damage": self.damage.state(),
-            "stream": gather_values(self.stream.state(), self.run.world_size),
+            "stream": gather_objects(self.stream.state()),
             "loss_scale": self.engine.scale_state(),
             "seconds": self.seconds + self.meter.seconds,
             "engine": self.engine.name,
@@ -126,9 +126,7 @@ class Training:
             self.share_damage()
             state = self.state(step)
             tensors = collect(self.engine, self.average)
-            self.store.save(
-                tensors, state, gather=lambda value: gather_values(value, self.run.world_size)
-            )
+            self.store.save(tensors, state)
 
 
 def train(training: Training) -> None:
@@ -313,16 +311,9 @@ def _shares(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
     """
     if len(micro_batches) == 1:
         return micro_batches[0].valid.new_ones(1, dtype=torch.float64)
-    counted = torch.stack([_counted(engine.objective, batch) for batch in micro_batches])
+    counted = torch.stack([engine.objective.counted(batch) for batch in micro_batches])
     counted = engine.mean(counted.double())
     return counted / counted.sum().clamp(min=torch.finfo(torch.float64).tiny)
-
-
-def _counted(objective: nn.Module, batch: Batch) -> torch.Tensor:
-    """(): of how many things of a batch the loss is the mean."""
-    if isinstance(objective, CountingObjective):
-        return objective.counted(batch)
-    return batch.valid.sum()
 
 
 def _accumulate(
@@ -366,7 +357,7 @@ def _skipped(training: Training, step: Step, loss: float) -> None:
         return
     rate = step.learning_rate
     local = [key for keys in step.keys for key in keys]
-    keys = [key for part in gather_values(local, training.run.world_size) for key in part]
+    keys = [key for part in gather_objects(local) for key in part]
     listing = training.run.dir / "not_finite.json"
     if training.run.is_main:
         content = {"step": step.number, "learning_rate": rate, "keys": keys}
@@ -437,8 +428,7 @@ def _tell_pauses(training: Training) -> None:
 
 def _remark(training: Training, step: int, means: Values) -> None:
     """Pass on what the image reduction has to say, when it begins to."""
-    image = training.recipe.reduction.image
-    words = image.remark(means) if isinstance(image, PreparedReduction) else None
+    words = training.recipe.reduction.image.off_target(means)
     if words and not training.remarked:
         training.run.log.warning("step %d: %s", step, words)
     training.remarked = bool(words)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from frugal.common.checkpoint.store import Checkpoint, owners
+from frugal.common.distributed import broadcast
 from frugal.common.engine.engine import Engine
 from frugal.common.errors import InputError
 
@@ -53,8 +52,7 @@ class WeightAverage:
                 kept[name] = parameter.clone()
                 if name in self.owned:
                     parameter.copy_(self.owned[name])
-                if self._engine.run.world_size > 1:
-                    dist.broadcast(parameter.data, src=owner[name])
+                broadcast(parameter.data, source=owner[name])
             yield
             for name, parameter in self._engine.trainable():
                 parameter.copy_(kept[name])
@@ -135,15 +133,3 @@ def restore(engine: Engine, checkpoint: Checkpoint, average: WeightAverage | Non
         engine.write("weight", parameter, read(f"buffer/{name}"))
     for name, buffer in _persistent_buffers(engine):
         buffer.copy_(read(f"buffer/{name}"))
-
-
-def gather_values(value: Any, world_size: int) -> list[Any]:
-    """One JSON-ready value of every process, in rank order, on all of them."""
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
-Gather = Callable[[Any], list[Any]]

@@ -20,13 +20,13 @@ from frugal.common.data.decoding import as_bytes
 from frugal.common.data.loader import Loader
 from frugal.common.data.stored_images import GROUP
 from frugal.common.data.transforms import CenterCrop
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
 from frugal.common.evaluation.config import Compositional
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.provenance import identify
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import embed
 from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS, read_contrasts
 from frugal.common.files import reason_of

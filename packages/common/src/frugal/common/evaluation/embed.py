@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from frugal.common.data.stored_images import GROUP
 from frugal.common.data.tokenizers import text_length
 from frugal.common.data.transforms import normalize
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.models.bundle import ImageSpec, ModelBundle
 from frugal.common.models.image_encoder import image_encoder
 from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.randomness import SampleNoise, sample_generator
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.reduction.image import KeptPatches, PatchView
 from frugal.common.reduction.random_masking import PURPOSE, RandomMasking
-from frugal.common.reduction.text import Placed
+from frugal.common.reduction.text import PositionedTokens
 from frugal.common.run import Run
 
 
@@ -109,7 +109,7 @@ class MaskedViews:
     """Views of every image."""
     seed: int
 
-    def of(self, view: PatchView, places: Tensor) -> Iterator[Kept]:
+    def of(self, view: PatchView, places: Tensor) -> Iterator[KeptPatches]:
         """The patches of each view, (B, K), a function of the seed and the places (B,) alone.
 
         As many views as fit into an image share out one permutation of its patches; further ones
@@ -122,7 +122,7 @@ class MaskedViews:
             purpose = f"{PURPOSE} {first}" if first else PURPOSE
             order = noise.uniform(purpose, view.num_patches).argsort(dim=1, stable=True)  # (B, N)
             views = min(together, self.count - first)
-            yield from map(Kept.dense, order[:, : views * num_kept].split(num_kept, dim=1))
+            yield from map(KeptPatches.dense, order[:, : views * num_kept].split(num_kept, dim=1))
 
 
 class EncoderAlone(nn.Module):
@@ -133,7 +133,7 @@ class EncoderAlone(nn.Module):
         super().__init__()
         self.image = image
 
-    def encode_image(self, images: Tensor, kept: Kept | None = None) -> Tensor:
+    def encode_image(self, images: Tensor, kept: KeptPatches | None = None) -> Tensor:
         """(B, 3, H, W) to (B, D): what it pools."""
         return self.image.forward_pooled(images, kept)
 
@@ -273,7 +273,7 @@ class Embedder:
         seen = [F.normalize(self._see(images, part), dim=-1) for part in parts]
         return self._unit(torch.stack(seen).mean(0), 0)  # (B, E)
 
-    def _see(self, images: Tensor, *kept: Kept) -> Tensor:
+    def _see(self, images: Tensor, *kept: KeptPatches) -> Tensor:
         with autocast(self.precision, self.device):
             features: Tensor = self.model.encode_image(images, *kept)
         return features.float()  # (B, E)
@@ -332,22 +332,20 @@ def _as_in_training(bundle: ModelBundle) -> Callable[[str], Sequence[int]]:
         InputError: if the reduction lacks what it needs, or its tokens keep their slots.
     """
     reduction, tokenizer = bundle.text_reduction, bundle.tokenizer
-    assert bundle.text is not None
+    assert bundle.text is not None and tokenizer is not None
     if reduction is None:
         raise InputError(
             f"it is not known how captions of {bundle.source.path} were shortened in training; "
             "leave reduce_prompts out"
         )
     length = bundle.text.length
-    prepare = getattr(reduction, "prepare", None)
-    if prepare is not None:
-        prepare(tokenizer, length=length)
+    reduction.prepare(tokenizer, length=length)
 
     def shorten(text: str) -> Sequence[int]:
         number = zlib.crc32(text.encode())
         generator = sample_generator(bundle.seed, "prompt", number)
         found = reduction.encode(text, tokenizer, length=length, generator=generator)
-        if isinstance(found, Placed):
+        if isinstance(found, PositionedTokens):
             raise InputError(
                 f"{type(reduction).__name__} leaves tokens in their slots, which prompts cannot; "
                 "leave reduce_prompts out"

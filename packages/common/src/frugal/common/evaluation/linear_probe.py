@@ -21,6 +21,7 @@ from torch import Tensor
 from frugal.common.data.damage import PassedOver
 from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.stores.class_folders import class_numbers
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep
 from frugal.common.evaluation.config import LinearProbe
@@ -28,7 +29,6 @@ from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.features import Features, embed_labeled, kept
 from frugal.common.evaluation.metrics import ranked_classes
 from frugal.common.evaluation.provenance import config_digest, identify, weights_digest
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.remarks import Remarks
 from frugal.common.evaluation.zero_shot import Answers, held_out_classes
 from frugal.common.models.bundle import ModelBundle

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from frugal.common.distributed import Ranks
 from frugal.common.evaluation.embed import similarity
-from frugal.common.evaluation.ranks import Ranks
 
 _SCORES_AT_ONCE = 1 << 24
 """Similarities held at a time: 64 MiB of float32, twice that while they are float64."""

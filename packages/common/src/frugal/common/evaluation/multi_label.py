@@ -8,6 +8,7 @@ import torch
 
 from frugal.common.contracts import Show
 from frugal.common.data.labeled import MultiLabeledImages
+from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
 from frugal.common.evaluation.class_names import names_and_templates
@@ -16,7 +17,6 @@ from frugal.common.evaluation.embed import Embedder, grouped, similarity
 from frugal.common.evaluation.metrics import average_precision
 from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.provenance import identify
-from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.remarks import Remarks, same_names
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.run import Run

@@ -112,7 +112,7 @@ def draw_masked(
 
     Args:
         images: (B, 3, H, W) uint8.
-        kept_mask: (B, N) bool; ``Kept.mask(num_patches)``.
+        kept_mask: (B, N) bool; ``KeptPatches.mask(num_patches)``.
         patch_size: side of a patch in pixels.
         columns: images side by side.
 

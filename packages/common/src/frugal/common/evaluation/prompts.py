@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import TEXTS_AT_ONCE, Embedder
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.suites import listed
 from frugal.common.evaluation.task_labels import task_labels
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from frugal.common.data.stored_images import IMAGE, digest_of, num_repeated
-from frugal.common.evaluation.ranks import Ranks
+from frugal.common.distributed import Ranks
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import to_json
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from frugal.common.contracts import Show
 from frugal.common.data.labeled import CaptionedImages
+from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
 from frugal.common.evaluation.config import Retrieval
@@ -18,7 +19,6 @@ from frugal.common.evaluation.embed import Embedder, grouped, similarity, text_t
 from frugal.common.evaluation.metrics import Recall, recall_at
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.provenance import identify
-from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.run import Run
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from frugal.common.contracts import Show
 from frugal.common.data.labeled import LabeledImages
+from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
 from frugal.common.evaluation.class_names import naming
@@ -26,7 +27,6 @@ from frugal.common.evaluation.metrics import (
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.prompts import ClassName, class_embeddings
 from frugal.common.evaluation.provenance import identify
-from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.remarks import Remarks, same_names
 from frugal.common.evaluation.suites import Metric
 from frugal.common.files import read_text

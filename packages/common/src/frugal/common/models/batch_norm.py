@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
+
+from frugal.common.distributed import sum_over_processes
 
 _COUNTED: ContextVar[Tensor | None] = ContextVar("counted", default=None)
 
@@ -105,25 +105,3 @@ def share_statistics(module: nn.Module) -> None:
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm2d:
                 setattr(parent, name, SharedBatchNorm(child.num_features, eps=child.eps))
-
-
-def sum_over_processes(local: Tensor) -> Tensor:
-    """The sum of a small tensor over the processes; gradients are summed on their way back."""
-    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-    return local if alone else _Sum.apply(local)
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        del ctx
-        total = local.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        del ctx
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from frugal.common.contracts import TextReduction
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
+from frugal.common.reduction.text import TextReduction
 
 
 class ImageSpec(Protocol):

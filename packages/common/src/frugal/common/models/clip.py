@@ -16,11 +16,12 @@ from frugal.common.models.positions import resample_grid, resample_length
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.ranges import Count, NotNegative, check_choices, check_ranges
-from frugal.common.reduction.image import Kept
+from frugal.common.recipe import ModelConfig
+from frugal.common.reduction.image import KeptPatches
 
 
 @dataclass(frozen=True, kw_only=True)
-class DualEncoderConfig:
+class DualEncoderConfig(ModelConfig):
     """An image tower and a text tower that meet in one space."""
 
     image: ImageTower
@@ -38,6 +39,18 @@ class DualEncoderConfig:
     def __post_init__(self) -> None:
         check_ranges(self, "model")
         check_choices(self, "model")
+
+    @property
+    @override
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.image.num_patches
+
+    @property
+    @override
+    def text_length(self) -> int:
+        """Tokens of a text at most."""
+        return self.text.length
 
     def build(self, generator: torch.Generator | None = None) -> DualEncoder:
         """The model, on the CPU in float32, with weights drawn from ``generator`` (or seed 0)."""
@@ -68,7 +81,7 @@ class DualEncoder(nn.Module):
         if config.initial_logit_bias is not None:
             self.logit_bias = nn.Parameter(torch.full((1,), config.initial_logit_bias))
 
-    def encode_image(self, images: Tensor, kept: Kept | None = None) -> Tensor:
+    def encode_image(self, images: Tensor, kept: KeptPatches | None = None) -> Tensor:
         """(B, 3, H, W) images, of which only the kept patches are seen, to (B, E) unit float32."""
         return unit(self.image(images, kept), self.config.norm_epsilon)
 
@@ -86,7 +99,7 @@ class DualEncoder(nn.Module):
         images: Tensor,
         token_ids: Tensor,
         text_lengths: Tensor | None = None,
-        kept: Kept | None = None,
+        kept: KeptPatches | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Both sides at once: two (B, E) of unit length."""
         return self.encode_image(images, kept), self.encode_text(token_ids, text_lengths)

@@ -27,7 +27,7 @@ from frugal.common.models.pretrained_models import (
     probe,
     stored_state,
 )
-from frugal.common.reduction.image import Kept
+from frugal.common.reduction.image import KeptPatches
 
 if TYPE_CHECKING:
     from frugal.common.models.clip import DualEncoder
@@ -144,7 +144,7 @@ class _ImageTower(_Tower):
     def forward(
         self,
         images: Tensor,
-        kept: Kept | None = None,
+        kept: KeptPatches | None = None,
         *,
         output: Literal["embedding", "pooled"] = "embedding",
     ) -> Tensor:
@@ -172,7 +172,7 @@ class _ImageTower(_Tower):
         pooled = pool_image(self.model, self.config, self._normalized(images))
         return pooled if output == "pooled" else self.projection(pooled)
 
-    def forward_pooled(self, images: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward_pooled(self, images: Tensor, kept: KeptPatches | None = None) -> Tensor:
         """(B, D): the pooled vector before the projection."""
         return self(images, kept, output="pooled")
 

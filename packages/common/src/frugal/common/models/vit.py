@@ -21,7 +21,7 @@ from frugal.common.models.initialize import Initialization, draw_layers, normal
 from frugal.common.models.layout import Layout, PooledToken, lay_out
 from frugal.common.models.positions import ImagePositions, sincos_table
 from frugal.common.ranges import Count, NotNegative, Positive, ShareBelowOne
-from frugal.common.reduction.image import Kept, PatchView, normalize, take_patches
+from frugal.common.reduction.image import KeptPatches, PatchView, normalize, take_patches
 
 ClassToken = Literal["none", "with_position", "without_position"]
 ImagePooling = Literal["class", "mean", "mean_all"]
@@ -192,7 +192,7 @@ class ImageTransformer(nn.Module):
     def forward(
         self,
         images: Tensor,
-        kept: Kept | None = None,
+        kept: KeptPatches | None = None,
         *,
         output: Literal["embedding", "pooled", "tokens", "blocks", "embedded"] = "embedding",
         blocks: Sequence[int] = (),
@@ -228,12 +228,16 @@ class ImageTransformer(nn.Module):
             pooled = self.projector(pooled)
         return pooled if output == "pooled" else self.projection(pooled)
 
-    def forward_pooled(self, images: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward_pooled(self, images: Tensor, kept: KeptPatches | None = None) -> Tensor:
         """(B, D): the pooled vector before the projection."""
         return self(images, kept, output="pooled")
 
     def forward_tokens(
-        self, images: Tensor, kept: Kept | None = None, *, blocks: Sequence[int] | None = None
+        self,
+        images: Tensor,
+        kept: KeptPatches | None = None,
+        *,
+        blocks: Sequence[int] | None = None,
     ) -> Any:
         """Every token after the last norm, or the raw outputs of the given blocks as a list."""
         if blocks is None:
@@ -262,7 +266,7 @@ class ImageTransformer(nn.Module):
         else:
             self.pos_embed.copy_(image_table(config))
 
-    def _patches(self, images: Tensor, kept: Kept | None) -> Tensor:
+    def _patches(self, images: Tensor, kept: KeptPatches | None) -> Tensor:
         """(B, K, D) or packed (T, D): the kept patches, embedded, with their positions."""
         view = PatchView(images, self.config.patch_size)
         if view.grid != self.config.grid:
@@ -277,7 +281,7 @@ class ImageTransformer(nn.Module):
             return tokens + patch_positions
         return tokens + F.embedding(kept.index, patch_positions)
 
-    def embed(self, images: Tensor, kept: Kept | None = None) -> tuple[Tensor, Layout]:
+    def embed(self, images: Tensor, kept: KeptPatches | None = None) -> tuple[Tensor, Layout]:
         """The tokens that go into the first block, class token first, and how they lie."""
         tokens = self._patches(images, kept)
         lengths = None if kept is None else kept.lengths

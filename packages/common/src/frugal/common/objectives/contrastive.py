@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
-from frugal.common.contracts import Batch, ImageReduction, ObjectiveConfig
+from frugal.common.contracts import Batch, Objective, Tower
 from frugal.common.data.color import NO_CHANGE, ColorJitter
 from frugal.common.errors import InputError
 from frugal.common.models.clip import DualEncoder
@@ -24,8 +26,8 @@ from frugal.common.objectives.contrastive_loss import (
 )
 from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Count, check_ranges
-from frugal.common.recipe import Recipe
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 
 _GRAY = 128
 """Where a picture shows a patch that the tower does not see."""
@@ -75,10 +77,6 @@ class Contrastive(ObjectiveConfig):
     def build(self, recipe: Recipe) -> ContrastiveObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
         model = recipe.model.build(weight_generator(recipe.run.seed))
-        model.checkpoint_activations = recipe.engine.checkpoint_activations
-        if recipe.engine.compile:
-            model.image.compile()
-            model.text.compile()
         return self._objective(
             model,
             reduction=recipe.reduction.image,
@@ -109,8 +107,10 @@ class Encoded(NamedTuple):
     """(B,) tokens that the tower saw of each caption."""
 
 
-class ContrastiveObjective(nn.Module):
+class ContrastiveObjective(Objective):
     """Pairs of a batch to their loss over the batch of all processes."""
+
+    model: DualEncoder
 
     def __init__(
         self,
@@ -143,7 +143,8 @@ class ContrastiveObjective(nn.Module):
         self._samples = samples
         self._color = color
 
-    def forward(
+    @override
+    def forward(  # type: ignore[override]
         self, batch: Batch, *, encode_only: bool = False, gradients: Encoded | None = None
     ) -> Any:
         """The loss of a batch, or one of the two halves of gradient caching.
@@ -191,11 +192,17 @@ class ContrastiveObjective(nn.Module):
         noise = SampleNoise(self._seed, batch.sample_numbers)
         return replace(batch, images=self._color.apply(batch.images, noise=noise))
 
-    def _keep(self, batch: Batch) -> Kept | None:
+    def _keep(self, batch: Batch) -> KeptPatches | None:
         view, noise = self._view(batch)
         return self.reduction.keep(view, noise=noise)
 
-    def look(self, batch: Batch) -> tuple[PatchView, SampleNoise]:
+    @override
+    def towers(self) -> Sequence[Tower]:
+        """Both."""
+        return (self.model.image, self.model.text)
+
+    @override
+    def patch_view(self, batch: Batch) -> tuple[PatchView, SampleNoise]:
         """What the image reduction sees of a batch, and where it gets its random numbers."""
         return self._view(self._colored(batch))
 
@@ -259,12 +266,14 @@ class ContrastiveObjective(nn.Module):
         }
         return loss, metrics
 
+    @override
     def bounds(self) -> dict[str, tuple[float, float]]:
         """Parameters, by name, that the engine keeps within bounds after every step."""
         if self._config.clamp != "after_step":
             return {}
         return {"model.logit_scale": (0.0, LARGEST_LOG_SCALE)}
 
+    @override
     def step_flops(self, metrics: dict[str, float]) -> float:
         """Forward and backward FLOPs of one sample; the backward pass costs twice the forward."""
         config = self.model.config
@@ -290,12 +299,9 @@ class ContrastiveObjective(nn.Module):
     @torch.no_grad()
     def draw_reduction(self, batch: Batch) -> np.ndarray | None:
         """What the image reduction draws of a batch, (3, H*, W*) uint8, where it draws itself."""
-        draw = getattr(self.reduction, "draw", None)
-        if draw is None:
-            return None
         batch = self._colored(batch)
         view, noise = self._view(batch)
-        return draw(view, self._as_bytes(batch.images), noise=noise)
+        return self.reduction.draw(view, self._as_bytes(batch.images), noise=noise)
 
     def _as_bytes(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:

@@ -27,7 +27,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from frugal.common.objectives.gather import gather_values, place_in_world
+from frugal.common.distributed import gather, place_in_world
 
 Direction = Literal["image_to_text", "text_to_image"]
 BOTH: tuple[Direction, ...] = ("image_to_text", "text_to_image")
@@ -142,7 +142,7 @@ class _Samples:
         rank, world_size = place_in_world(group)
         size = len(features)
         valid = torch.ones(size, device=features.device).bool() if valid is None else valid
-        all_valid = gather_values(valid, group)  # (G,)
+        all_valid = gather(valid, group)  # (G,)
         return cls(
             is_barred=~valid,
             all_barred=torch.zeros_like(all_valid, dtype=features.dtype).masked_fill(
@@ -187,7 +187,7 @@ def _chunks(
     for first in range(0, size, step):
         # every process sends the same slice of its columns, so a piece holds a slice of every rank
         # one after another: ranks are in order in it, but its places in the batch are not adjacent
-        piece = gather_values(columns[first : first + step], samples.group)
+        piece = gather(columns[first : first + step], samples.group)
         places = all_places[:, first : first + step].flatten()
         per_rank = len(piece) // samples.world_size
         local_start = samples.rank * per_rank
@@ -314,7 +314,7 @@ class _Softmax(torch.autograd.Function):
         # three numbers of every sample of all ranks: all that a process must know of rows elsewhere
         # to compute, by itself, what they would send to its columns as gradients
         local = torch.stack((image_total, text_total, weight))  # (3, B)
-        everywhere = gather_values(local.T, samples.group).T  # (3, G)
+        everywhere = gather(local.T, samples.group).T  # (3, G)
         partner_weights = -(image_missed + text_missed) * weight
         image_gradient = text_gradient = scale_gradient = None
         with torch.autocast(images.device.type, enabled=False):
@@ -377,7 +377,7 @@ class _Sigmoid(torch.autograd.Function):
         samples: _Samples = ctx.samples
         images, texts, scale, bias, missed = ctx.saved_tensors
         weight = samples.blank(gradients[0])  # (B,)
-        everywhere = gather_values(weight, samples.group)  # (G,)
+        everywhere = gather(weight, samples.group)  # (G,)
         partner_weights = -missed * weight
         bias_gradient = partner_weights.sum()
 

@@ -1,18 +1,108 @@
-"""Parameter groups by name, role and depth, and the optimizers over them."""
+"""Optimizers as recipes name them: how weights are stepped, and in which parameter groups.
+
+Every group has a ``lr_scale``; the engine sets ``lr`` to the schedule's rate times it before every
+step.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from frugal.common.contracts import Optimizer
 from frugal.common.errors import InputError
-from frugal.common.recipe import LARS, AdamW, Optimizer
+from frugal.common.ranges import NotNegative, Positive, PositiveShare, ShareBelowOne
+
+_PROJECTION = re.compile(r"(.*\.)?(image|text)\.projection\.weight")
+"""What leads from a tower into the space that both share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    epsilon: NotNegative = 1e-8
+    weight_decay: NotNegative = 0.2
+    no_decay: tuple[str, ...] = ("bias", "norm", "position")
+    """Which parameters are not decayed: bias, norm, position, class_token, logit_scale,
+    embedding, vector (every parameter with fewer than two dimensions)."""
+    projection_weight_decay: NotNegative | None = None
+    """Of the projections of both towers into the shared space; without it as of all others."""
+    layer_decay: PositiveShare | None = None
+    """Learning rate of every block over that of the block behind it; what stands behind the last
+    block has the whole rate. Without it everything has."""
+
+    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {
+            "bias", "norm", "position", "class_token", "logit_scale", "embedding", "vector"
+        }  # fmt: skip
+        if unknown := sorted(set(self.no_decay) - known):
+            raise InputError(
+                f"optimizer.no_decay does not know {unknown[0]!r}; choose from {sorted(known)}"
+            )
+
+    @override
+    def build(self, module: nn.Module) -> torch.optim.AdamW:
+        """AdamW over the trainable parameters: a group that decays, one that does not, and others.
+
+        Projections with a weight decay of their own are a third group. With layer decay there are
+        as many for every depth, in the order of their first parameters. The fused kernel is used:
+        torch has it for CPU and CUDA.
+        """
+        decays = self.weight_decays(module)
+        scales = learning_rate_scales(module, self.layer_decay)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        if self.layer_decay is None:
+            groups = {(1.0, self.weight_decay): [], (1.0, 0.0): []}
+        for name, parameter in _trained(module):
+            groups.setdefault((scales[name], decays[name]), []).append(parameter)
+        return torch.optim.AdamW(
+            [
+                {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+                for (scale, decay), parameters in groups.items()
+                if parameters
+            ],
+            lr=0.0,
+            betas=self.betas,
+            eps=self.epsilon,
+            fused=True,
+        )
+
+    def weight_decays(self, module: nn.Module) -> dict[str, float]:
+        """The weight decay of every parameter, by name.
+
+        Raises:
+            InputError: if projections have one of their own, but there are none.
+        """
+        decayed = self.decayed_names(module)
+        names = [name for name, _ in module.named_parameters()]
+        decays = {name: self.weight_decay if name in decayed else 0.0 for name in names}
+        if self.projection_weight_decay is None:
+            return decays
+        projections = [name for name in names if _PROJECTION.fullmatch(name)]
+        if not projections:
+            raise InputError(
+                f"optimizer.projection_weight_decay is {self.projection_weight_decay}, but this "
+                "model projects into no shared space; leave it out"
+            )
+        return decays | dict.fromkeys(projections, self.projection_weight_decay)
+
+    def decayed_names(self, module: nn.Module) -> set[str]:
+        """Names of the parameters that weight decay acts on."""
+        excluded = set(self.no_decay)
+        return {name for name, roles in parameter_roles(module).items() if not roles & excluded}
+
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.GroupNorm, nn.RMSNorm)
 
@@ -45,12 +135,6 @@ def parameter_roles(module: nn.Module) -> dict[str, set[str]]:
                 mine.add("vector")
             roles[f"{prefix}.{name}" if prefix else name] = mine
     return roles
-
-
-def decayed_names(module: nn.Module, options: AdamW) -> set[str]:
-    """Names of the parameters that weight decay acts on."""
-    excluded = set(options.no_decay)
-    return {name for name, roles in parameter_roles(module).items() if not roles & excluded}
 
 
 _STEM = ("patch_embed", "token_embedding", "norm_pre")
@@ -88,92 +172,37 @@ def learning_rate_scales(module: nn.Module, layer_decay: float | None) -> dict[s
     return scales
 
 
-def build_optimizer(module: nn.Module, options: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over the trainable parameters.
+@dataclass(frozen=True, kw_only=True)
+class LARS(Optimizer):
+    """Momentum whose steps are scaled to the norm of each matrix (You et al., arXiv:1708.03888).
 
-    Every group has a ``lr_scale``; the engine sets ``lr`` to the schedule's rate times it before
-    every step.
-
-    Raises:
-        InputError: if the options do not go with the model.
+    Vectors, such as biases, are neither scaled nor decayed.
     """
-    if isinstance(options, LARS):
-        return build_lars(module, options)
-    assert isinstance(options, AdamW)
-    return build_adamw(module, options)
 
+    momentum: ShareBelowOne = 0.9
+    weight_decay: NotNegative = 0.0
+    trust: Positive = 0.001
+    """Norm of a gradient, after scaling, over the norm of its weights."""
 
-def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
-    """Give every group of an optimizer its share of the schedule's rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_scale"]
+    moments: ClassVar[tuple[str, ...]] = ("momentum",)
 
-
-def skip_unless_finite(optimizer: Any, norm: Tensor) -> None:
-    """Have the next step change nothing if the norm (), of its gradients is not finite.
-
-    This is decided on the device. torch's fused kernels know the mark from ``GradScaler``: where it
-    is 1, weights, moments and counters stay as they are.
-    """
-    optimizer.found_inf = (~norm.isfinite()).float()
-
-
-def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-
-
-_PROJECTION = re.compile(r"(.*\.)?(image|text)\.projection\.weight")
-"""What leads from a tower into the space that both share."""
-
-
-def weight_decays(module: nn.Module, options: AdamW) -> dict[str, float]:
-    """The weight decay of every parameter, by name.
-
-    Raises:
-        InputError: if projections have one of their own, but there are none.
-    """
-    decayed = decayed_names(module, options)
-    names = [name for name, _ in module.named_parameters()]
-    decays = {name: options.weight_decay if name in decayed else 0.0 for name in names}
-    if options.projection_weight_decay is None:
-        return decays
-    projections = [name for name in names if _PROJECTION.fullmatch(name)]
-    if not projections:
-        raise InputError(
-            f"optimizer.projection_weight_decay is {options.projection_weight_decay}, but this "
-            "model projects into no shared space; leave it out"
+    @override
+    def build(self, module: nn.Module) -> LarsOptimizer:
+        """LARS over the trainable parameters: a group for every matrix, one for all vectors."""
+        trained = _trained(module)
+        matrices = [[p] for _, p in trained if p.ndim > 1]
+        vectors = [p for _, p in trained if p.ndim < 2]
+        return LarsOptimizer(
+            [
+                {"params": parameters, "is_matrix": parameters is not vectors, "lr_scale": 1.0}
+                for parameters in [*matrices, vectors]
+                if parameters
+            ],
+            self,
         )
-    return decays | dict.fromkeys(projections, options.projection_weight_decay)
 
 
-def build_adamw(module: nn.Module, options: AdamW) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters: a group that decays, one that does not, and others.
-
-    Projections with a weight decay of their own are a third group. With layer decay there are as
-    many for every depth, in the order of their first parameters. The fused kernel is used: torch
-    has it for CPU and CUDA.
-    """
-    decays = weight_decays(module, options)
-    scales = learning_rate_scales(module, options.layer_decay)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    if options.layer_decay is None:
-        groups = {(1.0, options.weight_decay): [], (1.0, 0.0): []}
-    for name, parameter in _trained(module):
-        groups.setdefault((scales[name], decays[name]), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay, "lr_scale": scale}
-            for (scale, decay), parameters in groups.items()
-            if parameters
-        ],
-        lr=0.0,
-        betas=options.betas,
-        eps=options.epsilon,
-        fused=True,
-    )
-
-
-class Lars(torch.optim.Optimizer):
+class LarsOptimizer(torch.optim.Optimizer):
     """Momentum after scaling the gradient of each matrix to the norm of its weights.
 
     You et al., arXiv:1708.03888, in the order of MoCo v3 and MAE (arXiv:2111.06377, appendix A.3):
@@ -238,16 +267,20 @@ def _square(tensor: Tensor) -> Tensor:
     return square.full_tensor() if isinstance(square, DTensor) else square
 
 
-def build_lars(module: nn.Module, options: LARS) -> Lars:
-    """LARS over the trainable parameters: a group for every matrix, one for all vectors."""
-    trained = _trained(module)
-    matrices = [[p] for _, p in trained if p.ndim > 1]
-    vectors = [p for _, p in trained if p.ndim < 2]
-    return Lars(
-        [
-            {"params": parameters, "is_matrix": parameters is not vectors, "lr_scale": 1.0}
-            for parameters in [*matrices, vectors]
-            if parameters
-        ],
-        options,
-    )
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Give every group of an optimizer its share of the schedule's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+
+
+def skip_unless_finite(optimizer: Any, norm: Tensor) -> None:
+    """Have the next step change nothing if the norm (), of its gradients is not finite.
+
+    This is decided on the device. torch's fused kernels know the mark from ``GradScaler``: where it
+    is 1, weights, moments and counters stay as they are.
+    """
+    optimizer.found_inf = (~norm.isfinite()).float()

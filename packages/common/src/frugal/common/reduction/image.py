@@ -7,20 +7,40 @@ places in the sequence, the result equals embedding every patch and dropping som
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
 
 from frugal.common.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from frugal.common.models.vit import ImageTower
-    from frugal.common.randomness import NoiseSource
+from frugal.common.randomness import NoiseSource
 
 Channels = tuple[float, float, float]
+
+
+class PatchedTower(Protocol):
+    """What a view must know of the tower that takes the images."""
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        ...
+
+    @property
+    def mean(self) -> Channels:
+        """Of the red, green and blue that the tower takes, on a scale from 0 to 1."""
+        ...
+
+    @property
+    def std(self) -> Channels:
+        """Of the same."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,7 @@ class PatchView:
     """(B, N) not negative: how much every patch matters, where the objective knows."""
 
     @classmethod
-    def of(cls, images: Tensor, tower: ImageTower, **more: Any) -> PatchView:
+    def of(cls, images: Tensor, tower: PatchedTower, **more: Any) -> PatchView:
         """The images as a tower takes them; ``more`` are other fields."""
         return cls(images, tower.patch_size, mean=tower.mean, std=tower.std, **more)
 
@@ -95,8 +115,6 @@ class PatchView:
         Raises:
             ValueError: if the images are uint8 and mean and std were not given.
         """
-        import torch
-
         if self.images.dtype != torch.uint8:
             return self.pixels.float()
         if self.mean is None or self.std is None:
@@ -113,7 +131,7 @@ def normalize(pixels: Tensor, *, mean: Channels, std: Channels) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptPatches:
     """The patches that stay.
 
     Dense, where every image keeps equally many: ``index`` is (B, K) patch numbers. Packed, where
@@ -125,14 +143,14 @@ class Kept:
     lengths: Tensor | None = None
 
     @classmethod
-    def dense(cls, index: Tensor) -> Kept:
+    def dense(cls, index: Tensor) -> KeptPatches:
         """Equal counts: (B, K) patch numbers."""
         if index.ndim != 2:
             raise ValueError(f"a dense index has shape (B, K), not {tuple(index.shape)}")
         return cls(index)
 
     @classmethod
-    def packed(cls, index: Tensor, lengths: Tensor) -> Kept:
+    def packed(cls, index: Tensor, lengths: Tensor) -> KeptPatches:
         """Own counts: (T,) patch numbers, image after image, and (B,) patches per image."""
         if index.ndim != 1 or lengths.ndim != 1:
             raise ValueError(
@@ -142,7 +160,7 @@ class Kept:
         return cls(index, lengths)
 
     @classmethod
-    def where(cls, mask: Tensor) -> Kept:
+    def where(cls, mask: Tensor) -> KeptPatches:
         """Packed, from a (B, N) bool mask that is True where a patch stays."""
         return cls(mask.nonzero()[:, 1], mask.sum(1))
 
@@ -161,8 +179,6 @@ class Kept:
     @property
     def images(self) -> Tensor:
         """(B, K) or (T,): the image that each entry of ``index`` belongs to."""
-        import torch
-
         if self.lengths is None:
             rows = torch.arange(len(self.index), device=self.index.device)
             return rows[:, None].expand_as(self.index)
@@ -176,7 +192,7 @@ class Kept:
         return stays
 
 
-def take_patches(view: PatchView, kept: Kept | None) -> Tensor:
+def take_patches(view: PatchView, kept: KeptPatches | None) -> Tensor:
     """The pixels of the patches that stay, in the order in which they were kept.
 
     Returns:
@@ -191,10 +207,72 @@ def take_patches(view: PatchView, kept: Kept | None) -> Tensor:
     return taken.view(*kept.index.shape, pixels.shape[2])
 
 
+class ImageReduction(ABC):
+    """Decides which patches of every image stay; a frozen dataclass of a recipe.
+
+    Some are calibrated: fields that a recipe leaves open (None) are found on the first images of a
+    run before it trains, and kept with the run's recipe and checkpoints.
+    """
+
+    calibrated: ClassVar[tuple[str, ...]] = ()
+    """Fields that :meth:`calibrate` fills in where they are None."""
+
+    @abstractmethod
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches | None:
+        """The patches that stay; None where every patch does."""
+
+    def check_patches(self, num_patches: int) -> None:
+        """Refuse a number of patches per image with which this cannot work.
+
+        Raises:
+            InputError: naming the setting.
+        """
+        del num_patches
+
+    @property
+    def calibration_images(self) -> int:
+        """Images, over all processes, that :meth:`calibrate` wants; 0 where nothing is open."""
+        return 0
+
+    def calibrate(
+        self,
+        batches: Iterable[tuple[PatchView, NoiseSource]],
+        *,
+        gather: Callable[[Any], list[Any]],
+        log: logging.Logger,
+    ) -> Self:
+        """The same with every calibrated field filled in, alike on every process.
+
+        Args:
+            batches: images of this process, with the noise that they have in training.
+            gather: collects one JSON-ready value of every process, in rank order, on all of them.
+            log: told what was found.
+        """
+        del batches, gather, log
+        return self
+
+    def off_target(self, means: dict[str, float]) -> str | None:
+        """What a person should know of the objective's metrics over some steps; usually nothing."""
+        del means
+        return None
+
+    def draw(self, view: PatchView, images: Tensor, *, noise: NoiseSource) -> np.ndarray | None:
+        """A picture (3, H*, W*) uint8 of how it decides, for reductions that have one.
+
+        Args:
+            view: a few images.
+            images: (B, 3, H, W) uint8, the same for people.
+            noise: of the images.
+        """
+        del view, images, noise
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class KeepAll:
+class KeepAll(ImageReduction):
     """Every patch stays."""
 
+    @override
     def keep(self, view: PatchView, *, noise: NoiseSource) -> None:
         """None: the tower sees the whole image."""
         return None

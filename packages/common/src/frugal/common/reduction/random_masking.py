@@ -6,21 +6,20 @@ Source: Li et al., "Scaling Language-Image Pre-training via Masking", arXiv:2212
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
 
 from frugal.common.errors import InputError
+from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import ShareBelowOne
-from frugal.common.reduction.image import Kept, PatchView
-
-if TYPE_CHECKING:
-    from frugal.common.randomness import NoiseSource
+from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 
 PURPOSE = "image mask"
 """Name of the noise that decides which patches stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomMasking:
+class RandomMasking(ImageReduction):
     """Keep a uniform random subset of the patches, equally many in every image."""
 
     mask_ratio: ShareBelowOne = 0.5
@@ -33,11 +32,10 @@ class RandomMasking:
                 "patches that is removed"
             )
 
-    def check(self, recipe: Any) -> None:
-        """Refuse a recipe whose images would keep nothing."""
-        tower = getattr(recipe.model, "image", None)
-        if tower is not None:
-            self.num_kept(tower.num_patches)
+    @override
+    def check_patches(self, num_patches: int) -> None:
+        """Refuse images that would keep nothing."""
+        self.num_kept(num_patches)
 
     def num_kept(self, num_patches: int) -> int:
         """Patches that stay: truncated in double precision, as the published runs did.
@@ -53,7 +51,8 @@ class RandomMasking:
             )
         return kept
 
-    def keep(self, view: PatchView, *, noise: NoiseSource) -> Kept | None:
+    @override
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches | None:
         """The patches with the smallest noise, smallest first.
 
         Returns:
@@ -63,4 +62,4 @@ class RandomMasking:
             return None
         count = self.num_kept(view.num_patches)
         order = noise.uniform(PURPOSE, view.num_patches).argsort(dim=1, stable=True)  # (B, N)
-        return Kept.dense(order[:, :count])
+        return KeptPatches.dense(order[:, :count])

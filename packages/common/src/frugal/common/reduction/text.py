@@ -8,15 +8,17 @@ they belong and returns at most ``length`` ids, without padding.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+import numpy as np
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
-class Placed:
+class PositionedTokens:
     """The tokens that stay, and the slots of the text tower in which they stood.
 
     What a reduction answers if its tokens do not stand in the first slots.
@@ -41,12 +43,52 @@ class CaptionTokenizer(Protocol):
         ...
 
 
+class TextReduction(ABC):
+    """Decides which tokens of a caption stay; a frozen dataclass of a recipe."""
+
+    @abstractmethod
+    def encode(
+        self,
+        caption: str,
+        tokenizer: CaptionTokenizer,
+        *,
+        length: int,
+        generator: np.random.Generator,
+    ) -> list[int] | PositionedTokens:
+        """At most ``length`` token ids, special tokens included, without padding.
+
+        Or, where tokens keep the slots they had, ids with positions; always or never.
+        """
+
+    def check_length(self, length: int) -> None:
+        """Refuse a length of texts, in tokens, with which this cannot work.
+
+        Raises:
+            InputError: naming the setting.
+        """
+        del length
+
+    def prepare(self, tokenizer: CaptionTokenizer, *, length: int) -> None:
+        """Load what it needs beside captions (a tagger, a file of counts) before training starts.
+
+        Raises:
+            InputError: if something is missing or does not go with the tokenizer.
+        """
+        del tokenizer, length
+
+
 @dataclass(frozen=True, kw_only=True)
-class Truncate:
+class Truncate(TextReduction):
     """The start of the caption stays."""
 
+    @override
     def encode(
-        self, caption: str, tokenizer: CaptionTokenizer, *, length: int, generator: Any
+        self,
+        caption: str,
+        tokenizer: CaptionTokenizer,
+        *,
+        length: int,
+        generator: np.random.Generator,
     ) -> list[int]:
         """At most ``length`` token ids, special tokens included, without padding."""
         return tokenizer.assemble(tokenizer.encode(caption), length)

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 from frugal.common.checkpoint.warm_start import trained_objective
-from frugal.common.contracts import EvaluationTask, ImageReduction
+from frugal.common.contracts import EvaluationTask, Objective
 from frugal.common.data.benchmark_layout import is_multi_labeled
 from frugal.common.data.decoding import as_bytes
 from frugal.common.data.stored_images import GROUP
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.compositional import Contrasts, open_contrasts
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating, similarity, text_table
 from frugal.common.evaluation.pictures import Picture, as_array, example_places, gray_dropped
 from frugal.common.evaluation.prompts import class_embeddings
-from frugal.common.evaluation.ranks import Ranks
 from frugal.common.evaluation.retrieval import open_captioned
 from frugal.common.evaluation.sugarcrepe import PARTS
 from frugal.common.evaluation.zero_shot import Answers, answer, open_question
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import Recipe, load_recipe
-from frugal.common.reduction.image import PatchView
+from frugal.common.reduction.image import ImageReduction, PatchView
 from frugal.common.run import Run, make_logger
 from frugal.common.train import open_process
 from frugal.common.weights.load import load_model
@@ -350,7 +350,7 @@ def draw_batch(objective: Any, recipe: Recipe, run: Run) -> Examples:
     Raises:
         InputError: if the data cannot be read.
     """
-    if not hasattr(objective, "draw"):
+    if not isinstance(objective, Objective):  # a model that was trained elsewhere has none
         return Examples()
     data: Any = recipe.data
     if hasattr(data, "workers"):
@@ -360,6 +360,8 @@ def draw_batch(objective: Any, recipe: Recipe, run: Run) -> Examples:
     stream = few.data.build(few, run, first_sample=0, state={}, engine=None)
     with evaluating(objective):
         picture = objective.draw(next(iter(stream)).to(run.device))
+    if picture is None:
+        return Examples()
     return Examples(batch=Drawing(as_array(picture), type(objective).__name__))
 
 
@@ -403,10 +405,9 @@ def _masked(
     found: dict[str, Any] = {
         "masked": tuple(masked_examples(images, kept, view.patch_size, captions))
     }
-    draw = getattr(reduction, "draw", None)
-    if draw is not None:
-        view, noise = _look(images[:_DRAWN], bundle, run)
-        picture = draw(view, images[:_DRAWN], noise=noise)
+    view, noise = _look(images[:_DRAWN], bundle, run)
+    picture = reduction.draw(view, images[:_DRAWN], noise=noise)
+    if picture is not None:
         found["drawn"] = Drawing(as_array(picture), type(reduction).__name__)
     return found
 

@@ -19,12 +19,12 @@ from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import IMAGE_EXTENSIONS
 from frugal.common.data.stores.class_folders import class_numbers, read_class_folders
 from frugal.common.data.transforms import CenterCrop, normalize
+from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating, grouped
 from frugal.common.evaluation.metrics import ranked_classes, top_k_accuracy
-from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.evaluation.remarks import Remarks
 from frugal.common.evaluation.zero_shot import held_out_classes
 from frugal.common.models.bundle import ModelBundle

@@ -7,24 +7,25 @@ does much alike, takes it from here.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
-from frugal.common.contracts import Batch, ImageReduction, ObjectiveConfig, PreparedReduction
+from frugal.common.contracts import Batch, Objective, Tower
 from frugal.common.data.config import ImageData
+from frugal.common.distributed import place_in_world, sum_over_processes
 from frugal.common.errors import InputError
-from frugal.common.models.batch_norm import sum_over_processes
 from frugal.common.models.flops import image_flops
-from frugal.common.objectives.gather import place_in_world
 from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Range, check_ranges
-from frugal.common.recipe import Recipe
-from frugal.common.reduction.image import Kept, PatchView
+from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier
 from frugal.common.transfer.init_from import init_encoder, init_head
 from frugal.common.transfer.mixing import Mixing, RandomErasing, mix, swap_neighbors
@@ -49,6 +50,7 @@ class Classification(ObjectiveConfig):
     def __post_init__(self) -> None:
         check_ranges(self, "objective")
 
+    @override
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that does not train a classifier."""
         check_classifier(recipe)
@@ -58,6 +60,7 @@ class Classification(ObjectiveConfig):
                 f"{recipe.run.start_from}; choose one of them"
             )
 
+    @override
     def build(self, recipe: Recipe) -> ClassificationObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
         return ClassificationObjective(
@@ -65,8 +68,10 @@ class Classification(ObjectiveConfig):
         )
 
 
-class ClassificationObjective(nn.Module):
+class ClassificationObjective(Objective):
     """Images of a batch to their cross-entropy, every weight trained."""
+
+    model: VisionClassifier
 
     def __init__(
         self,
@@ -90,6 +95,7 @@ class ClassificationObjective(nn.Module):
         self._config = config
         self._seed = seed
 
+    @override
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics): the mean of the loss over the processes is that of their joint batch.
 
@@ -130,7 +136,13 @@ class ClassificationObjective(nn.Module):
         mixes = batch.valid & swap_neighbors(batch.valid)
         return mix(images, shares, boxes, mixes=mixes), torch.where(mixes, shares, 1.0)
 
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> None:
+    @override
+    def towers(self) -> Sequence[Tower]:
+        """The tower; heads are small."""
+        return (self.model.image,)
+
+    @override
+    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
         """Take the tower of a pretraining run or file, and the head where it fits.
 
         Raises:
@@ -144,11 +156,9 @@ class ClassificationObjective(nn.Module):
                 "fine-tuning needs an encoder: give a pretraining run or a file of weights with "
                 "--run.start-from, or train random weights with --objective.from-scratch"
             )
+        return True
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """None: no parameter is kept within bounds."""
-        return {}
-
+    @override
     def step_flops(self, metrics: dict[str, float]) -> float:
         """Forward and backward FLOPs of one sample; the backward pass costs twice the forward."""
         return 3 * forward_flops(self.model, metrics)
@@ -196,7 +206,9 @@ def smoothed_cross_entropy(
     return -(1 - smoothing) * target - smoothing * log_probabilities.mean(1)
 
 
-def token_metrics(model: VisionClassifier, kept: Kept | None, batch: Batch) -> dict[str, Tensor]:
+def token_metrics(
+    model: VisionClassifier, kept: KeptPatches | None, batch: Batch
+) -> dict[str, Tensor]:
     """``image_tokens``: the mean number of tokens that the tower saw of one image."""
     tower = model.config.image
     patches = batch.sample_numbers.new_full((len(batch),), tower.num_patches)
@@ -229,10 +241,10 @@ def check_classifier(recipe: Recipe) -> None:
             "positions as weights; choose learned, which starts from the encoder's table"
         )
     image = recipe.reduction.image
-    if isinstance(image, PreparedReduction) and image.images_to_see:
+    if image.calibration_images:
         raise InputError(
-            f"reduction.image looks for its {image.measured[0]} on the first images of a run, "
-            f"which a classifier does not show; give --reduction.image.{image.measured[0]}"
+            f"reduction.image looks for its {image.calibrated[0]} on the first images of a run, "
+            f"which a classifier does not show; give --reduction.image.{image.calibrated[0]}"
         )
     if recipe.reduction.text is not None:
         raise InputError(
@@ -247,11 +259,7 @@ def check_classifier(recipe: Recipe) -> None:
 
 def build_classifier(recipe: Recipe) -> VisionClassifier:
     """The model of a recipe, with freshly drawn weights, on the CPU in float32."""
-    model: VisionClassifier = recipe.model.build(weight_generator(recipe.run.seed))
-    model.image.blocks.checkpoint_activations = recipe.engine.checkpoint_activations
-    if recipe.engine.compile:
-        model.image.compile()
-    return model
+    return recipe.model.build(weight_generator(recipe.run.seed))
 
 
 def mean_over_valid(values: Tensor, valid: Tensor) -> Tensor:

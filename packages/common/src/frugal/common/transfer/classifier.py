@@ -12,7 +12,8 @@ from typing_extensions import override
 from frugal.common.models.positions import sincos_table
 from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.ranges import Range, check_ranges
-from frugal.common.reduction.image import Kept
+from frugal.common.recipe import ModelConfig
+from frugal.common.reduction.image import KeptPatches
 
 Pooling = Literal["class", "mean", "mean_all"]
 """MAE's and MILAN's three: the class token behind the last norm (cls), or the mean of the patches
@@ -35,7 +36,7 @@ _HeadStd = Annotated[float, Range(above=0, hint="the released code uses 0.02, MA
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierConfig:
+class ClassifierConfig(ModelConfig):
     """A vision transformer and a linear layer on what it pools."""
 
     image: ImageTower
@@ -45,6 +46,12 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "model")
+
+    @property
+    @override
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.image.num_patches
 
     def build(self, generator: torch.Generator) -> VisionClassifier:
         """The model, on the CPU in float32, with weights drawn from ``generator``."""
@@ -98,11 +105,11 @@ class VisionClassifier(nn.Module):
         _truncated_normal(model.head.weight, config.head_init_std, generator)
         return model
 
-    def features(self, images: Tensor, kept: Kept | None = None) -> Tensor:
+    def features(self, images: Tensor, kept: KeptPatches | None = None) -> Tensor:
         """(B, D): what the head sees of (B, 3, H, W) images, uint8 or normalized."""
         return self.fc_norm(self.image(images, kept, output="pooled"))
 
-    def forward(self, images: Tensor, kept: Kept | None = None) -> Tensor:
+    def forward(self, images: Tensor, kept: KeptPatches | None = None) -> Tensor:
         """(B, C) scores of (B, 3, H, W) images, uint8 or normalized."""
         return self.head(self.features(images, kept))
 

@@ -6,6 +6,7 @@ Source: MAE (arXiv:2111.06377, appendix A.3) and MILAN (arXiv:2208.06049).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from typing_extensions import override
 
-from frugal.common.contracts import Batch, ImageReduction, ObjectiveConfig
+from frugal.common.contracts import Batch, Objective, Tower
+from frugal.common.distributed import place_in_world, sum_over_processes
 from frugal.common.errors import InputError
-from frugal.common.models.batch_norm import sum_over_processes
-from frugal.common.objectives.gather import place_in_world
 from frugal.common.randomness import SampleNoise
-from frugal.common.recipe import Recipe
-from frugal.common.reduction.image import PatchView
+from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.reduction.image import ImageReduction, PatchView
 from frugal.common.transfer.classification import (
     batch_labels,
     build_classifier,
@@ -45,6 +46,7 @@ class LinearProbing(ObjectiveConfig):
     """Whose features the batch norm before the linear layer is computed from. Published runs
     computed it on every GPU for itself; together, the number of processes changes nothing."""
 
+    @override
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that does not train a probe."""
         check_classifier(recipe)
@@ -54,6 +56,7 @@ class LinearProbing(ObjectiveConfig):
                 "linear probe is frozen; set it to 0"
             )
 
+    @override
     def build(self, recipe: Recipe) -> ProbeObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
         return ProbeObjective(
@@ -61,8 +64,10 @@ class LinearProbing(ObjectiveConfig):
         )
 
 
-class ProbeObjective(nn.Module):
+class ProbeObjective(Objective):
     """Images of a batch to their cross-entropy; a batch norm and a linear layer are trained."""
+
+    model: VisionClassifier
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class ProbeObjective(nn.Module):
         self.reduction = reduction
         self._seed = seed
 
+    @override
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics): the mean of the loss over the processes is that of their joint batch."""
         labels = batch_labels(batch)
@@ -105,7 +111,13 @@ class ProbeObjective(nn.Module):
         }
         return mean_over_valid(losses, batch.valid), metrics
 
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> None:
+    @override
+    def towers(self) -> Sequence[Tower]:
+        """The tower; heads are small."""
+        return (self.model.image,)
+
+    @override
+    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
         """Take the tower of a pretraining run or file.
 
         Raises:
@@ -117,11 +129,9 @@ class ProbeObjective(nn.Module):
                 "with --run.start-from"
             )
         init_encoder(self.model.image, source, interpolate=interpolate, log=log)
+        return True
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """None: no parameter is kept within bounds."""
-        return {}
-
+    @override
     def step_flops(self, metrics: dict[str, float]) -> float:
         """Forward FLOPs of one sample; what the linear layer needs backward does not count."""
         return forward_flops(self.model, metrics)

@@ -22,12 +22,12 @@ from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import Window, resize_window
 from frugal.common.data.loader import Loader
 from frugal.common.data.samples import image_extensions
+from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep
 from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating
 from frugal.common.evaluation.pictures import example_places
-from frugal.common.evaluation.ranks import Ranks, check_delivery
 from frugal.common.files import write_file
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.ranges import Count, Positive, PositiveShare

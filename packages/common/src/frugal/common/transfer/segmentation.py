@@ -6,20 +6,22 @@ Source: MAE (arXiv:2111.06377, appendix A.4) and BEiT (arXiv:2106.08254).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
-from frugal.common.contracts import Batch, ObjectiveConfig
+from frugal.common.contracts import Batch, Objective, Tower
 from frugal.common.errors import InputError
 from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Positive, check_ranges
-from frugal.common.recipe import Recipe, WarmupCosine
+from frugal.common.recipe import ObjectiveConfig, Recipe
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.classification import mean_over_valid
 from frugal.common.transfer.init_from import init_encoder
@@ -28,19 +30,6 @@ from frugal.common.transfer.photometric import PhotometricDistortion
 from frugal.common.transfer.pixels import gray_levels, normalized, paint
 from frugal.common.transfer.segmentation_data import SegmentationData
 from frugal.common.transfer.segmenter import Segmenter, SegmenterConfig, enlarged, segmenter_flops
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarmupLinear(WarmupCosine):
-    """Linear warm-up, then a straight line down to the floor."""
-
-    def learning_rate(self, samples_seen: int, *, peak: float) -> float:
-        """The learning rate of the step that starts after ``samples_seen`` samples."""
-        if samples_seen < self.warmup_samples:
-            return super().learning_rate(samples_seen, peak=peak)
-        decay = max(self.samples - self.warmup_samples, 1)
-        progress = min((samples_seen - self.warmup_samples) / decay, 1.0)
-        return peak + (self.floor - peak) * progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +46,7 @@ class Segmentation(ObjectiveConfig):
     def __post_init__(self) -> None:
         check_ranges(self, "objective")
 
+    @override
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that does not train a segmenter."""
         if not isinstance(recipe.data, SegmentationData):
@@ -97,17 +87,17 @@ class Segmentation(ObjectiveConfig):
                 f"{recipe.run.start_from}; choose one of them"
             )
 
+    @override
     def build(self, recipe: Recipe) -> SegmentationObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
         model = recipe.model.build(weight_generator(recipe.run.seed))
-        model.image.blocks.checkpoint_activations = recipe.engine.checkpoint_activations
-        if recipe.engine.compile:
-            model.image.compile()
         return SegmentationObjective(model, self, seed=recipe.run.seed)
 
 
-class SegmentationObjective(nn.Module):
+class SegmentationObjective(Objective):
     """Images of a batch to the cross-entropy of their pixels, every weight trained."""
+
+    model: Segmenter
 
     def __init__(self, model: Segmenter, config: Segmentation, *, seed: int) -> None:
         """Take the model and train it.
@@ -122,6 +112,7 @@ class SegmentationObjective(nn.Module):
         self._config = config
         self._seed = seed
 
+    @override
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics): the mean of the loss over the processes is that of their joint batch.
 
@@ -144,6 +135,7 @@ class SegmentationObjective(nn.Module):
         }
         return main_loss + self._config.auxiliary_weight * auxiliary_loss, metrics
 
+    @override
     def counted(self, batch: Batch) -> Tensor:
         """(): the pixels that have a class."""
         assert batch.labels is not None
@@ -162,7 +154,13 @@ class SegmentationObjective(nn.Module):
         images = images.masked_fill(is_padding[:, None], 0.0)
         return images, labels.long().masked_fill(is_padding, IGNORED)
 
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> None:
+    @override
+    def towers(self) -> Sequence[Tower]:
+        """The tower; heads are small."""
+        return (self.model.image,)
+
+    @override
+    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
         """Take the tower of a pretraining run or file.
 
         Raises:
@@ -175,11 +173,9 @@ class SegmentationObjective(nn.Module):
                 "segmentation needs an encoder: give a pretraining run or a file of weights with "
                 "--run.start-from, or train random weights with --objective.from-scratch"
             )
+        return True
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """None: no parameter is kept within bounds."""
-        return {}
-
+    @override
     def step_flops(self, metrics: dict[str, float]) -> float:
         """Forward and backward FLOPs of one sample; the backward pass costs twice the forward."""
         del metrics

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from frugal.common.contracts import DamageNote, DataConfig, Stream
+from frugal.common.contracts import DamageNote, Stream, TrainedModel
 from frugal.common.data.contents import Part, check_same_data, digest_of
 from frugal.common.data.damage import Damaged, note_of
 from frugal.common.data.decoding import Window, resize_window
@@ -34,7 +34,7 @@ from frugal.common.ranges import (
     check_ranges,
 )
 from frugal.common.ranges import Share as Fraction
-from frugal.common.recipe import Recipe
+from frugal.common.recipe import DataConfig, Recipe
 from frugal.common.run import Run
 from frugal.common.transfer.masked_folder import (
     IGNORED,
@@ -207,7 +207,7 @@ class SegmentationData(DataConfig):
         *,
         first_sample: int,
         state: dict[str, Any],
-        engine: Any,
+        engine: TrainedModel | None,
     ) -> Stream:
         """The micro-batches of this process from ``first_sample`` on.
 
@@ -218,7 +218,7 @@ class SegmentationData(DataConfig):
         folders = open_folders(self, num_classes=recipe.model.num_classes)
         counts = [len(folder) for folder in folders]
         contents = [[Part(".", len(folder), digest_of(folder.names))] for folder in folders]
-        check_same_data(contents, run)
+        check_same_data(contents)
         order = GlobalOrder(counts, seed=recipe.run.seed, window=len(counts))
         run.log.info("data: %s pictures with masks", f"{order.samples:,}")
         samples = MaskedCrops(

@@ -22,6 +22,7 @@ from frugal.common.models.flops import image_flops
 from frugal.common.models.positions import sincos_table
 from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.ranges import Count, Range, ShareBelowOne, check_ranges
+from frugal.common.recipe import ModelConfig
 from frugal.common.transfer.masked_folder import MOST_CLASSES
 
 
@@ -34,7 +35,7 @@ _Classes = Annotated[int, Range(least=2, most=MOST_CLASSES)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmenterConfig:
+class SegmenterConfig(ModelConfig):
     """A vision transformer whose blocks put out four levels of features, and UperNet on them."""
 
     image: ImageTower
@@ -74,6 +75,12 @@ class SegmenterConfig:
                 f"model.pool_scales are {self.pool_scales}; give sides of at least 1, such as "
                 "1 2 3 6"
             )
+
+    @property
+    @override
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.image.num_patches
 
     def build(self, generator: torch.Generator) -> Segmenter:
         """The model, on the CPU in float32, with weights drawn from ``generator``."""

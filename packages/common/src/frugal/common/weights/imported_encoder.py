@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from frugal.common.contracts import ObjectiveConfig
+from typing_extensions import override
+
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import Recipe
+from frugal.common.recipe import ModelConfig, ObjectiveConfig, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +16,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportedEncoder:
+class ImportedEncoder(ModelConfig):
     """An image tower, and the linear layer on what it pools where it has one."""
 
     image: ImageTower
     num_classes: int | None = None
     """Numbers that the linear layer puts out; None without one."""
+
+    @property
+    @override
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.image.num_patches
 
     def build(self, generator: torch.Generator | None = None) -> nn.Sequential:
         """``image`` and ``head``, which weights are to be loaded into."""

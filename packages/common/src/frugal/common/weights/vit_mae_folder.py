@@ -108,7 +108,7 @@ def difference(bundle: ModelBundle, folder: Path) -> float:
     pictures = noise_images(bundle.image)
     numbers = torch.arange(len(pictures))
     batch = Batch(images=pictures, sample_numbers=numbers, valid=torch.ones_like(numbers).bool())
-    view, noise = objective.look(batch)
+    view, noise = objective.patch_view(batch)
     hidden = ~objective.reduction.keep(view, noise=noise).mask(view.num_patches)  # (B, N)
     model = ViTMAEForPreTraining.from_pretrained(folder).eval()
     # half a patch more is kept than hidden says, because transformers rounds down

@@ -6,12 +6,7 @@ from torch import nn
 
 from frugal.common.errors import InputError
 from frugal.common.models.vit import ImageTower, ImageTransformer
-from frugal.common.optim.optimizers import (
-    build_adamw,
-    learning_rate_scales,
-    set_learning_rate,
-)
-from frugal.common.recipe import AdamW
+from frugal.common.optim.optimizers import AdamW, learning_rate_scales, set_learning_rate
 
 TOWER = ImageTower(
     width=8, depth=3, heads=2, mlp_width=16, patch_size=4, image_size=(8, 12), pre_norm=True
@@ -49,7 +44,7 @@ def test_the_rate_falls_by_one_factor_per_block_from_the_head_down() -> None:
 def test_each_group_steps_by_its_share_of_the_rate() -> None:
     model = Model()
     options = AdamW(learning_rate=1.0, weight_decay=0.0, layer_decay=0.5)
-    optimizer = build_adamw(model, options)
+    optimizer = options.build(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -65,7 +60,7 @@ def test_each_group_steps_by_its_share_of_the_rate() -> None:
 
 def test_without_layer_decay_there_are_two_groups_the_decaying_one_first() -> None:
     options = AdamW(learning_rate=1.0, weight_decay=0.1, no_decay=("vector",))
-    groups = build_adamw(Model(), options).param_groups
+    groups = options.build(Model()).param_groups
     assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(0.1, 1), (0, 1)]
     assert all(p.ndim > 1 for p in groups[0]["params"])
     assert all(p.ndim < 2 for p in groups[1]["params"])
@@ -73,7 +68,7 @@ def test_without_layer_decay_there_are_two_groups_the_decaying_one_first() -> No
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(InputError, match="this model has no blocks"):
-        build_adamw(nn.Linear(2, 2), AdamW(learning_rate=1.0, layer_decay=0.5))
+        AdamW(learning_rate=1.0, layer_decay=0.5).build(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.1])

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from frugal.common.errors import InputError
-from frugal.common.optim.optimizers import build_adamw, decayed_names, parameter_roles
-from frugal.common.recipe import AdamW
+from frugal.common.optim.optimizers import AdamW, parameter_roles
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "flip"
 BLOCK = "img_encoder/Transformer/encoderblock_00"
@@ -62,7 +61,7 @@ def test_six_steps_give_the_reference_weights_and_moments() -> None:
     assert parameters.keys() == NAMES.keys()
     for name, theirs in NAMES.items():
         parameters[name].data = ours(numbers[f"step0/param/{theirs}"], theirs)
-    optimizer = build_adamw(model, options)
+    optimizer = options.build(model)
     for step, rate in enumerate(settings["lr_used"], start=1):
         for name, theirs in NAMES.items():
             parameters[name].grad = ours(numbers[f"step{step}/grad/{theirs}"], theirs)
@@ -81,7 +80,7 @@ def test_six_steps_give_the_reference_weights_and_moments() -> None:
 
 def test_flips_rule_decays_what_the_reference_decays() -> None:
     excluded = set(json.loads((GOLDEN / "adamw.json").read_text())["no_weight_decay"])
-    decayed = decayed_names(Miniature(), FLIP_RULE)
+    decayed = FLIP_RULE.decayed_names(Miniature())
     assert decayed == {name for name, theirs in NAMES.items() if theirs not in excluded}
 
 
@@ -98,7 +97,7 @@ def test_flips_rule_decays_what_the_reference_decays() -> None:
     ],
 )
 def test_every_rule_excludes_its_kind(rule: str, name: str) -> None:
-    decayed = decayed_names(Miniature(), AdamW(learning_rate=1.0, no_decay=(rule,)))
+    decayed = AdamW(learning_rate=1.0, no_decay=(rule,)).decayed_names(Miniature())
     assert name not in decayed
     assert "fc1.weight" in decayed
 
@@ -106,7 +105,7 @@ def test_every_rule_excludes_its_kind(rule: str, name: str) -> None:
 def test_frozen_parameters_are_left_to_themselves() -> None:
     model = Miniature()
     model.fc1.requires_grad_(False)
-    groups = build_adamw(model, FLIP_RULE).param_groups
+    groups = FLIP_RULE.build(model).param_groups
     held = {id(p) for group in groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from frugal.common.errors import InputError
-from frugal.common.optim.optimizers import Lars, build_lars, build_optimizer, set_learning_rate
-from frugal.common.recipe import LARS
+from frugal.common.optim.optimizers import LARS, LarsOptimizer, set_learning_rate
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "milan"
 NUMBERS = load_file(GOLDEN / "lars.safetensors")
@@ -35,7 +34,7 @@ class Recorded(nn.Module):
 
 def test_three_steps_give_the_recorded_weights_and_momenta() -> None:
     model = Recorded()
-    optimizer = build_optimizer(model, OPTIONS)
+    optimizer = OPTIONS.build(model)
     set_learning_rate(optimizer, SETTINGS["lr"])
     for step in (1, 2, 3):
         for name, parameter in model.named_parameters():
@@ -52,7 +51,7 @@ def test_weight_decay_is_part_of_the_gradient_that_is_scaled_and_spares_vectors(
     torch.manual_seed(0)
     model = nn.Linear(3, 5)
     weight, bias = (p.detach().double().clone() for p in (model.weight, model.bias))
-    optimizer = build_lars(model, LARS(learning_rate=1.0, weight_decay=0.3, trust=0.02))
+    optimizer = LARS(learning_rate=1.0, weight_decay=0.3, trust=0.02).build(model)
     set_learning_rate(optimizer, 0.5)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -73,7 +72,7 @@ def test_parts_of_a_tensor_that_know_the_whole_norms_step_as_the_whole() -> None
     for rows in (slice(0, 2), slice(2, None)):
         part = nn.Parameter(weight[rows].flatten())
         part.grad = gradient[rows].flatten()
-        optimizer = Lars([{"params": [part], "is_matrix": True, "lr_scale": 1.0}], OPTIONS)
+        optimizer = LarsOptimizer([{"params": [part], "is_matrix": True, "lr_scale": 1.0}], OPTIONS)
         mine = []
 
         def total(local: torch.Tensor, mine: list = mine) -> torch.Tensor:
@@ -92,7 +91,7 @@ def test_parts_of_a_tensor_that_know_the_whole_norms_step_as_the_whole() -> None
 def test_frozen_parameters_are_left_to_themselves_and_every_matrix_stands_alone() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.LayerNorm(4))
     model[0].requires_grad_(False)
-    groups = build_lars(model, OPTIONS).param_groups
+    groups = OPTIONS.build(model).param_groups
     shapes = [[tuple(p.shape) for p in group["params"]] for group in groups]
     assert shapes == [[(4, 3)], [(4,), (4,), (4,)]]
     assert [group["is_matrix"] for group in groups] == [True, False]

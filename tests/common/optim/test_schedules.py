@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from frugal.common.errors import InputError
-from frugal.common.recipe import AdamW, WarmupCosine
+from frugal.common.optim.optimizers import AdamW
+from frugal.common.optim.schedules import WarmupCosine
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "flip"
 CASES = json.loads((GOLDEN / "lr_schedules.json").read_text())
