@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MANIFESTS := constraints.txt pyproject.toml $(wildcard packages/*/pyproject.toml)
 PACKAGES := $(patsubst %/pyproject.toml,-e %,$(wildcard packages/*/pyproject.toml))
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test test-fast lint
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile
+
+# No process is launched and nothing is trained: what to run between two edits.
+test-fast: setup
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile -m "not slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff format --check .

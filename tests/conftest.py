@@ -1,9 +1,10 @@
 """Fixtures that several tests share."""
 
+import inspect
 import logging
 import os
-import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,48 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 sys.path.insert(0, str(Path(__file__).parent / "reference"))  # for `import reference_milan`
 
+from frugal.common.scenes.settings import Settings
+from frugal.common.scenes.writing import write
 from support import ALONE, train
+
+_SLOW = {"Popen", "check_call", "check_output", "mp", "spawn", "subprocess", "train_recipe"}
+"""What a test calls that launches a process or trains."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what ``make test-fast`` leaves out: tests that launch a process or train.
+
+    Read from the code: of the test, its fixtures, and the functions of tests/ that they call.
+    """
+    known: dict[object, bool] = {}
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        parts = [item.function, *(each.func for defs in fixtures for each in defs)]
+        if any(_is_slow(part, known) for part in parts):
+            item.add_marker(pytest.mark.slow)
+
+
+def _is_slow(function: object, known: dict[object, bool]) -> bool:
+    function = inspect.unwrap(function) if callable(function) else function
+    code, names = getattr(function, "__code__", None), set[str]()
+    if code is None or function in known:
+        return known.get(function, False)
+    known[function] = False  # where functions call each other
+    left = [code]
+    while left:
+        part = left.pop()
+        names.update(part.co_names)
+        left += [const for const in part.co_consts if isinstance(const, types.CodeType)]
+    called = [getattr(function, "__globals__", {}).get(name) for name in names]
+    here = [
+        c for c in called if _TESTS in str(getattr(getattr(c, "__code__", None), "co_filename", ""))
+    ]
+    known[function] = bool(names & _SLOW) or any(_is_slow(each, known) for each in here)
+    return known[function]
+
+
+_TESTS = str(Path(__file__).parent)
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +69,18 @@ def _log_of_a_fresh_process() -> None:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small scenes data set of 32-pixel pictures."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    command = [
-        sys.executable, "-m", "frugal.common.scenes", "--out", str(folder), "--image-size", "32",
-        "--train-samples", "150", "--shard-size", "40", "--zero-shot-samples", "128",
-        "--probe-samples", "112", "--retrieval-samples", "40", "--compositional-samples", "10",
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    write(
+        Settings(
+            out=folder,
+            image_size=32,
+            train_samples=150,
+            shard_size=40,
+            zero_shot_samples=128,
+            probe_samples=112,
+            retrieval_samples=40,
+            compositional_samples=10,
+        )
+    )
     return folder
 
 

@@ -17,6 +17,7 @@ from frugal.common.recipe import Recipe
 from frugal.common.reduction.text import TextReduction, Truncate
 from frugal.common.run import Run, make_logger
 from frugal.flip.text_masking import TextMasking as MaskingInPlace
+from support import described
 
 PROMPT = "a bad photo of the big green lizard on a very old wall"
 RUN = Run(Path("runs/x"), 0, 1, 0, torch.device("cpu"), make_logger(0))
@@ -30,7 +31,7 @@ def with_text(reduction: TextReduction) -> Recipe:
 
 def ids(reduction: TextReduction, *, reduce_prompts: bool = True) -> tuple[int, ...]:
     task = ZeroShot(reduce_prompts=reduce_prompts)
-    return Embedder.of(None, with_text(reduction), RUN, task).token_ids(PROMPT)
+    return Embedder.of(described(with_text(reduction)), RUN, task).token_ids(PROMPT)
 
 
 @pytest.mark.parametrize("reduction", [RandomTextMasking(), BlockTextMasking()])
@@ -56,7 +57,8 @@ def test_syntax_masking_reads_the_tagger_before_any_prompt(
 
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     with pytest.raises(InputError, match=r"frugal\.clipa\.nltk_data"):
-        Embedder.of(None, with_text(SyntaxMasking()), RUN, ZeroShot(reduce_prompts=True))
+        task = ZeroShot(reduce_prompts=True)
+        Embedder.of(described(with_text(SyntaxMasking())), RUN, task)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -99,8 +99,13 @@ class ImageEncoder:
         return replace(self, tower=tower, state={**self.state, "pos_embed": table})
 
 
-def image_encoder(bundle: ModelBundle) -> ImageEncoder:
+def image_encoder(bundle: ModelBundle, *, with_pooled_norm: bool = True) -> ImageEncoder:
     """The image tower of a model; what stands beside it need not be of this library.
+
+    Args:
+        bundle: has an image tower of this library.
+        with_pooled_norm: the norm that a classifier has on what it pools is the tower's last one;
+            else it stays with the head.
 
     Raises:
         InputError: if it has none of this library.
@@ -114,8 +119,9 @@ def image_encoder(bundle: ModelBundle) -> ImageEncoder:
     weights = bundle.model.state_dict()
     state = {n.removeprefix("image."): t for n, t in weights.items() if n.startswith("image.")}
     rest = {name: tensor for name, tensor in weights.items() if not name.startswith("image.")}
-    for leaf in ("weight", "bias"):  # a classifier has the norm of what it pools beside the tower
-        if (name := f"fc_norm.{leaf}") in rest:
+    for leaf in ("weight", "bias"):
+        # a classifier has the norm of what it pools beside the tower
+        if with_pooled_norm and (name := f"fc_norm.{leaf}") in rest:
             state[f"norm.{leaf}"] = rest.pop(name)
     head: tuple[Tensor, Tensor] | None = None
     scores: Callable[[Tensor], Tensor] | None = None

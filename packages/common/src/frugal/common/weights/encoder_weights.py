@@ -205,7 +205,7 @@ def _own_run(path: Path) -> ImageEncoder:
     bundle = load_run(path)
     if not isinstance(bundle.image, ImageTower):
         raise InputError(f"the run {path} trained no image tower; give another one")
-    return image_encoder(bundle)
+    return image_encoder(bundle, with_pooled_norm=False)  # a head may be wanted with its norm
 
 
 # ------------------------------------------------------------------------------------------------
