@@ -48,7 +48,13 @@ def two_stages(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_directory_holds_what_is_promised(two_stages: Path) -> None:
     run = two_stages / "masked"
-    for name in ("recipe.json", "environment.json", "metrics.jsonl", "checkpoints/latest"):
+    for name in (
+        "recipe.json",
+        "model.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints/latest",
+    ):
         assert (run / name).is_file(), name
     assert list((run / "tensorboard").glob("events.*"))
     assert list((run / "tokenizer").iterdir())

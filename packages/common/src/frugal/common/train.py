@@ -37,6 +37,7 @@ from frugal.common.recipe import (
     with_calibrated,
 )
 from frugal.common.run import Run, lock_run_dir, make_logger
+from frugal.common.weights.runs import bundle_of, write_description
 
 if TYPE_CHECKING:
     from io import TextIOWrapper
@@ -404,7 +405,7 @@ def make_engine(objective: Objective, recipe: Recipe, run: Run) -> Engine:
 
 
 def _write_run_files(recipe: Recipe, run: Run, engine: Engine, *, begins: bool) -> None:
-    """recipe.json, environment.json and the tokenizer.
+    """recipe.json, model.json, environment.json and the tokenizer.
 
     A run that goes on keeps its recipe; what one left that never wrote a checkpoint is replaced.
     """
@@ -416,6 +417,7 @@ def _write_run_files(recipe: Recipe, run: Run, engine: Engine, *, begins: bool) 
     path = run.dir / "recipe.json"
     if begins or not _is_recipe(path):
         write_json(path, to_json(recipe))
+        write_description(bundle_of(engine.objective.model, recipe), run.dir)
 
 
 def _is_recipe(path: Path) -> bool:
@@ -491,8 +493,6 @@ def evaluate_all(
     import contextlib
 
     import torch
-
-    from frugal.common.weights.runs import bundle_of
 
     if not recipe.evaluation:
         return {}

@@ -42,8 +42,7 @@ def load_run(path: Path) -> ModelBundle:
         InputError: if there is no whole checkpoint, or its weights are not of the run's model.
     """
     checkpoint = find_checkpoint(path)
-    folder = checkpoint.folder.parent.parent
-    if is_described_alone(folder):
+    if _has_no_recipe(checkpoint):
         return _read_description(checkpoint, path)
     checkpoint, recipe = open_checkpoint(path)
     weights = load_weights(checkpoint)
@@ -98,13 +97,14 @@ def recipe_if_any(path: Path) -> Recipe | None:
     Raises:
         InputError: if there is no whole checkpoint, or its recipe cannot be read.
     """
-    folder = find_checkpoint(path).folder.parent.parent
-    return None if is_described_alone(folder) else open_checkpoint(path)[1]
+    return None if _has_no_recipe(find_checkpoint(path)) else open_checkpoint(path)[1]
 
 
-def is_described_alone(folder: Path) -> bool:
-    """Whether a run directory holds weights that were trained elsewhere."""
-    return (folder / MODEL_FILE).is_file() and not (folder / "recipe.json").exists()
+def _has_no_recipe(checkpoint: Checkpoint) -> bool:
+    """Whether weights were trained elsewhere, so that ``model.json`` alone describes them."""
+    folder = checkpoint.folder.parent.parent
+    has_recipe = (folder / "recipe.json").exists() or "recipe" in checkpoint.state
+    return (folder / MODEL_FILE).is_file() and not has_recipe
 
 
 def bundle_of(model: nn.Module, recipe: Recipe) -> ModelBundle:

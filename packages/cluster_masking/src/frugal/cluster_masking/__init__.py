@@ -1,0 +1,1 @@
+"""Cluster Masking (arXiv:2405.08815): clusters of similar patches are left out."""

@@ -1,0 +1,1 @@
+"""The training loop, and DeepSpeed and Accelerate behind one interface."""

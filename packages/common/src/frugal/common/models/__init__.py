@@ -1,0 +1,1 @@
+"""Towers, attention over dense and packed tokens, positions, and the model bundle."""

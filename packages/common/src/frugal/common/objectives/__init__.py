@@ -1,0 +1,1 @@
+"""Losses over the global batch, the contrastive objective, gradient caching."""
