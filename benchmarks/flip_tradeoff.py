@@ -20,7 +20,7 @@ from small_runs import Outcome, lasting, mean_and_spread, scenes, table, train_s
 from frugal.common.report.plots import Curve
 
 RATIOS = (0.0, 0.5, 0.75)
-Outcomes = dict[float, list[Outcome]]
+SampleResults = dict[float, list[Outcome]]
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         ratio: train_seeds(options, data, ratio, options.samples, "samples") for ratio in RATIOS
     }
     whole = fastest(equal_samples[0.0])
-    equal_time: Outcomes = {0.0: equal_samples[0.0]}
+    equal_time: SampleResults = {0.0: equal_samples[0.0]}
     for ratio in RATIOS[1:]:
         samples = round(options.samples * fastest(equal_samples[ratio]) / whole)
         equal_time[ratio] = train_seeds(options, data, ratio, samples, "time")
@@ -68,7 +68,7 @@ def fastest(outcomes: list[Outcome]) -> float:
     return max(outcome.samples / outcome.train_seconds for outcome in outcomes)
 
 
-def report(options: argparse.Namespace, outcomes: dict[str, Outcomes]) -> None:
+def report(options: argparse.Namespace, outcomes: dict[str, SampleResults]) -> None:
     """Table, JSON and page."""
     rows = []
     for kind, by_ratio in outcomes.items():

@@ -101,7 +101,7 @@ class WatchedStream:
             yield batch
 
     def close(self) -> None:
-        """Watch no longer; must be called at the end, whatever happened."""
+        """MetricsLogger no longer; must be called at the end, whatever happened."""
         self._open.close()
 
     def state(self) -> dict[str, Any]:

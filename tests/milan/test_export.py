@@ -34,7 +34,7 @@ from frugal.common.models.weight_names import from_timm, from_vit_mae
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
 from frugal.common.transfer.classifier import pooled
-from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.load import load_model
 from frugal.milan.decoders import DecoderConfig, Split
 from frugal.milan.model import MaskedModel, encoder

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
-from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.image_towers import read_encoder
 from frugal.milan.objective import Reconstruction
 from frugal.milan.recipes import RECIPES
 from support import (

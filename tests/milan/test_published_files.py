@@ -17,8 +17,8 @@ from frugal.common.engine.saving import restore
 from frugal.common.errors import InputError
 from frugal.common.recipe import difference, load_recipe
 from frugal.common.run import Run, make_logger
-from frugal.common.weights.encoder_weights import read_encoder
-from frugal.common.weights.stored_files import read_content, state_in
+from frugal.common.weights.files import read_content, state_in
+from frugal.common.weights.image_towers import read_encoder
 from frugal.milan.convert import Options, _fitting, convert
 from frugal.milan.objective import Reconstruction
 from frugal.milan.published_weights import Published, from_published, our_names, to_published

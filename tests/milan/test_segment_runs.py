@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from frugal.common.cli import read_command_line
 from frugal.common.errors import InputError
 from frugal.common.train import train_recipe
-from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.image_towers import read_encoder
 from frugal.milan.segmentation_recipes import SEGMENTATION
 from support import (
     ALONE,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from frugal.common.errors import InputError
 from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.image_towers import read_encoder
 from frugal.milan.model import encoder
 from frugal.milan.teacher import FrozenTeacher, Teacher, load_teacher
 

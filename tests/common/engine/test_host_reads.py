@@ -15,7 +15,7 @@ from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.cli import read_command_line
 from frugal.common.data.damage import DamageCounter
 from frugal.common.engine.accelerate import AccelerateEngine
-from frugal.common.engine.logger import Watch
+from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.loop import Training, train
 from frugal.common.engine.saving import WeightAverage
 from frugal.common.optim.optimizers import LARS, skip_unless_finite
@@ -89,7 +89,7 @@ def watched_training(
             islice(stream, STEPS * accumulate), guard=guard, watched=watched, accumulate=accumulate
         ),
         store=CheckpointStore(run, keep=1),
-        watch=Watch(run, first_step=0, steps=recipe.steps),
+        watch=MetricsLogger(run, first_step=0, steps=recipe.steps),
         average=WeightAverage(engine, 0.9),
         evaluate=lambda step: {},
         evaluated=0,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from frugal.common.engine.logger import Watch
+from frugal.common.engine.logger import MetricsLogger
 from frugal.common.run import Run
 
 VALUES: dict[str, Any] = {
@@ -23,10 +23,10 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def watch_in(folder: Path) -> Watch:
+def watch_in(folder: Path) -> MetricsLogger:
     folder.mkdir(exist_ok=True)
     run = Run(folder, 0, 1, 0, torch.device("cpu"), logging.getLogger("test"))
-    return Watch(run, first_step=0, steps=10)
+    return MetricsLogger(run, first_step=0, steps=10)
 
 
 def test_logs_that_cannot_be_written_are_told_once_and_training_goes_on(

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from frugal.common.data.tokenizers import ClipBpe
-from frugal.common.evaluation.bootstrap import Measure, Outcomes
+from frugal.common.evaluation.bootstrap import Measure, SampleResults
 from frugal.common.models.named import clip_encoder
 from frugal.common.recipe import EngineOptions
 from frugal.common.reduction.random_masking import RandomMasking
@@ -110,7 +110,7 @@ def multi_label_tars(folder: Path, targets: np.ndarray) -> Path:
     return folder
 
 
-def made(num_images: int = 40) -> Outcomes:
+def made(num_images: int = 40) -> SampleResults:
     """Every kind of number, some of them of several rows per image."""
     generator = torch.Generator().manual_seed(2)
     labels = torch.randint(4, (num_images,), generator=generator)
@@ -131,4 +131,4 @@ def made(num_images: int = 40) -> Outcomes:
         "rows": Measure("mean", "found", image="image"),
         "halves": Measure("mean_of_means", "both"),
     }
-    return Outcomes({"data_sha256": "x"}, num_images, tables, measures)
+    return SampleResults({"data_sha256": "x"}, num_images, tables, measures)

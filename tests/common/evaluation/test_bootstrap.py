@@ -16,10 +16,10 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import (
     Measure,
-    Outcomes,
+    SampleResults,
     bootstrap,
     interval,
-    load_outcomes,
+    load_sample_results,
     resampled,
 )
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
@@ -27,7 +27,7 @@ from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 
 
-def slowly(outcomes: Outcomes, chosen: torch.Tensor) -> dict[str, float]:
+def slowly(outcomes: SampleResults, chosen: torch.Tensor) -> dict[str, float]:
     """The numbers of drawn images, from copies of their rows."""
     tables = outcomes.tables
     right, labels = tables["right"][chosen], tables["labels"][chosen]
@@ -72,7 +72,7 @@ def test_draws_have_as_many_images_as_there_are_and_come_from_the_generator_alon
 def test_the_interval_of_a_mean_is_as_wide_as_statistics_say() -> None:
     right = torch.zeros(400, dtype=torch.uint8)
     right[:100] = 1
-    outcomes = Outcomes({}, 400, {"right": right}, {"mean": Measure("mean", "right")})
+    outcomes = SampleResults({}, 400, {"right": right}, {"mean": Measure("mean", "right")})
     generator = torch.Generator().manual_seed(0)
     drawn = bootstrap([outcomes], "mean", times=4_000, generator=generator)[0]
     deviation = math.sqrt(0.25 * 0.75 / 400)
@@ -87,14 +87,14 @@ def test_the_interval_of_a_mean_is_as_wide_as_statistics_say() -> None:
 def test_outcomes_survive_their_file_and_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
     outcomes = made()
     outcomes.save(tmp_path / "a.safetensors")
-    again = load_outcomes(tmp_path / "a.safetensors")
+    again = load_sample_results(tmp_path / "a.safetensors")
     assert (again.facts, again.measures) == (outcomes.facts, outcomes.measures)
     for name in outcomes.measures:
         assert float(again.number(name)) == float(outcomes.number(name))
     whole = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(whole[:-20])
     with pytest.raises(InputError, match="does not hold what an evaluation found") as caught:
-        load_outcomes(tmp_path / "a.safetensors")
+        load_sample_results(tmp_path / "a.safetensors")
     assert "\n" not in str(caught.value)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluation.compositional import Contrasts, Verdicts, judge
+from frugal.common.evaluation.compositional import CaptionChoices, Contrasts, judge
 from frugal.common.evaluation.config import Compositional
 from frugal.common.evaluation.embed import Embedder, evaluating, grouped
 from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS
@@ -194,7 +194,7 @@ def test_a_tie_is_wrong(tmp_path: Path, run: Run, caplog) -> None:
 def test_verdicts_are_counted_by_category() -> None:
     categories = ["add_obj", "swap_obj", "add_obj", "swap_att", "add_obj", "swap_att"]
     cosines = torch.tensor([[1, 0], [0, 1], [2, 1], [1, 1], [0, 1], [5, 4]]).float()
-    assert Verdicts(categories, cosines, 4).numbers() == {
+    assert CaptionChoices(categories, cosines, 4).numbers() == {
         "swap_obj": 0.0,
         "swap_att": 0.5,
         "add_obj": 2 / 3,

@@ -21,7 +21,7 @@ from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluate import Options, _measure, evaluate
-from frugal.common.evaluation.bootstrap import load_outcomes
+from frugal.common.evaluation.bootstrap import load_sample_results
 from frugal.common.evaluation.cli import chosen_tasks
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder
@@ -265,7 +265,7 @@ def test_a_file_says_everything_that_is_needed_to_measure_again(run: Path, scene
     assert len(facts["class_names"]) == 64 and facts["templates"] == ["{c}"]
     assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert from_json(content["zero_shot_settings"]).crop == OWN
-    outcomes = load_outcomes(run / "out" / "zero_shot.outcomes.safetensors")
+    outcomes = load_sample_results(run / "out" / "zero_shot.outcomes.safetensors")
     assert outcomes.facts["data_sha256"] == facts["data_sha256"]
     assert float(outcomes.number("zero_shot_top1")) == content["zero_shot_top1"]
 

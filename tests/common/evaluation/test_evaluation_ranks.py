@@ -26,7 +26,7 @@ from frugal.common.evaluation.metrics import recall_at
 from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.retrieval import embed, open_captioned
 from frugal.common.evaluation.sugarcrepe import CATEGORIES
-from frugal.common.evaluation.zero_shot import ask, open_question
+from frugal.common.evaluation.zero_shot import ask, open_dataset
 from frugal.common.models.named import clip_encoder
 from frugal.common.recipe import EngineOptions
 from frugal.common.run import Run, make_logger
@@ -152,7 +152,7 @@ def answers(scenes: Path, model, plan, run: Run) -> dict[str, dict]:
         source = Embedder.of(bundle_of(model, plan), run)
         with evaluating(model):
             task = ZeroShot(templates="name", batch_size=size)
-            question = open_question(task, scenes / "zero_shot", described(plan))
+            question = open_dataset(task, scenes / "zero_shot", described(plan))
             said = ask(task, question, source, ranks=ranks)
             captioned = open_captioned(Retrieval(), scenes / "retrieval", described(plan))
             embedded = embed(source, captioned, batch_size=size, ranks=ranks)

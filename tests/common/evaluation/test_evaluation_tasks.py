@@ -25,7 +25,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.prompts import named_templates
-from frugal.common.evaluation.zero_shot import open_question
+from frugal.common.evaluation.zero_shot import open_dataset
 from frugal.common.recipe import from_json, to_json
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
@@ -152,7 +152,7 @@ def test_imagenet_folders_are_asked_by_imagenets_names(tmp_path: Path, run: Run)
 def labels_and_names(folder: Path, **options) -> list[tuple[int, str]]:
     """The number of the class and the name that each picture is asked about, by its color."""
     plan = recipe()
-    question = open_question(ZeroShot(data=folder, **options), folder, described(plan))
+    question = open_dataset(ZeroShot(data=folder, **options), folder, described(plan))
     found = {}
     for images, labels, _ in question.images.batches(0, 1, 50):
         for image, label in zip(images, labels.tolist(), strict=True):
@@ -179,7 +179,7 @@ def test_imagenet_a_and_r_are_classified_among_their_own_classes(tmp_path: Path)
         for number, place in enumerate(places)
     ]
     assert labels_and_names(tmp_path / "a") == expected
-    question = open_question(ZeroShot(templates="imagenet_80"), tmp_path / "a", described(recipe()))
+    question = open_dataset(ZeroShot(templates="imagenet_80"), tmp_path / "a", described(recipe()))
     assert (len(question.names), len(question.templates)) == (4, 80)
 
 
@@ -204,7 +204,7 @@ def test_objectnet_is_asked_by_bare_names_about_the_classes_it_shares(
     part: str, objectnet: Path
 ) -> None:
     assert labels_and_names(objectnet / part) == [(0, "Banana"), (1, "T-shirt")]
-    assert open_question(ZeroShot(), objectnet / part, described(recipe())).templates == ["{c}"]
+    assert open_dataset(ZeroShot(), objectnet / part, described(recipe())).templates == ["{c}"]
 
 
 def test_a_file_of_names_chooses_class_folders(tmp_path: Path) -> None:
@@ -214,16 +214,16 @@ def test_a_file_of_names_chooses_class_folders(tmp_path: Path) -> None:
     names = folder / "classnames.json"
     names.write_text(json.dumps({"x3": "kite", "x1": "boat"}))
     assert labels_and_names(folder) == [(0, "boat"), (1, "kite")]
-    assert open_question(ZeroShot(), folder, described(recipe())).templates == named_templates(
+    assert open_dataset(ZeroShot(), folder, described(recipe())).templates == named_templates(
         "imagenet_7"
     )
     names.write_text(json.dumps({"x4": "kite"}))
     with pytest.raises(InputError, match=r"classnames\.json names the class folder 'x4', which"):
-        open_question(ZeroShot(), folder, described(recipe()))
+        open_dataset(ZeroShot(), folder, described(recipe()))
     for content in ("{", "[]", "{}", '{"x1": 3}'):
         names.write_text(content)
         with pytest.raises(InputError, match=r"classnames\.json (does not map|cannot be read)"):
-            open_question(ZeroShot(), folder, described(recipe()))
+            open_dataset(ZeroShot(), folder, described(recipe()))
 
 
 @pytest.mark.parametrize("kind", [ZeroShot, Retrieval, Compositional])

@@ -18,7 +18,7 @@ from frugal.common.data.labeled import CaptionedImages, LabeledImages, MultiLabe
 from frugal.common.data.writing import NewSample, write_tars
 from frugal.common.distributed import require_same
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Measure, Outcomes
+from frugal.common.evaluation.bootstrap import Measure, SampleResults
 from frugal.common.evaluation.compositional import Contrasts
 from frugal.common.evaluation.config import LinearProbe, ZeroShot
 from frugal.common.evaluation.provenance import config_digest, weights_digest
@@ -242,7 +242,7 @@ def test_test_images_of_classes_that_were_never_trained_are_told_and_counted(
 
 def measured(name: str, digest: str, num_images: int = 4) -> Measured:
     right = torch.tensor([1, 0, 1, 1], dtype=torch.uint8)[:num_images]
-    outcomes = Outcomes(
+    outcomes = SampleResults(
         {"data_sha256": digest}, num_images, {"right": right}, {"top1": Measure("mean", "right")}
     )
     return Measured(name, {"zero_shot": outcomes}, {"zero_shot": {}})

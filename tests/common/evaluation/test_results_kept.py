@@ -17,7 +17,7 @@ from evaluated import recipe
 
 from frugal.common import files
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Measure, Outcomes
+from frugal.common.evaluation.bootstrap import Measure, SampleResults
 from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.results import COLUMNS, Subject, append, check_free, write
 from frugal.common.recipe import to_json
@@ -29,10 +29,12 @@ SUBJECT = Subject(
 )
 
 
-def found(seed: int = 0) -> Outcomes:
+def found(seed: int = 0) -> SampleResults:
     generator = torch.Generator().manual_seed(seed)
     right = torch.randint(2, (9,), generator=generator, dtype=torch.uint8)
-    return Outcomes({"data_sha256": "d"}, 9, {"right": right}, {"top1": Measure("mean", "right")})
+    return SampleResults(
+        {"data_sha256": "d"}, 9, {"right": right}, {"top1": Measure("mean", "right")}
+    )
 
 
 def written(out: Path, numbers: dict, *, seed: int = 0, **options) -> Path:

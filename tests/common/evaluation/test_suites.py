@@ -28,7 +28,7 @@ from frugal.common.evaluation.metrics import average_precision, ranked_classes, 
 from frugal.common.evaluation.prompts import class_embeddings, named_templates, prompts
 from frugal.common.evaluation.suites import SUITES, listed, metric_of
 from frugal.common.evaluation.task_labels import TASKS, task_labels
-from frugal.common.evaluation.zero_shot import Answers, open_question
+from frugal.common.evaluation.zero_shot import Predictions, open_dataset
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 from support import described, described_with_tasks
@@ -77,7 +77,7 @@ def test_metrics_are_those_that_were_recorded(case: str) -> None:
     tensors = load_file(GOLDEN / f"{case}.safetensors")
     logits, labels = tensors["logits"], tensors["targets"].long()
     margin = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else None
-    answers = Answers(labels, logits.argmax(1), ranked_classes(logits), logits.shape[1], margin)
+    answers = Predictions(labels, logits.argmax(1), ranked_classes(logits), logits.shape[1], margin)
     numbers = answers.numbers()
     names = {"mean_per_class_recall": "mean_per_class", "top1": "top1", "top5": "top5"}
     for ours, theirs in (*names.items(), ("roc_auc", "roc_auc")):
@@ -130,7 +130,7 @@ def test_the_area_under_the_curve_counts_ties_half() -> None:
 
 def test_a_metric_of_two_classes_needs_two() -> None:
     labels = torch.tensor([0, 1, 2])
-    answers = Answers(labels, labels, labels[:, None], 3)
+    answers = Predictions(labels, labels, labels[:, None], 3)
     with pytest.raises(InputError, match="roc_auc is of two classes, but there are 3"):
         answers.numbers("roc_auc")
 
@@ -152,7 +152,7 @@ def test_class_folders_are_brought_together_with_the_names_of_their_task(tmp_pat
     for name in names:
         pictures(tmp_path / name.title().replace(" ", "_"))
     task = ZeroShot(class_names="eurosat", templates="eurosat")
-    question = open_question(task, tmp_path, described(recipe()))
+    question = open_dataset(task, tmp_path, described(recipe()))
     folders = question.images.class_folders
     assert [name.lower().replace("_", " ") for name in folders] == question.labels
     assert sorted(question.labels) == sorted(names) and question.labels != names
@@ -162,7 +162,7 @@ def test_class_folders_are_brought_together_with_the_names_of_their_task(tmp_pat
 def test_folders_of_other_names_are_taken_in_their_order(tmp_path: Path) -> None:
     for number in range(10):
         pictures(tmp_path / f"class_{number}")
-    question = open_question(ZeroShot(class_names="mnist"), tmp_path, described(recipe()))
+    question = open_dataset(ZeroShot(class_names="mnist"), tmp_path, described(recipe()))
     assert question.labels == [words[0] for words in task_labels("mnist").classes]
 
 
@@ -181,7 +181,7 @@ def test_a_misspelled_class_folder_of_a_task_is_refused_by_name(tmp_path: Path, 
     with pytest.raises(
         InputError, match=r"x' of .* is no class of eurosat \(did you mean"
     ) as caught:
-        open_question(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
+        open_dataset(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
     assert EUROSAT[place] in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -190,9 +190,9 @@ def test_a_class_folder_of_a_task_that_is_not_there_is_named(tmp_path: Path) -> 
         pictures(tmp_path / name)
     task = ZeroShot(class_names="eurosat")
     with pytest.raises(InputError, match=f"there is no folder of {EUROSAT[0]}"):
-        open_question(task, tmp_path, described(recipe()))
+        open_dataset(task, tmp_path, described(recipe()))
     (tmp_path / EUROSAT[0]).mkdir()  # without images it is asked about all the same
-    question = open_question(task, tmp_path, described(recipe()))
+    question = open_dataset(task, tmp_path, described(recipe()))
     folders = question.images.class_folders
     assert question.labels == [*folders, EUROSAT[0]]
 
@@ -202,21 +202,21 @@ def test_folders_called_otherwise_are_taken_in_their_order_where_that_is_sure(
 ) -> None:
     for name in AS_PUBLISHED:  # two of which are called as CLIP calls them
         pictures(tmp_path / name)
-    question = open_question(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
+    question = open_dataset(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
     assert question.labels == EUROSAT
     (tmp_path / "Forest").rename(tmp_path / "Trees")
     with pytest.raises(InputError, match=r"'River' of .* does not stand at its place"):
-        open_question(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
+        open_dataset(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
 
 
 def test_numbered_folders_of_a_task_are_not_taken_as_text(tmp_path: Path) -> None:
     for number in range(45):
         pictures(tmp_path / f"class{number}")
     with pytest.raises(InputError, match=r"another order as text \(class0, class1, class10"):
-        open_question(ZeroShot(class_names="resisc45"), tmp_path, described(recipe()))
+        open_dataset(ZeroShot(class_names="resisc45"), tmp_path, described(recipe()))
     for number in range(45):
         (tmp_path / f"class{number}").rename(tmp_path / f"{number}")
-    question = open_question(ZeroShot(class_names="resisc45"), tmp_path, described(recipe()))
+    question = open_dataset(ZeroShot(class_names="resisc45"), tmp_path, described(recipe()))
     assert question.images.class_folders == [str(number) for number in range(45)]
     assert question.labels == [words[0] for words in task_labels("resisc45").classes]
 
@@ -271,7 +271,7 @@ def test_another_number_of_classes_is_refused(tmp_path: Path) -> None:
     for number in range(9):
         pictures(tmp_path / f"{number}")
     with pytest.raises(InputError, match="holds 9 classes, but eurosat has 10 names") as caught:
-        open_question(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
+        open_dataset(ZeroShot(class_names="eurosat"), tmp_path, described(recipe()))
     assert "\n" not in str(caught.value)
     with pytest.raises(
         InputError, match="class_names is 'euro'; choose data, imagenet, imagenet_a"
@@ -339,14 +339,14 @@ def test_variants_of_imagenet_have_the_classes_that_clip_benchmark_gives_them(
     options = Options(checkpoint=Path("x"), data=tmp_path, tasks=("imagenet-robustness",))
     (task,) = chosen_tasks(options, *described_with_tasks(recipe()))
     assert task.name == name
-    question = open_question(task, task.data, described(recipe()))
+    question = open_dataset(task, task.data, described(recipe()))
     names = [words[0] for words in task_labels("imagenet").classes]
     mask = [wordnet_id in set(ids) for wordnet_id in everything]
     assert question.labels == [n for n, is_in in zip(names, mask, strict=True) if is_in]
     assert len(question.labels) == classes
     shutil.rmtree(tmp_path / name / sorted(ids)[5])
     with pytest.raises(InputError, match=rf"holds 199 classes, but {name} has 200: only one of"):
-        open_question(task, task.data, described(recipe()))
+        open_dataset(task, task.data, described(recipe()))
 
 
 # Several classes to an image.

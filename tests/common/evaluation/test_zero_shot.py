@@ -33,7 +33,7 @@ from frugal.common.evaluation.prompts import (
     prompts,
 )
 from frugal.common.evaluation.remarks import Remarks, same_names
-from frugal.common.evaluation.zero_shot import Answers, answer, held_out_classes
+from frugal.common.evaluation.zero_shot import Predictions, answer, held_out_classes
 
 WIDTH = 12
 
@@ -331,7 +331,7 @@ def test_answers_equal_clip_benchmark_on_the_same_embeddings(batch_size: int) ->
 def test_held_out_classes_are_scored_among_all_classes() -> None:
     labels = torch.tensor([0, 1, 2, 2, 2, 1])
     ranked = torch.tensor([[0, 1], [0, 1], [2, 0], [0, 2], [2, 1], [1, 0]])
-    answers = Answers(labels, ranked[:, 0], ranked, 4)
+    answers = Predictions(labels, ranked[:, 0], ranked, 4)
     assert answers.held_out_numbers([2, 3]) == {
         "top1_held_out": 2 / 3,
         "images_held_out": 3,

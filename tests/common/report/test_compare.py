@@ -10,12 +10,12 @@ import pytest
 from evaluated import made
 
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Outcomes
+from frugal.common.evaluation.bootstrap import SampleResults
 from frugal.common.report.compare import Options, compare, compare_models, read_measured
 from support import command
 
 
-def leave(folder: Path, outcomes: Outcomes, task: str = "zero_shot") -> Path:
+def leave(folder: Path, outcomes: SampleResults, task: str = "zero_shot") -> Path:
     """An evaluation folder with one task."""
     folder.mkdir(parents=True, exist_ok=True)
     outcomes.save(folder / f"{task}.outcomes.safetensors")
@@ -28,7 +28,7 @@ def leave(folder: Path, outcomes: Outcomes, task: str = "zero_shot") -> Path:
     return folder
 
 
-def better(outcomes: Outcomes, count: int) -> Outcomes:
+def better(outcomes: SampleResults, count: int) -> SampleResults:
     """The same with some more images right."""
     right = outcomes.tables["right"].clone()
     right[(right == 0).nonzero()[:count, 0]] = 1

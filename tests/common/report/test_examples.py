@@ -9,7 +9,7 @@ from evaluated import recipe
 
 from frugal.common.data.labeled import CaptionedImages
 from frugal.common.evaluation.config import Retrieval, ZeroShot
-from frugal.common.evaluation.zero_shot import Answers
+from frugal.common.evaluation.zero_shot import Predictions
 from frugal.common.reduction.image import KeepAll
 from frugal.common.report.examples import confusions, examples_of_model, recall_by_class
 from frugal.common.run import Run
@@ -68,7 +68,7 @@ def test_nothing_is_gathered_without_data(run: Run) -> None:
 def test_classes_and_confusions_are_counted() -> None:
     labels = torch.tensor([0, 0, 0, 2, 2, 2, 2])
     best = torch.tensor([0, 1, 1, 2, 0, 1, 0])
-    answers = Answers(labels, best, best[:, None], 3)
+    answers = Predictions(labels, best, best[:, None], 3)
     names = ["a", "b", "c"]
     counted = [
         (c.name, c.right, c.images, c.held_out) for c in recall_by_class(answers, names, [2])
@@ -77,5 +77,5 @@ def test_classes_and_confusions_are_counted() -> None:
     found = [(c.truth, c.said, c.images) for c in confusions(answers, names)]
     assert found == [("a", "b", 2), ("c", "a", 2), ("c", "b", 1)]
     assert len(confusions(answers, names, count=1)) == 1
-    none = Answers(labels, labels, labels[:, None], 3)
+    none = Predictions(labels, labels, labels[:, None], 3)
     assert confusions(none, names) == []

@@ -35,11 +35,11 @@ from frugal.common.export import Options, export
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.named import clip_encoder, clipa_encoder
-from frugal.common.weights.foreign_models import is_foreign
-from frugal.common.weights.foreign_wrapped import Wrapped
+from frugal.common.weights.files import read_weights
+from frugal.common.weights.libraries import is_foreign
 from frugal.common.weights.load import load_model
-from frugal.common.weights.stored_files import read_weights
 from frugal.common.weights.torchscript import read_torchscript
+from frugal.common.weights.wrapped import Wrapped
 
 CAPTIONS = ["a photo of a dog", "two red squares", "words " * 40]
 

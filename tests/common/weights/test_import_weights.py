@@ -33,7 +33,7 @@ from frugal.common.models.image_encoder import image_encoder, with_projection_as
 from frugal.common.models.named import clip_encoder, clipa_encoder
 from frugal.common.weights import open_clip_folder, transformers_folder
 from frugal.common.weights import timm_folder as timms_folder
-from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.load import load_model
 from frugal.common.weights.model_card import model_card
 from frugal.common.weights.written import nearest_crop, two_towers
@@ -488,7 +488,7 @@ def test_options_that_towers_of_ours_do_not_have_are_named(tmp_path: Path) -> No
 
 def test_help_needs_nothing_slower_than_torch() -> None:
     check = (
-        "import sys, frugal.common.import_weights, frugal.common.weights.imported_encoder;"
+        "import sys, frugal.common.import_weights, frugal.common.weights.encoder_config;"
         "heavy = {'transformers', 'open_clip', 'timm'};"
         "sys.exit(' '.join(heavy & sys.modules.keys()) or 0)"
     )

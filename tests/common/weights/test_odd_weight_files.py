@@ -46,11 +46,11 @@ from frugal.common.import_weights import Options, import_weights
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.named import clip_encoder
-from frugal.common.weights.encoder_weights import read_encoder
-from frugal.common.weights.foreign_wrapped import Wrapped
-from frugal.common.weights.imported import describe
+from frugal.common.weights.files import read_weights, state_in
+from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.load import load_model
-from frugal.common.weights.stored_files import read_weights, state_in
+from frugal.common.weights.reading import describe
+from frugal.common.weights.wrapped import Wrapped
 
 State = dict[str, Tensor]
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}

@@ -22,9 +22,9 @@ from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage, TransformersImage, TransformersText
 from frugal.common.models.pretrained_models import stored_state
 from frugal.common.recipe import load_recipe
-from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.files import read_weights
+from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.load import load_model
-from frugal.common.weights.stored_files import read_weights
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -38,7 +38,7 @@ from frugal.common.models.pretrained import (
 )
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_timm
-from frugal.common.weights.stored_files import (
+from frugal.common.weights.files import (
     State,
     check_whole,
     read_content,

@@ -3,7 +3,7 @@
 MoCo v3's checkpoints (the base encoder with its projector; momentum encoder and predictor are
 left), SWAG's, timm's (AugReg), folders of such towers as CiT's released code converts them, the
 vision part of a released CiT model, ViT folders of transformers, and what
-:mod:`frugal.common.weights.encoder_weights` reads: CLIP, DINO, MAE, MILAN, runs of ours.
+:mod:`frugal.common.weights.image_towers` reads: CLIP, DINO, MAE, MILAN, runs of ours.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from frugal.common.errors import InputError
 from frugal.common.files import read_json_object
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import Rule, pairs, read_names, write_names
-from frugal.common.weights.encoder_weights import encoder_of_state, read_encoder
-from frugal.common.weights.stored_files import (
+from frugal.common.weights.files import (
     State,
     part_with,
     read_weights,
     weights_in,
     without_prefix,
 )
+from frugal.common.weights.image_towers import encoder_of_state, read_encoder
 
 KINDS = ("moco", "augreg", "swag")
 """What CiT's released code calls its three families of towers."""

@@ -19,8 +19,8 @@ from frugal.common.models.positions import resample_grid, resample_length
 from frugal.common.models.same_function import refuse_other_function
 from frugal.common.models.text import TextTower, TextTransformer
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
+from frugal.common.weights.files import without_prefix
 from frugal.common.weights.runs import load_run
-from frugal.common.weights.stored_files import without_prefix
 
 _FREE = {
     "positions": "the tables themselves are compared",

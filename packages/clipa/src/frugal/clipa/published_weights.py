@@ -28,7 +28,7 @@ from frugal.common.files import reason_of
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.flax_names import flax_blocks, flax_norm
 from frugal.common.models.weight_names import OPEN_CLIP, Rule, State, read_names
-from frugal.common.weights.stored_files import (
+from frugal.common.weights.files import (
     part_with,
     state_in,
     why_no_safetensors,

@@ -16,7 +16,7 @@ from frugal.common.cli import named_recipe, overridden, run_politely, without_lo
 from frugal.common.contracts import EvaluationTask
 from frugal.common.distributed import gather_objects, leave_process_group
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Outcomes
+from frugal.common.evaluation.bootstrap import SampleResults
 from frugal.common.evaluation.cli import Options, chosen_tasks, chosen_trainings, transfer_tasks
 from frugal.common.evaluation.config import FolderEvaluation, LinearProbe
 from frugal.common.evaluation.provenance import config_digest, versions, weights_digest
@@ -36,7 +36,7 @@ from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 from frugal.common.train import join, open_process, train_recipe
 from frugal.common.transfer.tasks import TransferTask
-from frugal.common.weights.foreign_models import is_foreign
+from frugal.common.weights.libraries import is_foreign
 from frugal.common.weights.load import load_model
 from frugal.common.weights.runs import recipe_if_any
 from frugal.common.words import command_words
@@ -179,7 +179,7 @@ def _check_free(
 
 def _measure(
     task: EvaluationTask, bundle: ModelBundle, run: Run, out: Path
-) -> tuple[dict[str, Any], Outcomes | None]:
+) -> tuple[dict[str, Any], SampleResults | None]:
     """The numbers of a task, and what it found image by image where it keeps that.
 
     Files that a task writes beside its numbers, as training has them in the run directory, go
@@ -187,7 +187,7 @@ def _measure(
     """
     import torch
 
-    kept: list[Outcomes] = []
+    kept: list[SampleResults] = []
     aside = out / f".{task.name}.measuring"
     keep = kept.append if run.is_main else None
     with torch.no_grad():  # a linear probe trains on top, which inference mode would not allow
@@ -229,7 +229,7 @@ def _subject(options: Options, bundle: ModelBundle, run: Run, url: str | None) -
 def _report(
     task: EvaluationTask,
     numbers: Mapping[str, Any],
-    outcomes: Outcomes | None,
+    outcomes: SampleResults | None,
     subject: Subject,
     bundle: ModelBundle,
     out: Path,

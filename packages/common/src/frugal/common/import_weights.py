@@ -14,7 +14,7 @@ import tyro
 from frugal.common.cli import run_politely
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.run import make_logger
-from frugal.common.weights.imported import describe, read, with_fixed_positions
+from frugal.common.weights.reading import describe, read, with_fixed_positions
 from frugal.common.weights.runs import refuse_taken
 from frugal.common.weights.save import save_model
 from frugal.common.words import command_words

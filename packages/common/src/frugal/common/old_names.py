@@ -39,10 +39,10 @@ TYPES = {
     ),
     "frugal.common.data.colour.ColourJitter": "frugal.common.data.color.ColorJitter",
     "frugal.common.interop.imported_encoder.ImportedEncoder": (
-        "frugal.common.weights.imported_encoder.ImportedEncoder"
+        "frugal.common.weights.encoder_config.ImportedEncoder"
     ),
     "frugal.common.interop.imported_encoder.TrainedElsewhere": (
-        "frugal.common.weights.imported_encoder.TrainedElsewhere"
+        "frugal.common.weights.encoder_config.TrainedElsewhere"
     ),
     "frugal.common.models.config.DualEncoderConfig": "frugal.common.models.clip.DualEncoderConfig",
     "frugal.common.models.config.ImageTower": "frugal.common.models.vit.ImageTower",

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from frugal.common.checkpoint.store import Checkpoint, CheckpointStore
     from frugal.common.contracts import EvaluationTask
     from frugal.common.engine.engine import Engine
-    from frugal.common.engine.logger import Watch
+    from frugal.common.engine.logger import MetricsLogger
     from frugal.common.engine.saving import WeightAverage
 
 
@@ -77,7 +77,7 @@ def train_recipe(recipe: Recipe) -> None:
     from frugal.common.checkpoint.warm_start import warm_start
     from frugal.common.data.contents import keep_contents
     from frugal.common.data.damage import DamageCounter
-    from frugal.common.engine.logger import Watch
+    from frugal.common.engine.logger import MetricsLogger
     from frugal.common.engine.loop import Training, measure_what_was_missed, train
     from frugal.common.engine.rehearsal import rehearse
     from frugal.common.engine.saving import WeightAverage, restore
@@ -132,7 +132,7 @@ def train_recipe(recipe: Recipe) -> None:
     _write_run_files(recipe, run, engine, begins=checkpoint is None)
     if run.is_main and lock is None:
         lock = lock_run_dir(run.dir, patience=0.0, log=run.log)
-    watch = Watch(run, first_step=first_step, steps=recipe.steps)
+    watch = MetricsLogger(run, first_step=first_step, steps=recipe.steps)
     watch.text("recipe", "```json\n" + json.dumps(to_json(recipe), indent=2) + "\n```")
     training = Training(
         recipe=recipe,
@@ -482,7 +482,7 @@ def evaluate_all(
     run: Run,
     engine: Engine,
     average: WeightAverage | None,
-    watch: Watch,
+    watch: MetricsLogger,
     step: int,
 ) -> dict[str, Any]:
     """Run the recipe's evaluations and write ``evaluation/<name>.json``.
@@ -558,7 +558,7 @@ def _data_of(task: EvaluationTask) -> str:
     return str(getattr(task, "data", None))
 
 
-def _draw(batch: Batch, step: int, engine: Engine, watch: Watch) -> None:
+def _draw(batch: Batch, step: int, engine: Engine, watch: MetricsLogger) -> None:
     """A picture of a batch with its masks, where the objective can draw one."""
     few = batch.rows(0, 8)
     pictures = {

@@ -80,7 +80,7 @@ def convert(options: Options) -> None:
 
 
 def _write_run(options: Options) -> None:
-    from frugal.common.weights.stored_files import read_content, state_in
+    from frugal.common.weights.files import read_content, state_in
     from frugal.milan.published_weights import from_published, from_published_moments
 
     source = str(options.source)

@@ -27,8 +27,8 @@ from frugal.common.models.weight_names import (
     to_timm,
     write_names,
 )
-from frugal.common.weights.encoder_weights import encoder_of_state
-from frugal.common.weights.stored_files import State
+from frugal.common.weights.files import State
+from frugal.common.weights.image_towers import encoder_of_state
 from frugal.milan.decoders import DecoderConfig
 from frugal.milan.model import MaskedImageModel, MaskedModel
 

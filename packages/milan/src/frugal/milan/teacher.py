@@ -25,7 +25,7 @@ from frugal.common.models.preprocess import describe
 from frugal.common.models.vit import ImageTower
 from frugal.common.ranges import Count, check_ranges
 from frugal.common.reduction.image import Channels
-from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.image_towers import read_encoder
 
 _LOG = logging.getLogger("frugal")
 _FROM_SHAPES = (

@@ -62,7 +62,7 @@ class _Log:
             )
 
 
-class Watch:
+class MetricsLogger:
     """Writes the same scalars everywhere, on the main process; silent on the others."""
 
     def __init__(self, run: Run, *, first_step: int, steps: int) -> None:

@@ -19,10 +19,10 @@ from frugal.common.contracts import Batch, Stream
 from frugal.common.data.damage import DamageCounter, warning
 from frugal.common.distributed import gather_objects
 from frugal.common.engine.engine import Engine
-from frugal.common.engine.logger import Watch
+from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.metrics import Step, Values, read
 from frugal.common.engine.saving import WeightAverage, collect
-from frugal.common.engine.signals import Agreement, Termination, WaitInterrupted
+from frugal.common.engine.signals import StopSignal, StopVote, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import write_json
@@ -44,7 +44,7 @@ class Training:
     engine: Engine
     stream: Stream
     store: CheckpointStore
-    watch: Watch
+    watch: MetricsLogger
     average: WeightAverage | None
     evaluate: Callable[[int], dict[str, Any]]
     """Run the recipe's evaluations after a step; their numbers, alike on every process."""
@@ -142,9 +142,9 @@ def train(training: Training) -> None:
     with meter.paused("peak"):
         peak = matmul_peak(run.device, training.engine.dtype)
     batches = iter(training.stream)
-    agreement = Agreement(run)
+    agreement = StopVote(run)
     # alone there is nobody to stop together with
-    with Termination(grace=0.0 if run.world_size == 1 else _GRACE) as termination:
+    with StopSignal(grace=0.0 if run.world_size == 1 else _GRACE) as termination:
         for step in range(training.first_step, recipe.steps):
             seed_step(recipe.run.seed, step, run.rank)
             micro_batches: list[Batch] = []
@@ -237,7 +237,7 @@ def _read(
 def _give_up(
     training: Training,
     step: int,
-    termination: Termination,
+    termination: StopSignal,
     reason: InputError | WaitInterrupted,
     *,
     read: int,

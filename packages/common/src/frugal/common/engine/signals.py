@@ -22,7 +22,7 @@ class WaitInterrupted(BaseException):
     """This process was told to stop while it waited for data; no library catches this one."""
 
 
-class Termination:
+class StopSignal:
     """Turns SIGTERM, the first SIGINT and the loss of the launcher into a wish of the loop."""
 
     def __init__(self, *, grace: float = 0.0) -> None:
@@ -85,7 +85,7 @@ class Termination:
         if now - self._asked_at >= self._grace:
             raise WaitInterrupted
 
-    def __enter__(self) -> Termination:
+    def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
@@ -96,7 +96,7 @@ class Termination:
             signal.signal(number, handler)
 
 
-class Agreement:
+class StopVote:
     """Whether any process was asked to stop, known to all of them after the same step.
 
     The hosts tell each other without waiting, neither for the device nor for the slowest process:

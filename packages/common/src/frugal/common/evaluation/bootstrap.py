@@ -44,7 +44,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class SampleResults:
     """What a task found beside its numbers."""
 
     facts: dict[str, Any]
@@ -70,11 +70,11 @@ class Outcomes:
         return _KINDS[measure.kind](values, groups, weights.double())
 
     def save(self, path: Path) -> None:
-        """Write a file that :func:`load_outcomes` reads."""
+        """Write a file that :func:`load_sample_results` reads."""
         write_file(path, self.encoded())
 
     def encoded(self) -> bytes:
-        """The bytes of a file that :func:`load_outcomes` reads."""
+        """The bytes of a file that :func:`load_sample_results` reads."""
         content = {
             "facts": self.facts,
             "num_images": self.num_images,
@@ -84,8 +84,8 @@ class Outcomes:
         return save(tables, metadata={"outcomes": json.dumps(finite(content), allow_nan=False)})
 
 
-def load_outcomes(path: Path) -> Outcomes:
-    """What :meth:`Outcomes.save` wrote.
+def load_sample_results(path: Path) -> SampleResults:
+    """What :meth:`SampleResults.save` wrote.
 
     Raises:
         InputError: if it is missing or damaged.
@@ -95,7 +95,7 @@ def load_outcomes(path: Path) -> Outcomes:
             content = json.loads(file.metadata()["outcomes"])
             tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         measures = {name: Measure(**value) for name, value in content["measures"].items()}
-        return Outcomes(content["facts"], content["num_images"], tables, measures)
+        return SampleResults(content["facts"], content["num_images"], tables, measures)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} does not hold what an evaluation found image by image ({error}); measure again"
@@ -158,7 +158,7 @@ def resampled(num_images: int, *, times: int, generator: torch.Generator) -> Ite
 
 
 def bootstrap(
-    outcomes: list[Outcomes], name: str, *, times: int, generator: torch.Generator
+    outcomes: list[SampleResults], name: str, *, times: int, generator: torch.Generator
 ) -> Tensor:
     """(models, times) float64: a number of several models, on the same drawn images each time.
 
@@ -185,5 +185,5 @@ def interval(drawn: Tensor, confidence: float = 0.95) -> tuple[float, float]:
     return low, high
 
 
-Keep = Callable[[Outcomes], None]
+Keep = Callable[[SampleResults], None]
 """Takes what a task found beside its numbers, on the process that wants it."""

@@ -22,7 +22,7 @@ from frugal.common.data.stored_images import GROUP
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
+from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
 from frugal.common.evaluation.config import Compositional
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
@@ -169,7 +169,7 @@ def _checked(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class CaptionChoices:
     """What the model said about every item, complete on every process."""
 
     categories: list[str]
@@ -218,7 +218,7 @@ def judge(
     batch_size: int,
     workers: int = 0,
     ranks: Ranks | None = None,
-) -> Verdicts:
+) -> CaptionChoices:
     """Compare every image with its captions, whatever the number of processes and the batch size.
 
     Args:
@@ -233,7 +233,7 @@ def judge(
     # rounded from float64, so that equal embeddings tie (see embed.similarity)
     cosines = (images * embedded.texts.double()).sum(1).float()
     categories = [item.category for item in data.items]
-    return Verdicts(categories, cosines.view(-1, 2).cpu(), len(embedded.images))
+    return CaptionChoices(categories, cosines.view(-1, 2).cpu(), len(embedded.images))
 
 
 def open_contrasts(task: Compositional, folder: Path, bundle: ModelBundle) -> Contrasts:
@@ -274,8 +274,8 @@ def evaluate(
 
 
 def _outcomes(
-    task: Compositional, data: Contrasts, verdicts: Verdicts, facts: dict[str, Any]
-) -> Outcomes:
+    task: Compositional, data: Contrasts, verdicts: CaptionChoices, facts: dict[str, Any]
+) -> SampleResults:
     """Item by item, whether the true caption was nearer."""
     right = verdicts.right.to(torch.uint8)
     category = torch.tensor([CATEGORIES.index(name) for name in verdicts.categories])
@@ -298,11 +298,11 @@ def _outcomes(
         "images": len(data),
         "items": len(data.items),
     }
-    return Outcomes(facts, len(data), tables, measures)
+    return SampleResults(facts, len(data), tables, measures)
 
 
 def _remark(
-    task: Compositional, data: Contrasts, verdicts: Verdicts, folder: Path, run: Run
+    task: Compositional, data: Contrasts, verdicts: CaptionChoices, folder: Path, run: Run
 ) -> None:
     """Log what the numbers rest on."""
     run.log.info("%s: %s items with %s images", task.name, f"{len(data.items):,}", f"{len(data):,}")
@@ -323,7 +323,7 @@ def _remark(
         )
 
 
-def _picture(data: Contrasts, verdicts: Verdicts) -> Picture:
+def _picture(data: Contrasts, verdicts: CaptionChoices) -> Picture:
     """Some images with the caption that the model prefers."""
     places = example_places(len(data.items))
     right = verdicts.right[places].tolist()

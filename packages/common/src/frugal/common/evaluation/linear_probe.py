@@ -30,7 +30,7 @@ from frugal.common.evaluation.features import Features, embed_labeled, kept
 from frugal.common.evaluation.metrics import ranked_classes
 from frugal.common.evaluation.provenance import config_digest, identify, weights_digest
 from frugal.common.evaluation.remarks import Remarks
-from frugal.common.evaluation.zero_shot import Answers, held_out_classes
+from frugal.common.evaluation.zero_shot import Predictions, held_out_classes
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import stable_key
 from frugal.common.recipe import to_json
@@ -316,7 +316,9 @@ def evaluate(
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
 
 
-def _remarks(parts: Parts, train: Features, answers: Answers, held_out: Sequence[int]) -> Remarks:
+def _remarks(
+    parts: Parts, train: Features, answers: Predictions, held_out: Sequence[int]
+) -> Remarks:
     """Classes that are trained on and not measured, and what lies beside the images."""
     asked = set(answers.labels.tolist()) | set(held_out)
     passed_over = PassedOver()
@@ -382,7 +384,7 @@ class Probe:
     num_validation: int
     """Images that chose the weight decay."""
 
-    def answers(self, features: Features) -> Answers:
+    def answers(self, features: Features) -> Predictions:
         """What it says about images that it has not seen.
 
         Raises:
@@ -395,7 +397,7 @@ class Probe:
         scores = self.classifier.scores(features.embeddings).float()
         ranked = ranked_classes(scores)
         margin = scores[:, 1] - scores[:, 0] if self.num_classes == 2 else None
-        return Answers(features.labels, scores.argmax(1), ranked, self.num_classes, margin)
+        return Predictions(features.labels, scores.argmax(1), ranked, self.num_classes, margin)
 
 
 def probe(

@@ -10,7 +10,7 @@ from frugal.common.contracts import Show
 from frugal.common.data.labeled import MultiLabeledImages
 from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
+from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
 from frugal.common.evaluation.class_names import names_and_templates
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import Embedder, grouped, similarity
@@ -87,7 +87,7 @@ def evaluate(
         }
         tables = {"scores": scores, "targets": data.targets.to(torch.uint8)}
         measure = Measure("average_precision", "scores", groups="targets")
-        keep(Outcomes(facts, len(data), tables, {name: measure}))
+        keep(SampleResults(facts, len(data), tables, {name: measure}))
     return {
         name: float(precision.mean()),
         f"{task.name}_images": len(data),

@@ -14,7 +14,7 @@ from typing import Any
 
 from frugal.common.contracts import EvaluationTask
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Outcomes
+from frugal.common.evaluation.bootstrap import SampleResults
 from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
 from frugal.common.evaluation.sugarcrepe import CATEGORIES
 from frugal.common.files import finite, read_json_object, reason_of, write_file, write_json
@@ -47,7 +47,7 @@ class Subject:
 def write(
     task: EvaluationTask,
     numbers: Mapping[str, Any],
-    outcomes: Outcomes | None,
+    outcomes: SampleResults | None,
     subject: Subject,
     out: Path,
     head: Mapping[str, Any],

@@ -13,7 +13,7 @@ from frugal.common.contracts import Show
 from frugal.common.data.labeled import CaptionedImages
 from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
+from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
 from frugal.common.evaluation.config import Retrieval
 from frugal.common.evaluation.embed import Embedder, grouped, similarity, text_table
 from frugal.common.evaluation.metrics import Recall, recall_at
@@ -155,7 +155,7 @@ def _remark(
 
 def _outcomes(
     task: Retrieval, embedded: Embedded, recall: Recall, facts: dict[str, Any]
-) -> Outcomes:
+) -> SampleResults:
     """Caption by caption and image by image, what was found."""
     tables = {"image_of_text": embedded.image_of_text.cpu()}
     measures = {}
@@ -170,7 +170,7 @@ def _outcomes(
         "images": len(embedded.images),
         "captions": len(embedded.texts),
     }
-    return Outcomes(facts, len(embedded.images), tables, measures)
+    return SampleResults(facts, len(embedded.images), tables, measures)
 
 
 def _picture(captioned: CaptionedImages, embedded: Embedded) -> Picture:

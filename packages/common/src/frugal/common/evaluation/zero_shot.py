@@ -14,7 +14,7 @@ from frugal.common.contracts import Show
 from frugal.common.data.labeled import LabeledImages
 from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep, Measure, Outcomes
+from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
 from frugal.common.evaluation.class_names import naming
 from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import Embedder, grouped, similarity
@@ -35,7 +35,7 @@ from frugal.common.run import Run
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What the model said about every image, complete on every process."""
 
     labels: Tensor
@@ -82,7 +82,7 @@ class Answers:
         *,
         metric: Metric | None = None,
         held_out: Sequence[int] = (),
-    ) -> Outcomes:
+    ) -> SampleResults:
         """Image by image, what the numbers of the task of this name are made of."""
         first = self.ranked[:, 0] == self.labels
         tables = {
@@ -109,7 +109,7 @@ class Answers:
         if metric is not None:
             measures["score"] = both if metric == "mean_top1_top5" else measures[metric]
         named = {f"{name}_{kind}": measure for kind, measure in measures.items()}
-        return Outcomes(facts, len(self.labels), tables, named)
+        return SampleResults(facts, len(self.labels), tables, named)
 
     def held_out_numbers(self, held_out: Sequence[int]) -> dict[str, float | int]:
         """The images of these classes alone, still answered among all classes."""
@@ -132,7 +132,7 @@ def answer(
     batch_size: int,
     workers: int = 0,
     ranks: Ranks | None = None,
-) -> Answers:
+) -> Predictions:
     """Classify every image once, whatever the number of processes and the batch size.
 
     Args:
@@ -174,7 +174,7 @@ def answer(
             "labels count from 0 and every one needs a name"
         )
     ranked = table[:, 3:]
-    return Answers(labels, table[:, 2], ranked, len(classes), margin if compares else None)
+    return Predictions(labels, table[:, 2], ranked, len(classes), margin if compares else None)
 
 
 def held_out_classes(data: Path, num_classes: int) -> list[int]:
@@ -196,7 +196,7 @@ def held_out_classes(data: Path, num_classes: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Question:
+class ZeroShotDataset:
     """A labeled data set with everything that is needed to ask a model about it."""
 
     images: LabeledImages
@@ -207,7 +207,7 @@ class Question:
     incomplete: str = ""
     """What is missing of the set that the names belong to, in words."""
 
-    def remarks(self, embedder: Embedder, answers: Answers) -> Remarks:
+    def remarks(self, embedder: Embedder, answers: Predictions) -> Remarks:
         """What is odd about the data and the names of its classes."""
         images = torch.bincount(answers.labels, minlength=len(self.names))
         return Remarks(
@@ -231,7 +231,7 @@ class Question:
         return [name if isinstance(name, str) else name[0] for name in self.names]
 
 
-def open_question(task: ZeroShot, folder: Path, bundle: ModelBundle) -> Question:
+def open_dataset(task: ZeroShot, folder: Path, bundle: ModelBundle) -> ZeroShotDataset:
     """Open the data of a task; no image is read yet.
 
     Raises:
@@ -242,10 +242,12 @@ def open_question(task: ZeroShot, folder: Path, bundle: ModelBundle) -> Question
     if found.numbers is not None:
         images.renumber(found.numbers)
     held_out = held_out_classes(folder, len(found.names))
-    return Question(images, found.names, found.templates, held_out, found.incomplete)
+    return ZeroShotDataset(images, found.names, found.templates, held_out, found.incomplete)
 
 
-def ask(task: ZeroShot, question: Question, embedder: Embedder, *, ranks: Ranks) -> Answers:
+def ask(
+    task: ZeroShot, question: ZeroShotDataset, embedder: Embedder, *, ranks: Ranks
+) -> Predictions:
     """The model's answers; every one of the processes must call this."""
     classes = class_embeddings(embedder, question.names, question.templates, ranks=ranks)
     return answer(
@@ -267,7 +269,7 @@ def evaluate(
     keep: Keep | None = None,
 ) -> dict[str, float | int]:
     """See :meth:`frugal.common.evaluation.config.ZeroShot.evaluate`."""
-    question = open_question(task, folder, bundle)
+    question = open_dataset(task, folder, bundle)
     run.log.info(
         "%s: %s images among %s classes (%r to %r), %d prompts for each name",
         task.name,
@@ -296,7 +298,7 @@ def evaluate(
     return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
 
 
-def _picture(question: Question, answers: Answers) -> Picture:
+def _picture(question: ZeroShotDataset, answers: Predictions) -> Picture:
     """Some images with the class that the model chose, and the true one where it is another."""
     places = example_places(len(question.images))
     truth = [question.labels[label] for label in answers.labels[places].tolist()]

@@ -18,7 +18,12 @@ from markupsafe import Markup
 
 from frugal.common.cli import run_politely
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Outcomes, bootstrap, interval, load_outcomes
+from frugal.common.evaluation.bootstrap import (
+    SampleResults,
+    bootstrap,
+    interval,
+    load_sample_results,
+)
 from frugal.common.evaluation.results import OUTCOMES, read_facts
 from frugal.common.files import write_file, write_json
 from frugal.common.report.page import percent, render
@@ -31,7 +36,7 @@ class Measured:
     """What one model left behind."""
 
     name: str
-    tasks: dict[str, Outcomes]
+    tasks: dict[str, SampleResults]
     """By the name of the task."""
     facts: dict[str, dict[str, Any]]
     """What each task says of the model it measured."""
@@ -61,7 +66,7 @@ def read_measured(name: str, folder: Path) -> Measured:
     tasks, facts = {}, {}
     for file in files:
         task = file.name.removesuffix(OUTCOMES)
-        tasks[task] = load_outcomes(file)
+        tasks[task] = load_sample_results(file)
         facts[task] = read_facts(folder, task)
     return Measured(name, tasks, facts)
 
@@ -151,7 +156,7 @@ def _is_earlier(model: Measured, task: str) -> bool:
     return bool(facts) and facts.keys().isdisjoint(("config_digest", "config_sha256"))
 
 
-def _same_images(one: Outcomes, other: Outcomes) -> bool:
+def _same_images(one: SampleResults, other: SampleResults) -> bool:
     return (
         one.facts.get("data_sha256") == other.facts.get("data_sha256")
         and one.num_images == other.num_images

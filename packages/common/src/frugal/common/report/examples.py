@@ -24,7 +24,7 @@ from frugal.common.evaluation.pictures import Picture, as_array, example_places,
 from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.retrieval import open_captioned
 from frugal.common.evaluation.sugarcrepe import PARTS
-from frugal.common.evaluation.zero_shot import Answers, answer, open_question
+from frugal.common.evaluation.zero_shot import Predictions, answer, open_dataset
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import Recipe, load_recipe
@@ -245,7 +245,7 @@ def compositional_examples(embedder: Embedder, data: Contrasts, *, count: int = 
 
 
 def recall_by_class(
-    answers: Answers, names: Sequence[str], held_out: Sequence[int] = ()
+    answers: Predictions, names: Sequence[str], held_out: Sequence[int] = ()
 ) -> list[ClassRecall]:
     """The images of every class, and how many of them were recognized."""
     images = torch.bincount(answers.labels, minlength=len(names)).tolist()
@@ -257,7 +257,7 @@ def recall_by_class(
     ]
 
 
-def confusions(answers: Answers, names: Sequence[str], *, count: int = 8) -> list[Confusion]:
+def confusions(answers: Predictions, names: Sequence[str], *, count: int = 8) -> list[Confusion]:
     """What was most often taken for something else, most frequent first."""
     wrong = answers.best != answers.labels
     pairs = torch.stack([answers.labels[wrong], answers.best[wrong]])  # (2, wrong)
@@ -374,7 +374,7 @@ _DRAWN = 6
 def _classified(
     task: ZeroShot, folder: Path, embedder: Embedder, bundle: ModelBundle, count: int
 ) -> dict[str, Any]:
-    question = open_question(task, folder, bundle)
+    question = open_dataset(task, folder, bundle)
     classes = class_embeddings(embedder, question.names, question.templates, ranks=Ranks())
     answers = answer(
         embedder, question.images, classes, batch_size=task.batch_size, workers=task.workers

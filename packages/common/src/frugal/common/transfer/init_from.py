@@ -19,7 +19,7 @@ from frugal.common.models.in_words import some
 from frugal.common.models.same_function import refuse_other_function
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.transfer.classifier import VisionClassifier
-from frugal.common.weights.encoder_weights import read_encoder
+from frugal.common.weights.image_towers import read_encoder
 
 _FREE = {
     "pooling": "what is on top of the tower is new, or compared by its shape",
@@ -39,7 +39,7 @@ def init_encoder(
 
     Args:
         image: has learned positions; they start from those of the source.
-        source: see :mod:`frugal.common.weights.encoder_weights`.
+        source: see :mod:`frugal.common.weights.image_towers`.
         interpolate: whether positions may be brought to another grid.
         log: told what was taken.
 

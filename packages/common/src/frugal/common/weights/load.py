@@ -7,8 +7,8 @@ from pathlib import Path
 
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.weights.foreign_models import is_foreign
-from frugal.common.weights.imported import describe, read
+from frugal.common.weights.libraries import is_foreign
+from frugal.common.weights.reading import describe, read
 from frugal.common.weights.runs import load_run
 
 _LOG = logging.getLogger("frugal")

@@ -19,7 +19,7 @@ from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.preprocess import Pixels, of_timm, pixels_of_timm, timm_settings
 from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.models.weight_names import from_timm
-from frugal.common.weights.stored_files import part_with, read_weights, weights_in
+from frugal.common.weights.files import part_with, read_weights, weights_in
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _ACTIVATIONS: dict[str, Activation] = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_tanh"}

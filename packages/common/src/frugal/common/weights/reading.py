@@ -23,17 +23,17 @@ from frugal.common.models.in_words import in_words
 from frugal.common.models.positions import ImagePositions
 from frugal.common.models.vit import ImageTower, image_table
 from frugal.common.weights import timm_weights
-from frugal.common.weights.encoder_weights import encoder_of_state, read_encoder
-from frugal.common.weights.foreign_models import (
+from frugal.common.weights.encoder_config import ImportedEncoder
+from frugal.common.weights.files import State, part_with, read_weights
+from frugal.common.weights.image_towers import encoder_of_state, read_encoder
+from frugal.common.weights.libraries import (
     OPEN_CLIP_CONFIG,
     OPENAI,
     Foreign,
     load_foreign,
     refuse_for_folder,
 )
-from frugal.common.weights.foreign_openai import is_openai
-from frugal.common.weights.imported_encoder import ImportedEncoder
-from frugal.common.weights.stored_files import State, part_with, read_weights
+from frugal.common.weights.openai import is_openai
 from frugal.common.weights.torchscript import is_torchscript
 
 _TWO_TOWERS = ("clip", "siglip", "vision-text-dual-encoder")

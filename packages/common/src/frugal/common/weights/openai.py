@@ -19,9 +19,9 @@ from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, ImageTower
 from frugal.common.models.weight_names import from_open_clip
-from frugal.common.weights.foreign_models import Foreign, fill
-from frugal.common.weights.foreign_wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
-from frugal.common.weights.stored_files import part_with, read_content, state_in
+from frugal.common.weights.files import part_with, read_content, state_in
+from frugal.common.weights.libraries import Foreign, fill
+from frugal.common.weights.wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
 
 LIBRARY = "OpenAI's CLIP"
 _HEAD = 64

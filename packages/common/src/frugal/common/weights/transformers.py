@@ -20,16 +20,16 @@ from frugal.common.models.pretrained_models import text_positions
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import from_transformers_clip
-from frugal.common.weights.foreign_models import Foreign, fill, refuse_unknown_ids
-from frugal.common.weights.foreign_wrapped import (
+from frugal.common.weights.files import check_whole, weights_in
+from frugal.common.weights.libraries import Foreign, fill, refuse_unknown_ids
+from frugal.common.weights.transformers_folder import ACTIVATIONS
+from frugal.common.weights.wrapped import (
     Wrapped,
     WrappedImage,
     WrappedModel,
     WrappedText,
     as_tensor,
 )
-from frugal.common.weights.stored_files import check_whole, weights_in
-from frugal.common.weights.transformers_folder import ACTIVATIONS
 
 LIBRARY = "transformers"
 _KINDS = ("clip", "siglip", "vision-text-dual-encoder")

@@ -24,29 +24,29 @@ from frugal.common.models.preprocess import Preparation, of_open_clip
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImagePooling, ImageTower
 from frugal.common.models.weight_names import from_open_clip, to_open_clip
-from frugal.common.weights.foreign_models import (
-    OPEN_CLIP_CONFIG,
-    OPENAI,
-    Foreign,
-    fill,
-    refuse_unknown_ids,
-)
-from frugal.common.weights.foreign_openai import NUMBERS, is_openai
-from frugal.common.weights.foreign_wrapped import (
-    RowTokenizer,
-    Wrapped,
-    WrappedImage,
-    WrappedModel,
-    WrappedText,
-)
-from frugal.common.weights.stored_files import (
+from frugal.common.weights.files import (
     State,
     part_with,
     read_content,
     state_in,
     weights_in,
 )
+from frugal.common.weights.libraries import (
+    OPEN_CLIP_CONFIG,
+    OPENAI,
+    Foreign,
+    fill,
+    refuse_unknown_ids,
+)
+from frugal.common.weights.openai import NUMBERS, is_openai
 from frugal.common.weights.transformers_tokenizer import CLEAN_UP
+from frugal.common.weights.wrapped import (
+    RowTokenizer,
+    Wrapped,
+    WrappedImage,
+    WrappedModel,
+    WrappedText,
+)
 
 LIBRARY = "open_clip"
 _LOG = logging.getLogger("frugal")

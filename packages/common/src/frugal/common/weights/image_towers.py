@@ -37,8 +37,7 @@ from frugal.common.models.weight_names import (
     from_vit_mae,
     read_names,
 )
-from frugal.common.weights.runs import load_run
-from frugal.common.weights.stored_files import (
+from frugal.common.weights.files import (
     State,
     part_with,
     read_content,
@@ -46,6 +45,7 @@ from frugal.common.weights.stored_files import (
     weights_in,
     without_prefix,
 )
+from frugal.common.weights.runs import load_run
 
 _LOG = logging.getLogger("frugal")
 _HEADS = {1280: 16, 1408: 16, 1664: 16}
@@ -239,7 +239,7 @@ def _clip_state(
 
 
 def _open_clip_folder(folder: Path) -> ImageEncoder:
-    from frugal.common.weights.foreign_open_clip import image_size, image_tower
+    from frugal.common.weights.open_clip import image_size, image_tower
 
     path = folder / _OPEN_CLIP
     settings = read_json_object(path)

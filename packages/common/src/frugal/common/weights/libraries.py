@@ -15,7 +15,7 @@ from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle, Source
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.fit import misfit
-from frugal.common.weights.foreign_wrapped import WrappedModel
+from frugal.common.weights.wrapped import WrappedModel
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPENAI = "openai"
@@ -106,25 +106,25 @@ def load_foreign(path: Path, *, name: str | None = None, key: str | None = None)
     Raises:
         InputError: if it cannot be read, is of a kind that is not known, or needs a name.
     """
-    from frugal.common.weights import foreign_open_clip, foreign_openai, foreign_transformers
-    from frugal.common.weights.stored_files import read_weights
+    from frugal.common.weights import open_clip, openai, transformers
+    from frugal.common.weights.files import read_weights
     from frugal.common.weights.torchscript import is_torchscript
 
     if path.is_dir():
         refuse_for_folder(path, name, key)
         if (path / OPEN_CLIP_CONFIG).is_file():
-            return foreign_open_clip.load_folder(path)
-        return foreign_transformers.load(path)
+            return open_clip.load_folder(path)
+        return transformers.load(path)
     if name == OPENAI or (name is None and path.is_file() and is_torchscript(path)):
-        return foreign_openai.load(path, key=key)
+        return openai.load(path, key=key)
     if name is None:
-        if path.suffix != ".npz" and foreign_openai.is_openai(read_weights(path, key=key)):
-            return foreign_openai.load(path, key=key)
+        if path.suffix != ".npz" and openai.is_openai(read_weights(path, key=key)):
+            return openai.load(path, key=key)
         raise InputError(
             f"{path} does not say which model its weights are of; give --model with open_clip's "
             f"name of it, such as ViT-B-16, or --model {OPENAI} for a file of OpenAI's"
         )
-    return foreign_open_clip.load_named(name, path, key=key)
+    return open_clip.load_named(name, path, key=key)
 
 
 def refuse_for_folder(folder: Path, name: str | None, key: str | None) -> None:
