@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from frugal.clipa.part_of_speech import load_tagger
 from frugal.clipa.recipes import RECIPES
 from frugal.clipa.syntax_masking import SyntaxMasking
 from frugal.clipa.text_masking import BlockTextMasking, RandomTextMasking
@@ -56,6 +57,7 @@ def test_syntax_masking_reads_the_tagger_before_any_prompt(
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    load_tagger.cache_clear()
     with pytest.raises(InputError, match=r"frugal\.clipa\.nltk_data"):
         task = ZeroShot(reduce_prompts=True)
         Embedder.of(described(with_text(SyntaxMasking())), RUN, task)

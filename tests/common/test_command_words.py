@@ -67,7 +67,9 @@ def test_every_command_reads_its_words_in_the_one_place(path: Path) -> None:
     assert any(getattr(call.func, "id", "") == "command_words" for call in calls)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "report", "compare", "export", "import_weights"])
+@pytest.mark.parametrize(
+    "name", ["evaluate", "report.__main__", "report.compare", "export", "import_weights"]
+)
 def test_a_command_refuses_an_empty_path_in_one_sentence(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,14 @@ from frugal.common.evaluation.cli import chosen_tasks
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.provenance import weights_digest
-from frugal.common.recipe import Recipe, from_json, load_recipe, to_json
+from frugal.common.recipe import (
+    ModelConfig,
+    ObjectiveConfig,
+    Recipe,
+    from_json,
+    load_recipe,
+    to_json,
+)
 from frugal.common.train import open_process
 from frugal.common.weights.load import load_model
 from support import ALONE, ROOT, command, described_with_tasks, environment, train
@@ -410,7 +417,7 @@ def test_evaluations_of_a_method_are_taken_where_they_have_data(
 
 def test_a_model_without_captions_is_measured_by_its_own_evaluations(recipe: Recipe) -> None:
     @dataclass(frozen=True)
-    class TowerAlone:
+    class TowerAlone(ModelConfig):
         image: object
 
     bare = replace(
@@ -424,7 +431,7 @@ def test_a_model_without_captions_is_measured_by_its_own_evaluations(recipe: Rec
     assert "measured by its own counting: give --data, or by --tasks linear-probe" in said
 
 
-class ObjectiveOfNothing:
+class ObjectiveOfNothing(ObjectiveConfig):
     def build(self, recipe: Recipe) -> None: ...
 
 
