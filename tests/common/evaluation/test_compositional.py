@@ -20,11 +20,12 @@ from evaluated import OpenClipLike, telling, tokenizer
 from PIL import Image
 from torch import Tensor
 
+from frugal.common.data.labeled import grouped
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.compositional import CaptionChoices, Contrasts, judge
 from frugal.common.evaluation.config import Compositional
-from frugal.common.evaluation.embed import Embedder, evaluating, grouped
+from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS
 from frugal.common.report.examples import examples_of_model
 from frugal.common.run import Run

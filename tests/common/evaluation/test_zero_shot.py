@@ -16,11 +16,12 @@ from open_clip import zero_shot_metadata
 from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 
+from frugal.common.data.labeled import grouped
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.class_names import names_and_templates, naming
 from frugal.common.evaluation.config import ZeroShot
-from frugal.common.evaluation.embed import TEXTS_AT_ONCE, Embedder, evaluating, grouped, text_table
+from frugal.common.evaluation.embed import TEXTS_AT_ONCE, Embedder, evaluating, text_table
 from frugal.common.evaluation.metrics import (
     mean_per_class_recall,
     ranked_classes,

@@ -23,6 +23,7 @@ from frugal.common.data.samples import Fields, decode_classes
 from frugal.common.data.stored_images import GROUP, IMAGE, StoredImages, digest_of
 from frugal.common.data.stores.class_folders import find_objectnet
 from frugal.common.data.transforms import CenterCrop
+from frugal.common.distributed import check_delivery
 from frugal.common.errors import InputError
 
 
@@ -368,21 +369,3 @@ def grouped(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...
             held = [tuple(part[whole:] for part in rows)]
     if held and sum(len(part[0]) for part in held):
         yield tuple(torch.cat(parts) for parts in zip(*held, strict=True))
-
-
-def check_delivery(delivered: Tensor) -> None:
-    """Refuse to count an image twice or not at all.
-
-    Args:
-        delivered: (N,) how often each image came, over all processes.
-
-    Raises:
-        RuntimeError: naming the first image that did not come once.
-    """
-    wrong = (delivered != 1).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        raise RuntimeError(
-            f"{len(wrong)} of {len(delivered)} images were not evaluated exactly once; image "
-            f"{first} came {int(delivered[first])} times"
-        )

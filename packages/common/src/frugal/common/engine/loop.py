@@ -17,12 +17,12 @@ import torch
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.contracts import Batch, Stream
 from frugal.common.data.damage import DamageCounter, warning
-from frugal.common.distributed import gather_objects
+from frugal.common.distributed import Vote, gather_objects
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.metrics import Step, Values, read
 from frugal.common.engine.saving import WeightAverage, collect
-from frugal.common.engine.signals import StopSignal, StopVote, WaitInterrupted
+from frugal.common.engine.signals import StopSignal, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import write_json
@@ -142,7 +142,7 @@ def train(training: Training) -> None:
     with meter.paused("peak"):
         peak = matmul_peak(run.device, training.engine.dtype)
     batches = iter(training.stream)
-    agreement = StopVote(run)
+    vote = Vote(run.device)
     # alone there is nobody to stop together with
     with StopSignal(grace=0.0 if run.world_size == 1 else _GRACE) as termination:
         for step in range(training.first_step, recipe.steps):
@@ -154,7 +154,7 @@ def train(training: Training) -> None:
             except (InputError, WaitInterrupted) as reason:
                 _give_up(training, step, termination, reason, read=len(micro_batches))
             micro_batches = [batch.to(run.device) for batch in micro_batches]
-            stop = agreement.reached(asked=termination.asked)
+            stop = vote.any(yes=termination.asked)
             training.unread.append(_step(training, step, micro_batches))
             training.watch.advance()
             done = step + 1

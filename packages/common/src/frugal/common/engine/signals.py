@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from frugal.common.run import LauncherChain, Run
+from frugal.common.run import LauncherChain
 
 _LOOK = 1.0
 """Seconds of waiting between two looks whether this process is to stop."""
@@ -94,39 +91,3 @@ class StopSignal:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-class StopVote:
-    """Whether any process was asked to stop, known to all of them after the same step.
-
-    The hosts tell each other without waiting, neither for the device nor for the slowest process:
-    what is said before one step is heard before the next.
-    """
-
-    def __init__(self, run: Run) -> None:
-        """Every process calls this."""
-        self._alone = run.world_size == 1
-        self._group: Any = None
-        if not self._alone and run.device.type == "cuda":
-            # the group that exchanges gradients works in the order of the device
-            self._group = dist.new_group(backend="gloo")
-        self._said: tuple[dist.Work, torch.Tensor] | None = None
-
-    def reached(self, *, asked: bool) -> bool:
-        """Say whether this process was asked to stop; every process calls this before a step.
-
-        Returns:
-            True on all processes alike, once one of them was asked; alone, without delay.
-        """
-        if self._alone:
-            return asked
-        heard = False
-        if self._said is not None:
-            work, votes = self._said
-            work.wait()
-            heard = votes.item() > 0
-        votes = torch.tensor(int(asked))
-        work = dist.all_reduce(votes, group=self._group, async_op=True)
-        assert work is not None
-        self._said = work, votes
-        return heard

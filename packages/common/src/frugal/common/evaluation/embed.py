@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor, nn
 
-from frugal.common.data.stored_images import GROUP
 from frugal.common.data.tokenizers import text_length
 from frugal.common.data.transforms import normalize
 from frugal.common.distributed import Ranks
@@ -74,26 +73,6 @@ def check_usable(made: str, *counts: tuple[int, int, str]) -> None:
 
 TEXTS_AT_ONCE = 256
 """Texts in one forward pass."""
-
-
-def grouped(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows in the same order, 64 at a time; the last may be fewer.
-
-    What a model computes for an image depends in the last bits on the shape of its batch, in
-    bfloat16 in more than those. Data comes to every process in whole groups of 64; if the model
-    takes them one at a time, neither the batches in which images are read nor the number of
-    processes changes a number.
-    """
-    held: list[tuple[Tensor, ...]] = []
-    for batch in batches:
-        held.append(batch)
-        if sum(len(part[0]) for part in held) >= GROUP:
-            rows = [torch.cat(parts) for parts in zip(*held, strict=True)]
-            whole = len(rows[0]) // GROUP * GROUP
-            yield from zip(*(part[:whole].split(GROUP) for part in rows), strict=True)
-            held = [tuple(part[whole:] for part in rows)]
-    if held and sum(len(part[0]) for part in held):
-        yield tuple(torch.cat(parts) for parts in zip(*held, strict=True))
 
 
 @dataclass(frozen=True)

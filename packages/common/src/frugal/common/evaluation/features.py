@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from frugal.common.data.labeled import LabeledImages
+from frugal.common.data.labeled import LabeledImages, grouped
 from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
-from frugal.common.evaluation.embed import Embedder, grouped
+from frugal.common.evaluation.embed import Embedder
 from frugal.common.files import reason_of
 from frugal.common.run import Run
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from frugal.common.contracts import Show
-from frugal.common.data.labeled import MultiLabeledImages
+from frugal.common.data.labeled import MultiLabeledImages, grouped
 from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
 from frugal.common.evaluation.class_names import names_and_templates
 from frugal.common.evaluation.config import ZeroShot
-from frugal.common.evaluation.embed import Embedder, grouped, similarity
+from frugal.common.evaluation.embed import Embedder, similarity
 from frugal.common.evaluation.metrics import average_precision
 from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.provenance import identify

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from frugal.common.contracts import Show
-from frugal.common.data.labeled import CaptionedImages
+from frugal.common.data.labeled import CaptionedImages, grouped
 from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
 from frugal.common.evaluation.config import Retrieval
-from frugal.common.evaluation.embed import Embedder, grouped, similarity, text_table
+from frugal.common.evaluation.embed import Embedder, similarity, text_table
 from frugal.common.evaluation.metrics import Recall, recall_at
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.provenance import identify

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from frugal.common.contracts import Show
-from frugal.common.data.labeled import LabeledImages
+from frugal.common.data.labeled import LabeledImages, grouped
 from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
 from frugal.common.evaluation.class_names import naming
 from frugal.common.evaluation.config import ZeroShot
-from frugal.common.evaluation.embed import Embedder, grouped, similarity
+from frugal.common.evaluation.embed import Embedder, similarity
 from frugal.common.evaluation.metrics import (
     mean_per_class_recall,
     ranked_classes,

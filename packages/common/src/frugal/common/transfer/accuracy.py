@@ -14,7 +14,7 @@ from torch import Tensor
 from frugal.common.contracts import Show
 from frugal.common.data.benchmark_layout import test_split
 from frugal.common.data.damage import PassedOver
-from frugal.common.data.labeled import LabeledImages
+from frugal.common.data.labeled import LabeledImages, grouped
 from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import IMAGE_EXTENSIONS
 from frugal.common.data.stores.class_folders import class_numbers, read_class_folders
@@ -23,7 +23,7 @@ from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Keep
 from frugal.common.evaluation.config import FolderEvaluation
-from frugal.common.evaluation.embed import autocast, check_usable, evaluating, grouped
+from frugal.common.evaluation.embed import autocast, check_usable, evaluating
 from frugal.common.evaluation.metrics import ranked_classes, top_k_accuracy
 from frugal.common.evaluation.remarks import Remarks
 from frugal.common.evaluation.zero_shot import held_out_classes

@@ -65,19 +65,6 @@ def read(source: Path, *, name: str | None = None, key: str | None = None) -> Mo
     return _file(source, name, key)
 
 
-def tower_library(path: Path, name: str | None) -> str | None:
-    """Whose image tower a folder holds, or a file of weights of this name; None for others."""
-    if path.is_file():
-        return "timm" if name is not None and _is_timm(name) else None
-    config = path / "config.json"
-    if (path / OPEN_CLIP_CONFIG).is_file() or not config.is_file():
-        return None
-    about = read_json_object(config)
-    if "architecture" in about:
-        return "timm"
-    return "transformers" if about.get("model_type") in _ONE_TOWER else None
-
-
 def converters() -> list[str]:
     """The commands by which installed methods read the files of their releases."""
     names = {(about.metadata["Name"] or "").replace("-", "_") for about in distributions()}
