@@ -127,12 +127,13 @@ def train(
     expect: int = 0,
     module: str = FLIP,
     small: Sequence[str] = TINY,
+    cwd: Path = ROOT,
 ) -> str:
     """Train the tiny FLIP, or another method, to its end; all that it wrote to the terminal.
 
     Later words win over earlier ones.
     """
-    process = start(launcher, run, *words, recipe=recipe, module=module, small=small)
+    process = start(launcher, run, *words, recipe=recipe, module=module, small=small, cwd=cwd)
     code = process.wait(timeout=600)
     output = log_of(run).read_text()
     assert code == expect, f"exit code {code}\n{output[-6000:]}"
@@ -146,16 +147,17 @@ def start(
     recipe: str = "demo",
     module: str = FLIP,
     small: Sequence[str] = TINY,
+    cwd: Path = ROOT,
 ) -> subprocess.Popen[bytes] | Forked:
     """Start training, in a process group of its own."""
     words = (recipe, *small, *launcher.flags(), f"--run.dir={run}", *words)
     log = log_of(run)
     log.unlink(missing_ok=True)
     if launcher.launched_by == "fork":
-        return fork(module, words, log=log, cwd=ROOT, environments=launcher.environments())
+        return fork(module, words, log=log, cwd=cwd, environments=launcher.environments())
     return subprocess.Popen(
         [*launcher.command(module), *words],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(),
         start_new_session=True,
         stdout=log.open("wb"),

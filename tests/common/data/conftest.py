@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
+from frugal.common.recipe import ModelInputs
 from frugal.common.reduction.text import Truncate
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", *(f"w{number}" for number in range(200))]
@@ -148,14 +149,12 @@ def open_stream(vocabulary: WordPiece) -> Callable[..., Any]:
             train=tuple(map(str, train)),
             **{"tokenizer": vocabulary, "workers": 0} | options,
         )
+        captions = SimpleNamespace(length=length, vocabulary=vocabulary_size, pad_id=0)
         recipe = SimpleNamespace(
             batch_size=batch_size,
             engine=SimpleNamespace(accumulate=accumulate),
             run=SimpleNamespace(seed=seed),
-            model=SimpleNamespace(
-                image=SimpleNamespace(height_width=size),
-                text=SimpleNamespace(length=length, vocabulary=vocabulary_size, pad_id=0),
-            ),
+            model=SimpleNamespace(inputs=lambda: ModelInputs(height_width=size, captions=captions)),
             reduction=SimpleNamespace(text=Truncate()),
         )
         run = SimpleNamespace(

@@ -14,6 +14,7 @@ from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
+from frugal.common.recipe import ModelInputs
 
 SIZE = (16, 24)
 
@@ -31,7 +32,7 @@ def open_images():
             engine=SimpleNamespace(accumulate=1),
             run=SimpleNamespace(seed=3),
             model=SimpleNamespace(
-                image=SimpleNamespace(height_width=SIZE), num_classes=num_classes
+                inputs=lambda: ModelInputs(height_width=SIZE, num_classes=num_classes)
             ),
             reduction=SimpleNamespace(text=None),
         )

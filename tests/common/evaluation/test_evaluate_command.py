@@ -26,8 +26,10 @@ from frugal.common.evaluation.cli import chosen_tasks
 from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.provenance import weights_digest
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import (
     ModelConfig,
+    ModelInputs,
     ObjectiveConfig,
     Recipe,
     from_json,
@@ -418,7 +420,10 @@ def test_evaluations_of_a_method_are_taken_where_they_have_data(
 def test_a_model_without_captions_is_measured_by_its_own_evaluations(recipe: Recipe) -> None:
     @dataclass(frozen=True)
     class TowerAlone(ModelConfig):
-        image: object
+        image: ImageTower
+
+        def inputs(self) -> ModelInputs:
+            return ModelInputs(height_width=self.image.height_width)
 
     bare = replace(
         recipe, model=TowerAlone(recipe.model.image), evaluation=(), objective=ObjectiveOfNothing()

@@ -317,6 +317,11 @@ class EvaluationTask(ABC):
         """Its data, or None without any; refuses what is not there, before training starts."""
 
     @property
+    def has_data(self) -> bool:
+        """Whether there is anything to measure; a task that draws its data itself says so here."""
+        return self.folder() is not None
+
+    @property
     def scores(self) -> tuple[str, ...]:
         """Names of those numbers of :meth:`evaluate` of which higher is better.
 

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -119,18 +119,45 @@ class RunOptions:
         check_ranges(self, "run")
 
 
-class ModelConfig:
+class CaptionSpec(Protocol):
+    """What a model takes of captions; the configurations of text towers are such a thing."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a caption at most."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that there may be."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of what fills captions up."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """What a model takes, which data and token reductions go by."""
+
+    height_width: tuple[int, int]
+    """Of images, in pixels."""
+    num_patches: int | None = None
+    """Patches of one image, of a model that can do with a part of them."""
+    captions: CaptionSpec | None = None
+    """None of a model that is given none."""
+    num_classes: int | None = None
+    """Classes of an image, of a model that is told them."""
+
+
+class ModelConfig(ABC):
     """The trainable towers, as a part of a recipe; the objective builds them."""
 
-    @property
-    def num_patches(self) -> int | None:
-        """Patches of one image, for a model that takes a part of them; else None."""
-        return None
-
-    @property
-    def text_length(self) -> int | None:
-        """Tokens of a text at most; None for a model that reads none."""
-        return None
+    @abstractmethod
+    def inputs(self) -> ModelInputs:
+        """What data must give this model."""
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what this model cannot be combined with.
@@ -243,12 +270,12 @@ class Recipe:
             )
         self.model.check(self)
         self.data.check(self)
-        if (num_patches := self.model.num_patches) is not None:
-            self.reduction.image.check_patches(num_patches)
+        inputs = self.model.inputs()
+        if inputs.num_patches is not None:
+            self.reduction.image.check_patches(inputs.num_patches)
         self.objective.check(self)  # which refuses a text reduction where no captions are read
-        length = self.model.text_length
-        if self.reduction.text is not None and length is not None:
-            self.reduction.text.check_length(length)
+        if self.reduction.text is not None and inputs.captions is not None:
+            self.reduction.text.check_length(inputs.captions.length)
 
     @property
     def steps(self) -> int:

@@ -167,7 +167,7 @@ def train_recipe(recipe: Recipe) -> None:
 
 def _check_best(recipe: Recipe) -> None:
     """Refuse evaluation data that are not there, and a ``run.best`` that nothing will measure."""
-    measured = [task for task in recipe.evaluation if task.folder() is not None]
+    measured = [task for task in recipe.evaluation if task.has_data]
     scores = [name for task in measured or recipe.evaluation for name in task.scores]
     best = recipe.run.best
     if best is None or best in scores:
@@ -536,7 +536,7 @@ def _last_evaluated(recipe: Recipe, run: Run) -> float:
     first = load_recipe(saved).evaluation if _is_recipe(saved) else ()
     trained_on = {task.name: _data_of(task) for task in first}
     for number, task in enumerate(recipe.evaluation):
-        if task.folder() is None:
+        if not task.has_data:
             continue
         file, data = run.dir / "evaluation" / f"{task.name}.json", _data_of(task)
         try:

@@ -15,7 +15,7 @@ from frugal.common.models.flops import block_flops, image_flops
 from frugal.common.models.initialize import initialize_xavier
 from frugal.common.models.named import image_tower
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
-from frugal.common.recipe import ModelConfig
+from frugal.common.recipe import ModelConfig, ModelInputs
 from frugal.common.reduction.image import KeptPatches
 from frugal.milan.decoders import Decoder, DecoderConfig, PlainDecoder, PromptingDecoder, Split
 
@@ -48,11 +48,10 @@ class MaskedModel(ModelConfig):
             )
         self.decoder.tower(self.image)
 
-    @property
     @override
-    def num_patches(self) -> int:
-        """Patches of one image."""
-        return self.image.num_patches
+    def inputs(self) -> ModelInputs:
+        """Images."""
+        return ModelInputs(height_width=self.image.height_width, num_patches=self.image.num_patches)
 
     def build(self, generator: torch.Generator | None = None, *, outputs: int) -> MaskedImageModel:
         """The model, on the CPU in float32, with weights drawn from ``generator`` (or seed 0).

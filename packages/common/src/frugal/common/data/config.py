@@ -29,7 +29,7 @@ from frugal.common.data.tokenizers import Tokenizer, TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
 from frugal.common.errors import InputError
 from frugal.common.ranges import Count, CountOrZero, Positive, Range, Share, check_ranges
-from frugal.common.recipe import DataConfig, Recipe
+from frugal.common.recipe import DataConfig, ModelInputs, Recipe
 from frugal.common.run import Run
 
 _Weight = Annotated[float, Range(above=0, hint="leave out what is not to be read")]
@@ -239,40 +239,46 @@ def make_transform(data: StoredData, recipe: Recipe) -> SampleTransform:
     Raises:
         InputError: if tokenizer and text tower do not fit, or cannot be loaded.
     """
-    tokenizer = None
+    tokenizer, inputs = None, recipe.model.inputs()
+    length = 0 if inputs.captions is None else inputs.captions.length
     if data.caption_tokenizer is not None:
         tokenizer = data.caption_tokenizer.load()
-        _check_tokenizer(tokenizer, recipe)
-        tokenizer.assemble((), recipe.model.text.length)  # refuses what leaves no room for words
+        _check_tokenizer(tokenizer, inputs)
+        tokenizer.assemble((), length)  # refuses what leaves no room for words
         if recipe.reduction.text is None:
             raise InputError(
                 "reduction.text is None, but captions are read; choose what stays of them, such as "
                 "with --reduction.text frugal.common.reduction.text.Truncate"
             )
-        recipe.reduction.text.prepare(tokenizer, length=recipe.model.text.length)
+        recipe.reduction.text.prepare(tokenizer, length=length)
     return SampleTransform(
         seed=recipe.run.seed,
         augmentation=data.augmentation,
-        image_size=recipe.model.image.height_width,
+        image_size=inputs.height_width,
         tokenizer=tokenizer,
         text=recipe.reduction.text,
-        text_length=0 if tokenizer is None else recipe.model.text.length,
-        num_classes=getattr(recipe.model, "num_classes", None),
+        text_length=0 if tokenizer is None else length,
+        num_classes=inputs.num_classes,
     )
 
 
-def _check_tokenizer(tokenizer: Tokenizer, recipe: Recipe) -> None:
-    text = recipe.model.text
-    if tokenizer.vocab_size > text.vocabulary:
+def _check_tokenizer(tokenizer: Tokenizer, inputs: ModelInputs) -> None:
+    captions = inputs.captions
+    if captions is None:
+        raise InputError(
+            "data.tokenizer makes tokens of captions, but this model is given none; set it to "
+            "None, or choose a model that reads captions"
+        )
+    if tokenizer.vocab_size > captions.vocabulary:
         raise InputError(
             f"data.tokenizer has {tokenizer.vocab_size} tokens, more than the table of "
-            f"model.text.vocabulary = {text.vocabulary} rows; raise it, or choose the tokenizer "
-            "that the model was made for"
+            f"model.text.vocabulary = {captions.vocabulary} rows; raise it, or choose the "
+            "tokenizer that the model was made for"
         )
-    if tokenizer.pad_id != text.pad_id:
+    if tokenizer.pad_id != captions.pad_id:
         raise InputError(
-            f"data.tokenizer pads with {tokenizer.pad_id}, but model.text.pad_id is {text.pad_id}; "
-            "make them equal"
+            f"data.tokenizer pads with {tokenizer.pad_id}, but model.text.pad_id is "
+            f"{captions.pad_id}; make them equal"
         )
 
 

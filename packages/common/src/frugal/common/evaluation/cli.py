@@ -275,7 +275,7 @@ def _tasks(
         )
     if options.data is not None:
         other = replace(other, data=options.data)  # type: ignore[type-var]
-    return [] if other.folder() is None else [other]
+    return [other] if other.has_data else []
 
 
 def _default(

@@ -16,7 +16,7 @@ from frugal.common.models.positions import resample_grid, resample_length
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.ranges import Count, NotNegative, check_choices, check_ranges
-from frugal.common.recipe import ModelConfig
+from frugal.common.recipe import ModelConfig, ModelInputs
 from frugal.common.reduction.image import KeptPatches
 
 
@@ -40,17 +40,15 @@ class DualEncoderConfig(ModelConfig):
         check_ranges(self, "model")
         check_choices(self, "model")
 
-    @property
     @override
-    def num_patches(self) -> int:
-        """Patches of one image."""
-        return self.image.num_patches
-
-    @property
-    @override
-    def text_length(self) -> int:
-        """Tokens of a text at most."""
-        return self.text.length
+    def inputs(self) -> ModelInputs:
+        """Images and captions."""
+        return ModelInputs(
+            height_width=self.image.height_width,
+            # a tower of another library sees images whole
+            num_patches=self.image.num_patches if isinstance(self.image, ImageTower) else None,
+            captions=self.text,
+        )
 
     def build(self, generator: torch.Generator | None = None) -> DualEncoder:
         """The model, on the CPU in float32, with weights drawn from ``generator`` (or seed 0)."""

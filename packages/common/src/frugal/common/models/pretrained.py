@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from typing_extensions import override
 
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
@@ -387,12 +386,6 @@ class PretrainedDualEncoderConfig(DualEncoderConfig):
     text: Any
     """:class:`~frugal.common.models.text.TextTower` or :class:`TransformersText`."""
     embed_dim: Count = 512
-
-    @property
-    @override
-    def num_patches(self) -> int | None:  # type: ignore[override]
-        """Patches of one image, of our own towers: others see images whole."""
-        return self.image.num_patches if isinstance(self.image, ImageTower) else None
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a token reduction that the image tower cannot follow."""

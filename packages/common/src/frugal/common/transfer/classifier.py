@@ -12,7 +12,7 @@ from typing_extensions import override
 from frugal.common.models.positions import sincos_table
 from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.ranges import Range, check_ranges
-from frugal.common.recipe import ModelConfig
+from frugal.common.recipe import ModelConfig, ModelInputs
 from frugal.common.reduction.image import KeptPatches
 
 Pooling = Literal["class", "mean", "mean_all"]
@@ -47,11 +47,14 @@ class ClassifierConfig(ModelConfig):
     def __post_init__(self) -> None:
         check_ranges(self, "model")
 
-    @property
     @override
-    def num_patches(self) -> int:
-        """Patches of one image."""
-        return self.image.num_patches
+    def inputs(self) -> ModelInputs:
+        """Images with their classes."""
+        return ModelInputs(
+            height_width=self.image.height_width,
+            num_patches=self.image.num_patches,
+            num_classes=self.num_classes,
+        )
 
     def build(self, generator: torch.Generator) -> VisionClassifier:
         """The model, on the CPU in float32, with weights drawn from ``generator``."""

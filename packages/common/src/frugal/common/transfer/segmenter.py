@@ -22,7 +22,7 @@ from frugal.common.models.flops import image_flops
 from frugal.common.models.positions import sincos_table
 from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.ranges import Count, Range, ShareBelowOne, check_ranges
-from frugal.common.recipe import ModelConfig
+from frugal.common.recipe import ModelConfig, ModelInputs
 from frugal.common.transfer.masked_folder import MOST_CLASSES
 
 
@@ -76,11 +76,14 @@ class SegmenterConfig(ModelConfig):
                 "1 2 3 6"
             )
 
-    @property
     @override
-    def num_patches(self) -> int:
-        """Patches of one image."""
-        return self.image.num_patches
+    def inputs(self) -> ModelInputs:
+        """Images with the classes of their pixels."""
+        return ModelInputs(
+            height_width=self.image.height_width,
+            num_patches=self.image.num_patches,
+            num_classes=self.num_classes,
+        )
 
     def build(self, generator: torch.Generator) -> Segmenter:
         """The model, on the CPU in float32, with weights drawn from ``generator``."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import ModelConfig, ObjectiveConfig, Recipe
+from frugal.common.recipe import ModelConfig, ModelInputs, ObjectiveConfig, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +23,10 @@ class ImportedEncoder(ModelConfig):
     num_classes: int | None = None
     """Numbers that the linear layer puts out; None without one."""
 
-    @property
     @override
-    def num_patches(self) -> int:
-        """Patches of one image."""
-        return self.image.num_patches
+    def inputs(self) -> ModelInputs:
+        """Images."""
+        return ModelInputs(height_width=self.image.height_width, num_patches=self.image.num_patches)
 
     def build(self, generator: torch.Generator | None = None) -> nn.Sequential:
         """``image`` and ``head``, which weights are to be loaded into."""

@@ -140,7 +140,7 @@ def crop_of(recipe: Recipe) -> CenterCrop:
 
 def _class_names(recipe: Recipe, folder: Path) -> tuple[str, ...] | None:
     """The class folders that a classifier was trained on; None where they cannot be known."""
-    count = getattr(recipe.model, "num_classes", None)
+    count = recipe.model.inputs().num_classes
     if count is None or not isinstance(recipe.data, ImageData):
         return None
     if (kept := kept_classes(folder)) is not None:
