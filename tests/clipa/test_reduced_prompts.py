@@ -12,8 +12,8 @@ from frugal.clipa.syntax_masking import SyntaxMasking
 from frugal.clipa.text_masking import BlockTextMasking, RandomTextMasking
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.embed import Embedder
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.text import TextReduction, Truncate
 from frugal.common.run import Run, make_logger

@@ -16,12 +16,15 @@ from PIL import Image
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.cluster_masking.pictures import mark_patches
 from frugal.cluster_masking.recipes import demo
-from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Compositional
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking
-from frugal.common.report.examples import Examples, examples_of_model
+from frugal.common.report.examples import Examples
+from frugal.common.report.examples_of_model import examples_of_model
 from frugal.common.run import Run, make_logger
 from frugal.common.weights.runs import bundle_of
 from support import ALONE, command, train

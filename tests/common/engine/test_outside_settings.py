@@ -10,7 +10,8 @@ import torch
 from frugal.common.engine.deepspeed import fill_config
 from frugal.common.engine.engine import check_accelerate_environment
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.train import train_recipe
 from frugal.flip.recipes import demo
 from support import ALONE, ROOT, train

@@ -22,7 +22,10 @@ from frugal.common.evaluation.bootstrap import (
     load_sample_results,
     resampled,
 )
-from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Compositional
+from frugal.common.evaluation.linear_probe import LinearProbe
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 

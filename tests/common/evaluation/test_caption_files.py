@@ -17,7 +17,7 @@ from PIL import Image
 from frugal.common.data.benchmark_layout import is_multi_labeled
 from frugal.common.data.labeled import CaptionedImages
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Retrieval
+from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 

@@ -14,7 +14,7 @@ from evaluated import recipe, telling
 from PIL import Image
 
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import LinearProbe
+from frugal.common.evaluation.linear_probe import LinearProbe
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 

@@ -23,11 +23,10 @@ from torch import Tensor
 from frugal.common.data.labeled import grouped
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluation.compositional import CaptionChoices, Contrasts, judge
-from frugal.common.evaluation.config import Compositional
+from frugal.common.evaluation.compositional import CaptionChoices, Compositional, Contrasts, choose
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS
-from frugal.common.report.examples import examples_of_model
+from frugal.common.report.examples_of_model import examples_of_model
 from frugal.common.run import Run
 from frugal.common.scenes import compositional as scenes_compositional
 from frugal.common.weights.runs import bundle_of
@@ -284,8 +283,8 @@ def test_loader_processes_change_nothing(sugar: Path, run: Run) -> None:
     data = Contrasts(sugar, size=(24, 32))
     with evaluating(model):
         embedder = Embedder.of(bundle_of(model, plan), run)
-        alone = judge(embedder, data, batch_size=4)
-        helped = judge(embedder, data, batch_size=9, workers=2)
+        alone = choose(embedder, data, batch_size=4)
+        helped = choose(embedder, data, batch_size=9, workers=2)
     assert torch.equal(alone.cosines, helped.cosines)
     assert 0 < int(alone.right.sum()) < len(data.items)
 
@@ -380,7 +379,7 @@ def test_examples_show_both_captions_the_nearer_one_first(
     assert len(gathered.contrasted) == len(gathered.masked) == 12
     data = Contrasts(sugar, size=(24, 32), crop=task.crop)
     with evaluating(model):
-        verdicts = judge(Embedder.of(bundle_of(model, plan), run, task), data, batch_size=64)
+        verdicts = choose(Embedder.of(bundle_of(model, plan), run, task), data, batch_size=64)
     by_caption = {
         (item.file, item.caption, item.negative_caption): row
         for item, row in zip(data.items, verdicts.cosines.tolist(), strict=True)

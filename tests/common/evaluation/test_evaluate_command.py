@@ -23,9 +23,11 @@ from frugal.common.errors import InputError
 from frugal.common.evaluate import Options, _measure, evaluate
 from frugal.common.evaluation.bootstrap import load_sample_results
 from frugal.common.evaluation.cli import chosen_tasks
-from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Compositional
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.provenance import weights_digest
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import (
     ModelConfig,

@@ -19,14 +19,14 @@ from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.distributed import Ranks
-from frugal.common.evaluation.compositional import judge, open_contrasts
-from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
-from frugal.common.evaluation.embed import Embedder, evaluating, similarity
-from frugal.common.evaluation.metrics import recall_at
+from frugal.common.evaluation.compositional import Compositional, choose, open_contrasts
+from frugal.common.evaluation.embed import Embedder, evaluating
+from frugal.common.evaluation.linear_probe import LinearProbe
+from frugal.common.evaluation.metrics import recall_at, similarity
 from frugal.common.evaluation.prompts import class_embeddings
-from frugal.common.evaluation.retrieval import embed, open_captioned
+from frugal.common.evaluation.retrieval import Retrieval, embed, open_captioned
 from frugal.common.evaluation.sugarcrepe import CATEGORIES
-from frugal.common.evaluation.zero_shot import ask, open_dataset
+from frugal.common.evaluation.zero_shot import ZeroShot, open_dataset, predict
 from frugal.common.models.named import clip_encoder
 from frugal.common.recipe import EngineOptions
 from frugal.common.run import Run, make_logger
@@ -133,7 +133,7 @@ def bits(folder: Path, model, plan, run: Run) -> dict[str, list]:
                 ]
             compared = replace(CONTRASTS, images=folder / "134")
             contrasts = open_contrasts(compared, folder / "contrasts", described(plan))
-            verdicts = judge(
+            verdicts = choose(
                 Embedder.of(bundle_of(model, plan), run, compared),
                 contrasts,
                 batch_size=size,
@@ -153,7 +153,7 @@ def answers(scenes: Path, model, plan, run: Run) -> dict[str, dict]:
         with evaluating(model):
             task = ZeroShot(templates="name", batch_size=size)
             question = open_dataset(task, scenes / "zero_shot", described(plan))
-            said = ask(task, question, source, ranks=ranks)
+            said = predict(task, question, source, ranks=ranks)
             captioned = open_captioned(Retrieval(), scenes / "retrieval", described(plan))
             embedded = embed(source, captioned, batch_size=size, ranks=ranks)
         nearest = similarity(embedded.images, embedded.texts).topk(5).indices

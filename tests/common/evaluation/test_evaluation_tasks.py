@@ -22,10 +22,11 @@ from PIL import Image
 from frugal.common.data.labeled import CaptionedImages, LabeledImages
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Compositional
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.prompts import named_templates
-from frugal.common.evaluation.zero_shot import open_dataset
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot, open_dataset
 from frugal.common.recipe import from_json, to_json
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
@@ -280,7 +281,7 @@ def test_tasks_survive_json() -> None:
 
 def test_naming_an_evaluation_needs_nothing_slower_than_torch() -> None:
     slow = {"deepspeed", "transformers", "timm", "open_clip", "matplotlib"}
-    for module in ("evaluation.config", "evaluate"):
+    for module in ("evaluation.zero_shot", "evaluate"):
         check = f"import sys, frugal.common.{module}; sys.exit(bool({slow} & sys.modules.keys()))"
         assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 

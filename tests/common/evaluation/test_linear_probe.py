@@ -21,16 +21,9 @@ from torch import Tensor
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation import features as features_module
-from frugal.common.evaluation.config import LinearProbe
 from frugal.common.evaluation.features import Features, kept
-from frugal.common.evaluation.linear_probe import (
-    WEIGHT_DECAYS,
-    batches,
-    fit,
-    open_parts,
-    probe,
-    search,
-)
+from frugal.common.evaluation.linear_classifier import WEIGHT_DECAYS, batches, search
+from frugal.common.evaluation.linear_probe import LinearProbe, fit, open_parts, probe
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 from support import described
@@ -300,7 +293,7 @@ def test_scores_do_not_depend_on_how_many_are_computed_at_once(
     train, test = blobs(80, seed=1), blobs(50, seed=2)
     task = LinearProbe(weight_decay=1e-3)
     whole: Tensor = probe(task, train, None, device=CPU).classifier.scores(test.embeddings)
-    monkeypatch.setattr("frugal.common.evaluation.linear_probe._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("frugal.common.evaluation.linear_classifier._ROWS_AT_ONCE", 7)
     parts = probe(task, train, None, device=CPU).classifier.scores(test.embeddings)
     assert (whole - parts).abs().max() < 1e-4
     assert json.dumps(whole.argmax(1).tolist()) == json.dumps(parts.argmax(1).tolist())

@@ -14,8 +14,9 @@ from torch import Tensor
 from frugal.common.data.labeled import CaptionedImages, LabeledImages
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, MaskedViews, evaluating
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.named import clip_encoder
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import EngineOptions

@@ -20,8 +20,9 @@ from frugal.common.distributed import require_same
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Measure, SampleResults
 from frugal.common.evaluation.compositional import Contrasts
-from frugal.common.evaluation.config import LinearProbe, ZeroShot
+from frugal.common.evaluation.linear_probe import LinearProbe
 from frugal.common.evaluation.provenance import config_digest, weights_digest
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.report.compare import Measured, compare_models, refusals
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of

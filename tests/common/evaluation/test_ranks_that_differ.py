@@ -13,7 +13,10 @@ import torch.distributed as dist
 from PIL import Image
 
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Compositional
+from frugal.common.evaluation.linear_probe import LinearProbe
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.run import Run, make_logger
 from frugal.common.weights.runs import bundle_of
 from support import start_ranks

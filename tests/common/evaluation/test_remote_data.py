@@ -15,8 +15,9 @@ from evaluated import multi_label_tars, recipe, telling
 
 from frugal.common.data.labeled import MultiLabeledImages
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import LinearProbe, ZeroShot
+from frugal.common.evaluation.linear_probe import LinearProbe
 from frugal.common.evaluation.remote import _places, as_url, fetch
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 

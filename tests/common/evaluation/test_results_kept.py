@@ -18,8 +18,9 @@ from evaluated import recipe
 from frugal.common import files
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Measure, SampleResults
-from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.results import COLUMNS, Subject, append, check_free, write
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.recipe import to_json
 from frugal.common.report.compare import read_measured
 from frugal.common.train import _last_evaluated

@@ -22,13 +22,14 @@ from frugal.common.data.labeled import LabeledImages, MultiLabeledImages
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.cli import Options, chosen_tasks
-from frugal.common.evaluation.config import Retrieval, ZeroShot
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.metrics import average_precision, ranked_classes, roc_auc
+from frugal.common.evaluation.predictions import Predictions
 from frugal.common.evaluation.prompts import class_embeddings, named_templates, prompts
+from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.suites import SUITES, listed, metric_of
 from frugal.common.evaluation.task_labels import TASKS, task_labels
-from frugal.common.evaluation.zero_shot import Predictions, open_dataset
+from frugal.common.evaluation.zero_shot import ZeroShot, open_dataset
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 from support import described, described_with_tasks

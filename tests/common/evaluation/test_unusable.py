@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Compositional
 from frugal.common.evaluation.embed import Embedder
+from frugal.common.evaluation.linear_probe import LinearProbe
 from frugal.common.evaluation.prompts import class_embeddings
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,14 +20,14 @@ from torch import nn
 from frugal.common.data.labeled import grouped
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.class_names import names_and_templates, naming
-from frugal.common.evaluation.config import ZeroShot
+from frugal.common.evaluation.class_names import Naming, held_out_classes, naming
 from frugal.common.evaluation.embed import TEXTS_AT_ONCE, Embedder, evaluating, text_table
 from frugal.common.evaluation.metrics import (
     mean_per_class_recall,
     ranked_classes,
     top_k_accuracy,
 )
+from frugal.common.evaluation.predictions import Predictions
 from frugal.common.evaluation.prompts import (
     class_embeddings,
     imagenet_class_names,
@@ -34,7 +35,7 @@ from frugal.common.evaluation.prompts import (
     prompts,
 )
 from frugal.common.evaluation.remarks import Remarks, same_names
-from frugal.common.evaluation.zero_shot import Predictions, answer, held_out_classes
+from frugal.common.evaluation.zero_shot import ZeroShot, classify
 
 WIDTH = 12
 
@@ -321,7 +322,7 @@ def test_answers_equal_clip_benchmark_on_the_same_embeddings(batch_size: int) ->
     source = embedder()
     with torch.no_grad():
         classes = class_embeddings(source, names, TEMPLATES, ranks=Ranks())
-        numbers = answer(source, data, classes, batch_size=batch_size).numbers()
+        numbers = classify(source, data, classes, batch_size=batch_size).numbers()
     top1, top5 = accuracy(scores, labels, topk=(1, 5))
     assert (numbers["top1"], numbers["top5"]) == (top1, top5)
     expected = balanced_accuracy_score(labels, scores.argmax(1))
@@ -357,7 +358,7 @@ def test_an_image_counted_twice_or_not_at_all_is_noticed(change, message: str) -
 
     data = colored(9, 2)
     with pytest.raises(RuntimeError, match=message), torch.no_grad():
-        answer(embedder(), Wrong(data.images, data.labels), torch.eye(2, WIDTH), batch_size=9)
+        classify(embedder(), Wrong(data.images, data.labels), torch.eye(2, WIDTH), batch_size=9)
 
 
 @pytest.mark.parametrize("label", [-1, 2])
@@ -365,12 +366,12 @@ def test_a_label_without_a_class_name_is_refused(label: int) -> None:
     data = colored(4, 2)
     data.labels[1] = label
     with pytest.raises(InputError, match=f"label {label}, but there are names for 2 classes"):
-        answer(embedder(), data, torch.eye(2, WIDTH), batch_size=2)
+        classify(embedder(), data, torch.eye(2, WIDTH), batch_size=2)
 
 
 def test_no_images_at_all_are_refused() -> None:
     with pytest.raises(InputError, match="no images to classify"):
-        answer(embedder(), colored(0, 1), torch.eye(2, WIDTH), batch_size=2)
+        classify(embedder(), colored(0, 1), torch.eye(2, WIDTH), batch_size=2)
 
 
 def test_the_mode_of_every_module_comes_back() -> None:
@@ -403,6 +404,15 @@ def class_folders(names, classnames=None) -> SimpleNamespace:
     return data
 
 
+def naming_of(task: ZeroShot, data, source: Path) -> Naming:
+    return naming(task.class_names, task.templates, data, source)
+
+
+def names_and_templates(task: ZeroShot, data, source: Path) -> tuple[list, list[str]]:
+    found = naming_of(task, data, source)
+    return found.names, found.templates
+
+
 def test_own_names_and_templates_come_first(tmp_path) -> None:
     data = described(["cat", "dog"], ["a {c}"])
     assert names_and_templates(ZeroShot(), data, tmp_path) == (["cat", "dog"], ["a {c}"])
@@ -433,7 +443,7 @@ def test_some_of_imagenets_classes_are_asked_about_alone(tmp_path) -> None:
     some = sorted(all_imagenet_wordnet_ids[n] for n in range(3, 1000, 5))
     assert len(some) == 200
     for data in (class_folders(some), described(some)):
-        found = naming(ZeroShot(), data, tmp_path)
+        found = naming_of(ZeroShot(), data, tmp_path)
         assert found.names == [NAME_OF[n] for n in some] and found.numbers is None
         assert found.incomplete == "200 of the 1,000 classes of ImageNet-1k"
 
@@ -442,10 +452,10 @@ def test_some_of_imagenets_classes_are_found_among_all_of_its_names(tmp_path) ->
     places = [*range(998, 3, -7)]  # neither sorted nor contiguous
     some = [all_imagenet_wordnet_ids[n] for n in places]
     for data in (class_folders(some), described(some)):
-        found = naming(ZeroShot(class_names="imagenet"), data, tmp_path)
+        found = naming_of(ZeroShot(class_names="imagenet"), data, tmp_path)
         assert found.names == IMAGENET and found.numbers == places
         assert found.incomplete == f"{len(places)} of the 1,000 classes of ImageNet-1k"
-    whole = naming(
+    whole = naming_of(
         ZeroShot(class_names="imagenet"), class_folders(all_imagenet_wordnet_ids), tmp_path
     )
     assert whole.numbers == list(range(1000)) and whole.incomplete == ""
@@ -495,7 +505,7 @@ def test_names_given_to_the_folders_win_over_imagenets(tmp_path) -> None:
     some = all_imagenet_wordnet_ids[:2]
     data = class_folders(some, ["a fish", "another"])
     assert names_of(data, tmp_path) == ["a fish", "another"]
-    found = naming(ZeroShot(class_names="imagenet"), data, tmp_path)
+    found = naming_of(ZeroShot(class_names="imagenet"), data, tmp_path)
     assert (found.names, found.numbers) == (IMAGENET, [0, 1])
 
 

@@ -13,7 +13,9 @@ import torch
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
-from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Compositional
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.named import clip_encoder
 from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.optim.optimizers import AdamW

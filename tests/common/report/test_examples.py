@@ -8,10 +8,12 @@ import torch
 from evaluated import recipe
 
 from frugal.common.data.labeled import CaptionedImages
-from frugal.common.evaluation.config import Retrieval, ZeroShot
-from frugal.common.evaluation.zero_shot import Predictions
+from frugal.common.evaluation.predictions import Predictions
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.reduction.image import KeepAll
-from frugal.common.report.examples import confusions, examples_of_model, recall_by_class
+from frugal.common.report.examples import confusions, recall_by_class
+from frugal.common.report.examples_of_model import examples_of_model
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 

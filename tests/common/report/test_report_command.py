@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from reported import REPORT, Page, finished_run, small_recipe
 
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.recipe import Reductions, RunOptions
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate

@@ -12,7 +12,8 @@ import torch
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe, TokenizerConfig
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.optim.optimizers import AdamW

@@ -25,7 +25,8 @@ from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe, Reductions, load_recipe
 from frugal.common.reduction.image import KeepAll

@@ -20,9 +20,8 @@ from frugal.cit.features import TextFeatures
 from frugal.cit.metadata import TargetClass
 from frugal.cit.pool import NO_TEXT, UNREADABLE, Pool, UnitReader, UnitTexts
 from frugal.cit.selection import Collection, Rule, class_features, nearest_class, select
-from frugal.common.contracts import DamageNote
 from frugal.common.data.config import PairData
-from frugal.common.data.damage import DamageCounter, warning
+from frugal.common.data.damage import DamageCounter, DamageNote, warning
 from frugal.common.distributed import Group, gather, place_in_world
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator

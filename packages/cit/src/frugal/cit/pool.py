@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from frugal.cit.texts import TextChoice
-from frugal.common.contracts import DamageNote
 from frugal.common.data.config import PairData, entries_of, make_order, make_transform, open_sources
 from frugal.common.data.contents import Contents, check_same_data, contents_of
-from frugal.common.data.damage import Damaged, note_of
+from frugal.common.data.damage import Damaged, DamageNote, note_of
 from frugal.common.data.loader import WAIT, Loader
 from frugal.common.data.order import Order
 from frugal.common.data.sample_transform import SampleTransform

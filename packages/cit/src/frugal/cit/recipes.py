@@ -18,9 +18,9 @@ from frugal.common.data.samples import Fields
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.demo import scenes_recipe, small_encoder
-from frugal.common.evaluation.config import ZeroShot
 from frugal.common.evaluation.suites import metric_of
 from frugal.common.evaluation.task_labels import TASKS
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.named import image_tower
 from frugal.common.models.pretrained import PretrainedDualEncoderConfig, TransformersText
 from frugal.common.models.vit import ImageTower

@@ -14,7 +14,8 @@ from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.demo import scenes_recipe, small_encoder
-from frugal.common.evaluation.config import Retrieval, ZeroShot
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.named import clip_encoder
 from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.optim.optimizers import AdamW

@@ -13,36 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from frugal.common.data.damage import DamageNote
 from frugal.common.errors import InputError
+from frugal.common.evaluation.bootstrap import SampleResults
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Count, NotNegative, Range, check_ranges
 from frugal.common.reduction.image import ImageReduction, PatchView
-
-if TYPE_CHECKING:
-    from frugal.common.evaluation.bootstrap import Keep
-    from frugal.common.models.bundle import ModelBundle
-    from frugal.common.run import Run
-
-
-class DamageNote(NamedTuple):
-    """One damaged or repaired sample, as a person finds and understands it."""
-
-    kind: str
-    key: str
-    """Where it is: ``shard/key``, a path or a URL."""
-    detail: str
-    """What is wrong with it, such as an exit status or the words of the decoder."""
-    source: int
-    """Which entry of ``data.train`` it is of."""
-    lost: int
-    """Samples that were lost with it and have no slot in any batch: the rest of its shard."""
+from frugal.common.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,8 +287,10 @@ class Stream(Protocol):
         ...
 
 
-Show = Callable[[str, Any], None]
+Show = Callable[[str, np.ndarray], None]
 """Takes a name and a (3, H, W) uint8 picture."""
+Keep = Callable[[SampleResults], None]
+"""Takes what a task found image by image."""
 
 
 class EvaluationTask(ABC):
@@ -311,6 +298,19 @@ class EvaluationTask(ABC):
 
     name: str
     """Of the file that the numbers go to."""
+    data: Path | None = None
+    """What is measured on, as it was given."""
+
+    def check_classes(self, trained: Sequence[str]) -> None:
+        """Refuse data with class folders that training does not have; calls for no model.
+
+        Args:
+            trained: the class folders that a run trains on.
+
+        Raises:
+            InputError: if there is one with images.
+        """
+        del trained
 
     @abstractmethod
     def folder(self) -> Path | None:

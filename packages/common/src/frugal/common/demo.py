@@ -8,7 +8,9 @@ from typing import Any
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import RandomResizedCrop
-from frugal.common.evaluation.config import Compositional, Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Compositional
+from frugal.common.evaluation.retrieval import Retrieval
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import clip_encoder
 from frugal.common.objectives.contrastive import Contrastive

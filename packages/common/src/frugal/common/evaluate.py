@@ -18,7 +18,7 @@ from frugal.common.distributed import gather_objects, leave_process_group
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import SampleResults
 from frugal.common.evaluation.cli import Options, chosen_tasks, chosen_trainings, transfer_tasks
-from frugal.common.evaluation.config import FolderEvaluation, LinearProbe
+from frugal.common.evaluation.linear_probe import LinearProbe
 from frugal.common.evaluation.provenance import config_digest, versions, weights_digest
 from frugal.common.evaluation.remote import as_url, fetch
 from frugal.common.evaluation.results import (
@@ -30,6 +30,7 @@ from frugal.common.evaluation.results import (
     write,
 )
 from frugal.common.evaluation.suites import SUITES
+from frugal.common.evaluation.task import FolderEvaluation
 from frugal.common.files import write_json
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe
@@ -144,7 +145,7 @@ def _measure_all(
     out = _out(options, run)
     subject = _subject(options, bundle, run, url) if run.is_main else None
     is_own = out.resolve() == (run.dir / "evaluation").resolve()
-    trained_on = {task.name: str(getattr(task, "data", None)) for task in own} if is_own else {}
+    trained_on = {task.name: str(task.data) for task in own} if is_own else {}
     _check_free(tasks, subject, bundle, out, trained_on)
     scores: dict[str, float] = {}
     for task in tasks:

@@ -44,6 +44,14 @@ TYPES = {
     "frugal.common.interop.imported_encoder.TrainedElsewhere": (
         "frugal.common.weights.encoder_config.TrainedElsewhere"
     ),
+    "frugal.common.evaluation.config.Compositional": (
+        "frugal.common.evaluation.compositional.Compositional"
+    ),
+    "frugal.common.evaluation.config.LinearProbe": (
+        "frugal.common.evaluation.linear_probe.LinearProbe"
+    ),
+    "frugal.common.evaluation.config.Retrieval": "frugal.common.evaluation.retrieval.Retrieval",
+    "frugal.common.evaluation.config.ZeroShot": "frugal.common.evaluation.zero_shot.ZeroShot",
     "frugal.common.models.config.DualEncoderConfig": "frugal.common.models.clip.DualEncoderConfig",
     "frugal.common.models.config.ImageTower": "frugal.common.models.vit.ImageTower",
     "frugal.common.models.config.TextTower": "frugal.common.models.text.TextTower",

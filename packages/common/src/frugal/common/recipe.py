@@ -197,6 +197,8 @@ class DataConfig(ABC):
 
     max_damaged: float
     """Fraction of damaged samples at which the run stops."""
+    workers: int = 0
+    """Loader processes of each process of a run; 0 loads in the process itself."""
     shared_state: ClassVar[bool] = False
     """Whether the state of a stream is that of all processes, so that it fits any number of them.
     Otherwise a stream gets a state back only where there are as many as before."""

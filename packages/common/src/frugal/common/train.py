@@ -555,7 +555,7 @@ def _last_evaluated(recipe: Recipe, run: Run) -> float:
 
 
 def _data_of(task: EvaluationTask) -> str:
-    return str(getattr(task, "data", None))
+    return str(task.data)
 
 
 def _draw(batch: Batch, step: int, engine: Engine, watch: MetricsLogger) -> None:

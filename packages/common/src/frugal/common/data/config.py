@@ -361,10 +361,8 @@ def _keep_classes(sources: list[Source], recipe: Recipe, run: Run, *, is_resumed
     if folder is None:
         return
     for task in recipe.evaluation:
-        check = getattr(task, "check_classes", None)
-        if check is not None:
-            without = folder.classes_without_images
-            check([name for name in folder.class_folders if name not in without])
+        without = folder.classes_without_images
+        task.check_classes([name for name in folder.class_folders if name not in without])
     keep_classes(
         run.dir,
         folder.class_folders,

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from frugal.common.contracts import DamageNote
 from frugal.common.errors import InputError
 
 Kind = Literal[
@@ -25,6 +24,20 @@ duplicate: two members of one name. apart: members of a streamed tar that belong
 sample. row: a row of a list that does not fit its header, has quotes that do not pair up, or a
 caption that is not UTF-8.
 """
+
+
+class DamageNote(NamedTuple):
+    """One damaged or repaired sample, as a person finds and understands it."""
+
+    kind: str
+    key: str
+    """Where it is: ``shard/key``, a path or a URL."""
+    detail: str
+    """What is wrong with it, such as an exit status or the words of the decoder."""
+    source: int
+    """Which entry of ``data.train`` it is of."""
+    lost: int
+    """Samples that were lost with it and have no slot in any batch: the rest of its shard."""
 
 
 REPAIRED = "repaired"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from frugal.common.data.samples import Fields, decode_classes
 from frugal.common.data.stored_images import GROUP, IMAGE, StoredImages, digest_of
 from frugal.common.data.stores.class_folders import find_objectnet
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.distributed import check_delivery
+from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
 
 
@@ -281,24 +281,6 @@ class MultiLabeledImages(_InOrder):
             ) from None
 
 
-class Ranks(Protocol):
-    """The processes that share the images of a data set."""
-
-    @property
-    def rank(self) -> int:
-        """This process, from 0 on."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """How many there are."""
-        ...
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place; every process must call this."""
-        ...
-
-
 class ImageSet(Protocol):
     """Images that are handed out once, in parts, on all ranks together."""
 
@@ -338,9 +320,31 @@ def walk_images(
         InputError: if an image is damaged.
         RuntimeError: if an image came twice or not at all.
     """
+    batches = data.batches(ranks.rank, ranks.world_size, batch_size, workers)
+    walk_batches(grouped(batches), compute, tables, ranks=ranks)
+
+
+def walk_batches(
+    batches: Iterable[tuple[Any, ...]],
+    compute: Callable[..., Sequence[Tensor]],
+    tables: Sequence[Tensor],
+    *,
+    ranks: Ranks,
+) -> None:
+    """As :func:`walk_images`, in batches as they come: for pictures that do not go together.
+
+    Args:
+        batches: of this rank; the last entry of each is places (b,).
+        compute: from the entries of a batch to the rows (b, ...) of every table.
+        tables: (N, ...) zeros of any dtype, on the device that ``compute`` answers on.
+        ranks: the processes that share the images.
+
+    Raises:
+        RuntimeError: if an image came twice or not at all.
+    """
     device = tables[0].device
-    delivered = torch.zeros(len(data), dtype=torch.int64, device=device)
-    for batch in grouped(data.batches(ranks.rank, ranks.world_size, batch_size, workers)):
+    delivered = torch.zeros(len(tables[0]), dtype=torch.int64, device=device)
+    for batch in batches:
         places = batch[-1].to(device)
         for table, rows in zip(tables, compute(*batch), strict=True):
             table[places] = rows

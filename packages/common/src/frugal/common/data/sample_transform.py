@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from frugal.common.contracts import DamageNote
-from frugal.common.data.damage import REPAIRED, Damaged, note_of
+from frugal.common.data.damage import REPAIRED, Damaged, DamageNote, note_of
 from frugal.common.data.samples import RawSample, describe_members
 from frugal.common.data.tokenizers import Tokenizer, text_length
 from frugal.common.data.transforms import Augmentation

@@ -183,7 +183,3 @@ def interval(drawn: Tensor, confidence: float = 0.95) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = torch.quantile(whole, torch.tensor([tail, 1 - tail], dtype=whole.dtype)).tolist()
     return low, high
-
-
-Keep = Callable[[SampleResults], None]
-"""Takes what a task found beside its numbers, on the process that wants it."""

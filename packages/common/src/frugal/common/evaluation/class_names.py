@@ -7,18 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from frugal.common.data.damage import shortened
+from frugal.common.data.labeled import LabeledImages, MultiLabeledImages
 from frugal.common.data.patterns import natural_key
 from frugal.common.data.stores.class_folders import is_bare_number, is_wordnet_id
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import SUBSETS, ZeroShot
 from frugal.common.evaluation.prompts import ClassName, imagenet_class_names, named_templates
 from frugal.common.evaluation.suites import listed
 from frugal.common.evaluation.task_labels import task_labels
+from frugal.common.files import read_text
 
+SUBSETS = ("imagenet_a", "imagenet_r")
+"""Of ImageNet's classes."""
+CLASS_NAMES = ("data", "imagenet", *SUBSETS)
+TEMPLATES = ("data", "imagenet_7", "imagenet_9", "imagenet_80", "name")
+"""Words of their own beside the names of tasks."""
 _NUMBERS = [str(number) for number in range(1000)]
+ClassifiedImages = LabeledImages | MultiLabeledImages
 
 
 @dataclass(frozen=True)
@@ -34,25 +40,31 @@ class Naming:
     """What is missing of the set that the names belong to, in words; empty if nothing is."""
 
 
-def naming(task: ZeroShot, data: Any, source: Path) -> Naming:
+def naming(class_names: str, templates: str, data: ClassifiedImages, source: Path) -> Naming:
     """What the classes are called and what is written around the names.
+
+    Args:
+        class_names: ``ZeroShot.class_names``.
+        templates: ``ZeroShot.templates``.
+        data: says what its own classes and prompts are.
+        source: of the data, for messages.
 
     Raises:
         InputError: if the data has no names, or they cannot be brought together with those of the
             task or ImageNet's.
     """
-    templates = _templates(task, data)
-    if task.class_names in SUBSETS:
-        return Naming(_names_of_subset(task.class_names, data, source), templates)
-    if task.class_names in listed() and task.class_names != "imagenet":
-        return Naming(_names_of_task(task.class_names, data, source), templates)
+    prompts = _templates(templates, data)
+    if class_names in SUBSETS:
+        return Naming(_names_of_subset(class_names, data, source), prompts)
+    if class_names in listed() and class_names != "imagenet":
+        return Naming(_names_of_task(class_names, data, source), prompts)
     names = list(data.class_names or ())
-    if task.class_names == "imagenet":
+    if class_names == "imagenet":
         own = list(data.class_folders or names)
-        return _among_imagenets(own, templates, source, has_numbers=data.class_folders is None)
+        return _among_imagenets(own, prompts, source, has_numbers=data.class_folders is None)
     if names == _NUMBERS or any(map(is_wordnet_id, names)):
         names = _imagenet_names(names, source, has_numbers=data.class_folders is None)
-        return Naming(list(names), templates, incomplete=_incomplete(len(names)))
+        return Naming(list(names), prompts, incomplete=_incomplete(len(names)))
     if not names:
         raise InputError(
             f"{source} does not say what its classes are called; add a classnames.txt with one "
@@ -66,15 +78,25 @@ def naming(task: ZeroShot, data: Any, source: Path) -> Naming:
             f'{source / "classnames.json"}, such as {{"{number}": "..."}}, or choose a task\'s '
             "names with --class-names"
         )
-    return Naming(list(names), templates)
+    return Naming(list(names), prompts)
 
 
-def names_and_templates(
-    task: ZeroShot, data: Any, source: Path
-) -> tuple[list[ClassName], list[str]]:
-    """See :func:`naming`; for data whose labels are the places of the names."""
-    found = naming(task, data, source)
-    return found.names, found.templates
+def held_out_classes(data: Path, num_classes: int) -> list[int]:
+    """The classes that training never saw, from ``held_out.txt``; [] where there is none.
+
+    Raises:
+        InputError: if a line is not the index of a class.
+    """
+    path = data / "held_out.txt"
+    if not path.is_file():
+        return []
+    lines = read_text(path).split()
+    if not all(line.isdecimal() and int(line) < num_classes for line in lines):
+        raise InputError(
+            f"{path} must hold one class index below {num_classes} per line; write the data "
+            "again, or correct the file"
+        )
+    return sorted({int(line) for line in lines})
 
 
 def _among_imagenets(
@@ -95,13 +117,13 @@ def _incomplete(count: int) -> str:
     return "" if count == whole else f"{count} of the {whole:,} classes of ImageNet-1k"
 
 
-def _templates(task: ZeroShot, data: Any) -> list[str]:
-    if task.templates != "data":
-        return named_templates(task.templates)
+def _templates(templates: str, data: ClassifiedImages) -> list[str]:
+    if templates != "data":
+        return named_templates(templates)
     return list(data.templates or ()) or named_templates("imagenet_7")
 
 
-def _names_of_task(task: str, data: Any, source: Path) -> list[ClassName]:
+def _names_of_task(task: str, data: ClassifiedImages, source: Path) -> list[ClassName]:
     """The names of a task of a suite, in the order of the classes of the data.
 
     Class folders that are called as the classes are found by name. Others are taken in their
@@ -181,7 +203,7 @@ def _check_order(task: str, folders: list[str], number_of: dict[str, int], sourc
             )
 
 
-def _names_of_subset(name: str, data: Any, source: Path) -> list[ClassName]:
+def _names_of_subset(name: str, data: ClassifiedImages, source: Path) -> list[ClassName]:
     """ImageNet's names for the classes of ImageNet-A or -R, all of which must be there."""
     listed_ids = files("timm.data") / "_info" / f"{name}_synsets.txt"
     ids = sorted(listed_ids.read_text(encoding="utf-8").split())

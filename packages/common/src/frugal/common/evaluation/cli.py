@@ -16,19 +16,15 @@ from frugal.common.data.benchmark_layout import (
     holds_class_folders,
 )
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import (
-    SUBSETS,
-    Compositional,
-    FolderEvaluation,
-    ImageEvaluation,
-    LinearProbe,
-    Retrieval,
-    Solver,
-    ZeroShot,
-)
+from frugal.common.evaluation.class_names import SUBSETS
+from frugal.common.evaluation.compositional import Compositional
+from frugal.common.evaluation.linear_probe import LinearProbe, Solver
+from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.sugarcrepe import has_contrasts
 from frugal.common.evaluation.suites import SUITES, find_parts, metric_of
+from frugal.common.evaluation.task import FolderEvaluation, ImageEvaluation
 from frugal.common.evaluation.task_labels import TASKS
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.vit import ImageTower
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
-from frugal.common.contracts import Show
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import as_bytes
 from frugal.common.data.loader import Loader
@@ -22,16 +22,73 @@ from frugal.common.data.stored_images import GROUP
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
-from frugal.common.evaluation.config import Compositional
+from frugal.common.evaluation.bootstrap import Measure, SampleResults
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.retrieval import embed
 from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS, read_contrasts
+from frugal.common.evaluation.task import ImageEvaluation, Inputs
 from frugal.common.files import reason_of
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compositional(ImageEvaluation):
+    """Telling an image's caption from one that was made false by replacing, swapping or adding.
+
+    Reads SugarCrepe's seven JSON files (arXiv:2306.14610) or a scenes folder.
+    """
+
+    name: str = "compositional"
+    """First part of the name of every number."""
+    images: Path | None = None
+    """Folder of images (COCO's val2017 for SugarCrepe); by default images/ or val2017/ beside the
+    JSON files, or their own folder."""
+
+    _part = "compositional"
+    _scores = ("mean", *KINDS, *CATEGORIES)
+
+    @override
+    def folder(self) -> Path | None:
+        """Where the JSON files are: ``data``, or the part of a scenes folder meant for this.
+
+        Raises:
+            InputError: if data or images are given and missing.
+        """
+        if self.data is not None and self.images is not None and not self.images.is_dir():
+            raise InputError(
+                f"the images of the evaluation {self.name!r} are not there: {self.images} is no "
+                "folder; check the path"
+            )
+        return super().folder()
+
+    @override
+    def measure(self, given: Inputs) -> dict[str, float | int]:
+        """``swap_obj`` and so on: the share of items whose true caption is strictly nearer.
+
+        Also ``replace``, ``swap``, ``add`` and ``mean``, the means over their categories and over
+        all seven, ``items``, ``images`` and ``swap_obj_items`` and so on.
+
+        Raises:
+            InputError: if the data cannot be used.
+        """
+        run, ranks = given.run, given.ranks
+        data = open_contrasts(self, given.folder, given.bundle)
+        embedder = Embedder.of(given.bundle, run, self)
+        ranks.same_data(data, self.name)
+        with embedder.measuring(ranks):
+            choices = choose(
+                embedder, data, batch_size=self.batch_size, workers=self.workers, ranks=ranks
+            )
+        identity = identify(data, ranks, run.device)
+        identity.remark(self.name, run.log)
+        _remark(self, data, choices, given)
+        if given.show is not None:
+            given.show(self.name, _picture(data, choices))
+        if given.keep is not None:
+            given.keep(_results(self, data, choices, identity.facts()))
+        return choices.numbers()
 
 
 class Contrasts(Dataset[dict[str, Any]]):
@@ -211,7 +268,7 @@ class CaptionChoices:
         return shares | means | items | {"items": len(self.cosines), "images": self.num_images}
 
 
-def judge(
+def choose(
     embedder: Embedder,
     data: Contrasts,
     *,
@@ -246,41 +303,14 @@ def open_contrasts(task: Compositional, folder: Path, bundle: ModelBundle) -> Co
     return Contrasts(folder, task.images, size=size, crop=task.crop)
 
 
-def evaluate(
-    task: Compositional,
-    folder: Path,
-    bundle: ModelBundle,
-    run: Run,
-    show: Show | None,
-    keep: Keep | None = None,
-) -> dict[str, float | int]:
-    """See :meth:`frugal.common.evaluation.config.Compositional.evaluate`."""
-    data = open_contrasts(task, folder, bundle)
-    embedder = Embedder.of(bundle, run, task)
-    ranks = Ranks.current()
-    ranks.same_data(data, task.name)
-    with embedder.measuring(ranks):
-        verdicts = judge(
-            embedder, data, batch_size=task.batch_size, workers=task.workers, ranks=ranks
-        )
-    identity = identify(data, ranks, run.device)
-    identity.remark(task.name, run.log)
-    _remark(task, data, verdicts, folder, run)
-    if show is not None:
-        show(task.name, _picture(data, verdicts))
-    if keep is not None:
-        keep(_outcomes(task, data, verdicts, identity.facts()))
-    return {f"{task.name}_{kind}": number for kind, number in verdicts.numbers().items()}
-
-
-def _outcomes(
-    task: Compositional, data: Contrasts, verdicts: CaptionChoices, facts: dict[str, Any]
+def _results(
+    task: Compositional, data: Contrasts, choices: CaptionChoices, facts: dict[str, Any]
 ) -> SampleResults:
     """Item by item, whether the true caption was nearer."""
-    right = verdicts.right.to(torch.uint8)
-    category = torch.tensor([CATEGORIES.index(name) for name in verdicts.categories])
+    right = choices.right.to(torch.uint8)
+    category = torch.tensor([CATEGORIES.index(name) for name in choices.categories])
     image = torch.tensor(data.image_of_item)
-    numbers = verdicts.numbers()
+    numbers = choices.numbers()
     tables, measures = {}, {}
     wholes = {kind: [f"{kind}_{part}" for part in parts] for kind, parts in KINDS.items()}
     wholes |= {"mean": list(CATEGORIES)} | {name: [name] for name in CATEGORIES}
@@ -290,7 +320,7 @@ def _outcomes(
         own = torch.isin(category, torch.tensor([CATEGORIES.index(part) for part in parts]))
         tables[f"{name}_right"], tables[f"{name}_category"] = right[own], category[own]
         tables[f"{name}_image"] = image[own]
-        measures[f"{task.name}_{name}"] = Measure(
+        measures[task.number_name(name)] = Measure(
             "mean_of_groups", f"{name}_right", groups=f"{name}_category", image=f"{name}_image"
         )
     facts = {
@@ -301,32 +331,31 @@ def _outcomes(
     return SampleResults(facts, len(data), tables, measures)
 
 
-def _remark(
-    task: Compositional, data: Contrasts, verdicts: CaptionChoices, folder: Path, run: Run
-) -> None:
+def _remark(task: Compositional, data: Contrasts, choices: CaptionChoices, given: Inputs) -> None:
     """Log what the numbers rest on."""
+    run = given.run
     run.log.info("%s: %s items with %s images", task.name, f"{len(data.items):,}", f"{len(data):,}")
-    if lacking := [name for name in CATEGORIES if name not in verdicts.categories]:
+    if lacking := [name for name in CATEGORIES if name not in choices.categories]:
         run.log.warning(
             "%s: %s has no %s; the means that need them are left out",
             task.name,
-            folder,
+            given.folder,
             ", ".join(f"{name}.json" for name in lacking),
         )
-    if verdicts.num_ties:
+    if choices.num_ties:
         run.log.warning(
             "%s: the model does not tell the captions of %s of the %s items apart, which counts "
             "as wrong; captions longer than its text length may be equal up to there",
             task.name,
-            f"{verdicts.num_ties:,}",
+            f"{choices.num_ties:,}",
             f"{len(data.items):,}",
         )
 
 
-def _picture(data: Contrasts, verdicts: CaptionChoices) -> Picture:
+def _picture(data: Contrasts, choices: CaptionChoices) -> Picture:
     """Some images with the caption that the model prefers."""
     places = example_places(len(data.items))
-    right = verdicts.right[places].tolist()
+    right = choices.right[places].tolist()
     said = [
         data.items[place].caption if is_right else data.items[place].negative_caption
         for place, is_right in zip(places, right, strict=True)

@@ -17,7 +17,7 @@ from frugal.common.data.tokenizers import text_length
 from frugal.common.data.transforms import normalize
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import ImageEvaluation, ZeroShot
+from frugal.common.evaluation.task import ImageEvaluation
 from frugal.common.models.bundle import ImageSpec, ModelBundle
 from frugal.common.models.image_encoder import image_encoder
 from frugal.common.models.vit import ImageTower, ImageTransformer
@@ -192,13 +192,21 @@ class Embedder:
         return F.normalize(features, dim=-1)
 
     @classmethod
-    def of(cls, bundle: ModelBundle, run: Run, task: ImageEvaluation | None = None) -> Embedder:
+    def of(
+        cls,
+        bundle: ModelBundle,
+        run: Run,
+        task: ImageEvaluation | None = None,
+        *,
+        reduces: bool = False,
+    ) -> Embedder:
         """The model as it was trained, on the device of the run.
 
         Args:
             bundle: two towers, or an image tower alone.
             run: where it runs.
-            task: says what of every image and prompt the model sees; all of it by default.
+            task: says what of every image the model sees; all of it by default.
+            reduces: shorten texts by the text reduction of the training.
 
         Raises:
             InputError: if the tokenizer or the text reduction cannot be loaded, or the task keeps
@@ -214,7 +222,6 @@ class Embedder:
             masking = RandomMasking(mask_ratio=task.mask_ratio)
             masking.num_kept(image.num_patches)
             views = MaskedViews(masking, task.views, bundle.seed)
-        reduces = isinstance(task, ZeroShot) and task.reduce_prompts
         return cls(
             embedding_model(bundle),
             bundle.tokenizer,
@@ -351,12 +358,3 @@ def text_table(embedder: Embedder, texts: Sequence[str], *, ranks: Ranks) -> Ten
     )
     place = {ids: row for row, ids in enumerate(distinct)}
     return table[torch.tensor([place[seen[text]] for text in texts], device=embedder.device)]
-
-
-def similarity(queries: Tensor, candidates: Tensor) -> Tensor:
-    """(Q, C) float32 dot products, computed in float64.
-
-    A float32 product rounds differently with its shape, and TF32 differently again: equal
-    candidates would tie or not depending on the size of the chunk. Rounded from float64 they tie.
-    """
-    return (queries.double() @ candidates.double().T).float()

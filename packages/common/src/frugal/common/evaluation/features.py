@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from frugal.common.data.labeled import LabeledImages, grouped
-from frugal.common.distributed import Ranks, check_delivery
+from frugal.common.data.labeled import LabeledImages, walk_images
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.files import reason_of
@@ -53,16 +53,14 @@ def embed_labeled(
 ) -> Features:
     """Embed every image once, whatever the number of processes and the batch size."""
     embeddings = torch.zeros(len(data), embedder.width, device=embedder.device)
-    table = torch.zeros(len(data), 2, dtype=torch.int64, device=embedder.device)
-    batches = data.batches(ranks.rank, ranks.world_size, batch_size, workers)
-    for images, labels, places in grouped(batches):
-        places = places.to(embedder.device)
-        embeddings[places] = embedder.images(images, places)
-        labels = labels.to(embedder.device)
-        table.index_add_(0, places, torch.stack([torch.ones_like(labels), labels], dim=1))
-    table = ranks.sum(table).cpu()
-    check_delivery(table[:, 0])
-    return Features(ranks.sum(embeddings).cpu(), table[:, 1].clone())
+    all_labels = torch.zeros(len(data), dtype=torch.int64, device=embedder.device)
+
+    def compute(images: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        return embedder.images(images, places), labels.to(embedder.device)
+
+    tables = [embeddings, all_labels]
+    walk_images(data, compute, tables, ranks=ranks, batch_size=batch_size, workers=workers)
+    return Features(embeddings.cpu(), all_labels.cpu())
 
 
 def kept(

@@ -1,187 +1,150 @@
-"""Linear probing: a linear classifier on frozen embeddings, its weight decay searched.
-
-Source: Radford et al., arXiv:2103.00020, appendix A.3 (L-BFGS, a search that closes in on the best
-weight decay), and clip_benchmark, which trains with AdamW and a cosine instead.
-"""
+"""Linear probing: a linear classifier on frozen embeddings, its weight decay searched."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
-from torch import Tensor
+from typing_extensions import override
 
 from frugal.common.data.damage import PassedOver
 from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.stores.class_folders import class_numbers
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep
-from frugal.common.evaluation.config import LinearProbe
+from frugal.common.evaluation.class_names import held_out_classes
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.features import Features, embed_labeled, kept
+from frugal.common.evaluation.linear_classifier import Linear, optimum, search, trained
 from frugal.common.evaluation.metrics import ranked_classes
+from frugal.common.evaluation.predictions import Predictions
 from frugal.common.evaluation.provenance import config_digest, identify, weights_digest
 from frugal.common.evaluation.remarks import Remarks
-from frugal.common.evaluation.zero_shot import Predictions, held_out_classes
+from frugal.common.evaluation.task import ImageEvaluation, Inputs
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import stable_key
+from frugal.common.ranges import Count, NotNegative, OpenShare, Positive, Seed
 from frugal.common.recipe import to_json
 from frugal.common.run import Run
 
-WEIGHT_DECAYS = np.logspace(-6, 2, num=97).tolist()
-"""What is searched; clip_benchmark's."""
-_FIRST, _SPAN = 16, 8
-"""Every 16th is tried first; then 8, 4, 2 and 1 to either side of the best."""
-_ROWS_AT_ONCE = 1 << 16
-"""Embeddings that are float64 at a time."""
+Solver = Literal["lbfgs", "adamw", "sgd"]
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A linear classifier."""
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe(ImageEvaluation):
+    """A linear classifier on the embeddings of images, trained on some and measured on others.
 
-    weight: Tensor
-    """(C, E)."""
-    bias: Tensor
-    """(C,)."""
-
-    def scores(self, embeddings: Tensor) -> Tensor:
-        """(N, C), on the CPU."""
-        parts = embeddings.split(_ROWS_AT_ONCE)
-        return torch.cat([self._scores(part.to(self.weight)).cpu() for part in parts])
-
-    def _scores(self, embeddings: Tensor) -> Tensor:
-        return F.linear(embeddings, self.weight, self.bias)
-
-    def accuracy(self, features: Features) -> float:
-        """Fraction of the images whose class has the highest score."""
-        best = self.scores(features.embeddings).topk(1, dim=1).indices[:, 0]
-        return int((best == features.labels).sum()) / len(features)
-
-
-def fit(
-    task: LinearProbe,
-    features: Features,
-    num_classes: int,
-    *,
-    weight_decay: float,
-    device: torch.device,
-) -> Linear:
-    """A classifier that has learned the classes of some embeddings."""
-    with torch.enable_grad():
-        if task.solver == "lbfgs":
-            return _optimum(features, num_classes, weight_decay, device)
-        return _trained(task, features, num_classes, weight_decay, device)
-
-
-def _optimum(
-    features: Features, num_classes: int, weight_decay: float, device: torch.device
-) -> Linear:
-    """What minimizes the mean cross-entropy plus half the weight decay times the squared weights.
-
-    The problem is convex: nothing is drawn, and the bias is not decayed.
+    Reads a folder with the parts train/ and test/ (or val/), each of them class-per-folder images
+    or tars with ``cls`` members as clip_benchmark has them; of a scenes folder, its zero_shot/.
+    Source: Radford et al., arXiv:2103.00020, appendix A.3, as clip_benchmark does it.
     """
-    options: Any = {"dtype": torch.float64, "device": device, "requires_grad": True}
-    weight = torch.zeros(num_classes, features.embeddings.shape[1], **options)
-    bias = torch.zeros(num_classes, **options)
-    solver = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=1_000,
-        max_eval=1_250,
-        history_size=20,
-        tolerance_grad=1e-5,  # ten times below scikit-learn's, which CLIP used
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
 
-    def loss() -> Tensor:
-        solver.zero_grad()
-        total = 0.5 * weight_decay * weight.square().sum()
-        total.backward()
-        for start in range(0, len(features), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            scores = F.linear(features.embeddings[rows].to(weight), weight, bias)
-            labels = features.labels[rows].to(device)
-            part = F.cross_entropy(scores, labels, reduction="sum") / len(features)
-            part.backward()
-            total = total.detach() + part.detach()
-        return total
+    name: str = "linear_probe"
+    """First part of the name of every number."""
+    train: str = "train"
+    """Sub-folder of the images to train on."""
+    test: str | None = None
+    """Sub-folder of the images to measure on; by default test, or val without it."""
+    validation: str | None = None
+    """Sub-folder of the images that choose the weight decay; by default val, where it is not
+    measured on."""
+    validation_share: OpenShare = 0.2
+    """Without such a folder, the share of the training images that choose instead, drawn with the
+    seed; they are trained on too once the weight decay is chosen."""
+    weight_decay: NotNegative | None = None
+    """By default searched: 7 of the 97 values from 1e-6 to 100, then closer and closer around the
+    best."""
+    solver: Solver = "lbfgs"
+    """lbfgs: the optimum of the mean cross-entropy plus half the weight decay times the squared
+    weights, without a learning rate. adamw, sgd: epochs with a cosine, as clip_benchmark trains."""
+    epochs: Count = 10
+    """Of adamw and sgd."""
+    learning_rate: Positive = 0.1
+    """Of adamw and sgd, at the start."""
+    probe_batch: Count = 64
+    """Embeddings in a step of adamw and sgd."""
+    seed: Seed = 0
+    """Of the first weights, the order and the drawn validation images."""
+    features: Path | None = None
+    """Folder where embeddings are kept for the next time; without it they are not."""
 
-    solver.step(loss)  # type: ignore[arg-type]
-    return Linear(weight.detach(), bias.detach())
+    _part = "zero_shot"
+    _scores = ("top1", "top5", "mean_per_class_recall")
 
+    @override
+    def measure(self, given: Inputs) -> dict[str, float | int]:
+        """``top1``, ``top5``, ``mean_per_class_recall``, ``weight_decay``.
 
-def batches(num_images: int, *, size: int, epochs: int, seed: int) -> Iterator[Tensor]:
-    """The rows of every step, each epoch in an order of its own."""
-    generator = torch.Generator().manual_seed(stable_key(seed, "probe order") % 2**63)
-    for _ in range(epochs):
-        yield from torch.randperm(num_images, generator=generator).split(size)
+        Also ``images``, ``train_images``, ``validation_images`` and ``classes``, and where there
+        are such ``classes_without_images`` and ``passed_over``.
 
+        Raises:
+            InputError: if the parts of the data are not there, or do not have the same classes.
+        """
+        run, ranks, folder = given.run, given.ranks, given.folder
+        parts = open_parts(self, folder, given.bundle)
+        embedder = Embedder.of(given.bundle, run, self)
+        key = _key(self, given.bundle, run) if self.features else {}
 
-def _trained(
-    task: LinearProbe,
-    features: Features,
-    num_classes: int,
-    weight_decay: float,
-    device: torch.device,
-) -> Linear:
-    """Some epochs of AdamW, or of SGD with momentum, under a cosine without warm-up."""
-    generator = torch.Generator().manual_seed(task.seed)
-    width = features.embeddings.shape[1]
-    bound = 1 / math.sqrt(width)  # torch's own for a linear layer
-    drawn = [
-        torch.empty(shape).uniform_(-bound, bound, generator=generator).to(device)
-        for shape in ((num_classes, width), (num_classes,))
-    ]
-    weight, bias = (part.requires_grad_() for part in drawn)
-    decay = weight_decay
-    solver: torch.optim.Optimizer
-    if task.solver == "adamw":
-        solver = torch.optim.AdamW([weight, bias], lr=task.learning_rate, weight_decay=decay)
-    else:
-        solver = torch.optim.SGD(
-            [weight, bias], lr=task.learning_rate, momentum=0.9, weight_decay=decay
+        def embedded(data: LabeledImages) -> Features:
+            def make() -> Features:
+                options = {"batch_size": self.batch_size, "workers": self.workers, "ranks": ranks}
+                with embedder.measuring(ranks):
+                    return embed_labeled(embedder, data, **options)  # type: ignore[arg-type]
+
+            ranks.same_data(data, self.name)
+            digest = partial(_digest, data, ranks, run)
+            return kept(self.features, key, make, data=digest, ranks=ranks, run=run)
+
+        train, test = embedded(parts.train), embedded(parts.test)
+        validation = None if parts.validation is None else embedded(parts.validation)
+        found = probe(self, train, validation, device=run.device)
+        held_out = held_out_classes(folder, found.num_classes)
+        asked = ~torch.isin(test.labels, torch.tensor(held_out, dtype=torch.int64))
+        answers = found.answers(test.rows(asked))
+        remarks = _remarks(parts, train, answers, held_out)
+        labels = parts.train.class_folders or [f"class {n}" for n in range(found.num_classes)]
+        remarks.tell(self.name, labels, run.log)
+        trained_on = train if validation is None else train.joined(validation)
+        measured_on, learned = (
+            identify(part, ranks, run.device) for part in (parts.test, parts.train)
         )
-    options = {"size": task.probe_batch, "epochs": task.epochs, "seed": task.seed}
-    steps = task.epochs * math.ceil(len(features) / task.probe_batch)
-    for step, rows in enumerate(batches(len(features), **options)):
-        solver.param_groups[0]["lr"] = (
-            0.5 * (1 + math.cos(math.pi * step / steps)) * task.learning_rate
+        run.log.info(
+            "%s: %s images, %s trained on, weight decay %.3g",
+            self.name,
+            f"{len(answers.labels):,}",
+            f"{len(train):,}",
+            found.weight_decay,
         )
-        solver.zero_grad()
-        scores = F.linear(features.embeddings[rows].to(device), weight, bias)
-        F.cross_entropy(scores, features.labels[rows].to(device)).backward()
-        solver.step()
-    return Linear(weight.detach(), bias.detach())
-
-
-def search(accuracy: Callable[[float], float]) -> float:
-    """The weight decay of the highest accuracy, closing in on it as clip_benchmark does.
-
-    Of equal ones the first that was tried counts.
-    """
-    known: dict[int, float] = {}
-
-    def best(places: list[int]) -> int:
-        for place in places:
-            if place not in known:
-                known[place] = accuracy(WEIGHT_DECAYS[place])
-        return max(places, key=lambda place: (known[place], -places.index(place)))
-
-    last = len(WEIGHT_DECAYS) - 1
-    peak, span = best(list(range(0, last + 1, _FIRST))), _SPAN
-    while span:
-        peak = best([max(peak - span, 0), peak, min(peak + span, last)])
-        span //= 2
-    return WEIGHT_DECAYS[peak]
+        measured_on.remark(self.name, run.log)
+        counts = {
+            "weight_decay": found.weight_decay,
+            "train_images": len(train),
+            "validation_images": found.num_validation,
+            "left_out": int((~asked).sum()),
+            "images_trained_on": measured_on.common(learned),
+            "images_of_untrained_classes": int(
+                (~torch.isin(answers.labels, trained_on.labels)).sum()
+            ),
+        }
+        _remark(self, folder, counts, len(test), run)
+        if given.keep is not None:
+            facts = {
+                **measured_on.facts(),
+                "train_sha256": learned.sha256,
+                "images": len(answers.labels),
+                **counts,
+                "class_folders": parts.train.class_folders,
+                **remarks.facts(labels),
+            }
+            given.keep(answers.results(self.number_name, facts))
+        usual = ("weight_decay", "train_images", "validation_images")
+        numbers = answers.numbers() | {n: v for n, v in counts.items() if n in usual or v}
+        return numbers | remarks.numbers()
 
 
 @dataclass(frozen=True)
@@ -248,72 +211,6 @@ def _match(train: LabeledImages, part: LabeledImages, trained: Path, source: Pat
     part.renumber(
         class_numbers(known, part.class_folders, filled, source=source, of=f"training in {trained}")
     )
-
-
-def evaluate(
-    task: LinearProbe,
-    folder: Path,
-    bundle: ModelBundle,
-    run: Run,
-    keep: Keep | None = None,
-) -> dict[str, float | int]:
-    """See :meth:`frugal.common.evaluation.config.LinearProbe.evaluate`."""
-    parts = open_parts(task, folder, bundle)
-    embedder, ranks = Embedder.of(bundle, run, task), Ranks.current()
-    key = _key(task, bundle, run) if task.features else {}
-
-    def embedded(data: LabeledImages) -> Features:
-        def make() -> Features:
-            options = {"batch_size": task.batch_size, "workers": task.workers, "ranks": ranks}
-            with embedder.measuring(ranks):
-                return embed_labeled(embedder, data, **options)  # type: ignore[arg-type]
-
-        ranks.same_data(data, task.name)
-        digest = partial(_digest, data, ranks, run)
-        return kept(task.features, key, make, data=digest, ranks=ranks, run=run)
-
-    train, test = embedded(parts.train), embedded(parts.test)
-    validation = None if parts.validation is None else embedded(parts.validation)
-    found = probe(task, train, validation, device=run.device)
-    held_out = held_out_classes(folder, found.num_classes)
-    asked = ~torch.isin(test.labels, torch.tensor(held_out, dtype=torch.int64))
-    answers = found.answers(test.rows(asked))
-    remarks = _remarks(parts, train, answers, held_out)
-    labels = parts.train.class_folders or [f"class {n}" for n in range(found.num_classes)]
-    remarks.tell(task.name, labels, run.log)
-    trained_on = train if validation is None else train.joined(validation)
-    measured_on, learned = (identify(part, ranks, run.device) for part in (parts.test, parts.train))
-    run.log.info(
-        "%s: %s images, %s trained on, weight decay %.3g",
-        task.name,
-        f"{len(answers.labels):,}",
-        f"{len(train):,}",
-        found.weight_decay,
-    )
-    measured_on.remark(task.name, run.log)
-    counts = {
-        "weight_decay": found.weight_decay,
-        "train_images": len(train),
-        "validation_images": found.num_validation,
-        "left_out": int((~asked).sum()),
-        "images_trained_on": measured_on.common(learned),
-        "images_of_untrained_classes": int((~torch.isin(answers.labels, trained_on.labels)).sum()),
-    }
-    _remark(task, folder, counts, len(test), run)
-    if keep is not None:
-        facts = {
-            **measured_on.facts(),
-            "train_sha256": learned.sha256,
-            "images": len(answers.labels),
-            **counts,
-            "class_folders": parts.train.class_folders,
-            **remarks.facts(labels),
-        }
-        keep(answers.outcomes(task.name, facts))
-    usual = ("weight_decay", "train_images", "validation_images")
-    numbers = answers.numbers() | {n: v for n, v in counts.items() if n in usual or v}
-    numbers |= remarks.numbers()
-    return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
 
 
 def _remarks(
@@ -455,3 +352,28 @@ def _split(task: LinearProbe, train: Features) -> tuple[Features, Features]:
     generator = torch.Generator().manual_seed(stable_key(task.seed, "probe split") % 2**63)
     order = torch.randperm(len(train), generator=generator)
     return train.rows(order[count:]), train.rows(order[:count])
+
+
+def fit(
+    task: LinearProbe,
+    features: Features,
+    num_classes: int,
+    *,
+    weight_decay: float,
+    device: torch.device,
+) -> Linear:
+    """A classifier that has learned the classes of some embeddings."""
+    with torch.enable_grad():
+        if task.solver == "lbfgs":
+            return optimum(features, num_classes, weight_decay=weight_decay, device=device)
+        return trained(
+            features,
+            num_classes,
+            weight_decay=weight_decay,
+            device=device,
+            solver=task.solver,
+            learning_rate=task.learning_rate,
+            batch_size=task.probe_batch,
+            epochs=task.epochs,
+            seed=task.seed,
+        )

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from frugal.common.distributed import Ranks
-from frugal.common.evaluation.embed import similarity
 
 _SCORES_AT_ONCE = 1 << 24
 """Similarities held at a time: 64 MiB of float32, twice that while they are float64."""
+
+
+def similarity(queries: Tensor, candidates: Tensor) -> Tensor:
+    """(Q, C) float32 dot products, computed in float64.
+
+    A float32 product rounds differently with its shape, and TF32 differently again: equal
+    candidates would tie or not depending on the size of the chunk. Rounded from float64 they tie.
+    """
+    return (queries.double() @ candidates.double().T).float()
 
 
 def ranked_classes(scores: Tensor) -> Tensor:

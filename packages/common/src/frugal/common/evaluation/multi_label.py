@@ -2,70 +2,68 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from frugal.common.contracts import Show
-from frugal.common.data.labeled import MultiLabeledImages, grouped
-from frugal.common.distributed import Ranks, check_delivery
+from frugal.common.data.labeled import MultiLabeledImages, walk_images
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
-from frugal.common.evaluation.class_names import names_and_templates
-from frugal.common.evaluation.config import ZeroShot
-from frugal.common.evaluation.embed import Embedder, similarity
-from frugal.common.evaluation.metrics import average_precision
+from frugal.common.evaluation.bootstrap import Measure, SampleResults
+from frugal.common.evaluation.class_names import naming
+from frugal.common.evaluation.embed import Embedder
+from frugal.common.evaluation.metrics import average_precision, similarity
 from frugal.common.evaluation.prompts import class_embeddings
 from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.remarks import Remarks, same_names
-from frugal.common.models.bundle import ModelBundle
-from frugal.common.run import Run
+from frugal.common.evaluation.task import ImageEvaluation, Inputs
 
 
-def evaluate(
-    task: ZeroShot,
-    folder: Path,
-    bundle: ModelBundle,
-    run: Run,
-    show: Show | None,
-    keep: Keep | None = None,
+def measure_precision(
+    task: ImageEvaluation, given: Inputs, embedder: Embedder, class_names: str, templates: str
 ) -> dict[str, float | int]:
-    """See :meth:`frugal.common.evaluation.config.ZeroShot.evaluate`."""
-    del show
-    data = MultiLabeledImages(folder, size=bundle.image.height_width, crop=task.crop)
-    names, templates = names_and_templates(task, data, folder)
+    """What :class:`~frugal.common.evaluation.zero_shot.ZeroShot` measures of such images.
+
+    Args:
+        task: says how images are read, and what its numbers are called.
+        given: the data, and who is told.
+        embedder: of the model.
+        class_names: what the classes are called, ``ZeroShot.class_names``.
+        templates: what is written around the names, ``ZeroShot.templates``.
+
+    Returns:
+        ``mean_average_precision``, ``images``, ``classes`` and ``labels`` by name.
+
+    Raises:
+        InputError: if the data and the names of its classes do not fit together.
+    """
+    folder, run, ranks = given.folder, given.run, given.ranks
+    data = MultiLabeledImages(folder, size=given.size, crop=task.crop)
+    found = naming(class_names, templates, data, folder)
+    names, prompts = found.names, found.templates
     if data.targets.shape[1] != len(names):
         raise InputError(
             f"the images of {folder} are marked for {data.targets.shape[1]} classes, but there are "
             f"names for {len(names)}; correct its classnames.txt"
         )
-    if task.metric is not None:
-        raise InputError(
-            f"the metric of {task.name} is {task.metric}, but images of several classes have an "
-            "average precision; leave it out"
-        )
     run.log.info("%s: %s images of any of %d classes", task.name, f"{len(data):,}", len(names))
-    embedder, ranks = Embedder.of(bundle, run, task), Ranks.current()
     ranks.same_data(data, task.name)
     with embedder.measuring(ranks):
-        classes = class_embeddings(embedder, names, templates, ranks=ranks)
+        classes = class_embeddings(embedder, names, prompts, ranks=ranks)
         scores = torch.zeros(len(data), len(names), device=classes.device)
-        delivered = torch.zeros(len(data), dtype=torch.int64, device=classes.device)
-        batches = data.batches(ranks.rank, ranks.world_size, task.batch_size, task.workers)
-        for images, places in grouped(batches):
-            found = similarity(embedder.images(images, places), classes)  # (b, C)
-            places = places.to(scores.device)
-            scores[places] = found
-            delivered.index_add_(0, places, torch.ones_like(places))
-    check_delivery(ranks.sum(delivered).cpu())
+        walk_images(
+            data,
+            lambda images, places: [similarity(embedder.images(images, places), classes)],
+            [scores],
+            ranks=ranks,
+            batch_size=task.batch_size,
+            workers=task.workers,
+        )
     remarks = Remarks(
-        same_names=same_names(names, templates, embedder.token_ids),
+        same_names=same_names(names, prompts, embedder.token_ids),
         without_images=(data.targets.sum(0) == 0).nonzero()[:, 0].tolist(),
         passed_over=data.passed_over,
     )
     labels = [name if isinstance(name, str) else name[0] for name in names]
     remarks.tell(task.name, labels, run.log)
-    scores = ranks.sum(scores).cpu()
+    scores = scores.cpu()
     precision = average_precision(scores, data.targets)[0]  # (C,)
     identity = identify(data, ranks, run.device)
     identity.remark(task.name, run.log)
@@ -75,23 +73,23 @@ def evaluate(
             "clip_benchmark",
             task.name,
         )
-    name = f"{task.name}_mean_average_precision"
-    if keep is not None:
+    if given.keep is not None:
         facts = {
             **identity.facts(),
             "images": len(data),
             "class_names": names,
-            "templates": templates,
+            "templates": prompts,
             "average_precision": precision.tolist(),
             **remarks.facts(labels),
         }
         tables = {"scores": scores, "targets": data.targets.to(torch.uint8)}
         measure = Measure("average_precision", "scores", groups="targets")
-        keep(SampleResults(facts, len(data), tables, {name: measure}))
+        measures = {task.number_name("mean_average_precision"): measure}
+        given.keep(SampleResults(facts, len(data), tables, measures))
     return {
-        name: float(precision.mean()),
-        f"{task.name}_images": len(data),
-        f"{task.name}_classes": len(names),
-        f"{task.name}_labels": int(data.targets.sum()),
-        **{f"{task.name}_{kind}": count for kind, count in remarks.numbers().items()},
+        "mean_average_precision": float(precision.mean()),
+        "images": len(data),
+        "classes": len(names),
+        "labels": int(data.targets.sum()),
+        **remarks.numbers(),
     }

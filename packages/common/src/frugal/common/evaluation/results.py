@@ -15,8 +15,11 @@ from typing import Any
 from frugal.common.contracts import EvaluationTask
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import SampleResults
-from frugal.common.evaluation.config import Compositional, LinearProbe, Retrieval, ZeroShot
+from frugal.common.evaluation.compositional import Compositional
+from frugal.common.evaluation.linear_probe import LinearProbe
+from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.sugarcrepe import CATEGORIES
+from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.files import finite, read_json_object, reason_of, write_file, write_json
 from frugal.common.recipe import to_json
 
@@ -73,7 +76,7 @@ def write(
         own["outcomes_sha256"] = hashlib.sha256(encoded).hexdigest()
     content = {
         **head,
-        "data": str(getattr(task, "data", None)),
+        "data": str(task.data),
         **numbers,
         f"{task.name}_settings": to_json(task),
         f"{task.name}_measured": own,
@@ -146,14 +149,14 @@ def check_free(
 
 
 def _data_of(task: EvaluationTask, facts: Mapping[str, Any]) -> str:
-    return str(facts.get("data_url") or getattr(task, "data", None))
+    return str(facts.get("data_url") or task.data)
 
 
 def rows(
     task: EvaluationTask, numbers: Mapping[str, Any], subject: Subject
 ) -> list[dict[str, Any]]:
     """What a task adds to the table, under clip_benchmark's names; [] for tasks it has not."""
-    data = getattr(task, "data", None)
+    data = task.data
     standard = type(task)().name if isinstance(task, tuple(_TASKS)) else task.name  # type: ignore[call-arg]
     head = {
         "model": subject.model,

@@ -4,23 +4,75 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from frugal.common.contracts import Show
-from frugal.common.data.labeled import CaptionedImages, grouped
-from frugal.common.distributed import Ranks, check_delivery
+from frugal.common.data.labeled import CaptionedImages, ImageSet, walk_images
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
-from frugal.common.evaluation.config import Retrieval
-from frugal.common.evaluation.embed import Embedder, similarity, text_table
-from frugal.common.evaluation.metrics import Recall, recall_at
+from frugal.common.evaluation.bootstrap import Measure, SampleResults
+from frugal.common.evaluation.embed import Embedder, text_table
+from frugal.common.evaluation.metrics import Recall, recall_at, similarity
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
 from frugal.common.evaluation.provenance import identify
+from frugal.common.evaluation.task import ImageEvaluation, Inputs
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(ImageEvaluation):
+    """Finding the image of a caption and a caption of an image, among all of a data set.
+
+    Reads a scenes folder or clip_benchmark's webdataset layout of type retrieval; an image may
+    have several captions.
+    """
+
+    name: str = "retrieval"
+    """Part of the name of every number."""
+
+    _part = "retrieval"
+    _scores = tuple(f"{way}_recall_at_{k}" for way in ("image", "text") for k in (1, 5, 10))
+
+    @override
+    def number_name(self, kind: str) -> str:
+        """As of all evaluations, but for recalls, whose direction comes first."""
+        way, _, recall = kind.partition("_recall_at_")
+        return f"{way}_{self.name}_recall_at_{recall}" if recall else super().number_name(kind)
+
+    @override
+    def measure(self, given: Inputs) -> dict[str, float | int]:
+        """``image_recall_at_{1,5,10}`` (text to image), ``text_recall_at_{1,5,10}`` (to text).
+
+        Also ``candidates`` (images to choose from) and ``captions``; where there are such,
+        ``captions_of_several_lines`` and ``captions_cut``.
+
+        Raises:
+            InputError: if the data cannot be used.
+        """
+        run, ranks = given.run, given.ranks
+        captioned = open_captioned(self, given.folder, given.bundle)
+        embedder = Embedder.of(given.bundle, run, self)
+        ranks.same_data(captioned, self.name)
+        with embedder.measuring(ranks):
+            embedded = embed(
+                embedder, captioned, batch_size=self.batch_size, workers=self.workers, ranks=ranks
+            )
+            recall = embedded.recall(ranks)
+        identity = identify(captioned, ranks, run.device)
+        identity.remark(self.name, run.log)
+        counts = _remark(self, captioned, embedder, given)
+        if given.show is not None:
+            given.show(self.name, _picture(captioned, embedded))
+        if given.keep is not None:
+            given.keep(_results(self, embedded, recall, identity.facts() | counts))
+        numbers: dict[str, float | int] = {}
+        for way, values in (("image", recall.image_retrieval), ("text", recall.text_retrieval)):
+            numbers |= {f"{way}_recall_at_{k}": value for k, value in values.items()}
+        numbers |= {"candidates": len(embedded.images), "captions": len(embedded.texts)}
+        return numbers | counts
 
 
 @dataclass(frozen=True)
@@ -39,9 +91,16 @@ class Embedded:
         return recall_at(self.images, self.texts, self.image_of_text, ranks=ranks)
 
 
+class Captioned(ImageSet, Protocol):
+    """Images with captions."""
+
+    captions: list[list[str]]
+    """Of every image."""
+
+
 def embed(
     embedder: Embedder,
-    data: Any,
+    data: Captioned,
     *,
     batch_size: int,
     workers: int = 0,
@@ -51,9 +110,7 @@ def embed(
 
     Args:
         embedder: its model in evaluation mode, without gradients (see ``evaluating``).
-        data: has ``len()``, ``captions`` (one list per image) and
-            ``batches(rank, world_size, batch_size, workers)``, which yields images
-            (b, 3, H, W) and places in the data (b,).
+        data: nothing is known of its images beside the pixels and the captions.
         batch_size: images read at a time.
         workers: processes that decode images.
         ranks: the processes that share the work; this one alone by default.
@@ -69,15 +126,16 @@ def embed(
         [place for place, own in enumerate(data.captions) for _ in own], device=embedder.device
     )
     images = torch.zeros(len(data), embedder.width, device=embedder.device)
-    delivered = torch.zeros(len(data), dtype=torch.int64, device=embedder.device)
-    batches = data.batches(ranks.rank, ranks.world_size, batch_size, workers)
-    for pixels, places in grouped(batches):
-        places = places.to(embedder.device)
-        images[places] = embedder.images(pixels, places)
-        delivered.index_add_(0, places, torch.ones_like(places))
-    check_delivery(ranks.sum(delivered).cpu())
+    walk_images(
+        data,
+        lambda pixels, places: [embedder.images(pixels, places)],
+        [images],
+        ranks=ranks,
+        batch_size=batch_size,
+        workers=workers,
+    )
     texts = text_table(embedder, captions, ranks=ranks)
-    return Embedded(ranks.sum(images), texts, image_of_text)
+    return Embedded(images, texts, image_of_text)
 
 
 def open_captioned(task: Retrieval, folder: Path, bundle: ModelBundle) -> CaptionedImages:
@@ -89,46 +147,11 @@ def open_captioned(task: Retrieval, folder: Path, bundle: ModelBundle) -> Captio
     return CaptionedImages(folder, size=bundle.image.height_width, crop=task.crop)
 
 
-def evaluate(
-    task: Retrieval,
-    folder: Path,
-    bundle: ModelBundle,
-    run: Run,
-    show: Show | None,
-    keep: Keep | None = None,
-) -> dict[str, float | int]:
-    """See :meth:`frugal.common.evaluation.config.Retrieval.evaluate`."""
-    ranks = Ranks.current()
-    captioned = open_captioned(task, folder, bundle)
-    embedder = Embedder.of(bundle, run, task)
-    ranks.same_data(captioned, task.name)
-    with embedder.measuring(ranks):
-        embedded = embed(
-            embedder, captioned, batch_size=task.batch_size, workers=task.workers, ranks=ranks
-        )
-        recall = embedded.recall(ranks)
-    identity = identify(captioned, ranks, run.device)
-    identity.remark(task.name, run.log)
-    counts = _remark(task, captioned, embedder, folder, run)
-    if show is not None:
-        show(task.name, _picture(captioned, embedded))
-    if keep is not None:
-        facts = identity.facts() | counts
-        keep(_outcomes(task, embedded, recall, facts))
-    numbers: dict[str, float | int] = {}
-    for kind, values in (("image", recall.image_retrieval), ("text", recall.text_retrieval)):
-        for k, value in values.items():
-            numbers[f"{kind}_{task.name}_recall_at_{k}"] = value
-    numbers[f"{task.name}_candidates"] = len(embedded.images)
-    numbers[f"{task.name}_captions"] = len(embedded.texts)
-    return numbers | {f"{task.name}_{name}": count for name, count in counts.items()}
-
-
 def _remark(
-    task: Retrieval, captioned: CaptionedImages, embedder: Embedder, folder: Path, run: Run
+    task: Retrieval, captioned: CaptionedImages, embedder: Embedder, given: Inputs
 ) -> dict[str, int]:
     """Say what the numbers rest on, and count what makes them other than they seem."""
-    captions = sum(map(len, captioned.captions))
+    run, captions = given.run, sum(map(len, captioned.captions))
     run.log.info("%s: %s images, %s captions", task.name, f"{len(captioned):,}", f"{captions:,}")
     counts = {}
     if several := captioned.several_lines:
@@ -139,7 +162,7 @@ def _remark(
             task.name,
             f"{several:,}",
             f"{captions:,}",
-            folder / "dataset_type.txt",
+            given.folder / "dataset_type.txt",
         )
     if cut := sum(caption in embedder.cut for own in captioned.captions for caption in own):
         counts["captions_cut"] = cut
@@ -153,7 +176,7 @@ def _remark(
     return counts
 
 
-def _outcomes(
+def _results(
     task: Retrieval, embedded: Embedded, recall: Recall, facts: dict[str, Any]
 ) -> SampleResults:
     """Caption by caption and image by image, what was found."""
@@ -163,8 +186,8 @@ def _outcomes(
         tables[f"text_{k}"] = recall.texts_found[place].to(torch.uint8).cpu()
         tables[f"image_{k}"] = recall.images_found[place].to(torch.uint8).cpu()
         found = Measure("mean", f"text_{k}", image="image_of_text")
-        measures[f"image_{task.name}_recall_at_{k}"] = found
-        measures[f"text_{task.name}_recall_at_{k}"] = Measure("mean", f"image_{k}")
+        measures[task.number_name(f"image_recall_at_{k}")] = found
+        measures[task.number_name(f"text_recall_at_{k}")] = Measure("mean", f"image_{k}")
     facts = {
         **facts,
         "images": len(embedded.images),

@@ -2,131 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from frugal.common.contracts import Show
-from frugal.common.data.labeled import LabeledImages, grouped
-from frugal.common.distributed import Ranks, check_delivery
+from frugal.common.data.benchmark_layout import is_multi_labeled
+from frugal.common.data.labeled import ImageSet, LabeledImages, walk_images
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep, Measure, SampleResults
-from frugal.common.evaluation.class_names import naming
-from frugal.common.evaluation.config import ZeroShot
-from frugal.common.evaluation.embed import Embedder, similarity
-from frugal.common.evaluation.metrics import (
-    mean_per_class_recall,
-    ranked_classes,
-    roc_auc,
-    top_k_accuracy,
+from frugal.common.evaluation.class_names import (
+    CLASS_NAMES,
+    TEMPLATES,
+    held_out_classes,
+    naming,
 )
+from frugal.common.evaluation.embed import Embedder
+from frugal.common.evaluation.metrics import ranked_classes, similarity
+from frugal.common.evaluation.multi_label import measure_precision
 from frugal.common.evaluation.pictures import Picture, draw_predictions, example_places
+from frugal.common.evaluation.predictions import Predictions
 from frugal.common.evaluation.prompts import ClassName, class_embeddings
 from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.remarks import Remarks, same_names
-from frugal.common.evaluation.suites import Metric
-from frugal.common.files import read_text
+from frugal.common.evaluation.suites import Metric, listed
+from frugal.common.evaluation.task import ImageEvaluation, Inputs
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.run import Run
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What the model said about every image, complete on every process."""
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot(ImageEvaluation):
+    """Zero-shot classification with class names written into prompt templates.
 
-    labels: Tensor
-    """(N,) int64, in the order of the data."""
-    best: Tensor
-    """(N,) int64: the class of the highest cosine; the first of them in a tie."""
-    ranked: Tensor
-    """(N, K) int64: the K = min(5, C) best classes, best first."""
-    num_classes: int
-    margin: Tensor | None = None
-    """(N,) float32, of two classes: the cosine of the second less that of the first."""
+    Reads a scenes folder (``python -m frugal.common.scenes``), class-per-folder images (ImageNet-1k
+    and its variants V2, A, R and Sketch, ObjectNet), or clip_benchmark's webdataset layout.
+    """
 
-    def numbers(self, metric: Metric | None = None) -> dict[str, float | int]:
-        """Accuracies as fractions, and what they are fractions of.
+    name: str = "zero_shot"
+    """First part of the name of every number."""
+    class_names: str = "data"
+    """data: the names the data comes with; folders that are WordNet ids of ImageNet-1k, or the
+    numbers 0 to 999, get ImageNet's names, and images are classified among the classes that are
+    there. imagenet: ImageNet-1k's 1,000 names, whichever of its classes are there; folders are
+    WordNet ids or the numbers 0 to 999, labels of tars the same numbers. imagenet_a, imagenet_r:
+    those of their 200 classes. One of the tasks of the suite clip-26, such as food101: that task's
+    names, for folders that are called so, or else in their order."""
+    templates: str = "data"
+    """data: the templates the data comes with, or imagenet_7 where it has none. imagenet_7 and
+    imagenet_80: OpenAI's for ImageNet; imagenet_9: the seven, "A photo of a {}" and the bare name
+    (CiT). name: the bare class name. One of the tasks of the suite clip-26: that task's."""
+    metric: Metric | None = None
+    """Which of the numbers is the task's own: it is given again as its score."""
+    reduce_prompts: bool = False
+    """Shorten prompts by the recipe's text reduction, as captions in training; else only what
+    does not fit is cut off."""
+
+    _part = "zero_shot"
+    _scores = (
+        "top1", "top5", "mean_per_class_recall", "top1_held_out", "roc_auc",
+        "mean_average_precision", "score",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field_name, given, words in (
+            ("class_names", self.class_names, CLASS_NAMES),
+            ("templates", self.templates, TEMPLATES),
+        ):
+            if given not in (*words, *listed()):
+                raise InputError(
+                    f"{field_name} is {given!r}; choose {', '.join(words)} or one of the tasks "
+                    f"{', '.join(listed())}"
+                )
+
+    @override
+    def measure(self, given: Inputs) -> dict[str, float | int]:
+        """``top1``, ``top5``, ``mean_per_class_recall``, ``images`` and ``classes``.
+
+        With two classes also ``roc_auc``, with a metric ``score``. Where images may be of several
+        classes (clip_benchmark's ``dataset_type.txt`` says multilabel) instead
+        ``mean_average_precision``, ``images``, ``classes`` and ``labels``. Where the data says
+        which classes training never saw (scenes: ``held_out.txt``), also ``top1_held_out``,
+        ``images_held_out`` and ``classes_held_out``; where there are such, ``same_names``,
+        ``classes_without_images`` and ``passed_over``.
 
         Raises:
-            InputError: if the metric needs two classes and there are others.
+            InputError: if the data, its classes and the names do not fit together.
         """
-        numbers: dict[str, float | int] = {
-            "top1": top_k_accuracy(self.ranked, self.labels, 1),
-            "top5": top_k_accuracy(self.ranked, self.labels, 5),
-            "mean_per_class_recall": mean_per_class_recall(self.best, self.labels),
-        }
-        if self.margin is not None:
-            numbers["roc_auc"] = float(roc_auc(self.margin, self.labels == 1))
-        if metric == "mean_top1_top5":
-            numbers["score"] = (numbers["top1"] + numbers["top5"]) / 2
-        elif metric is not None and metric not in numbers:
-            raise InputError(
-                f"the metric {metric} is of two classes, but there are {self.num_classes}; choose "
-                "another"
+        embedder = Embedder.of(given.bundle, given.run, self, reduces=self.reduce_prompts)
+        if is_multi_labeled(given.folder):
+            if self.metric is not None:
+                raise InputError(
+                    f"the metric of {self.name} is {self.metric}, but images of several classes "
+                    "have an average precision; leave it out"
+                )
+            return measure_precision(self, given, embedder, self.class_names, self.templates)
+        run, ranks = given.run, given.ranks
+        dataset = open_dataset(self, given.folder, given.bundle)
+        run.log.info(
+            "%s: %s images among %s classes (%r to %r), %d prompts for each name",
+            self.name,
+            f"{len(dataset.images):,}",
+            f"{len(dataset.names):,}",
+            dataset.labels[0],
+            dataset.labels[-1],
+            len(dataset.templates),
+        )
+        ranks.same_data(dataset.images, self.name)
+        with embedder.measuring(ranks):
+            predictions = predict(self, dataset, embedder, ranks=ranks)
+        identity = identify(dataset.images, ranks, run.device)
+        identity.remark(self.name, run.log)
+        if given.show is not None:
+            given.show(self.name, _picture(dataset, predictions))
+        remarks = dataset.remarks(embedder, predictions)
+        remarks.tell(self.name, dataset.labels, run.log)
+        if given.keep is not None:
+            facts = dataset.facts() | identity.facts() | remarks.facts(dataset.labels)
+            found = predictions.results(
+                self.number_name, facts, metric=self.metric, held_out=dataset.held_out
             )
-        elif metric is not None:
-            numbers["score"] = numbers[metric]
-        counts = {"images": len(self.labels), "classes": self.num_classes}
-        if empty := self.num_classes - len(self.labels.unique()):
-            counts["classes_without_images"] = empty
-        return numbers | counts
-
-    def outcomes(
-        self,
-        name: str,
-        facts: dict[str, Any],
-        *,
-        metric: Metric | None = None,
-        held_out: Sequence[int] = (),
-    ) -> SampleResults:
-        """Image by image, what the numbers of the task of this name are made of."""
-        first = self.ranked[:, 0] == self.labels
-        tables = {
-            "labels": self.labels,
-            "top1": first.to(torch.uint8),
-            "top5": (self.ranked == self.labels[:, None]).any(1).to(torch.uint8),
-            "best": (self.best == self.labels).to(torch.uint8),
-        }
-        tables["both"] = torch.stack([tables["top1"], tables["top5"]], dim=1)
-        measures = {
-            "top1": Measure("mean", "top1"),
-            "top5": Measure("mean", "top5"),
-            "mean_per_class_recall": Measure("mean_of_groups", "best", groups="labels"),
-            "mean_top1_top5": Measure("mean_of_means", "both"),
-        }
-        if self.margin is not None:
-            tables["margin"] = self.margin
-            measures["roc_auc"] = Measure("roc_auc", "margin", groups="labels")
-        among = torch.isin(self.labels, torch.tensor(held_out, dtype=torch.int64)).nonzero()[:, 0]
-        if len(among):
-            tables |= {"held_out": tables["top1"][among], "held_out_image": among}
-            measures["top1_held_out"] = Measure("mean", "held_out", image="held_out_image")
-        both = measures.pop("mean_top1_top5")
-        if metric is not None:
-            measures["score"] = both if metric == "mean_top1_top5" else measures[metric]
-        named = {f"{name}_{kind}": measure for kind, measure in measures.items()}
-        return SampleResults(facts, len(self.labels), tables, named)
-
-    def held_out_numbers(self, held_out: Sequence[int]) -> dict[str, float | int]:
-        """The images of these classes alone, still answered among all classes."""
-        among = torch.isin(self.labels, torch.tensor(held_out, device=self.labels.device))
-        count = int(among.sum())
-        if not count:
-            return {}
-        return {
-            "top1_held_out": top_k_accuracy(self.ranked[among], self.labels[among], 1),
-            "images_held_out": count,
-            "classes_held_out": len(set(held_out)),
-        }
+            given.keep(found)
+        numbers = predictions.numbers(self.metric)
+        return numbers | predictions.held_out_numbers(dataset.held_out) | remarks.numbers()
 
 
-def answer(
+def classify(
     embedder: Embedder,
-    data: Any,
+    data: ImageSet,
     classes: Tensor,
     *,
     batch_size: int,
@@ -137,8 +143,7 @@ def answer(
 
     Args:
         embedder: its model in evaluation mode, without gradients (see ``evaluating``).
-        data: has ``len()`` and ``batches(rank, world_size, batch_size, workers)``, which yields
-            images (b, 3, H, W), labels (b,) and places in the data (b,).
+        data: what is known of its images beside the pixels is their labels (b,).
         classes: (C, E) from ``class_embeddings``.
         batch_size: images read at a time.
         workers: processes that decode images.
@@ -150,49 +155,28 @@ def answer(
     ranks = ranks or Ranks()
     if not len(data):
         raise InputError("there are no images to classify; check the folder of the evaluation")
-    width, compares = min(5, len(classes)), len(classes) == 2
-    margin = torch.zeros(len(data) if compares else 0, device=classes.device)
-    # one row per image: how often it came, its label, the best class, the ranked classes
-    table = torch.zeros(len(data), 3 + width, dtype=torch.int64, device=classes.device)
-    batches = data.batches(ranks.rank, ranks.world_size, batch_size, workers)
-    for images, labels, places in grouped(batches):
+    width = 2 + min(5, len(classes))
+    # of every image its label, the best class, the ranked classes
+    table = torch.zeros(len(data), width, dtype=torch.int64, device=classes.device)
+    margin = torch.zeros(len(data), device=classes.device)
+
+    def compute(images: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         scores = similarity(embedder.images(images, places), classes)  # (b, C)
-        said = torch.cat([scores.argmax(1, keepdim=True), ranked_classes(scores)], dim=1)
-        labels = labels.to(said.device)[:, None]
-        rows = torch.cat([torch.ones_like(labels), labels, said], dim=1)  # (b, 3 + K)
-        table.index_add_(0, places.to(table.device), rows)
-        if compares:
-            margin[places.to(margin.device)] = scores[:, 1] - scores[:, 0]
-    table = ranks.sum(table).cpu()
-    margin = ranks.sum(margin).cpu()
-    check_delivery(table[:, 0])
-    labels = table[:, 1]
+        best, ranked = scores.argmax(1, keepdim=True), ranked_classes(scores)
+        rows = torch.cat([labels.to(best.device)[:, None], best, ranked], dim=1)  # (b, 2 + K)
+        return rows, scores[:, -1] - scores[:, 0]
+
+    walk_images(data, compute, [table, margin], ranks=ranks, batch_size=batch_size, workers=workers)
+    labels, best, ranked = table.cpu().tensor_split((1, 2), dim=1)
+    labels, best = labels[:, 0], best[:, 0]
     if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         outside = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
         raise InputError(
             f"an image has the label {outside}, but there are names for {len(classes)} classes; "
             "labels count from 0 and every one needs a name"
         )
-    ranked = table[:, 3:]
-    return Predictions(labels, table[:, 2], ranked, len(classes), margin if compares else None)
-
-
-def held_out_classes(data: Path, num_classes: int) -> list[int]:
-    """The classes that training never saw, from ``held_out.txt``; [] where there is none.
-
-    Raises:
-        InputError: if a line is not the index of a class.
-    """
-    path = data / "held_out.txt"
-    if not path.is_file():
-        return []
-    lines = read_text(path).split()
-    if not all(line.isdecimal() and int(line) < num_classes for line in lines):
-        raise InputError(
-            f"{path} must hold one class index below {num_classes} per line; write the data "
-            "again, or correct the file"
-        )
-    return sorted({int(line) for line in lines})
+    of_two = margin.cpu() if len(classes) == 2 else None
+    return Predictions(labels, best, ranked, len(classes), of_two)
 
 
 @dataclass(frozen=True)
@@ -207,9 +191,9 @@ class ZeroShotDataset:
     incomplete: str = ""
     """What is missing of the set that the names belong to, in words."""
 
-    def remarks(self, embedder: Embedder, answers: Predictions) -> Remarks:
+    def remarks(self, embedder: Embedder, predictions: Predictions) -> Remarks:
         """What is odd about the data and the names of its classes."""
-        images = torch.bincount(answers.labels, minlength=len(self.names))
+        images = torch.bincount(predictions.labels, minlength=len(self.names))
         return Remarks(
             same_names=same_names(self.names, self.templates, embedder.token_ids),
             without_images=(images == 0).nonzero()[:, 0].tolist(),
@@ -238,21 +222,21 @@ def open_dataset(task: ZeroShot, folder: Path, bundle: ModelBundle) -> ZeroShotD
         InputError: if the data or its class names cannot be used.
     """
     images = LabeledImages(folder, size=bundle.image.height_width, crop=task.crop)
-    found = naming(task, images, folder)
+    found = naming(task.class_names, task.templates, images, folder)
     if found.numbers is not None:
         images.renumber(found.numbers)
     held_out = held_out_classes(folder, len(found.names))
     return ZeroShotDataset(images, found.names, found.templates, held_out, found.incomplete)
 
 
-def ask(
-    task: ZeroShot, question: ZeroShotDataset, embedder: Embedder, *, ranks: Ranks
+def predict(
+    task: ZeroShot, dataset: ZeroShotDataset, embedder: Embedder, *, ranks: Ranks
 ) -> Predictions:
     """The model's answers; every one of the processes must call this."""
-    classes = class_embeddings(embedder, question.names, question.templates, ranks=ranks)
-    return answer(
+    classes = class_embeddings(embedder, dataset.names, dataset.templates, ranks=ranks)
+    return classify(
         embedder,
-        question.images,
+        dataset.images,
         classes,
         batch_size=task.batch_size,
         workers=task.workers,
@@ -260,52 +244,14 @@ def ask(
     )
 
 
-def evaluate(
-    task: ZeroShot,
-    folder: Path,
-    bundle: ModelBundle,
-    run: Run,
-    show: Show | None,
-    keep: Keep | None = None,
-) -> dict[str, float | int]:
-    """See :meth:`frugal.common.evaluation.config.ZeroShot.evaluate`."""
-    question = open_dataset(task, folder, bundle)
-    run.log.info(
-        "%s: %s images among %s classes (%r to %r), %d prompts for each name",
-        task.name,
-        f"{len(question.images):,}",
-        f"{len(question.names):,}",
-        question.labels[0],
-        question.labels[-1],
-        len(question.templates),
-    )
-    ranks = Ranks.current()
-    ranks.same_data(question.images, task.name)
-    embedder = Embedder.of(bundle, run, task)
-    with embedder.measuring(ranks):
-        answers = ask(task, question, embedder, ranks=ranks)
-    identity = identify(question.images, ranks, run.device)
-    identity.remark(task.name, run.log)
-    if show is not None:
-        show(task.name, _picture(question, answers))
-    remarks = question.remarks(embedder, answers)
-    remarks.tell(task.name, question.labels, run.log)
-    if keep is not None:
-        facts = question.facts() | identity.facts() | remarks.facts(question.labels)
-        keep(answers.outcomes(task.name, facts, metric=task.metric, held_out=question.held_out))
-    numbers = answers.numbers(task.metric) | answers.held_out_numbers(question.held_out)
-    numbers |= remarks.numbers()
-    return {f"{task.name}_{kind}": number for kind, number in numbers.items()}
-
-
-def _picture(question: ZeroShotDataset, answers: Predictions) -> Picture:
+def _picture(dataset: ZeroShotDataset, predictions: Predictions) -> Picture:
     """Some images with the class that the model chose, and the true one where it is another."""
-    places = example_places(len(question.images))
-    truth = [question.labels[label] for label in answers.labels[places].tolist()]
-    said = [question.labels[label] for label in answers.best[places].tolist()]
-    right = (answers.best == answers.labels)[places].tolist()
+    places = example_places(len(dataset.images))
+    truth = [dataset.labels[label] for label in predictions.labels[places].tolist()]
+    said = [dataset.labels[label] for label in predictions.best[places].tolist()]
+    right = (predictions.best == predictions.labels)[places].tolist()
     captions = [
         one if hit else f"{one}, not {other}"
         for one, other, hit in zip(said, truth, right, strict=True)
     ]
-    return draw_predictions(question.images.pictures(places), captions, right)
+    return draw_predictions(dataset.images.pictures(places), captions, right)

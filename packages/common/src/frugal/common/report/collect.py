@@ -96,7 +96,7 @@ def _evaluated(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
     """The numbers of the newest evaluation of a run, and what of it is not there."""
     files = sorted((run_dir / "evaluation").glob("*.json"))
     contents = {file.stem: read_json_object(file) for file in files}
-    tasks = {task.name: getattr(task, "data", None) for task in recipe.evaluation}
+    tasks = {task.name: task.data for task in recipe.evaluation}
     if not contents and any(data is not None for data in tasks.values()):
         raise InputError(f"{run_dir} was not evaluated yet; start its training again to finish it")
     newest = max((content["step"] for content in contents.values() if "step" in content), default=0)

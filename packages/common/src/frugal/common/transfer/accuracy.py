@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from typing_extensions import override
 
-from frugal.common.contracts import Show
 from frugal.common.data.benchmark_layout import test_split
 from frugal.common.data.damage import PassedOver
-from frugal.common.data.labeled import LabeledImages, grouped
+from frugal.common.data.labeled import LabeledImages, walk_images
 from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import IMAGE_EXTENSIONS
 from frugal.common.data.stores.class_folders import class_numbers, read_class_folders
 from frugal.common.data.transforms import CenterCrop, normalize
-from frugal.common.distributed import Ranks, check_delivery
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep
-from frugal.common.evaluation.config import FolderEvaluation
+from frugal.common.evaluation.class_names import held_out_classes
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating
 from frugal.common.evaluation.metrics import ranked_classes, top_k_accuracy
 from frugal.common.evaluation.remarks import Remarks
-from frugal.common.evaluation.zero_shot import held_out_classes
+from frugal.common.evaluation.task import FolderEvaluation, Inputs
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.ranges import Count
 from frugal.common.run import Run
@@ -49,9 +47,10 @@ class Accuracy(FolderEvaluation):
     batch_size: Count = 64
     """Images read at a time; the model takes 64 at a time whatever this is."""
 
-    _part: ClassVar[str] = "zero_shot"
+    _part = "zero_shot"
     _scores = ("top1", "top5")
 
+    @override
     def check_classes(self, trained: Sequence[str]) -> None:
         """Refuse data with class folders that training does not have; calls for no model.
 
@@ -68,29 +67,17 @@ class Accuracy(FolderEvaluation):
         filled = [name for name in found.names if found.images[name]]
         class_numbers(trained, list(found.names), filled, source=files[0], of="the training data")
 
-    def evaluate(
-        self,
-        bundle: ModelBundle,
-        run: Run,
-        *,
-        show: Show | None = None,
-        keep: Keep | None = None,
-    ) -> dict[str, float | int]:
-        """``{name}_top1``, ``_top5``, ``_loss`` (mean cross-entropy), ``_images``, ``_classes``.
+    @override
+    def measure(self, given: Inputs) -> dict[str, float | int]:
+        """``top1``, ``top5``, ``loss`` (the mean cross-entropy), ``images`` and ``classes``.
 
-        Also ``_classes_without_images`` and ``_passed_over``, where there are such.
-
-        Every process of the run calls this and gets the same numbers, whatever their number; {}
-        where there is no data.
+        Also ``classes_without_images`` and ``passed_over``, where there are such.
 
         Raises:
-            InputError: if the data is missing, or its classes are not the model's.
+            InputError: if the classes of the data are not the model's.
         """
-        del show, keep
-        folder = self.folder()
-        if folder is None:
-            return self._skip(run)
-        data = LabeledImages(folder, size=bundle.image.height_width, crop=self.crop)
+        bundle, run, folder = given.bundle, given.run, given.folder
+        data = LabeledImages(folder, size=given.size, crop=self.crop)
         model: Any = bundle.model
         classes = model.config.num_classes
         trained = None if bundle.class_names is None else list(bundle.class_names)
@@ -106,9 +93,9 @@ class Accuracy(FolderEvaluation):
         _explain_numbers(data, trained, folder, bundle, run)
         if not len(data):
             raise InputError(f"{folder} holds no image; check the folder of the evaluation")
-        Ranks.current().same_data(data, self.name)
+        given.ranks.same_data(data, self.name)
         with evaluating(model), autocast(bundle.precision, run.device):
-            labels, ranked, losses = _predictions(self, data, model, run, classes=classes)
+            labels, ranked, losses = _predictions(self, data, model, given, classes=classes)
         held_out = held_out_classes(folder, classes)
         counted = ~torch.isin(labels, torch.tensor(held_out))
         labels, ranked, losses = labels[counted], ranked[counted], losses[counted]
@@ -124,7 +111,7 @@ class Accuracy(FolderEvaluation):
         without = sorted(set(range(classes)) - set(labels.tolist()) - set(held_out))
         remarks = Remarks(without_images=without, passed_over=data.passed_over)
         remarks.tell(self.name, trained or [f"class {n}" for n in range(classes)], run.log)
-        return {f"{self.name}_{kind}": n for kind, n in (numbers | remarks.numbers()).items()}
+        return numbers | remarks.numbers()
 
 
 def _explain_numbers(
@@ -151,7 +138,7 @@ def _explain_numbers(
 
 
 def _predictions(
-    task: Accuracy, data: LabeledImages, model: VisionClassifier, run: Run, *, classes: int
+    task: Accuracy, data: LabeledImages, model: VisionClassifier, given: Inputs, *, classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels and predictions of all images, in the order of the data, on every process.
 
@@ -159,28 +146,35 @@ def _predictions(
         labels (N,) int64, the best classes (N, K) int64, best first, and the cross-entropies (N,)
         float64, on the CPU.
     """
-    ranks = Ranks.current()
-    width = min(5, classes)
-    # one row per image: how often it came, its label, whether its scores are finite, the ranks
-    table = torch.zeros(len(data), 3 + width, dtype=torch.int64, device=run.device)
+    run = given.run
+    # of every image its label, whether its scores are finite, and the ranked classes
+    table = torch.zeros(len(data), 2 + min(5, classes), dtype=torch.int64, device=run.device)
     losses = torch.zeros(len(data), dtype=torch.float64, device=run.device)
-    batches = data.batches(ranks.rank, ranks.world_size, task.batch_size, task.workers)
-    for images, labels, places in grouped(batches):
+
+    def compute(images: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        del places
         if int(labels.max()) >= classes:
             raise InputError(
                 f"an image has the label {int(labels.max())}, but the model has {classes} classes; "
                 "evaluate on the classes that it is trained on, or set model.num_classes"
             )
-        labels, places = labels.to(run.device), places.to(run.device)
+        labels = labels.to(run.device)
         scores = model(_as_the_model_takes(images.to(run.device), model)).float()  # (b, C)
-        counted = [torch.ones_like(labels), labels, scores.isfinite().all(1).long()]
-        rows = torch.cat([torch.stack(counted, dim=1), ranked_classes(scores)], dim=1)
-        table.index_add_(0, places, rows)
-        losses[places] = F.cross_entropy(scores.double(), labels, reduction="none")
-    table, losses = ranks.sum(table).cpu(), ranks.sum(losses).cpu()
-    check_delivery(table[:, 0])
-    check_usable("scores", (int((table[:, 2] == 0).sum()), len(table), "images"))
-    return table[:, 1], table[:, 3:], losses
+        about = torch.stack([labels, scores.isfinite().all(1).long()], dim=1)
+        rows = torch.cat([about, ranked_classes(scores)], dim=1)  # (b, 2 + K)
+        return rows, F.cross_entropy(scores.double(), labels, reduction="none")
+
+    walk_images(
+        data,
+        compute,
+        [table, losses],
+        ranks=given.ranks,
+        batch_size=task.batch_size,
+        workers=task.workers,
+    )
+    labels, finite, ranked = table.cpu().tensor_split((1, 2), dim=1)
+    check_usable("scores", (int((finite == 0).sum()), len(data), "images"))
+    return labels[:, 0], ranked, losses.cpu()
 
 
 def _as_the_model_takes(images: Tensor, model: VisionClassifier) -> Tensor:

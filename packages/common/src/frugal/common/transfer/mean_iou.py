@@ -9,29 +9,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from typing_extensions import override
 
-from frugal.common.contracts import Show
 from frugal.common.data.damage import Damaged
 from frugal.common.data.decoding import Window, resize_window
+from frugal.common.data.labeled import walk_batches
 from frugal.common.data.loader import Loader
 from frugal.common.data.samples import image_extensions
-from frugal.common.distributed import Ranks, check_delivery
+from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep
-from frugal.common.evaluation.config import FolderEvaluation
 from frugal.common.evaluation.embed import autocast, check_usable, evaluating
 from frugal.common.evaluation.pictures import example_places
+from frugal.common.evaluation.task import FolderEvaluation, Inputs
 from frugal.common.files import write_file
-from frugal.common.models.bundle import ModelBundle
 from frugal.common.ranges import Count, Positive, PositiveShare
-from frugal.common.run import Run
 from frugal.common.transfer.masked_folder import (
     IGNORED,
     MOST_CLASSES,
@@ -79,7 +77,7 @@ class MeanIoU(FolderEvaluation):
     image_extensions: tuple[str, ...] = image_extensions()
     """Of the pictures."""
 
-    _part: ClassVar[str] = "segmentation"
+    _part = "segmentation"
     _scores = ("miou", "pixel_accuracy", "mean_accuracy")
 
     def __post_init__(self) -> None:
@@ -91,6 +89,7 @@ class MeanIoU(FolderEvaluation):
                 f"MeanIoU.scales are {self.scales}, but view=whole has one size; use view=sliding"
             )
 
+    @override
     def folder(self) -> Path | None:
         """Where the pictures are read from.
 
@@ -103,48 +102,41 @@ class MeanIoU(FolderEvaluation):
             open_masked_folder(folder, self.split, self.image_extensions).check(MOST_CLASSES)
         return folder
 
-    def evaluate(
-        self,
-        bundle: ModelBundle,
-        run: Run,
-        *,
-        show: Show | None = None,
-        keep: Keep | None = None,
-    ) -> dict[str, float | int]:
-        """``{name}_miou``, ``_pixel_accuracy``, ``_mean_accuracy``, ``_images``, ``_classes``.
+    @override
+    def measure(self, given: Inputs) -> dict[str, float | int]:
+        """``miou``, ``pixel_accuracy``, ``mean_accuracy``, ``images`` and ``classes``.
 
-        The means are over the classes that occur. Every process of the run calls this and gets the
-        same numbers, whatever their number; {} where there is no data. The first process writes
-        the numbers of every class to ``evaluation/{name}_classes.csv``.
+        The means are over the classes that occur. The first process writes the numbers of every
+        class to ``evaluation/{name}_classes.csv``.
 
         Raises:
-            InputError: if the data is missing, or a mask is none of its picture or of the model's
-                classes.
+            InputError: if a mask is none of its picture or of the model's classes.
         """
-        folder = self.folder()
-        if folder is None:
-            return self._skip(run)
-        model: Any = bundle.model
+        run, ranks, folder = given.run, given.ranks, given.folder
+        model: Any = given.bundle.model
         classes = model.config.num_classes
         names = class_names(folder, classes)
         data = open_masked_folder(folder, self.split, self.image_extensions)
-        pictures = _Pictures(data, self, size=bundle.image.height_width, num_classes=classes)
+        pictures = _Pictures(data, self, size=given.size, num_classes=classes)
         shown = set(example_places(len(data), _SHOWN))
-        ranks = Ranks.current()
         ranks.same_data(data, self.name)
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
-        delivered = torch.zeros(len(data), dtype=torch.int64, device=run.device)
         broken = torch.zeros(len(data), dtype=torch.int64, device=run.device)
-        with evaluating(model), autocast(bundle.precision, run.device):
-            for place, views, labels in pictures.of(ranks, workers=self.workers):
-                with _noting_broken(model, broken[place]):
-                    answer = segment(model, self, views, labels.shape, device=run.device)  # (H, W)
-                confusion += confusion_matrix(answer, labels.to(run.device), classes)
-                delivered[place] += 1
-                if show is not None and place in shown:
-                    show(f"{self.name}/{place}", _picture(data, place, labels, answer, classes))
-        check_delivery(ranks.sum(delivered).cpu())
-        check_usable("scores", (int((ranks.sum(broken) > 0).sum()), len(data), "pictures"))
+
+        def compute(views: list[Tensor], labels: Tensor, places: Tensor) -> tuple[Tensor]:
+            place, passes = int(places), torch.zeros(1, dtype=torch.int64, device=run.device)
+            with _noting_broken(model, passes):
+                answer = segment(model, self, views, labels.shape, device=run.device)  # (H, W)
+            confusion.add_(confusion_matrix(answer, labels.to(run.device), classes))
+            if given.show is not None and place in shown:
+                picture = _picture(data, place, labels, answer, classes)
+                given.show(f"{self.name}/{place}", picture)
+            return (passes,)
+
+        with evaluating(model), autocast(given.bundle.precision, run.device):
+            batches = pictures.batches(ranks, workers=self.workers)
+            walk_batches(batches, compute, [broken], ranks=ranks)
+        check_usable("scores", (int((broken > 0).sum()), len(data), "pictures"))
         quality = Quality.of(ranks.sum(confusion).cpu())
         if not quality.pixels.sum():
             raise InputError(
@@ -161,19 +153,18 @@ class MeanIoU(FolderEvaluation):
                 ", ".join(absent[:5]),
                 " and others" if len(absent) > 5 else "",
             )
-        numbers = {
+        return {
             "miou": _mean(quality.iou),
             "pixel_accuracy": quality.pixel_accuracy,
             "mean_accuracy": _mean(quality.accuracy),
             "images": len(data),
             "classes": int((~quality.iou.isnan()).sum()),
         }
-        return {f"{self.name}_{kind}": number for kind, number in numbers.items()}
 
 
 @contextmanager
 def _noting_broken(model: nn.Module, counter: Tensor) -> Iterator[None]:
-    """Count in a () int64 the passes of a model whose scores are not finite."""
+    """Count in a (1,) int64 the passes of a model whose scores are not finite."""
 
     def count(module: nn.Module, arguments: Any, scores: Tensor) -> None:
         del module, arguments
@@ -382,11 +373,13 @@ class _Pictures(Dataset[dict[str, Any]]):
         side = min(self._size)
         return [fitted_size(height, width, side=side, ratio=ratio) for ratio in self._task.scales]
 
-    def of(self, ranks: Ranks, *, workers: int) -> Iterator[tuple[int, list[Tensor], Tensor]]:
-        """This process's part: the place, the views and the labels of one picture after another."""
+    def batches(
+        self, ranks: Ranks, *, workers: int
+    ) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
+        """This process's part: views, labels and place (1,) of one picture after another."""
         places = range(ranks.rank, len(self._data), ranks.world_size)
         for fields in Loader(self, sampler=places, workers=workers):
-            yield fields["place"], fields["views"], fields["labels"]
+            yield fields["views"], fields["labels"], torch.tensor([fields["place"]])
 
 
 def _picture(

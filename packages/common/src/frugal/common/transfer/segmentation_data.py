@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from frugal.common.contracts import DamageNote, Stream, TrainedModel
-from frugal.common.data.contents import Part, check_same_data, digest_of
-from frugal.common.data.damage import Damaged, note_of
+from frugal.common.contracts import Part, Stream, TrainedModel
+from frugal.common.data.contents import check_same_data, digest_of
+from frugal.common.data.damage import Damaged, DamageNote, note_of
 from frugal.common.data.decoding import Window, resize_window
 from frugal.common.data.order import GlobalOrder
 from frugal.common.data.samples import image_extensions

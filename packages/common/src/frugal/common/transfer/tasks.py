@@ -12,7 +12,7 @@ from pathlib import Path
 
 from frugal.common.data.config import ImageData
 from frugal.common.errors import InputError
-from frugal.common.evaluation.config import FolderEvaluation
+from frugal.common.evaluation.task import FolderEvaluation
 from frugal.common.recipe import Recipe
 from frugal.common.transfer.segmentation_data import SegmentationData
 
