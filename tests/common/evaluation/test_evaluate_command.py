@@ -20,11 +20,12 @@ from frugal.common.data.labeled import CaptionedImages
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluate import Options, _measure, evaluate
+from frugal.common.evaluate import Options, evaluate
 from frugal.common.evaluation.bootstrap import load_sample_results
 from frugal.common.evaluation.cli import chosen_tasks
 from frugal.common.evaluation.compositional import Compositional
 from frugal.common.evaluation.embed import Embedder
+from frugal.common.evaluation.measure import measure
 from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.zero_shot import ZeroShot
@@ -315,7 +316,7 @@ def test_files_that_a_task_writes_go_where_its_numbers_go(run: Path, tmp_path: P
     (run / "evaluation").mkdir()
     (run / "evaluation" / "mine_classes.csv").write_text("of training")
     process = open_process(run, "cpu")
-    found = _measure(Writing(), load_model(run), process, tmp_path / "out")
+    found = measure(Writing(), load_model(run), process, tmp_path / "out")
     assert found == ({"mine_number": 0.5}, None)
     assert (tmp_path / "out" / "mine_classes.csv").read_text() == "new"
     assert (run / "evaluation" / "mine_classes.csv").read_text() == "of training"

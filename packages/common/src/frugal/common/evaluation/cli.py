@@ -331,7 +331,7 @@ def _as_asked(task: EvaluationTask, options: Options) -> EvaluationTask:
     given = {name: getattr(options, name) for name in wanted if name in has}
     changes = {name: value for name, value in given.items() if value is not None}
     if options.published:
-        crop = getattr(task, "published_crop", None)
+        crop = task.published_crop if isinstance(task, ImageEvaluation) else None
         if crop is None:
             raise InputError(
                 f"the recipe of {options.checkpoint} does not say how images were prepared for "
