@@ -192,21 +192,13 @@ class Embedder:
         return F.normalize(features, dim=-1)
 
     @classmethod
-    def of(
-        cls,
-        bundle: ModelBundle,
-        run: Run,
-        task: ImageEvaluation | None = None,
-        *,
-        reduces: bool = False,
-    ) -> Embedder:
+    def of(cls, bundle: ModelBundle, run: Run, task: ImageEvaluation | None = None) -> Embedder:
         """The model as it was trained, on the device of the run.
 
         Args:
             bundle: two towers, or an image tower alone.
             run: where it runs.
-            task: says what of every image the model sees; all of it by default.
-            reduces: shorten texts by the text reduction of the training.
+            task: says what of every image and text the model sees; all of it by default.
 
         Raises:
             InputError: if the tokenizer or the text reduction cannot be loaded, or the task keeps
@@ -230,7 +222,7 @@ class Embedder:
             precision=bundle.precision,
             image=image,
             views=views,
-            shorten=_as_in_training(bundle) if reduces else None,
+            shorten=_as_in_training(bundle) if task is not None and task.reduces_texts else None,
         )
 
     @cached_property

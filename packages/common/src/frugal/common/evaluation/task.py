@@ -146,3 +146,8 @@ class ImageEvaluation(FolderEvaluation):
                 f"{kind}.views is {self.views}, but without a mask_ratio all views are the same; "
                 "give the fraction of the patches to leave out, such as 0.5"
             )
+
+    @property
+    def reduces_texts(self) -> bool:
+        """Shorten texts as the training of the model shortened captions, by its reduction."""
+        return False

@@ -78,6 +78,12 @@ class ZeroShot(ImageEvaluation):
                     f"{', '.join(listed())}"
                 )
 
+    @property
+    @override
+    def reduces_texts(self) -> bool:
+        """Where it reduces prompts."""
+        return self.reduce_prompts
+
     @override
     def measure(self, given: Inputs) -> dict[str, float | int]:
         """``top1``, ``top5``, ``mean_per_class_recall``, ``images`` and ``classes``.
@@ -92,7 +98,7 @@ class ZeroShot(ImageEvaluation):
         Raises:
             InputError: if the data, its classes and the names do not fit together.
         """
-        embedder = Embedder.of(given.bundle, given.run, self, reduces=self.reduce_prompts)
+        embedder = Embedder.of(given.bundle, given.run, self)
         if is_multi_labeled(given.folder):
             if self.metric is not None:
                 raise InputError(
