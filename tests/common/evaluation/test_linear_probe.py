@@ -211,7 +211,7 @@ def test_embeddings_are_kept_and_used_again(
         raise AssertionError("embedded again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(features_module, "grouped", never)
+        patched.setattr(features_module, "walk_images", never)
         assert task.evaluate(bundle_of(model, plan), run) == numbers
         files[0].write_bytes(files[0].read_bytes()[:-4])
         with pytest.raises(AssertionError, match="embedded again"):

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from typing_extensions import override
 
-from frugal.common.contracts import EvaluationTask, Show
+from frugal.common.contracts import EvaluationTask, Keep, Show
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.bootstrap import Keep
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.ranges import Count, Seed, check_ranges
 from frugal.common.reduction.text import Truncate

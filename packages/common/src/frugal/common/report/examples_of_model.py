@@ -187,7 +187,7 @@ def examples_of_stages(stages: Mapping[str, Path], *, count: int) -> Examples:
         InputError: if the checkpoint or the data of an evaluation cannot be used.
     """
     first, last = next(iter(stages.values())), list(stages.values())[-1]
-    if load_recipe(last / "recipe.json").model.text_length is None:
+    if load_recipe(last / "recipe.json").model.inputs().captions is None:
         try:
             checkpoint, recipe = open_checkpoint(last)
             run = open_process(last, "auto")
