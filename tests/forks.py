@@ -33,7 +33,7 @@ IMPORTED = (
     "accelerate", "safetensors.torch", "tyro.extras", "PIL.JpegImagePlugin", "open_clip.tokenizer",
     "frugal.common.train", "frugal.common.engine.loop", "frugal.common.engine.deepspeed",
     "frugal.common.engine.accelerate", "frugal.common.data.config",
-    "frugal.common.objectives.contrastive", "frugal.common.checkpoint.warm_start",
+    "frugal.common.objectives.contrastive", "frugal.common.checkpoint.init_from",
     "pyarrow.parquet",
 )  # fmt: skip
 

@@ -41,6 +41,7 @@ LAYERS = [
     ("checkpoint",),
     ("evaluation",),
     ("weights",),
+    ("checkpoint.init_from",),  # loads models from anywhere
     ("engine",),
     ("transfer",),
     (

@@ -7,7 +7,9 @@ import torch
 from cit_cases import case
 from tower_cases import LOG, moco_file
 
-from frugal.cit.tower_start import start_image
+from frugal.cit.objective import IMAGE_FREEDOM
+from frugal.cit.published_vision import read_vision
+from frugal.common.checkpoint.init_from import Start, init_image
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 
 NEAR = {"rtol": 0, "atol": 1e-5}
@@ -35,7 +37,7 @@ def tower(tmp_path: Path) -> ImageTransformer:
     state = {n.removeprefix("sd."): t for n, t in tensors.items() if n.startswith("sd.")}
     file = moco_file(tmp_path / "vit-b-300ep.pth.tar", state)
     tower = ImageTransformer(tower_config())
-    start_image(tower, str(file), interpolate=False, fresh_projector=False, log=LOG)
+    init_image(tower, read_vision(file), IMAGE_FREEDOM, Start(interpolate=False, log=LOG))
     return tower
 
 

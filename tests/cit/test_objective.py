@@ -23,7 +23,7 @@ from tower_cases import (
 from frugal.cit.objective import LockedContrastive
 from frugal.cit.published_dual import to_released
 from frugal.cit.recipes import published_optimizer
-from frugal.common.checkpoint.warm_start import warm_start
+from frugal.common.checkpoint.init_from import init_from
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage
@@ -175,9 +175,7 @@ def test_flops_of_frozen_parts_are_those_of_one_pass(recipe: Recipe) -> None:
 def started(recipe: Recipe, source: Path | None = None, **objective: str):
     chosen = LockedContrastive(**objective)
     module = objective_of(replace(recipe, objective=chosen))
-    if not module.start_from(source, interpolate=False, log=LOG):
-        assert source is not None
-        warm_start(module, source, resample=None, log=LOG)
+    init_from(module, source, interpolate=False, log=LOG)
     return module
 
 

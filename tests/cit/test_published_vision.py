@@ -26,9 +26,10 @@ from tower_cases import (
 )
 from transformers import ViTConfig, ViTModel
 
+from frugal.cit.objective import IMAGE_FREEDOM
 from frugal.cit.published_vision import read_vision
 from frugal.cit.recipes import augreg_tower, moco_tower, swag_tower
-from frugal.cit.tower_start import start_image
+from frugal.common.checkpoint.init_from import Start, init_image
 from frugal.common.errors import InputError
 from frugal.common.models.named import flip_encoder
 from frugal.common.models.vit import ImageTower, ImageTransformer
@@ -41,7 +42,8 @@ def started(config: ImageTower, source: Path, *, interpolate: bool = False) -> I
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tower = ImageTransformer(config)
-    start_image(tower, str(source), interpolate=interpolate, fresh_projector=False, log=LOG)
+    start = Start(interpolate=interpolate, log=LOG)
+    init_image(tower, read_vision(str(source)), IMAGE_FREEDOM, start)
     return tower.eval()
 
 
@@ -156,7 +158,8 @@ def test_a_projector_may_be_left_or_new(tmp_path: Path) -> None:
     save_file(timm_model().state_dict(), plain)
     tower = ImageTransformer(MOCO)
     before = tower.projector[0].weight.clone()
-    start_image(tower, str(plain), interpolate=False, fresh_projector=True, log=LOG)
+    freedom = replace(IMAGE_FREEDOM, may_be_new=("projector.",))
+    init_image(tower, read_vision(plain), freedom, Start(interpolate=False, log=LOG))
     assert tower.projector[0].weight.equal(before)
     with pytest.raises(InputError, match="has no projector, and a random one would stay"):
         started(MOCO, plain)

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from frugal.clipa.convert import Options, convert
 from frugal.clipa.named_models import named_model
 from frugal.clipa.recipes import demo
-from frugal.common.checkpoint.warm_start import warm_start
+from frugal.common.checkpoint.init_from import init_from
 from frugal.common.errors import InputError
-from frugal.common.models.clip import resample_table
 from frugal.common.models.positions import resample_length, sincos_table
 from frugal.common.models.weight_names import to_open_clip
 from frugal.common.recipe import load_recipe
@@ -71,7 +70,7 @@ def test_a_stage_starts_from_converted_weights(tmp_path, vocab):
         ),
     )
     objective = recipe.objective.build(recipe)
-    warm_start(objective, run, resample=resample_table, log=LOG)
+    init_from(objective, run, interpolate=True, log=LOG)
     state, before = objective.model.state_dict(), published.model.state_dict()
     table = sincos_table((6, 5), 32, "sincos_bigvision", class_row=True)[None]
     torch.testing.assert_close(state.pop("image.pos_embed"), table, rtol=0, atol=1e-6)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
+from frugal.common.checkpoint.init_from import init_from
 from frugal.common.checkpoint.store import CheckpointStore
-from frugal.common.checkpoint.warm_start import warm_start
-from frugal.common.models.clip import resample_table
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
 from frugal.flip.recipes import demo
@@ -46,6 +45,5 @@ def saved(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
 
 def started(source: Path, recipe: Recipe, *, interpolate: bool = True) -> torch.nn.Module:
     objective = recipe.objective.build(recipe)
-    resample = resample_table if interpolate else None
-    warm_start(objective, source, resample=resample, log=LOG)
+    init_from(objective, source, interpolate=interpolate, log=LOG)
     return objective

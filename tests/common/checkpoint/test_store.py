@@ -15,8 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal.common.checkpoint import store as store_module
-from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint, owners, save_weights
-from frugal.common.checkpoint.warm_start import load_weights
+from frugal.common.checkpoint.store import (
+    CheckpointStore,
+    find_checkpoint,
+    load_weights,
+    owners,
+    save_weights,
+)
 from frugal.common.errors import InputError
 from frugal.common.run import Run
 

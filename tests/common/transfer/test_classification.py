@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from frugal.common.checkpoint.init_from import Start, init_encoder
 from frugal.common.contracts import Batch
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_timm
@@ -20,7 +21,6 @@ from frugal.common.transfer.classification import (
     smoothed_cross_entropy,
 )
 from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier, pooled
-from frugal.common.transfer.init_from import init_encoder
 from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING, vit_b16
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "milan"
@@ -54,7 +54,7 @@ def classifier(pretrained: Path) -> VisionClassifier:
     """The recorded fine-tuning model."""
     config = ClassifierConfig(image=pooled(TOWER, "mean"), num_classes=10)
     model = config.build(torch.Generator().manual_seed(0))
-    init_encoder(model.image, pretrained, interpolate=False, log=LOG)
+    init_encoder(model.image, pretrained, Start(interpolate=False, log=LOG))
     golden = numbers("finetune_global_pool")
     for name in ("head", "fc_norm"):
         part = {leaf: golden[f"state/{name}.{leaf}"] for leaf in ("weight", "bias")}
@@ -207,6 +207,6 @@ def test_positions_are_resampled_as_recorded(tmp_path: Path) -> None:
     model = ClassifierConfig(image=pooled(wider, "mean"), num_classes=2).build(
         torch.Generator().manual_seed(1)
     )
-    init_encoder(model.image, tmp_path / "encoder.safetensors", interpolate=True, log=LOG)
+    init_encoder(model.image, tmp_path / "encoder.safetensors", Start(interpolate=True, log=LOG))
     wanted = golden["grid4_to_7_dim16/result"]
     torch.testing.assert_close(model.image.pos_embed.data, wanted, rtol=0, atol=1e-5)

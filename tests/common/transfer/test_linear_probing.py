@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from frugal.common.checkpoint.init_from import Start, init_encoder
 from frugal.common.contracts import Batch
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
@@ -19,7 +20,6 @@ from frugal.common.optim.optimizers import LARS, set_learning_rate
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.augmentation import SingleDrawCrop, single_window
 from frugal.common.transfer.classifier import ClassifierConfig
-from frugal.common.transfer.init_from import init_encoder
 from frugal.common.transfer.linear_probing import FeatureNorm, LinearProbing, ProbeObjective
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "milan"
@@ -44,7 +44,7 @@ def probe(pretrained: Path) -> ProbeObjective:
     """The recorded probe before its first step."""
     config = ClassifierConfig(image=TOWER, num_classes=10)
     model = config.build(torch.Generator().manual_seed(0))
-    init_encoder(model.image, pretrained, interpolate=False, log=LOG)
+    init_encoder(model.image, pretrained, Start(interpolate=False, log=LOG))
     objective = ProbeObjective(model, LinearProbing(), reduction=KeepAll(), seed=0)
     with torch.no_grad():
         model.head[1].weight.copy_(NUMBERS["state/head.1.weight"])

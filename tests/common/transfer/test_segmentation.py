@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
 
+from frugal.common.checkpoint.init_from import init_from
 from frugal.common.data.config import ImageData
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import SharedBatchNorm
@@ -415,7 +416,7 @@ def test_the_tower_starts_from_a_file_its_positions_brought_to_the_crop(official
     recipe = cases.recipe(model=replace(cases.CONFIG, image=tower))
     objective = recipe.objective.build(recipe)
     before = copy.deepcopy(objective.model.state_dict())
-    objective.start_from(official, interpolate=True, log=LOG)
+    init_from(objective, official, interpolate=True, log=LOG)
     small = replace(encoder_like(tower), image_size=32)
     reference = ImageTransformer(small)
     reference.initialize(torch.Generator().manual_seed(9), "flip")
@@ -438,16 +439,16 @@ def test_without_an_encoder_or_with_what_is_none_a_sentence_says_so(
     recipe = replace(recipe, objective=Segmentation())
     objective = recipe.objective.build(recipe)
     with pytest.raises(InputError, match="needs an encoder: give a pretraining run"):
-        objective.start_from(None, interpolate=True, log=LOG)
+        init_from(objective, None, interpolate=True, log=LOG)
     other = tmp_path / "other.safetensors"
     save_file({"layer.weight": torch.zeros(3)}, other)
     with pytest.raises(InputError, match="not an image encoder"):
-        objective.start_from(other, interpolate=True, log=LOG)
+        init_from(objective, other, interpolate=True, log=LOG)
     wide = cases.recipe(model=replace(cases.CONFIG, image=replace(cases.TOWER, mlp_width=40)))
     with pytest.raises(InputError, match=r"mlp_width 32, but model\.image\.mlp_width is 40"):
-        wide.objective.build(wide).start_from(official, interpolate=True, log=LOG)
+        init_from(wide.objective.build(wide), official, interpolate=True, log=LOG)
     with pytest.raises(InputError, match="no file or folder"):
-        objective.start_from(tmp_path / "nowhere.pth", interpolate=True, log=LOG)
+        init_from(objective, tmp_path / "nowhere.pth", interpolate=True, log=LOG)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEForPreTraining
 
-from frugal.common.checkpoint.store import find_checkpoint
-from frugal.common.checkpoint.warm_start import load_weights
+from frugal.common.checkpoint.store import find_checkpoint, load_weights
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
@@ -366,15 +365,16 @@ def test_a_vision_transformer_of_transformers_comes_in(kind: str, tmp_path: Path
 
 
 def test_an_image_tower_starts_what_is_trained_on_it(tmp_path: Path) -> None:
+    from frugal.common.checkpoint.init_from import Start, init_encoder
+    from frugal.common.transfer.classification import init_head
     from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier
-    from frugal.common.transfer.init_from import init_encoder, init_head
 
     model, source = timm_folder(tmp_path / "timm")
     run = taken_in(source, tmp_path / "run")
     tower = load_model(run).config.image
     log = logging.getLogger("test")
     classifier = VisionClassifier(ClassifierConfig(image=tower, num_classes=5))
-    found = init_encoder(classifier.image, run, interpolate=False, log=log)
+    found = init_encoder(classifier.image, run, Start(interpolate=False, log=log))
     init_head(classifier, found, log=log)
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():

@@ -36,8 +36,7 @@ from transformers import (
     ViTModel,
 )
 
-from frugal.common.checkpoint.store import find_checkpoint
-from frugal.common.checkpoint.warm_start import load_weights
+from frugal.common.checkpoint.store import find_checkpoint, load_weights
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.errors import InputError
 from frugal.common.export import Options as Export

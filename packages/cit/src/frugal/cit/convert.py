@@ -138,8 +138,7 @@ def _write_released(options: Options) -> None:
     import torch
 
     from frugal.cit.published_dual import kind_of, released_settings, to_released
-    from frugal.common.checkpoint.store import find_checkpoint
-    from frugal.common.checkpoint.warm_start import load_weights
+    from frugal.common.checkpoint.store import find_checkpoint, load_weights
 
     given = (options.tokenizer, options.length, options.image_heads, options.text_heads)
     if any(value is not None for value in given):

@@ -7,17 +7,19 @@ arXiv:2301.02241, section 3.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 from typing_extensions import override
 
-from frugal.cit.tower_start import start_image, start_text
-from frugal.common.contracts import Batch
+from frugal.cit.published_vision import read_vision
+from frugal.common.checkpoint.init_from import Freedom, init_image, init_text
+from frugal.common.contracts import Batch, Initializer
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import counting
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.flops import projection_flops, projector_flops, tower_flops
 from frugal.common.models.pretrained import TransformersText
@@ -85,6 +87,22 @@ class LockedContrastive(Contrastive):
         return LockedObjective(model, self, **options)
 
 
+_PROJECTOR = "a projector is left behind, or new where it is trained"
+IMAGE_FREEDOM = Freedom(
+    kind="the image tower",
+    differences={
+        "positions": "the tables themselves are compared",
+        "projector_width": _PROJECTOR,
+        "projector_outputs": _PROJECTOR,
+    },
+    needed={
+        "projector.": "projector, and a random one would stay as it is; train it with "
+        "--objective.train-image head, or leave --model.image.projector-width out"
+    },
+)
+"""What an image tower may do otherwise than the one whose weights it takes."""
+
+
 class LockedObjective(ContrastiveObjective):
     """A contrastive objective that trains what its configuration names."""
 
@@ -109,31 +127,26 @@ class LockedObjective(ContrastiveObjective):
             return super()._encode(batch)
 
     @override
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
+    def init_from(self, source: Path | ModelBundle | None, start: Initializer) -> None:
         """Take the weights that every tower starts from, unless a run is given.
 
         Raises:
             InputError: if they cannot be read or do not fit, or a frozen tower would be random.
         """
         if source is not None:
-            return False
-        self._start_image(interpolate=interpolate, log=log)
-        self._start_text(interpolate=interpolate, log=log)
-        return True
+            start.take_all(self, source)
+            return
+        self._init_image(start)
+        self._init_text(start)
 
-    def _start_image(self, *, interpolate: bool, log: logging.Logger) -> None:
+    def _init_image(self, start: Initializer) -> None:
         config, tower = self._config, self.model.image
         if not isinstance(tower.config, ImageTower):
-            self._start_other("image", config.train_image, log)
+            self._init_other("image", config.train_image, start.log)
         elif config.image_weights is not None:
-            fresh_head = config.train_image != "none"
-            start_image(
-                tower,
-                config.image_weights,
-                interpolate=interpolate,
-                fresh_projector=fresh_head,
-                log=log,
-            )
+            may_be_new = () if config.train_image == "none" else ("projector.",)
+            freedom = replace(IMAGE_FREEDOM, may_be_new=may_be_new)
+            init_image(tower, read_vision(config.image_weights), freedom, start)
         elif config.train_image != "all":
             raise InputError(
                 f"objective.train_image is {config.train_image}, which would keep random weights "
@@ -141,18 +154,12 @@ class LockedObjective(ContrastiveObjective):
                 "run with --run.start-from, or train it whole with --objective.train-image all"
             )
 
-    def _start_text(self, *, interpolate: bool, log: logging.Logger) -> None:
+    def _init_text(self, start: Initializer) -> None:
         config, tower = self._config, self.model.text
         if not isinstance(tower.config, TextTower):
-            self._start_other("text", config.train_text, log)
+            self._init_other("text", config.train_text, start.log)
         elif config.text_weights is not None:
-            start_text(
-                tower,
-                config.text_weights,
-                interpolate=interpolate,
-                tokenizer=self.tokenizer,
-                log=log,
-            )
+            init_text(tower, Path(config.text_weights), start, tokenizer=self.tokenizer)
         elif config.train_text != "all":
             raise InputError(
                 f"objective.train_text is {config.train_text}, which would keep random weights "
@@ -160,7 +167,7 @@ class LockedObjective(ContrastiveObjective):
                 "with --run.start-from, or train it whole with --objective.train-text all"
             )
 
-    def _start_other(self, part: str, trained: str, log: logging.Logger) -> None:
+    def _init_other(self, part: str, trained: str, log: logging.Logger) -> None:
         """Another library's tower."""
         tower = getattr(self.model, part)
         if tower.config.pretrained:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import Rule, pairs, read_names, write_names
 from frugal.common.weights.files import (
@@ -43,22 +44,10 @@ _WIDE_HEADS = {1280: 16}
 _UNSAID = (
     "heads", "activation", "norm_epsilon", "pooling", "norm_after_pooling", "mean", "std",
 )  # fmt: skip
+"""Fields of a tower that these files do not say; its shapes and kind make one think so."""
 
 
-@dataclass(frozen=True)
-class VisionWeights:
-    """An image tower and its weights."""
-
-    tower: ImageTower
-    state: State
-    """By the names of ``ImageTransformer``, float32."""
-    guessed: tuple[str, ...] = _UNSAID
-    """Fields of the tower that the source does not say; its shapes and kind make one think so."""
-    aligns_corners: bool = False
-    """How its position table is to be resampled."""
-
-
-def read_vision(source: str | Path) -> VisionWeights:
+def read_vision(source: str | Path) -> ImageEncoder:
     """The image tower of a file, a folder, a name on the hub or a run, in float32.
 
     Raises:
@@ -69,14 +58,12 @@ def read_vision(source: str | Path) -> VisionWeights:
         state = read_weights(path)
         if any(_OF_A_FAMILY.match(name) for name in state):
             return vision_of_state(state, source=str(path))
-        found = read_encoder(path)
-        return VisionWeights(found.tower, found.state, found.guessed)
+        return read_encoder(path)
     about = path / "config.json"
     settings = read_json_object(about) if about.is_file() else {}
     if settings.get("model_type") in KINDS or is_released(settings):
         return vision_of_state(read_weights(weights_in(path, WEIGHT_FILES)), source=str(path))
-    found = read_encoder(source)
-    return VisionWeights(found.tower, found.state, found.guessed)
+    return replace(read_encoder(source), source=str(source))
 
 
 def is_released(settings: Mapping[str, Any]) -> bool:
@@ -87,7 +74,7 @@ def is_released(settings: Mapping[str, Any]) -> bool:
 
 def vision_of_state(
     state: Mapping[str, Tensor], *, source: str, heads: int | None = None
-) -> VisionWeights:
+) -> ImageEncoder:
     """The image tower among named tensors of one of the known layouts.
 
     Args:
@@ -108,21 +95,21 @@ def vision_of_state(
         state = part_with(state, "patch_embed.proj.weight", source=source)
     if "conv_proj.weight" in state or "encoder.pos_embedding" in state:
         return _swag(state, source, heads)
-    found = encoder_of_state(state, source=source, heads=heads)
+    found = replace(encoder_of_state(state, source=source, heads=heads), guessed=_UNSAID)
     projector = {
         f"projector.{name.removeprefix('head.')}": tensor
         for name, tensor in found.rest.items()
         if re.fullmatch(r"head\.\d\..*", name)
     }
     if not projector:
-        return VisionWeights(found.tower, found.state)
+        return found
     try:
         hidden, outputs = len(projector["projector.0.weight"]), len(projector["projector.6.weight"])
     except KeyError as error:
         missing = error.args[0].replace("projector", "head")
         raise InputError(f"{source} has a projector without {missing}; it is incomplete") from None
     tower = replace(found.tower, projector_width=hidden, projector_outputs=outputs)
-    return VisionWeights(tower, found.state | projector)
+    return replace(found, tower=tower, state=found.state | projector)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,7 +138,7 @@ _SWAG = (
 )
 
 
-def _swag(state: Mapping[str, Tensor], source: str, heads: int | None) -> VisionWeights:
+def _swag(state: Mapping[str, Tensor], source: str, heads: int | None) -> ImageEncoder:
     kept = {name: t for name, t in state.items() if not name.startswith(("head.", "heads."))}
     ours = read_names(kept, _SWAG, source=source)
     try:
@@ -176,7 +163,7 @@ def _swag(state: Mapping[str, Tensor], source: str, heads: int | None) -> Vision
         patch_size=kernel.shape[-1],
         image_size=kernel.shape[-1] * side,
     )
-    return VisionWeights(tower, ours, aligns_corners=True)
+    return ImageEncoder(tower, ours, source, guessed=_UNSAID, align_corners=True)
 
 
 def to_swag(state: Mapping[str, Tensor]) -> State:

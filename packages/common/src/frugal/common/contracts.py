@@ -23,7 +23,7 @@ from typing_extensions import override
 from frugal.common.data.damage import DamageNote
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import SampleResults
-from frugal.common.models.bundle import ModelBundle
+from frugal.common.models.bundle import ModelBundle, TokenizerSource
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Count, NotNegative, Range, check_ranges
 from frugal.common.reduction.image import ImageReduction, PatchView
@@ -176,6 +176,28 @@ class Tower(Protocol):
         ...
 
 
+class Initializer(Protocol):
+    """What an objective takes its first weights with."""
+
+    @property
+    def interpolate(self) -> bool:
+        """Whether position tables may be brought to another grid or length."""
+        ...
+
+    @property
+    def log(self) -> logging.Logger:
+        """Told what was taken."""
+        ...
+
+    def take_all(self, objective: Objective, source: Path | ModelBundle) -> None:
+        """Give the whole objective the weights of the same names.
+
+        Raises:
+            InputError: if there are none, they do not fit, or their model computes otherwise.
+        """
+        ...
+
+
 class Objective(nn.Module):
     """One ``nn.Module`` that holds everything trainable and maps a batch to its loss.
 
@@ -187,6 +209,8 @@ class Objective(nn.Module):
     """What evaluations and exports take."""
     reduction: ImageReduction
     """Which patches stay; a run sets the calibrated one before it trains."""
+    tokenizer: TokenizerSource | None = None
+    """Of its captions, in its configuration: weights go with the ids of one."""
 
     @override
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -216,22 +240,20 @@ class Objective(nn.Module):
         del metrics
         return 0.0
 
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
-        """Take weights that this objective alone knows how to start from.
+    def init_from(self, source: Path | ModelBundle | None, start: Initializer) -> None:
+        """Take the first weights: by default everything of the same names, if a source is given.
 
         Args:
-            source: ``run.start_from``, which may hold weights of another kind of model.
-            interpolate: whether position tables may be resampled.
-            log: told what was taken.
-
-        Returns:
-            Whether it has; otherwise a run takes the weights of the same names from ``source``.
+            source: ``run.start_from``, which may hold weights of another kind of model, or a model
+                that was loaded already.
+            start: takes them all; an objective that takes a part of them, or some from elsewhere,
+                calls :mod:`frugal.common.checkpoint.init_from` for each of its towers.
 
         Raises:
-            InputError: if there are none, or they do not fit.
+            InputError: if there are none although it needs some, or they do not fit.
         """
-        del source, interpolate, log
-        return False
+        if source is not None:
+            start.take_all(self, source)
 
     def patch_view(self, batch: Batch) -> tuple[PatchView, NoiseSource] | None:
         """What the image reduction sees of a batch, and where it gets its random numbers.

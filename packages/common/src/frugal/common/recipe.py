@@ -107,7 +107,8 @@ class RunOptions:
     """A number of the evaluations, such as accuracy_top1: the checkpoint with the highest one stays
     on disk beside the newest, and every evaluation has a checkpoint."""
     start_from: Path | None = None
-    """A run directory or checkpoint whose weights this run starts from, optimizer afresh."""
+    """A run directory, checkpoint or folder of another library whose weights this run starts
+    from, optimizer afresh."""
     interpolate: bool = False
     """Allow --run.start-from to resample position tables to another grid or length."""
     allow_changed_data: bool = False

@@ -73,15 +73,14 @@ def train_recipe(recipe: Recipe) -> None:
     assert recipe.run.dir is not None
     make_logger(launcher_ranks().rank)
     recipe = _check_run_dir(recipe)
+    from frugal.common.checkpoint.init_from import init_from
     from frugal.common.checkpoint.store import CheckpointStore
-    from frugal.common.checkpoint.warm_start import warm_start
     from frugal.common.data.contents import keep_contents
     from frugal.common.data.damage import DamageCounter
     from frugal.common.engine.logger import MetricsLogger
     from frugal.common.engine.loop import Training, measure_what_was_missed, train
     from frugal.common.engine.rehearsal import rehearse
     from frugal.common.engine.saving import WeightAverage, restore
-    from frugal.common.models.clip import resample_table
 
     run = open_run(recipe)
     recipe.local_batch(run.world_size)  # refuse before anything is written
@@ -90,10 +89,7 @@ def train_recipe(recipe: Recipe) -> None:
     objective = recipe.objective.build(recipe)
     if not store.whole():
         source, interpolate = recipe.run.start_from, recipe.run.interpolate
-        started = objective.start_from(source, interpolate=interpolate, log=run.log)
-        if source is not None and not started:
-            resample = resample_table if interpolate else None
-            warm_start(objective, source, resample=resample, log=run.log)
+        init_from(objective, source, interpolate=interpolate, log=run.log)
     _check_best(recipe)
     engine = make_engine(objective, recipe, run)
     average = None

@@ -34,7 +34,7 @@ from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, fin
 from frugal.common.distributed import gather_objects
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of, write_file
-from frugal.common.models.finite import refuse_not_finite_parts
+from frugal.common.models.finite import refuse_not_finite, refuse_not_finite_parts
 from frugal.common.recipe import Recipe, from_json, load_recipe
 from frugal.common.run import Run
 
@@ -42,6 +42,8 @@ _LOG = logging.getLogger("frugal")
 FORMAT = 1
 BEST = "best.json"
 """Beside the checkpoints, names the one with the highest number of an evaluation."""
+MODEL_FILE = "model.json"
+"""In a run directory: what of its model is no weight."""
 _READ_BACK = 1 << 24
 """Bytes of a file that was written that are compared at a time."""
 
@@ -91,6 +93,18 @@ class Checkpoint:
         for file in self.state["files"]:
             found |= find_tensors(self.folder / file["name"])
         return found
+
+
+def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights by name, mapped from the files; their moving average where the run kept one.
+
+    Raises:
+        InputError: if a number is not finite.
+    """
+    read = checkpoint.reader()
+    weights = {name: read(stored) for name, stored in checkpoint.weights().items()}
+    refuse_not_finite(weights, source=str(checkpoint.folder))
+    return weights
 
 
 def owners(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:

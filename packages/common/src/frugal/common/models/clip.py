@@ -149,7 +149,13 @@ def build(config: DualEncoderConfig, generator: torch.Generator | None = None) -
 
 
 def resample_table(
-    name: str, table: Tensor, *, old: ImageTower | TextTower | None, new: ImageTower | TextTower
+    name: str,
+    table: Tensor,
+    *,
+    old: ImageTower | TextTower | None,
+    new: ImageTower | TextTower,
+    antialias: bool = True,
+    align_corners: bool = False,
 ) -> Tensor:
     """A learned table of a saved model for a tower of another grid or length.
 
@@ -158,6 +164,8 @@ def resample_table(
         table: (1, rows, D) as saved.
         old: the tower it was saved from; where that is not known, images count as square.
         new: the tower that takes it.
+        antialias: see :func:`~frugal.common.models.positions.resample_grid`.
+        align_corners: see there too.
 
     Returns:
         (1, rows', D): linear for texts, bicubic for images.
@@ -178,4 +186,10 @@ def resample_table(
             f"{'with' if front else 'without'} a position for the class token; only such a table "
             "is resampled for this model"
         )
-    return resample_grid(table, old_grid=old_grid, new_grid=new.grid)
+    return resample_grid(
+        table,
+        old_grid=old_grid,
+        new_grid=new.grid,
+        antialias=antialias,
+        align_corners=align_corners,
+    )

@@ -35,6 +35,8 @@ class ImageEncoder:
     """How its library prepares an image for it, where a folder of a library was read."""
     guessed: tuple[str, ...] = ()
     """Fields of the tower that the source does not say."""
+    align_corners: bool = False
+    """How its library resamples its position table."""
     head: tuple[Tensor, Tensor] | None = None
     """(C, D) and (C,): weight and bias of the linear layer on what it pools."""
     scores: Callable[[Tensor], Tensor] | None = None

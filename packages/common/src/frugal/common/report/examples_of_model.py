@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frugal.common.checkpoint.warm_start import trained_objective
 from frugal.common.contracts import EvaluationTask, Objective
 from frugal.common.data.benchmark_layout import is_multi_labeled
 from frugal.common.distributed import Ranks
@@ -39,7 +38,7 @@ from frugal.common.report.examples import (
 from frugal.common.run import Run, make_logger
 from frugal.common.train import open_process
 from frugal.common.weights.load import load_model
-from frugal.common.weights.runs import open_checkpoint
+from frugal.common.weights.runs import open_checkpoint, trained_objective
 
 
 def examples_of_model(
@@ -191,7 +190,7 @@ def examples_of_stages(stages: Mapping[str, Path], *, count: int) -> Examples:
         try:
             checkpoint, recipe = open_checkpoint(last)
             run = open_process(last, "auto")
-            objective = trained_objective(recipe, checkpoint.folder, log=run.log)
+            objective = trained_objective(recipe, checkpoint)
             return draw_batch(objective.to(run.device), recipe, run)
         except InputError as error:
             make_logger(0).warning("the page shows no pictures: %s", error)

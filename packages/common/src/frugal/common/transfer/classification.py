@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from frugal.common.contracts import Batch, Objective, Tower
+from frugal.common.checkpoint.init_from import init_encoder
+from frugal.common.contracts import Batch, Initializer, Objective, Tower
 from frugal.common.data.config import ImageData
 from frugal.common.distributed import place_in_world, sum_over_processes
 from frugal.common.errors import InputError
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.flops import image_flops
+from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Range, check_ranges
 from frugal.common.recipe import ObjectiveConfig, Recipe
 from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier
-from frugal.common.transfer.init_from import init_encoder, init_head
 from frugal.common.transfer.mixing import Mixing, RandomErasing, mix, swap_neighbors
 from frugal.common.transfer.pixels import normalized, side_by_side
 
@@ -142,21 +144,20 @@ class ClassificationObjective(Objective):
         return (self.model.image,)
 
     @override
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
+    def init_from(self, source: Path | ModelBundle | None, start: Initializer) -> None:
         """Take the tower of a pretraining run or file, and the head where it fits.
 
         Raises:
             InputError: if there is no source, or its tower is not the model's.
         """
         if source is not None:
-            found = init_encoder(self.model.image, source, interpolate=interpolate, log=log)
-            init_head(self.model, found, log=log)
+            found = init_encoder(self.model.image, source, start)
+            init_head(self.model, found, log=start.log)
         elif not self._config.from_scratch:
             raise InputError(
                 "fine-tuning needs an encoder: give a pretraining run or a file of weights with "
                 "--run.start-from, or train random weights with --objective.from-scratch"
             )
-        return True
 
     @override
     def step_flops(self, metrics: dict[str, float]) -> float:
@@ -170,6 +171,21 @@ class ClassificationObjective(Objective):
             batch = batch.rows(0, len(batch) - 1)
         images, _ = self._changed(batch)
         return side_by_side(images, self.model.config.image)
+
+
+def init_head(model: VisionClassifier, found: ImageEncoder, *, log: logging.Logger) -> None:
+    """Give a classifier the head of a fine-tuned model, and the norm before it, where they fit."""
+    fresh = []
+    for name, part in (("fc_norm", model.fc_norm), ("head", model.head)):
+        needed = part.state_dict()
+        stored = {n: found.rest[f"{name}.{n}"] for n in needed if f"{name}.{n}" in found.rest}
+        fits = all(stored[n].shape == tensor.shape for n, tensor in needed.items() if n in stored)
+        if stored.keys() == needed.keys() and fits:
+            part.load_state_dict(stored)
+        else:
+            fresh.append(f"{name} (of another shape there)" if stored else name)
+    if fresh:
+        log.info("with new weights: %s", ", ".join(fresh))
 
 
 def batch_labels(batch: Batch) -> Tensor:

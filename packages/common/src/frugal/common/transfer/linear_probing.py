@@ -5,7 +5,6 @@ Source: MAE (arXiv:2111.06377, appendix A.3) and MILAN (arXiv:2208.06049).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from typing_extensions import override
 
-from frugal.common.contracts import Batch, Objective, Tower
+from frugal.common.checkpoint.init_from import init_encoder
+from frugal.common.contracts import Batch, Initializer, Objective, Tower
 from frugal.common.distributed import place_in_world, sum_over_processes
 from frugal.common.errors import InputError
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import ObjectiveConfig, Recipe
 from frugal.common.reduction.image import ImageReduction, PatchView
@@ -32,7 +33,6 @@ from frugal.common.transfer.classification import (
     token_metrics,
 )
 from frugal.common.transfer.classifier import VisionClassifier
-from frugal.common.transfer.init_from import init_encoder
 from frugal.common.transfer.pixels import side_by_side
 
 _Statistics = Literal["all_processes", "each_process"]
@@ -117,7 +117,7 @@ class ProbeObjective(Objective):
         return (self.model.image,)
 
     @override
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
+    def init_from(self, source: Path | ModelBundle | None, start: Initializer) -> None:
         """Take the tower of a pretraining run or file.
 
         Raises:
@@ -128,8 +128,7 @@ class ProbeObjective(Objective):
                 "a linear probe measures an encoder: give a pretraining run or a file of weights "
                 "with --run.start-from"
             )
-        init_encoder(self.model.image, source, interpolate=interpolate, log=log)
-        return True
+        init_encoder(self.model.image, source, start)
 
     @override
     def step_flops(self, metrics: dict[str, float]) -> float:

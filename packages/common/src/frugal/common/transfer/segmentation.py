@@ -5,7 +5,6 @@ Source: MAE (arXiv:2111.06377, appendix A.4) and BEiT (arXiv:2106.08254).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +15,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
 
-from frugal.common.contracts import Batch, Objective, Tower
+from frugal.common.checkpoint.init_from import init_encoder
+from frugal.common.contracts import Batch, Initializer, Objective, Tower
 from frugal.common.errors import InputError
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Positive, check_ranges
 from frugal.common.recipe import ObjectiveConfig, Recipe
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.classification import mean_over_valid
-from frugal.common.transfer.init_from import init_encoder
 from frugal.common.transfer.masked_folder import IGNORED, PADDING
 from frugal.common.transfer.photometric import PhotometricDistortion
 from frugal.common.transfer.pixels import gray_levels, normalized, paint
@@ -160,20 +160,19 @@ class SegmentationObjective(Objective):
         return (self.model.image,)
 
     @override
-    def start_from(self, source: Path | None, *, interpolate: bool, log: logging.Logger) -> bool:
+    def init_from(self, source: Path | ModelBundle | None, start: Initializer) -> None:
         """Take the tower of a pretraining run or file.
 
         Raises:
             InputError: if there is no source, or its tower is not the model's.
         """
         if source is not None:
-            init_encoder(self.model.image, source, interpolate=interpolate, log=log)
+            init_encoder(self.model.image, source, start)
         elif not self._config.from_scratch:
             raise InputError(
                 "segmentation needs an encoder: give a pretraining run or a file of weights with "
                 "--run.start-from, or train random weights with --objective.from-scratch"
             )
-        return True
 
     @override
     def step_flops(self, metrics: dict[str, float]) -> float:

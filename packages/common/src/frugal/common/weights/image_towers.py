@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from frugal.common.checkpoint.warm_start import MODEL_FILE
+from frugal.common.checkpoint.store import MODEL_FILE
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
 from frugal.common.models.blocks import Activation

@@ -12,13 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from frugal.common.checkpoint.store import (
+    MODEL_FILE,
     Checkpoint,
     copy_weights,
     find_checkpoint,
+    load_weights,
     recipe_of_run,
     save_weights,
 )
-from frugal.common.checkpoint.warm_start import MODEL_FILE, load_weights
+from frugal.common.contracts import Objective
 from frugal.common.data.config import ImageData, PairData
 from frugal.common.data.damage import PassedOver
 from frugal.common.data.samples import IMAGE_EXTENSIONS
@@ -51,6 +53,19 @@ def load_run(path: Path) -> ModelBundle:
     model = recipe.objective.trained_model(plain, state)
     _fill(model, state, checkpoint)
     return _from_training(bundle_of(model.eval(), recipe), path, checkpoint, recipe, average=True)
+
+
+def trained_objective(recipe: Recipe, checkpoint: Checkpoint) -> Objective:
+    """What a recipe trains, with the weights of a checkpoint, on the CPU, to be measured.
+
+    Raises:
+        InputError: if the weights are not of that recipe's model, or what it needs besides, such as
+            a teacher, is gone.
+    """
+    plain = replace(recipe, engine=replace(recipe.engine, compile=False))
+    objective = recipe.objective.build(plain)
+    _fill(objective, load_weights(checkpoint), checkpoint)
+    return objective.eval()
 
 
 def describe_run(

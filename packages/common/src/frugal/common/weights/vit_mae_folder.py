@@ -6,7 +6,6 @@ called ``decoder.*``, and by an objective with ``normalize_patches``; common kno
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from frugal.common.checkpoint.warm_start import trained_objective
 from frugal.common.contracts import Batch
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.image_encoder import ImageEncoder, image_encoder
 from frugal.common.models.vit import image_table
 from frugal.common.models.weight_names import VIT_MAE_DECODER, State, write_names
-from frugal.common.weights.runs import open_checkpoint
+from frugal.common.weights.runs import open_checkpoint, trained_objective
 from frugal.common.weights.transformers_folder import image_processor
 from frugal.common.weights.vit_folder import (
     encoder_state,
@@ -30,7 +28,6 @@ from frugal.common.weights.vit_folder import (
 )
 from frugal.common.weights.written import UnsupportedOption, noise_images
 
-_LOG = logging.getLogger("frugal")
 USAGE = """\
 ```python
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
@@ -104,12 +101,16 @@ def difference(bundle: ModelBundle, folder: Path) -> float:
     from transformers import ViTMAEForPreTraining
 
     checkpoint, recipe = open_checkpoint(bundle.source.path)
-    objective = trained_objective(recipe, checkpoint.folder, log=_LOG)
+    objective = trained_objective(recipe, checkpoint)
     pictures = noise_images(bundle.image)
     numbers = torch.arange(len(pictures))
     batch = Batch(images=pictures, sample_numbers=numbers, valid=torch.ones_like(numbers).bool())
-    view, noise = objective.patch_view(batch)
-    hidden = ~objective.reduction.keep(view, noise=noise).mask(view.num_patches)  # (B, N)
+    seen = objective.patch_view(batch)
+    assert seen is not None  # it reconstructs what is not kept
+    view, noise = seen
+    kept = objective.reduction.keep(view, noise=noise)
+    assert kept is not None
+    hidden = ~kept.mask(view.num_patches)  # (B, N)
     model = ViTMAEForPreTraining.from_pretrained(folder).eval()
     # half a patch more is kept than hidden says, because transformers rounds down
     model.config.mask_ratio = (int(hidden[0].sum()) - 0.5) / view.num_patches

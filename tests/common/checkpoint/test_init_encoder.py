@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from frugal.common.checkpoint.init_from import Start, init_encoder, init_from
 from frugal.common.checkpoint.store import save_weights
 from frugal.common.errors import InputError
 from frugal.common.models.clip import DualEncoderConfig
@@ -20,9 +21,12 @@ from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_open_clip
 from frugal.common.recipe import to_json
 from frugal.common.reduction.image import KeepAll
-from frugal.common.transfer.classification import Classification, ClassificationObjective
+from frugal.common.transfer.classification import (
+    Classification,
+    ClassificationObjective,
+    init_head,
+)
 from frugal.common.transfer.classifier import ClassifierConfig, Pooling, VisionClassifier, pooled
-from frugal.common.transfer.init_from import init_encoder, init_head
 from frugal.common.transfer.linear_probing import LinearProbing, ProbeObjective
 from frugal.milan.recipes import demo_pixels
 
@@ -36,7 +40,7 @@ def classifier(tower: ImageTower = TOWER, classes: int = 7, seed: int = 0) -> Vi
 
 
 def start(model: VisionClassifier, source: Path, *, interpolate: bool = False) -> VisionClassifier:
-    found = init_encoder(model.image, source, interpolate=interpolate, log=LOG)
+    found = init_encoder(model.image, source, Start(interpolate=interpolate, log=LOG))
     init_head(model, found, log=LOG)
     return model
 
@@ -271,13 +275,13 @@ def test_pooled_weights_have_no_norm_for_a_class_token(tmp_path: Path) -> None:
 def test_an_encoder_must_be_given() -> None:
     tuned = ClassificationObjective(classifier(), Classification(), reduction=KeepAll(), seed=0)
     with pytest.raises(InputError, match=r"--run\.start-from"):
-        tuned.start_from(None, interpolate=False, log=LOG)
+        init_from(tuned, None, interpolate=False, log=LOG)
     probe = ProbeObjective(classifier(), LinearProbing(), reduction=KeepAll(), seed=0)
     with pytest.raises(InputError, match="a linear probe measures an encoder"):
-        probe.start_from(None, interpolate=False, log=LOG)
+        init_from(probe, None, interpolate=False, log=LOG)
     scratch = Classification(from_scratch=True)
     objective = ClassificationObjective(classifier(), scratch, reduction=KeepAll(), seed=0)
-    objective.start_from(None, interpolate=False, log=LOG)
+    init_from(objective, None, interpolate=False, log=LOG)
 
 
 @pytest.mark.parametrize("classes", [-1, 0, 1])
