@@ -1,15 +1,15 @@
 """The one way to start a stage from other weights, for every method.
 
-An objective takes everything of the same names unless it says otherwise in its ``init_from``: one
-that stands on an image tower takes that tower (:func:`init_encoder`), one whose towers come from
-different places takes each (:func:`init_image`, :func:`init_text`). However it does, the function
-of both models is compared and what may differ is named, position tables are brought to the new grid
-or length with permission, names and shapes are compared, and token ids are. The model is unchanged
-where anything is refused.
+An objective takes everything of the same names unless it says otherwise in its ``init_from``: what
+stands on an image tower takes that tower (:func:`init_encoder`), and what has towers from different
+places takes each (:func:`init_image`, :func:`init_text`). However it does, four things are compared
+and a difference is refused, with the model unchanged, or named in the log: what the two models
+compute, their position tables, names and shapes of the weights, and the ids of their tokenizers.
 
-A learned table is resampled; a fixed one is computed for the new grid, and may become learned: it
-starts from the old kind of table on the new grid then. The grids are those of the two models'
-configurations, so that they need not be square. Optimizer and counters begin afresh.
+With permission a learned position table is resampled. A fixed one is computed for the new grid, and
+may become learned: it starts from the old kind of table on the new grid then, or resampled as MAE's
+fine-tuning does it. The grids are those of the two models' configurations, so that they need not be
+square. Optimizer and counters begin afresh.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def init_from(
 
 @dataclass(frozen=True)
 class Start:
-    """How weights are taken, and all of them by an objective: see the contract ``Initializer``."""
+    """How weights are taken: what an objective is given, see the contract ``Initializer``."""
 
     interpolate: bool
     log: logging.Logger
@@ -96,7 +96,7 @@ class Start:
                     "weights are compared, not heads, activation, epsilon, pooling, pixels and "
                     "tokenizer", source,
                 )  # fmt: skip
-        _init_whole(objective, weights, interpolate=self.interpolate, log=self.log)
+        _init_whole(objective, weights, self)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,16 +191,14 @@ def _saved_model(
 # A whole objective
 
 
-def _init_whole(
-    objective: Objective, weights: _Weights, *, interpolate: bool, log: logging.Logger
-) -> None:
+def _init_whole(objective: Objective, weights: _Weights, start: Initializer) -> None:
     here: object | None = getattr(objective.model, "config", None)
     is_known = weights.config is not None and here is not None
     unlike = differences(weights.config, here, part="model") if is_known else []
     way = advice(unlike, weights.instead) or "start from a run of the same architecture"
     state, wanted = dict(weights.state), objective.state_dict()
     freedom = Freedom(kind="the model")
-    notes = _bring_tables(objective, state, weights, freedom, interpolate=interpolate, way=way)
+    notes = _bring_tables(objective, state, weights, freedom, start, way=way)
     if what := misfit(state, wanted):
         raise InputError(
             f"the weights of {weights.source} do not fit this recipe's model: {what}; {way}"
@@ -208,14 +206,14 @@ def _init_whole(
     if is_known:
         what, instead = weights.what, weights.instead
         refuse_other_function(
-            weights.config, here, part="model", what=what, log=log, instead=instead
+            weights.config, here, part="model", what=what, log=start.log, instead=instead
         )
-        _refuse_other_tokens(weights, objective.tokenizer, log)
-        _tell_clamped(objective, state, log)
+        _refuse_other_tokens(weights, objective.tokenizer, start.log)
+        _tell_clamped(objective, state, start.log)
     objective.load_state_dict(state)
     step = "" if weights.step is None else f"step {weights.step} of "
     said = ", ".join([f"{len(wanted)} tensors", *weights.notes, *notes])
-    log.info("started from %s%s: %s", step, weights.source, said)
+    start.log.info("started from %s%s: %s", step, weights.source, said)
 
 
 def _tell_clamped(objective: Objective, state: State, log: logging.Logger) -> None:
@@ -369,7 +367,7 @@ def _init_tower(
         for named in (weights.state, tower.state_dict())
     )
     way = "choose a tower of the same kind, or copy the file again"
-    notes = _bring_tables(tower, state, weights, freedom, interpolate=start.interpolate, way=way)
+    notes = _bring_tables(tower, state, weights, freedom, start, way=way)
     notes += _fit_parts(state, wanted, weights.what, freedom)
     if what := misfit(state, wanted):
         raise InputError(f"{weights.what} does not fit: {what}; {way}")
@@ -379,7 +377,11 @@ def _init_tower(
 
 
 def _fit_parts(state: State, wanted: State, what: str, freedom: Freedom) -> list[str]:
-    """Leave away what has no place here, and what may be new as it is; what was done."""
+    """Leave parts behind that have no place here, and those as they are that may be new.
+
+    Returns:
+        What was done, for people to read.
+    """
 
     def names_in(tensors: State, part: str) -> list[str]:
         return [name for name in tensors if name.startswith(part)]
@@ -413,11 +415,20 @@ def _bring_tables(
     state: dict[str, Tensor],
     weights: _Weights,
     freedom: Freedom,
+    start: Initializer,
     *,
-    interpolate: bool,
     way: str,
 ) -> list[str]:
-    """Make stored tables what the towers of a module take; what was done, for people to read."""
+    """Make stored tables what the towers of a module take; what was done, for people to read.
+
+    Args:
+        module: a tower, or holds towers.
+        state: by the names of the module; changed.
+        weights: they are of.
+        freedom: whether tables are resampled as in MAE, or fixed ones compared with stored ones.
+        start: whether tables may be brought to another grid at all.
+        way: what else to do about a table that fits no grid, for messages.
+    """
     notes = []
     for path, part in module.named_modules():
         if not isinstance(part, (ImageTransformer, TextTransformer)):
@@ -427,7 +438,7 @@ def _bring_tables(
         old, new, table = _tower_at(weights.config, path), part.config, state.pop(name, None)
         is_learned = isinstance(new, TextTower) or new.positions == "learned"
         there, here = _extent_there(table, old, new), _extent(new)
-        if there != here and not interpolate:
+        if there != here and not start.interpolate:
             raise InputError(_other_extent(path, weights, there, here))
         fixed = None
         if table is None and isinstance(old, ImageTower) and old.positions != "learned":
