@@ -60,10 +60,14 @@ def _xformers_runs(device: str, dtype: torch.dtype, head_width: int) -> bool:
     return True
 
 
-# a compiled tower would otherwise break its graph at the try above, once in every block
-@torch.compiler.assume_constant_result
 def _use_xformers(device: str, dtype: torch.dtype, head_width: int) -> bool:
     return device != "cpu" and _xformers_runs(device, dtype, head_width)
+
+
+# A compiled tower would otherwise break its graph at the try above, once in every block. This is
+# all that torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes
+# as long as torch and which nothing else wants before something is compiled.
+_use_xformers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention_kernel(

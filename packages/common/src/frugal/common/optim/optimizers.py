@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from frugal.common.contracts import Optimizer
@@ -263,6 +262,9 @@ class LarsOptimizer(torch.optim.Optimizer):
 
 
 def _square(tensor: Tensor) -> Tensor:
+    # with sympy it takes as long to import as torch, and only FSDP makes such tensors
+    from torch.distributed.tensor import DTensor
+
     square = tensor.square().sum()
     return square.full_tensor() if isinstance(square, DTensor) else square
 
