@@ -26,6 +26,7 @@ from measuring import fastest, measured, memory_in_mib, place, read_step_options
 
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.contracts import Batch
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.randomness import NoiseSource, SampleNoise
 from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from frugal.common.models.vit import ImageTransformer
-    from frugal.common.recipe import Recipe
+    from frugal.common.recipe import Recipe, model_of
 
 MOST_OF_RANDOM, LEAST_FASTER, MOST_CHOOSING = 1.1, 1.4, 0.03
 """Time of a clustered step by that of a random one; of a reference step by that of a clustered
@@ -159,10 +160,11 @@ def small_recipe(options: argparse.Namespace, batch: Batch) -> Recipe:
     from frugal.common.recipe import EngineOptions, Reductions
 
     recipe = vit_b16_cc12m()
+    model = model_of(DualEncoderConfig, recipe.model)
     model = replace(
-        recipe.model,
-        image=replace(recipe.model.image, depth=options.depth),
-        text=replace(recipe.model.text, depth=options.depth),
+        model,
+        image=replace(model.image, depth=options.depth),
+        text=replace(model.text, depth=options.depth),
     )
     view, noise = PatchView.of(batch.images, model.image), SampleNoise(0, batch.sample_numbers)
     clusters = ClusterMasking(target_mask_ratio=TARGET).calibrate(
@@ -226,7 +228,7 @@ def training_step(
             metrics[name] = reported[name].item()
 
     def choose() -> torch.Tensor:
-        view = PatchView.of(batch.images, recipe.model.image)
+        view = PatchView.of(batch.images, model_of(DualEncoderConfig, recipe.model).image)
         noise = SampleNoise(0, batch.sample_numbers)
         kept = recipe.reduction.image.keep(view, noise=noise)
         assert kept is not None

@@ -110,16 +110,18 @@ def frugal_step(options: argparse.Namespace, mask_ratio: float) -> Callable[[], 
 
     from frugal.common.contracts import Batch
     from frugal.common.engine.accelerate import AccelerateEngine
-    from frugal.common.recipe import EngineOptions, Reductions
+    from frugal.common.models.clip import DualEncoderConfig
+    from frugal.common.recipe import EngineOptions, Reductions, model_of
     from frugal.common.reduction.random_masking import RandomMasking
     from frugal.common.run import Run, make_logger
     from frugal.flip.recipes import large
 
     recipe = large()
+    model = model_of(DualEncoderConfig, recipe.model)
     model = replace(
-        recipe.model,
-        image=replace(recipe.model.image, depth=2 * options.depth),
-        text=replace(recipe.model.text, depth=options.depth),
+        model,
+        image=replace(model.image, depth=2 * options.depth),
+        text=replace(model.text, depth=options.depth),
     )
     reduction = Reductions(image=RandomMasking(mask_ratio=mask_ratio), text=recipe.reduction.text)
     recipe = replace(

@@ -117,17 +117,20 @@ def student_step(options: argparse.Namespace, *, is_fast: bool) -> Callable[[], 
 
     from frugal.common.contracts import Batch
     from frugal.common.optim.optimizers import AdamW
+    from frugal.common.recipe import model_of
     from frugal.milan.decoders import Split
+    from frugal.milan.model import MaskedModel
     from frugal.milan.objective import Reconstruction
     from frugal.milan.recipes import vit_b16
     from frugal.milan.targets import FeatureTarget, TargetValues
 
     recipe = vit_b16()
     assert isinstance(recipe.optimizer, AdamW)
+    config = model_of(MaskedModel, recipe.model)
     config = replace(
-        recipe.model,
-        image=replace(recipe.model.image, depth=options.depth),
-        decoder=replace(recipe.model.decoder, depth=max(2 * options.depth // 3, 1)),
+        config,
+        image=replace(config.image, depth=options.depth),
+        decoder=replace(config.decoder, depth=max(2 * options.depth // 3, 1)),
     )
     patches, device = config.image.num_patches, options.device
     target = TargetValues(

@@ -12,13 +12,11 @@ LAYERS = [
     (
         "distributed",
         "errors",
-        "exits",
         "files",
         "old_names",
         "quiet_transformers",
         "randomness",
         "ranges",
-        "words",
     ),
     ("reduction",),
     # what the contracts speak of: a bundle of a model, and what an evaluation finds
@@ -33,7 +31,7 @@ LAYERS = [
         "evaluation.metrics",
         "models.bundle",
     ),
-    ("contracts", "recipe", "run"),
+    ("cli", "contracts", "recipe", "run"),
     ("optim",),
     ("data", "scenes"),
     ("models",),
@@ -46,7 +44,6 @@ LAYERS = [
     ("transfer",),
     (
         "__init__",
-        "cli",
         "compare",
         "demo",
         "report",

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from frugal.common.cli import read_command_line
+from frugal.common.cli import command_words, read_command_line
 from frugal.common.errors import InputError
-from frugal.common.words import command_words
 from frugal.flip.recipes import RECIPES
 
 PACKAGES = Path(__file__).parents[2] / "packages"

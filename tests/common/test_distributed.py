@@ -11,6 +11,7 @@ import pytest
 
 from forks import fork
 from frugal.common import distributed
+from frugal.common.cli import exit_politely
 from frugal.common.distributed import (
     Ranks,
     forget_launchers,
@@ -20,7 +21,6 @@ from frugal.common.distributed import (
     resolve_ranks,
 )
 from frugal.common.errors import InputError
-from frugal.common.exits import exit_politely
 from support import ROOT, environment
 
 LOG = logging.getLogger("test")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from frugal.cit.objective import LockedContrastive
 from frugal.common.contracts import Batch
-from frugal.common.engine.loop import accumulate
-from frugal.common.engine.metrics import Step, read
+from frugal.common.engine.loop import train_step
+from frugal.common.engine.metrics import fetch
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import EngineOptions, Recipe
@@ -137,12 +137,8 @@ def micro_batches(name: str, recipe: Recipe, rank: int, world: int) -> list[Batc
 def norm_and_loss(name: str, recipe: Recipe, run: Run) -> tuple[float, float]:
     """Of the first step, as the training loop takes it."""
     engine = make_engine(recipe.objective.build(recipe), recipe, run)
-    parts, shares = accumulate(
-        engine, recipe, micro_batches(name, recipe, run.rank, run.world_size)
-    )
-    norm = engine.step(0.0)
-    step = Step.of(parts, shares, number=1, learning_rate=0.0, norm=norm, keys=[])
-    values = read([step], engine.mean)[0]
+    batches = micro_batches(name, recipe, run.rank, run.world_size)
+    values = fetch([train_step(engine, recipe, 0, batches)], engine.mean)[0]
     return values["gradient_norm"], values["loss"]
 
 

@@ -13,7 +13,7 @@ from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
-from frugal.common.train import _check_run_dir
+from frugal.common.train import continued_recipe
 from frugal.flip.recipes import RECIPES
 from support import DDP, ROOT
 
@@ -42,22 +42,22 @@ def test_a_run_that_never_wrote_a_checkpoint_does_not_block_the_corrected_comman
 ) -> None:
     folder = write_run(recipe, step=None)
     corrected = replace(recipe, batch_size=2 * recipe.batch_size)
-    assert _check_run_dir(corrected) == corrected
+    assert continued_recipe(corrected) == corrected
     (folder / "recipe.json").write_text("{cut")
-    assert _check_run_dir(corrected) == corrected
+    assert continued_recipe(corrected) == corrected
 
 
 def test_more_samples_point_to_start_from(recipe: Recipe) -> None:
     folder = write_run(recipe, step=5)
     longer = replace(recipe, schedule=replace(recipe.schedule, samples=10**9))
     with pytest.raises(InputError, match=rf"schedule\.samples.*--run\.start-from {folder}"):
-        _check_run_dir(longer)
+        continued_recipe(longer)
 
 
 def test_the_limit_of_damage_and_of_waiting_may_be_raised(recipe: Recipe) -> None:
     write_run(recipe, step=5)
     patient = replace(recipe, data=replace(recipe.data, max_damaged=0.9, timeout_minutes=99.0))
-    assert _check_run_dir(patient) == patient
+    assert continued_recipe(patient) == patient
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{cut", bytes(range(256)), b"[1]"])
@@ -68,9 +68,9 @@ def test_without_its_recipe_a_run_is_known_by_its_checkpoint(
     (folder / "recipe.json").unlink()
     if content is not None:
         (folder / "recipe.json").write_bytes(content)
-    assert _check_run_dir(recipe) == recipe
+    assert continued_recipe(recipe) == recipe
     with pytest.raises(InputError, match="batch_size was"):
-        _check_run_dir(replace(recipe, batch_size=2 * recipe.batch_size))
+        continued_recipe(replace(recipe, batch_size=2 * recipe.batch_size))
 
 
 SEES = """

@@ -430,7 +430,7 @@ def model_of(options: dict):
 def objective_of(options: dict):
     recipe = SimpleNamespace(
         model=model_of(options),
-        data=SimpleNamespace(),
+        data=SimpleNamespace(caption_tokenizer=None, color_change=None),
         schedule=SimpleNamespace(samples=100),
         reduction=SimpleNamespace(image=KeepAll()),
         engine=EngineOptions(),

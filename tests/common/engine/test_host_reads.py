@@ -13,8 +13,9 @@ from torch import nn
 from frugal.clipa.recipes import RECIPES as CLIPA
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.cli import read_command_line
-from frugal.common.data.damage import DamageCounter
+from frugal.common.contracts import Batch, Objective
 from frugal.common.engine.accelerate import AccelerateEngine
+from frugal.common.engine.evaluator import Evaluator
 from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.loop import Training, train
 from frugal.common.engine.saving import WeightAverage
@@ -72,6 +73,13 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+class UndrawnLogger(MetricsLogger):
+    """Draws no batches, for which some numbers are read on purpose."""
+
+    def draw_batch(self, objective: Objective, batch: Batch, step: int) -> None:
+        """Nothing."""
+
+
 def watched_training(
     recipe: Recipe, folder: Path, device: torch.device, *, guard: Callable, watched: Callable
 ) -> Training:
@@ -81,6 +89,8 @@ def watched_training(
     engine = AccelerateEngine(recipe.objective.build(recipe), recipe, run)
     stream = recipe.data.build(recipe, run, first_sample=0, state={}, engine=engine)
     accumulate = recipe.engine.accumulate
+    logger = UndrawnLogger(run, first_step=0, steps=recipe.steps)
+    average = WeightAverage(engine, 0.9)
     return Training(
         recipe=recipe,
         run=run,
@@ -89,14 +99,12 @@ def watched_training(
             islice(stream, STEPS * accumulate), guard=guard, watched=watched, accumulate=accumulate
         ),
         store=CheckpointStore(run, keep=1),
-        watch=MetricsLogger(run, first_step=0, steps=recipe.steps),
-        average=WeightAverage(engine, 0.9),
-        evaluate=lambda step: {},
-        evaluated=0,
-        draw=lambda batch, step: None,
+        logger=logger,
+        average=average,
+        evaluator=Evaluator(
+            recipe=recipe, run=run, engine=engine, average=average, logger=logger, last_step=0
+        ),
         first_step=0,
-        damage=DamageCounter(1.0),
-        unshared=DamageCounter(1.0),
     )
 
 
@@ -106,7 +114,7 @@ def run_watched(training: Training) -> list[dict]:
         train(training)
     finally:
         training.stream.close()
-        training.watch.close()
+        training.logger.close()
     return [json.loads(line) for line in (training.run.dir / "metrics.jsonl").open()]
 
 

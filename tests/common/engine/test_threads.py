@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from frugal.common.train import _threads
+from frugal.common.run import _threads
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from frugal.common.recipe import (
     load_recipe,
     to_json,
 )
-from frugal.common.train import open_process
+from frugal.common.run import open_run
 from frugal.common.weights.load import load_model
 from support import ALONE, ROOT, command, described_with_tasks, environment, train
 
@@ -83,7 +83,7 @@ def measured(run: Path, file: str, **words) -> dict:
 def directly(run: Path, task) -> dict:
     """The same task, asked for in Python."""
     with torch.inference_mode():
-        return task.evaluate(load_model(run), open_process(run, "cpu"))
+        return task.evaluate(load_model(run), open_run(run, "cpu"))
 
 
 def assert_holds(content: dict, numbers: dict) -> None:
@@ -131,7 +131,7 @@ def test_the_tokenizer_of_the_run_is_enough(run: Path, scenes: Path) -> None:
     recipe = load_recipe(run / "recipe.json")
     before = measured(run, "zero_shot", data=scenes)
     lost = replace(recipe.data, tokenizer=HuggingFace(name="/nowhere/at/all"))
-    embedder = Embedder.of(load_model(run), open_process(run, "cpu"))
+    embedder = Embedder.of(load_model(run), open_run(run, "cpu"))
     assert embedder.tokenizer.encode("a red ring") == ClipBpe().load().encode("a red ring")
     write_recipe(run, replace(recipe, data=lost))
     assert measured(run, "zero_shot", data=scenes) == before
@@ -315,7 +315,7 @@ def test_files_that_a_task_writes_go_where_its_numbers_go(run: Path, tmp_path: P
 
     (run / "evaluation").mkdir()
     (run / "evaluation" / "mine_classes.csv").write_text("of training")
-    process = open_process(run, "cpu")
+    process = open_run(run, "cpu")
     found = measure(Writing(), load_model(run), process, tmp_path / "out")
     assert found == ({"mine_number": 0.5}, None)
     assert (tmp_path / "out" / "mine_classes.csv").read_text() == "new"

@@ -16,6 +16,7 @@ import torch
 from evaluated import recipe
 
 from frugal.common import files
+from frugal.common.engine.evaluator import last_evaluated
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import Measure, SampleResults
 from frugal.common.evaluation.results import COLUMNS, Subject, append, check_free, write
@@ -23,7 +24,6 @@ from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.recipe import to_json
 from frugal.common.report.compare import read_measured
-from frugal.common.train import _last_evaluated
 
 SUBJECT = Subject(
     "runs/a", "step", {"weights_sha256": "w", "config_digest": "c", "checkpoint": "runs/a"}
@@ -142,7 +142,7 @@ def test_a_run_is_measured_on_data_that_it_is_given_later(tmp_path: Path, scenes
     plan = recipe()
 
     def last(*tasks) -> float:
-        return _last_evaluated(SimpleNamespace(evaluation=tasks, steps=20), run)
+        return last_evaluated(SimpleNamespace(evaluation=tasks, steps=20), run)
 
     assert last(ZeroShot(), Retrieval()) == float("inf")  # there is nothing to measure
     assert last(ZeroShot(data=scenes), Retrieval()) == -1

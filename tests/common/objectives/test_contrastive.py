@@ -46,7 +46,7 @@ def recipe(config: Contrastive, **parts: Any) -> Any:
     values = {
         "model": MODEL,
         "objective": config,
-        "data": SimpleNamespace(tokenizer=object()),
+        "data": SimpleNamespace(caption_tokenizer=object(), color_change=None),
         "reduction": SimpleNamespace(image=RandomMasking(mask_ratio=0.5)),
         "engine": EngineOptions(),
         "run": RunOptions(seed=3),
@@ -333,7 +333,7 @@ def test_a_model_or_data_that_does_not_fit_the_loss_is_refused() -> None:
     with pytest.raises(InputError, match=r"loss=softmax does not go with .*logit_bias=-10"):
         softmax.check(recipe(softmax, model=SIGMOID))
     with pytest.raises(InputError, match=r"data\.tokenizer is None"):
-        softmax.check(recipe(softmax, data=SimpleNamespace(tokenizer=None)))
+        softmax.check(recipe(softmax, data=SimpleNamespace(caption_tokenizer=None)))
 
 
 def test_a_configuration_survives_json() -> None:

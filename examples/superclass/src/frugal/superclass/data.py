@@ -88,6 +88,7 @@ class SquareStream:
         self.epoch_samples = config.epoch_samples
         self._seed = recipe.run.seed
         self._inputs = recipe.model.inputs()
+        assert recipe.reduction.text is not None  # the objective has seen to it
         self._reduction = recipe.reduction.text
         self._rows = recipe.local_batch(run.world_size)
         self._stride = self._rows * run.world_size

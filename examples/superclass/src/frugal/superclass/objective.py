@@ -12,7 +12,7 @@ from typing_extensions import override
 from frugal.common.contracts import Batch, Objective, Tower
 from frugal.common.errors import InputError
 from frugal.common.randomness import SampleNoise, weight_generator
-from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.recipe import ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.image import ImageReduction, PatchView
 from frugal.superclass.model import WordModel, WordNetwork
 
@@ -37,7 +37,7 @@ class PredictWords(ObjectiveConfig):
     @override
     def build(self, recipe: Recipe) -> WordObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
-        model = recipe.model.build(weight_generator(recipe.run.seed))
+        model = model_of(WordModel, recipe.model).build(weight_generator(recipe.run.seed))
         return WordObjective(model, recipe.reduction.image, seed=recipe.run.seed)
 
 

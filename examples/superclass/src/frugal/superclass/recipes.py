@@ -7,7 +7,7 @@ from dataclasses import replace
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import Recipe, Reductions, RunOptions
+from frugal.common.recipe import Recipe, Reductions, RunOptions, model_of
 from frugal.superclass.data import WORDS, Squares
 from frugal.superclass.evaluation import WordRecall
 from frugal.superclass.model import WordModel, Words
@@ -38,7 +38,7 @@ def pairs() -> Recipe:
     recipe, tokenizer = squares(), ClipBpe()
     return replace(
         recipe,
-        model=replace(recipe.model, words=Words(vocabulary=49_408)),
+        model=replace(model_of(WordModel, recipe.model), words=Words(vocabulary=49_408)),
         data=PairData(train=(), tokenizer=tokenizer),
         evaluation=(),
     )

@@ -20,18 +20,18 @@ import tyro
 
 from frugal.cit.objective import LockedContrastive
 from frugal.cit.recipes import published_optimizer, published_schedule
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.zero_shot import ZeroShot
+from frugal.common.models.pretrained import PretrainedDualEncoderConfig
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import Recipe, Reductions, load_recipe
+from frugal.common.recipe import Recipe, Reductions, load_recipe, model_of
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate
-from frugal.common.words import command_words
 
 if TYPE_CHECKING:
     from frugal.cit.published_dual import Released
@@ -148,16 +148,17 @@ def _write_released(options: Options) -> None:
         )
     checkpoint = find_checkpoint(options.source)
     recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
-    if not hasattr(recipe.model, "text"):
+    if recipe.model.inputs().captions is None:
         raise InputError(f"{options.source} trained no text tower; give a run of two towers")
     kind = kind_of(recipe.model, options.kind)
+    model = model_of(PretrainedDualEncoderConfig, recipe.model)
     weights = {n.removeprefix("model."): t for n, t in load_weights(checkpoint).items()}
-    state = to_released(weights, recipe.model, kind=kind)
+    state = to_released(weights, model, kind=kind)
     aside = options.out.with_name(f".{options.out.name}.writing")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        settings = json.dumps(released_settings(recipe.model, kind=kind), indent=2)
+        settings = json.dumps(released_settings(model, kind=kind), indent=2)
         (aside / "config.json").write_text(settings + "\n")
         torch.save(state, aside / "pytorch_model.bin")
         if options.out.exists():

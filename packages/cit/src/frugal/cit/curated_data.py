@@ -33,8 +33,9 @@ from frugal.common.data.samples import RawSample
 from frugal.common.data.stream import IndexedStream, OrderedSamples, RankSlice
 from frugal.common.distributed import new_host_group
 from frugal.common.errors import InputError
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.ranges import Count, Range
-from frugal.common.recipe import Recipe
+from frugal.common.recipe import Recipe, model_of
 from frugal.common.run import Run
 
 _Cosine = Annotated[float, Range(least=-1, most=1, words="must be a cosine, between -1 and 1")]
@@ -105,7 +106,7 @@ class CuratedData(PairData):
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe whose model reads no captions."""
-        if self.tokenizer is None or not hasattr(recipe.model, "text"):
+        if self.tokenizer is None or recipe.model.inputs().captions is None:
             raise InputError(
                 "curation asks the text tower which captions are near, but this recipe has none; "
                 "choose a model with two towers and a tokenizer"
@@ -437,7 +438,8 @@ class _Chooser:
     def _copied(self) -> torch.nn.Module:
         """The text tower beside the one that is trained, with equal weights."""
         if self._copy is None:
-            self._copy = self._recipe.model.build().text.to(self._run.device)
+            model = model_of(DualEncoderConfig, self._recipe.model).build()
+            self._copy = model.text.to(self._run.device)
         with self._engine.whole_weights(), torch.no_grad():
             live = self._engine.objective.model.get_submodule("text")
             for copies, trained in (

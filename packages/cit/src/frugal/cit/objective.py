@@ -20,14 +20,14 @@ from frugal.common.contracts import Batch, Initializer
 from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import counting
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.models.clip import DualEncoder
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.flops import projection_flops, projector_flops, tower_flops
 from frugal.common.models.pretrained import TransformersText
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.objectives.contrastive import Contrastive, ContrastiveObjective, Encoded
 from frugal.common.objectives.contrastive_loss import Direction
-from frugal.common.recipe import Recipe
+from frugal.common.recipe import Recipe, model_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class LockedContrastive(Contrastive):
     def check(self, recipe: Recipe) -> None:
         """Refuse what the towers of a recipe do not have."""
         super().check(recipe)
-        image, text = recipe.model.image, recipe.model.text
+        model = model_of(DualEncoderConfig, recipe.model)
+        image, text = model.image, model.text
         has_projector = isinstance(image, ImageTower) and image.projector_width is not None
         if self.train_image == "head" and not has_projector:
             raise InputError(

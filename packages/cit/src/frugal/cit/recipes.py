@@ -21,12 +21,13 @@ from frugal.common.demo import scenes_recipe, small_encoder
 from frugal.common.evaluation.suites import metric_of
 from frugal.common.evaluation.task_labels import TASKS
 from frugal.common.evaluation.zero_shot import ZeroShot
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import image_tower
 from frugal.common.models.pretrained import PretrainedDualEncoderConfig, TransformersText
 from frugal.common.models.vit import ImageTower
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
-from frugal.common.recipe import Recipe, Reductions, RunOptions
+from frugal.common.recipe import Recipe, Reductions, RunOptions, model_of
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate
 
@@ -244,7 +245,7 @@ def demo_milan() -> Recipe:
     )
     return replace(
         recipe,
-        model=replace(recipe.model, image=image),
+        model=replace(model_of(DualEncoderConfig, recipe.model), image=image),
         objective=LockedContrastive(train_image="none", image_weights="runs/milan-demo"),
     )
 

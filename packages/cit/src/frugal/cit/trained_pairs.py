@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import tyro
 
 from frugal.cit.curated_data import CuratedData
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.data.damage import Damaged
 from frugal.common.data.patterns import needs_index
 from frugal.common.data.samples import Fields, Reader
@@ -36,7 +36,6 @@ from frugal.common.data.writing import (
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
 from frugal.common.recipe import from_json, load_recipe, to_json
-from frugal.common.words import command_words
 
 SCHEMA = pa.schema(
     [

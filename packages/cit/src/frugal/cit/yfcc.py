@@ -28,10 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.data.writing import MOST_SAMPLES, NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
-from frugal.common.words import command_words
 
 FIELDS = ("title", "desc", "tag")
 """The texts of a photo, as keys of published pairs name them."""

@@ -17,15 +17,15 @@ import tyro
 
 from frugal.clipa.named_models import MODELS
 from frugal.clipa.recipes import released
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.word_pieces import read_entries
 from frugal.common.errors import InputError
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.vit import ImagePooling
-from frugal.common.recipe import Recipe
+from frugal.common.recipe import Recipe, model_of
 from frugal.common.run import make_logger
-from frugal.common.words import command_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def _with_vocabulary(recipe: Recipe, vocab: Path | None, log: logging.Logger) ->
                 "out"
             )
         return recipe
-    rows = recipe.model.text.vocabulary
+    rows = model_of(DualEncoderConfig, recipe.model).text.vocabulary
     if vocab is None:
         log.info(
             "without --vocab, BERT's uncased vocabulary will be fetched from the Hugging Face hub "

@@ -12,9 +12,8 @@ from pathlib import Path
 import tyro
 
 from frugal.clipa.part_of_speech import SENTENCE_SPLITTER, TAGGER, load_language_data
+from frugal.common.cli import command_words, exit_politely
 from frugal.common.errors import InputError
-from frugal.common.exits import exit_politely
-from frugal.common.words import command_words
 
 
 def fetch(*, out: Path | None = None) -> int:

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 from frugal.clipa.frequency_masking import find_words, keep_probability
+from frugal.common.cli import command_words, exit_politely
 from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.patterns import find_files, is_stream, needs_index
 from frugal.common.data.samples import Fields
@@ -27,8 +28,6 @@ from frugal.common.data.sources import build_index, open_shard
 from frugal.common.data.stores.folder import FileList
 from frugal.common.data.stores.index import find_index
 from frugal.common.errors import InputError
-from frugal.common.exits import exit_politely
-from frugal.common.words import command_words
 
 _THRESHOLDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 _FIELDS = Fields()

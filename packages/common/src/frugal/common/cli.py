@@ -1,29 +1,73 @@
-"""What every entry script shares: reading a recipe from the command line, ending politely."""
+"""What every command shares: its words, a recipe made of them, and one sentence for a mistake."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import tyro
 
 from frugal.common.distributed import forget_launchers, launcher_ranks
 from frugal.common.errors import InputError, RunStopped
-from frugal.common.exits import of_system
+from frugal.common.files import reason_of, refuse_exhaustion
 from frugal.common.recipe import Recipe, load_recipe
 from frugal.common.reduction.image import ImageReduction
 from frugal.common.reduction.text import TextReduction
-from frugal.common.words import command_words
 
 Recipes = Mapping[str, Callable[[], Recipe]]
+
+_FLAG = re.compile(r"-[^=\s]*=")
+
+
+def command_words(arguments: Sequence[str] | None = None) -> list[str]:
+    """The words of a command line, with ``~`` made the home folder also behind ``--flag=``.
+
+    Shells leave ``--flag=~/x`` as it is, and hand on an unset ``"$VARIABLE"`` as an empty word,
+    which would be the current folder where a path is wanted. Every command reads its words here.
+
+    Args:
+        arguments: those of this process if not given.
+
+    Raises:
+        InputError: if a word, or what follows a flag's ``=``, is empty.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for place, word in enumerate(words):
+        flag = _FLAG.match(word)
+        value = word[flag.end() :] if flag else word
+        if not value.strip():
+            raise InputError(_empty(words, place, flag.group() if flag else ""))
+        if value.startswith("~"):
+            words[place] = word[: len(word) - len(value)] + _at_home(value)
+    return words
+
+
+def _empty(words: list[str], place: int, flag: str) -> str:
+    before = next((word for word in reversed(words[:place]) if word.startswith("-")), "")
+    named = flag.removesuffix("=") or before
+    what = f"{named} is" if named else "a word of the command line is"
+    return (
+        f"{what} empty; give it a value, or leave it out (a shell variable may not be set, as in "
+        f'{named or "--flag"} "$UNSET")'
+    )
+
+
+def _at_home(path: str) -> str:
+    """A path as the shell would have it; one of a user that there is not stays as it is."""
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        return path
 
 
 def read_command_line(
@@ -118,7 +162,7 @@ def _strategy(flag: str, name: str) -> Any:
         InputError: if there is no such class, or it is no reduction of this kind.
     """
     module, _, kind = name.rpartition(".")
-    wanted = {"--reduction.image": ImageReduction, "--reduction.text": TextReduction}[flag]
+    base = {"--reduction.image": ImageReduction, "--reduction.text": TextReduction}[flag]
     if not module.startswith("frugal."):
         raise InputError(
             f"{flag} is {name!r}; give the import path of one of Frugal's classes, such as "
@@ -131,8 +175,8 @@ def _strategy(flag: str, name: str) -> Any:
             f"{flag} names {name!r}, which is not installed; the READMEs of the packages list what "
             "there is"
         ) from None
-    if not isinstance(strategy, wanted):
-        raise InputError(f"{flag} names {name!r}, which is no {wanted.__name__}")
+    if not isinstance(strategy, base):
+        raise InputError(f"{flag} names {name!r}, which is no {base.__name__}")
     return strategy
 
 
@@ -174,16 +218,14 @@ def run_politely(command: Callable[[], None], *, alone: bool = False) -> NoRetur
     try:
         command()
         sys.stdout.flush()
-    except InputError as error:
-        _say(str(error), exit_code=2)
     except RunStopped as stopped:
         _say(str(stopped), exit_code=stopped.exit_code)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
     except BrokenPipeError:
         _leave(128 + signal.SIGPIPE)
-    except OSError as error:
-        if (sentence := of_system(error)) is None:
+    except (InputError, OSError) as error:
+        if (sentence := _sentence(error)) is None:
             raise
         _say(sentence, exit_code=2)
     except Exception as error:
@@ -202,6 +244,49 @@ def run_politely(command: Callable[[], None], *, alone: bool = False) -> NoRetur
             exit_code=1,
         )
     sys.exit(0)
+
+
+def exit_politely(command: Callable[[], int]) -> int:
+    """Run a command of one process; a user's mistake becomes one sentence and exit code 2.
+
+    Ctrl-C and a reader of the output that has gone are no mistakes and need no words.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except (InputError, OSError) as error:
+        if (sentence := _sentence(error)) is None:
+            raise
+        sys.stderr.write(f"error: {sentence}\n")
+        return 2
+    return code
+
+
+def _sentence(error: InputError | OSError) -> str | None:
+    """What a user is told of an error; None where it may be a bug."""
+    if isinstance(error, InputError):
+        return str(error)
+    if error.errno is None:
+        return None
+    if error.filename is not None:
+        return (
+            f"{os.fsdecode(error.filename)}: {reason_of(error)}; see that it is there, that it may "
+            "be read or written, and that its disk is not full"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return f"{reason_of(error)} where this command writes; make room, or choose another place"
+    with contextlib.suppress(InputError):
+        refuse_exhaustion(error)
+        return None
+    return "too many files are open or the memory is used up; allow more (`ulimit -n 65536`)"
 
 
 _LOST = (
@@ -235,3 +320,9 @@ def _leave(exit_code: int) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(exit_code)
+
+
+def _silence(stream: TextIO) -> None:
+    """Have nothing more written to a pipe that nobody reads, not even when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

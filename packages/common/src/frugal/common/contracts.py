@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
@@ -62,10 +62,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device`` (without waiting, from pinned memory)."""
-        moved = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if hasattr(value := getattr(self, f.name), "to")
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -73,15 +73,23 @@ class Batch:
         """Samples ``start`` to ``stop`` of this batch; damage stays with the whole."""
         whole: dict[str, Any] = {"damage": {}, "damage_notes": [], "sources": {}}
         part: dict[str, Any] = {
-            f.name: value[start:stop]
-            for f in fields(self)
-            if f.name not in whole and (value := getattr(self, f.name)) is not None
+            name: value[start:stop]
+            for name, value in vars(self).items()
+            if name not in whole and value is not None
         }
         return replace(self, **(whole | part))
 
     def __len__(self) -> int:
         """Samples, damaged ones included."""
         return len(self.sample_numbers)
+
+
+class ColorChange(Protocol):
+    """A change of colors that belongs to the samples, made where the images are."""
+
+    def apply(self, images: Tensor, *, noise: NoiseSource) -> Tensor:
+        """The images (B, 3, H, W) uint8 in other colors, from one row of noise per image."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -233,11 +233,11 @@ def resolve_ranks(log: logging.Logger) -> Ranks:
         os.environ.update(address, TORCHELASTIC_USE_AGENT_STORE="False")
     else:
         _forget(_ANNOUNCED)
-    left = [names for names in _MPI if _number(names[0], 1) > 1]
+    leftover = [names for names in _MPI if _number(names[0], 1) > 1]
     if _number("SLURM_NTASKS", 1) > 1 and "SLURM_PROCID" in os.environ:
-        left.append(_SLURM)
-    if left:
-        names = [name for part in left for name in part]
+        leftover.append(_SLURM)
+    if leftover:
+        names = [name for part in leftover for name in part]
         log.warning(
             "%s: these variables announce other processes, but no launcher started this one with "
             "them; it runs on its own (`unset %s` to be rid of this line)",

@@ -8,7 +8,13 @@ from pathlib import Path
 import tyro
 
 from frugal.common.checkpoint.store import find_checkpoint
-from frugal.common.cli import named_recipe, overridden, run_politely, without_local_rank
+from frugal.common.cli import (
+    command_words,
+    named_recipe,
+    overridden,
+    run_politely,
+    without_local_rank,
+)
 from frugal.common.contracts import EvaluationTask
 from frugal.common.distributed import leave_process_group
 from frugal.common.errors import InputError
@@ -17,17 +23,17 @@ from frugal.common.evaluation.measure import measure_all
 from frugal.common.evaluation.remote import as_url, fetch
 from frugal.common.evaluation.task import FolderEvaluation
 from frugal.common.recipe import Recipe
-from frugal.common.train import join, open_process, train_recipe
+from frugal.common.run import join, open_run
+from frugal.common.train import train_recipe
 from frugal.common.transfer.tasks import TransferTask
 from frugal.common.weights.libraries import is_foreign
 from frugal.common.weights.load import load_model
 from frugal.common.weights.runs import recipe_if_any
-from frugal.common.words import command_words
 
 
 def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
-    run = open_process(_folder(options.checkpoint), options.device)
+    run = open_run(_folder(options.checkpoint), options.device)
     bundle = load_model(options.checkpoint, name=options.model, weights_key=options.weights_key)
     if options.precision is not None:
         bundle = replace(bundle, precision=options.precision)

@@ -9,13 +9,12 @@ from typing import Literal
 
 import tyro
 
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.errors import InputError
 from frugal.common.run import make_logger
 from frugal.common.weights.load import load_model
 from frugal.common.weights.runs import is_own, recipe_if_any, refuse_taken
 from frugal.common.weights.save import LIBRARIES, save_model, save_run
-from frugal.common.words import command_words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import tyro
 
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.run import make_logger
 from frugal.common.weights.reading import describe, read, with_fixed_positions
 from frugal.common.weights.runs import refuse_taken
 from frugal.common.weights.save import save_model
-from frugal.common.words import command_words
 
 
 @dataclass(frozen=True, kw_only=True)

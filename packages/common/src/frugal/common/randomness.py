@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 _MULTIPLIER_1 = -0x40A7B892E31B1A47  # splitmix64's 0xBF58476D1CE4E5B9 as a signed integer
 _MULTIPLIER_2 = -0x6B2FB644ECCEEE15  # splitmix64's 0x94D049BB133111EB
@@ -53,8 +51,6 @@ def uniform_noise(key: int, sample_numbers: Tensor, count: int) -> Tensor:
     Returns:
         (B, count) float32 on the device of ``sample_numbers``; bit-identical on every device.
     """
-    import torch
-
     counter = torch.arange(1, count + 1, device=sample_numbers.device)  # (count,)
     row = _mix((sample_numbers + 1) * _GOLDEN_RATIO + key)  # (B,)
     bits = _mix(row[:, None] + counter * _GOLDEN_RATIO)  # (B, count)
@@ -110,13 +106,9 @@ def sample_generator(seed: int, purpose: str, sample_number: int) -> np.random.G
 
 def weight_generator(seed: int) -> torch.Generator:
     """The generator that the weights of a run are drawn from before its first step."""
-    import torch
-
     return torch.Generator().manual_seed(stable_key(seed, "weights") >> 1)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators on every device for what the model draws in one step."""
-    import torch
-
     torch.manual_seed(stable_key(seed, "model", step, rank) & 0x7FFFFFFFFFFFFFFF)

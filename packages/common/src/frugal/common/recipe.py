@@ -16,11 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
+import tyro
 from torch import Tensor, nn
 
 from frugal.common.contracts import (
+    ColorChange,
     EvaluationTask,
     Objective,
     Optimizer,
@@ -39,6 +41,7 @@ from frugal.common.ranges import (
     check_ranges,
 )
 from frugal.common.reduction.image import ImageReduction
+from frugal.common.reduction.text import TextReduction
 from frugal.common.run import Run
 
 
@@ -48,9 +51,9 @@ class Reductions:
 
     image: ImageReduction
     """Which patches of an image stay."""
-    text: Any = None
-    """Which tokens of a caption stay, a ``TextReduction``; None for a model that reads none. (A
-    union in its type would take the fields of the reduction off the command line.)"""
+    # for tyro no union, which would take the fields of the reduction off the command line
+    text: Annotated[TextReduction | None, tyro.conf.arg(constructor=TextReduction)] = None
+    """Which tokens of a caption stay; None for a model that reads none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,12 @@ class ModelInputs:
 
 
 class ModelConfig(ABC):
-    """The trainable towers, as a part of a recipe; the objective builds them."""
+    """The trainable towers, as a part of a recipe; the objective builds them.
+
+    ``initial_logit_bias`` is that of logits with a bias, as the sigmoid loss wants it; else None.
+    """
+
+    initial_logit_bias: float | None = None
 
     @abstractmethod
     def inputs(self) -> ModelInputs:
@@ -171,6 +179,12 @@ class ModelConfig(ABC):
 
 class ObjectiveConfig(ABC):
     """What is minimized, as a part of a recipe."""
+
+    compares_samples: ClassVar[bool] = False
+    """Whether the samples of a micro-batch are told apart from each other, as in contrastive
+    losses: one alone teaches nothing, and one that comes twice is told apart from itself."""
+    caches_gradients: ClassVar[bool] = False
+    """Whether it can encode a part of a batch at a time, as ``engine.cache_chunk`` has it."""
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what this objective cannot be combined with, as :meth:`ModelConfig.check`."""
@@ -209,6 +223,16 @@ class DataConfig(ABC):
         """What the numbers of sources in batches stand for; () where there is one source."""
         return ()
 
+    @property
+    def caption_tokenizer(self) -> object | None:
+        """What makes tokens of captions, in its configuration; None reads images alone."""
+        return None
+
+    @property
+    def color_change(self) -> ColorChange | None:
+        """How the colors of images change on the device; None where they stay."""
+        return None
+
     def check(self, recipe: Recipe) -> None:
         """Refuse what this data cannot be combined with, as :meth:`ModelConfig.check`."""
         del recipe
@@ -238,12 +262,29 @@ class DataConfig(ABC):
         return []
 
 
+ModelT = TypeVar("ModelT", bound=ModelConfig)
+
+
+def model_of(kind: type[ModelT], model: ModelConfig) -> ModelT:
+    """The model of a recipe, for a part that works with models of one kind alone.
+
+    Raises:
+        InputError: if it is of another kind.
+    """
+    if not isinstance(model, kind):
+        raise InputError(
+            f"model is a {type(model).__name__}, where this recipe needs a {kind.__name__}; choose "
+            "a recipe that has one"
+        )
+    return model
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One run, complete."""
 
-    model: Any
-    """The trainable towers, a :class:`ModelConfig`."""
+    model: ModelConfig
+    """The trainable towers."""
     data: DataConfig
     """What it is trained on."""
     reduction: Reductions
@@ -277,6 +318,11 @@ class Recipe:
         if inputs.num_patches is not None:
             self.reduction.image.check_patches(inputs.num_patches)
         self.objective.check(self)  # which refuses a text reduction where no captions are read
+        if self.engine.cache_chunk is not None and not self.objective.caches_gradients:
+            raise InputError(
+                "engine.cache_chunk is for losses that compare the samples of a batch, which "
+                f"{type(self.objective).__name__} does not; use engine.accumulate instead"
+            )
         if self.reduction.text is not None and inputs.captions is not None:
             self.reduction.text.check_length(inputs.captions.length)
 
@@ -298,6 +344,37 @@ class Recipe:
                 f"engine.accumulate = {self.engine.accumulate}; choose a multiple of {parts}"
             )
         return self.batch_size // parts
+
+    def check_trainable(self) -> None:
+        """Refuse what can be read, as of a model that was trained elsewhere, but not be trained.
+
+        Looks for the data of the evaluations.
+
+        Raises:
+            InputError: if samples are to be compared of which there is one, if evaluation data are
+                not there, or if nothing will measure ``run.best``.
+        """
+        if self.objective.compares_samples and self.batch_size == self.engine.accumulate:
+            raise InputError(
+                f"a batch_size of {self.batch_size} with engine.accumulate = "
+                f"{self.engine.accumulate} compares one pair with itself, whose loss teaches "
+                "nothing; make micro-batches larger, or use --engine.cache-chunk instead"
+            )
+        measured = [task for task in self.evaluation if task.has_data]
+        scores = [name for task in measured or self.evaluation for name in task.scores]
+        best = self.run.best
+        if best is None or best in scores:
+            return
+        for task in self.evaluation:
+            if best in task.scores:
+                raise InputError(
+                    f"run.best is {best!r}, but the evaluation {task.name!r} was given no data; "
+                    f"give it some, or choose from {', '.join(scores)}"
+                )
+        raise InputError(
+            f"run.best is {best!r}, which is nothing that the evaluations of this run measure and "
+            f"of which higher is better; choose from {', '.join(scores)}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -419,38 +496,46 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
+def recipe_if_whole(path: Path) -> Recipe | None:
+    """The recipe saved in a file; None where there is none, or none that can be read."""
+    try:
+        return load_recipe(path)
+    except InputError:
+        return None
+
+
 FORMER_DEFAULTS = "former_defaults"
 """Key in the metadata of a field: what its default was in earlier versions."""
 
 
-def _with_former_defaults(wanted: Any, saved: Any) -> Any:
-    """``wanted`` with the former defaults that ``saved`` began with, where it has today's."""
-    if type(wanted) is not type(saved) or not dataclasses.is_dataclass(wanted):
-        return wanted
-    assert not isinstance(wanted, type)
+def _with_former_defaults(part: Any, saved: Any) -> Any:
+    """``part`` with the former defaults that ``saved`` began with, where it has today's."""
+    if type(part) is not type(saved) or not dataclasses.is_dataclass(part):
+        return part
+    assert not isinstance(part, type)
     changes = {}
-    for item in dataclasses.fields(wanted):
-        new, old = getattr(wanted, item.name), getattr(saved, item.name)
-        is_default = new == item.default
-        if is_default and old != new and old in item.metadata.get(FORMER_DEFAULTS, ()):
-            changes[item.name] = old
-        elif (inner := _with_former_defaults(new, old)) is not new:
+    for item in dataclasses.fields(part):
+        today, before = getattr(part, item.name), getattr(saved, item.name)
+        is_default = today == item.default
+        if is_default and before != today and before in item.metadata.get(FORMER_DEFAULTS, ()):
+            changes[item.name] = before
+        elif (inner := _with_former_defaults(today, before)) is not today:
             changes[item.name] = inner
-    return dataclasses.replace(wanted, **changes) if changes else wanted
+    return dataclasses.replace(part, **changes) if changes else part
 
 
-def with_calibrated(wanted: Recipe, saved: Recipe) -> Recipe:
-    """``wanted`` with what a run of ``saved`` was calibrated to, where it leaves that open.
+def with_calibrated(recipe: Recipe, saved: Recipe) -> Recipe:
+    """``recipe`` with what a run of ``saved`` was calibrated to, where it leaves that open.
 
     A default that has changed since stays what it was when the run began.
     """
-    wanted = _with_former_defaults(wanted, saved)
-    image, before = wanted.reduction.image, saved.reduction.image
+    recipe = _with_former_defaults(recipe, saved)
+    image, before = recipe.reduction.image, saved.reduction.image
     if not image.calibrated or type(image) is not type(before):
-        return wanted
+        return recipe
     found = {n: getattr(before, n) for n in image.calibrated if getattr(image, n) is None}
     image = dataclasses.replace(image, **found)  # type: ignore[type-var]
-    return dataclasses.replace(wanted, reduction=dataclasses.replace(wanted.reduction, image=image))
+    return dataclasses.replace(recipe, reduction=dataclasses.replace(recipe.reduction, image=image))
 
 
 _MAY_CHANGE = (
@@ -474,9 +559,9 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def difference(saved: Recipe, wanted: Recipe) -> list[str]:
-    """What keeps ``wanted`` from continuing a run of ``saved``: one line per field."""
-    old, new = _flatten(to_json(saved)), _flatten(to_json(wanted))
+def difference(saved: Recipe, recipe: Recipe) -> list[str]:
+    """What keeps ``recipe`` from continuing a run of ``saved``: one line per field."""
+    old, new = _flatten(to_json(saved)), _flatten(to_json(recipe))
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return [
         f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"

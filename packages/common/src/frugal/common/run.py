@@ -1,4 +1,4 @@
-"""One process of a run: rank, device, folders and the log."""
+"""One process of a run: rank, device, threads, folder, lock and log."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import time
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from frugal.common.distributed import parent_of
+import torch
+
+from frugal.common.distributed import (
+    Ranks,
+    init_process_group,
+    launcher_ranks,
+    parent_of,
+    resolve_ranks,
+)
 from frugal.common.errors import InputError
-from frugal.common.files import cannot_write
-
-if TYPE_CHECKING:
-    import torch
+from frugal.common.files import cannot_write, raise_open_files_limit
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,68 @@ class Run:
     def is_main(self) -> bool:
         """True on the one process that writes files and speaks."""
         return self.rank == 0
+
+
+def open_run(folder: Path, device: str, *, threads: int | None = None) -> Run:
+    """Rank, device, threads and log of this process, whose files go into a folder.
+
+    Args:
+        folder: the run directory.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: of this process on a CPU; without it the cores are divided among the processes.
+
+    Raises:
+        InputError: if the device is not there.
+    """
+    log = make_logger(launcher_ranks().rank)
+    rank, world_size, local_rank = resolve_ranks(log)
+    raise_open_files_limit()  # what loader processes hand over takes a file each
+    chosen = _device(device, local_rank)
+    if chosen.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+        torch.set_num_threads(threads or _threads(on_this_machine))
+    return Run(folder, rank, world_size, local_rank, chosen, log)
+
+
+def _threads(processes: int) -> int:
+    """The cores divided among the processes of this machine; alone, what OMP_NUM_THREADS says.
+
+    Launchers set that variable to 1 for their processes, which would leave cores idle.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if processes == 1 and chosen.isdigit() and int(chosen) > 0:
+        return int(chosen)
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "engine.device is cuda, but torch finds no CUDA device; use --engine.device cpu"
+        )
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local_rank} of this machine has no GPU of its own: there are "
+            f"{torch.cuda.device_count()}; start fewer processes"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def join(run: Run) -> None:
+    """Meet the other processes of a run, where there are any; Accelerate and DeepSpeed join them.
+
+    Raises:
+        InputError: if some do not come.
+    """
+    backend = "nccl" if run.device.type == "cuda" else "gloo"
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if run.device.type == "cuda" and shards:
+        backend = "cuda:nccl,cpu:gloo"  # as Accelerate has it, where parts may be on the host
+    init_process_group(Ranks(run.rank, run.world_size, run.local_rank), backend, run.log)
 
 
 def make_logger(rank: int) -> logging.Logger:
@@ -102,7 +168,7 @@ def lock_run_dir(folder: Path, *, patience: float, log: logging.Logger) -> TextI
     except OSError as error:
         raise cannot_write(folder, error) from None
     deadline = time.monotonic() + patience
-    said = False
+    is_told = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,9 +178,9 @@ def lock_run_dir(folder: Path, *, patience: float, log: logging.Logger) -> TextI
                     f"{folder} is being trained by another process; stop that one first, or "
                     "choose another --run.dir"
                 ) from None
-            if not said:
+            if not is_told:
                 log.info("waiting for the run in %s to end", folder)
-                said = True
+                is_told = True
             time.sleep(0.2)
         except OSError:
             return None

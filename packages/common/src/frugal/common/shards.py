@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from frugal.common.cli import command_words, exit_politely
 from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.decoding import decode_rgb, open_image
 from frugal.common.data.patterns import find_files, find_streams, is_stream, needs_index
@@ -32,8 +33,6 @@ from frugal.common.data.stores.tar import TarReader
 from frugal.common.data.stores.tfrecord import RecordReader
 from frugal.common.data.writing import NewSample, as_new_sample, new_folder, write_tars
 from frugal.common.errors import InputError
-from frugal.common.exits import exit_politely
-from frugal.common.words import command_words
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _SHOWN = 10

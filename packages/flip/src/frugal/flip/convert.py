@@ -19,20 +19,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tyro
 
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.word_pieces import read_entries
 from frugal.common.errors import InputError
-from frugal.common.recipe import Recipe
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.recipe import Recipe, model_of
 from frugal.common.run import make_logger
-from frugal.common.words import command_words
 from frugal.flip.recipes import RECIPES
 from frugal.flip.stored_arrays import StoredArray
 from frugal.flip.t5x_archive import T5xArchive, open_archive
 
 if TYPE_CHECKING:
-    from frugal.common.models.clip import DualEncoderConfig
     from frugal.common.models.weight_names import State
     from frugal.flip.published_weights import Sizes
 
@@ -96,7 +95,8 @@ def convert(options: Options, log: logging.Logger) -> None:
         sizes = sizes_of_tree(_Shapes(arrays), source=archive.name)
         name, recipe = _recipe(sizes, options, source=archive.name)
         recipe = _with_vocabulary(recipe, options.vocab, log)
-        weights = _read(archive, recipe.model, options.temperature, log)
+        model = model_of(DualEncoderConfig, recipe.model)
+        weights = _read(archive, model, options.temperature, log)
     write_converted(options.out, recipe, weights, step=step)
     sys.stdout.write(
         f"{options.out}: {sizes}; step {step:,}, "
@@ -129,7 +129,10 @@ def _recipe(sizes: Sizes, options: Options, *, source: str) -> tuple[str, Recipe
     """
     from frugal.flip.published_weights import config_of_sizes, sizes_of_config
 
-    published = {name: sizes_of_config(RECIPES[name]().model) for name in _PUBLISHED}
+    def sizes_of_recipe(name: str) -> Sizes:
+        return sizes_of_config(model_of(DualEncoderConfig, RECIPES[name]().model))
+
+    published = {name: sizes_of_recipe(name) for name in _PUBLISHED}
     fits = next((name for name in _PUBLISHED if published[name].blocks == sizes.blocks), None)
     name = fits or "base"
     if options.recipe is not None:
@@ -138,18 +141,19 @@ def _recipe(sizes: Sizes, options: Options, *, source: str) -> tuple[str, Recipe
             raise InputError(
                 f"there is no recipe {options.recipe!r}; choose from {', '.join(RECIPES)}"
             )
-        _check_size(sizes, sizes_of_config(RECIPES[name]().model), name, fits, source=source)
+        _check_size(sizes, sizes_of_recipe(name), name, fits, source=source)
     elif fits is None and options.image_heads is None:
         raise InputError(
             f"{source} holds none of {', '.join(_PUBLISHED)} ({sizes}), and nothing in it tells "
             "its attention heads; give --image-heads and --text-heads"
         )
     recipe = RECIPES[name]()
+    published_model = model_of(DualEncoderConfig, recipe.model)
     model = config_of_sizes(
         sizes,
-        recipe.model,
-        image_heads=options.image_heads or recipe.model.image.heads,
-        text_heads=options.text_heads or recipe.model.text.heads,
+        published_model,
+        image_heads=options.image_heads or published_model.image.heads,
+        text_heads=options.text_heads or published_model.text.heads,
     )
     return name, replace(recipe, model=model)
 
@@ -174,7 +178,7 @@ def _with_vocabulary(recipe: Recipe, vocab: Path | None, log: logging.Logger) ->
     Raises:
         InputError: if the file has another length than the model's token table asks for.
     """
-    rows = recipe.model.text.vocabulary
+    rows = model_of(DualEncoderConfig, recipe.model).text.vocabulary
     if vocab is None:
         own = "" if rows == _VOCABULARY else f", but this model has {rows:,} tokens: give its own"
         log.info(

@@ -26,7 +26,7 @@ from frugal.common.models.named import flip_encoder
 from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
-from frugal.common.recipe import Recipe, Reductions
+from frugal.common.recipe import Recipe, Reductions, model_of
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import TextReduction, Truncate
@@ -189,10 +189,10 @@ def unmasked_tuning(
     )
     if image_size is None:
         return recipe
-    image = replace(recipe.model.image, image_size=image_size)
+    model = model_of(DualEncoderConfig, recipe.model)
     return replace(
         recipe,
-        model=replace(recipe.model, image=image),
+        model=replace(model, image=replace(model.image, image_size=image_size)),
         run=replace(recipe.run, interpolate=True),
     )
 

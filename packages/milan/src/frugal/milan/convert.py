@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.errors import InputError
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
 from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.run import Run, make_logger
-from frugal.common.words import command_words
 from frugal.milan.model import MaskedModel
 from frugal.milan.objective import ReconstructPixels
 from frugal.milan.recipes import RECIPES, WARMUP_EPOCHS

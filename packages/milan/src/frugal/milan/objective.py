@@ -18,7 +18,7 @@ from frugal.common.contracts import Batch, Objective, Tower
 from frugal.common.distributed import gather, place_in_world
 from frugal.common.errors import InputError
 from frugal.common.randomness import SampleNoise, weight_generator
-from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.recipe import ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.image import ImageReduction, PatchView
 from frugal.milan.decoders import Split
 from frugal.milan.model import MaskedImageModel, MaskedModel
@@ -30,7 +30,8 @@ from frugal.milan.teacher import Teacher, load_teacher
 class _Reconstruct(ObjectiveConfig):
     def trained_model(self, recipe: Recipe, weights: Mapping[str, Tensor]) -> MaskedImageModel:
         """Encoder and decoder; the teacher is not needed."""
-        return recipe.model.build(outputs=len(weights["decoder.head.weight"]))
+        model = model_of(MaskedModel, recipe.model)
+        return model.build(outputs=len(weights["decoder.head.weight"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class ReconstructFeatures(_Reconstruct):
         Raises:
             InputError: if there is no teacher, or its patches do not lie where the student's do.
         """
-        teacher = load_teacher(self.teacher, recipe.model.image)
+        teacher = load_teacher(self.teacher, model_of(MaskedModel, recipe.model).image)
         return _reconstruction(FeatureTarget(teacher), recipe)
 
 
@@ -69,7 +70,8 @@ class ReconstructPixels(_Reconstruct):
 
     def build(self, recipe: Recipe) -> Reconstruction:
         """The objective with freshly drawn weights, on the CPU in float32."""
-        target = PixelTarget(recipe.model.image, normalize_patches=self.normalize_patches)
+        image = model_of(MaskedModel, recipe.model).image
+        target = PixelTarget(image, normalize_patches=self.normalize_patches)
         return _reconstruction(target, recipe)
 
 
@@ -87,7 +89,7 @@ def _check(recipe: Recipe) -> None:
         raise InputError(
             "reduction.text is given, but reconstruction reads no captions; leave it out"
         )
-    if getattr(recipe.reduction.image, "mask_ratio", None) == 0:
+    if recipe.reduction.image.mask_ratio == 0:
         raise InputError(
             "reduction.image.mask_ratio is 0, which hides nothing that could be reconstructed; "
             "the published ratio is 0.75"
@@ -230,9 +232,9 @@ def _weighted(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _reconstruction(target: Target, recipe: Recipe) -> Reconstruction:
-    model = recipe.model.build(weight_generator(recipe.run.seed), outputs=target.outputs)
+    generator = weight_generator(recipe.run.seed)
     return Reconstruction(
-        model,
+        model_of(MaskedModel, recipe.model).build(generator, outputs=target.outputs),
         target,
         reduction=recipe.reduction.image,
         seed=recipe.run.seed,

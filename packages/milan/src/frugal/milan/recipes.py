@@ -14,7 +14,14 @@ from frugal.common.data.config import ImageData
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
-from frugal.common.recipe import EngineOptions, ObjectiveConfig, Recipe, Reductions, RunOptions
+from frugal.common.recipe import (
+    EngineOptions,
+    ObjectiveConfig,
+    Recipe,
+    Reductions,
+    RunOptions,
+    model_of,
+)
 from frugal.common.reduction.image import ImageReduction
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.milan.decoders import DecoderConfig
@@ -219,9 +226,10 @@ def demo() -> Recipe:
 def demo_pixels() -> Recipe:
     """``demo`` towards normalized pixels with MAE's decoder and uniform masking; no teacher."""
     features = demo()
+    model = model_of(MaskedModel, features.model)
     return replace(
         features,
-        model=replace(features.model, decoder=replace(features.model.decoder, kind="plain")),
+        model=replace(model, decoder=replace(model.decoder, kind="plain")),
         reduction=Reductions(image=_UNIFORM),
         objective=ReconstructPixels(),
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from frugal.common.models.vit import ImageTower
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupLinear
-from frugal.common.recipe import Recipe, Reductions, RunOptions
+from frugal.common.recipe import Recipe, Reductions, RunOptions, model_of
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.mean_iou import MeanIoU
 from frugal.common.transfer.photometric import PhotometricDistortion
@@ -23,7 +23,7 @@ from frugal.common.transfer.segmentation import Segmentation
 from frugal.common.transfer.segmentation_data import SegmentationData
 from frugal.common.transfer.segmenter import SegmenterConfig, even_taps
 from frugal.common.transfer.tasks import TransferTask, masked_split
-from frugal.milan.model import encoder
+from frugal.milan.model import MaskedModel, encoder
 from frugal.milan.recipes import demo as pretraining_demo
 
 _BATCH = 16
@@ -106,7 +106,7 @@ def demo() -> Recipe:
     """A small tower on scenes: which of 56 things of a color and a shape lies where?"""
     recipe = vit_b16()
     scenes, images, batch_size, epochs = Path("data/scenes"), 2_000, 16, 6
-    pretrained = pretraining_demo().model.image
+    pretrained = model_of(MaskedModel, pretraining_demo().model).image
     tower = replace(pretrained, image_size=64, positions="learned", drop_path=0.1)
     return replace(
         recipe,

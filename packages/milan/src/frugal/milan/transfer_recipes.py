@@ -21,7 +21,7 @@ from frugal.common.models.named import clip_encoder
 from frugal.common.models.vit import ImageTower
 from frugal.common.optim.optimizers import LARS, AdamW
 from frugal.common.optim.schedules import WarmupCosine
-from frugal.common.recipe import EngineOptions, Recipe, Reductions, RunOptions
+from frugal.common.recipe import EngineOptions, Recipe, Reductions, RunOptions, model_of
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.accuracy import Accuracy
 from frugal.common.transfer.augmentation import RandAugmentedCrop, SingleDrawCrop
@@ -30,7 +30,7 @@ from frugal.common.transfer.classifier import ClassifierConfig, pooled
 from frugal.common.transfer.linear_probing import LinearProbing
 from frugal.common.transfer.mixing import Mixing, RandomErasing
 from frugal.common.transfer.tasks import TransferTask, class_folder_split
-from frugal.milan.model import encoder
+from frugal.milan.model import MaskedModel, encoder
 from frugal.milan.recipes import demo
 
 IMAGENET_IMAGES = 1_281_167
@@ -291,7 +291,7 @@ def _on_scenes(recipe: Recipe, tower: ImageTower, *, learning_rate: float) -> Re
     return replace(
         recipe,
         model=replace(
-            recipe.model,
+            model_of(ClassifierConfig, recipe.model),
             image=replace(tower, positions="learned"),
             num_classes=_SCENES_CLASSES,
         ),
@@ -320,7 +320,8 @@ def _tuned_on_scenes(tower: ImageTower, *, learning_rate: float) -> Recipe:
 
 def demo_fine_tuning() -> Recipe:
     """The encoder of MILAN's demo on scenes: 56 kinds of things, 40 pictures of each; minutes."""
-    return _tuned_on_scenes(pooled(demo().model.image, "mean"), learning_rate=3e-3)
+    encoder = model_of(MaskedModel, demo().model).image
+    return _tuned_on_scenes(pooled(encoder, "mean"), learning_rate=3e-3)
 
 
 def demo_clip_fine_tuning() -> Recipe:
@@ -330,7 +331,7 @@ def demo_clip_fine_tuning() -> Recipe:
 
 def demo_probing() -> Recipe:
     """A linear layer on the frozen encoder of MILAN's demo, on scenes; a minute."""
-    return _on_scenes(probe_vit_b16(), demo().model.image, learning_rate=4.0)
+    return _on_scenes(probe_vit_b16(), model_of(MaskedModel, demo().model).image, learning_rate=4.0)
 
 
 def demo_clip_probing() -> Recipe:

@@ -132,6 +132,12 @@ class PairData(StoredData):
         """What makes tokens of captions; None reads images alone."""
         return self.tokenizer
 
+    @property
+    @override
+    def color_change(self) -> ColorJitter:
+        """The color jitter."""
+        return self.color
+
     def save_tokenizer(self, folder: Path) -> None:
         """Keep with a run what is needed to tokenize as it did."""
         if self.tokenizer is not None:

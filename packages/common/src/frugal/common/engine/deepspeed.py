@@ -56,6 +56,7 @@ class DeepSpeedEngine(Engine):
         _announce_single_process()
         _leave_out_shared_memory_operator()
         backend = "nccl" if run.device.type == "cuda" else "gloo"
+        # variables of MPI linger in shells; who is there is known already
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         check_world_size(place_in_world()[1], "DeepSpeed")
         objective.to(run.device)
@@ -80,6 +81,7 @@ class DeepSpeedEngine(Engine):
 
     @override
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        # the loop knows which pass is the last of a step: DeepSpeed need not count them
         self._engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
@@ -147,6 +149,7 @@ class DeepSpeedEngine(Engine):
         elif kind == "weight":
             with torch.no_grad():
                 parameter.copy_(value)
+            # the optimizer steps a flat copy of its own, and overwrites the parameter from that
             if self._stage > 0 and parameter.requires_grad:
                 safe_set_full_fp32_param(parameter, value)
         elif self._stage == 0:
@@ -172,6 +175,11 @@ class DeepSpeedEngine(Engine):
             safe_set_local_optimizer_state(parameter, part, kind)
 
     @override
+    def whole_shape(self, parameter: Any) -> torch.Size:
+        # stage 3 leaves an empty tensor in the place of each parameter
+        return parameter.ds_shape if self._stage == 3 else parameter.shape
+
+    @override
     def moments(self) -> Iterable[dict[str, Tensor]]:
         return self._state().values()
 
@@ -190,6 +198,7 @@ class DeepSpeedEngine(Engine):
             flat = optimizer.single_partition_of_fp32_groups
         for tensor in flat:
             self._state()[tensor] = fresh_moments(tensor, moments)
+        # parameters learn where their moments lie, which DeepSpeed does at the first step otherwise
         if self._stage in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -244,7 +253,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"the DeepSpeed file {error}, or give one of ds_configs/") from None
     try:
-        config = json.loads(text, object_pairs_hook=partial(_without_twins, path))
+        config = json.loads(text, object_pairs_hook=partial(_refuse_repeated_names, path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"the DeepSpeed file {path} is not JSON: {reason_of(error)}") from None
     if not isinstance(config, dict):
@@ -252,11 +261,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _without_twins(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_names(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        twin = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
-        raise InputError(f"the DeepSpeed file {path} has {twin!r} twice; remove one of them")
+        repeated = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise InputError(f"the DeepSpeed file {path} has {repeated!r} twice; remove one of them")
     return content
 
 
@@ -344,6 +353,7 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
             "gradient_accumulation_steps": backwards,
             # at stage 0 gradients are clipped here: DeepSpeed's own clipping waits for the device
             "gradient_clipping": decided["gradient_clipping"] if stage else 0.0,
+            # with offloading too the optimizer is the recipe's: DeepSpeed's own has other moments
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**62,

@@ -120,6 +120,10 @@ class Engine(ABC):
         """The other parameters by name, in the same order on every process."""
         return ((n, p) for n, p in self.objective.named_parameters() if not p.requires_grad)
 
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape of a parameter of which this process may hold a part."""
+        return parameter.shape
+
     def clamp(self, bounds: dict[str, tuple[float, float]], *, stepped: Tensor) -> None:
         """Keep named parameters within bounds, in the master weights too.
 

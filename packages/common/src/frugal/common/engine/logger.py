@@ -10,16 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from frugal.common.contracts import Batch, Objective
 from frugal.common.errors import InputError
 from frugal.common.files import finite, reason_of, write_file
 from frugal.common.run import Run
 
-if TYPE_CHECKING:
-    import numpy as np
+_DRAWN = 8
+"""Samples of a batch that a picture shows."""
 
 
 def _quiet_writer_threads() -> None:
@@ -140,6 +142,17 @@ class MetricsLogger:
         """A (3, H, W) uint8 picture in tensorboard."""
         if self._main:
             self._board.write(lambda board: board.add_image(name, image, step))
+
+    def draw_batch(self, objective: Objective, batch: Batch, step: int) -> None:
+        """Pictures of the first samples of a batch with their masks, where the objective has any.
+
+        Every process calls this: what draws may need weights that all of them hold a part of.
+        """
+        few = batch.rows(0, _DRAWN)
+        pictures = {"batch": objective.draw(few), "reduction": objective.draw_reduction(few)}
+        for name, image in pictures.items():
+            if image is not None:
+                self.picture(name, image, step)
 
     def close(self) -> None:
         """Flush and close everything."""

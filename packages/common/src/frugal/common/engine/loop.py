@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import resource
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -19,8 +20,9 @@ from frugal.common.contracts import Batch, Stream
 from frugal.common.data.damage import DamageCounter, warning
 from frugal.common.distributed import Vote, gather_objects
 from frugal.common.engine.engine import Engine
+from frugal.common.engine.evaluator import Evaluator
 from frugal.common.engine.logger import MetricsLogger
-from frugal.common.engine.metrics import Step, Values, read
+from frugal.common.engine.metrics import StepMetrics, Values, fetch
 from frugal.common.engine.saving import WeightAverage, collect
 from frugal.common.engine.signals import StopSignal, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
@@ -44,64 +46,78 @@ class Training:
     engine: Engine
     stream: Stream
     store: CheckpointStore
-    watch: MetricsLogger
+    logger: MetricsLogger
     average: WeightAverage | None
-    evaluate: Callable[[int], dict[str, Any]]
-    """Run the recipe's evaluations after a step; their numbers, alike on every process."""
-    evaluated: float
-    """The last step after which this run was evaluated."""
-    draw: Callable[[Batch, int], None]
-    """Put pictures of a batch into tensorboard after a step."""
+    evaluator: Evaluator
     first_step: int
     seconds: float = 0.0
     """Spent on steps before this process started."""
     skipped_steps: int = 0
     skipped_in_row: int = 0
-    damage: DamageCounter
+    damage: DamageCounter = field(init=False)
     """Samples read and damaged in the whole run, over all processes."""
-    unshared: DamageCounter
+    local_damage: DamageCounter = field(init=False)
     """What this process has counted since it last told the others."""
-    remarked: bool = False
+    is_off_target: bool = False
     """Whether the image reduction had something to say at the last log step."""
-    unread: list[Step] = field(default_factory=list)
+    pending: list[StepMetrics] = field(default_factory=list)
     """Steps whose numbers are still on the device."""
     meter: Meter = field(init=False)
-    _told: tuple[int, int] = field(init=False)
+    _logged_damage: tuple[int, int] = field(init=False)
     """Samples lost and repaired when the log last told of them."""
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.run.device)
-        self._told = self._odd_samples()
+        limit = self.recipe.data.max_damaged
+        # a small data set is judged after one epoch
+        patience = min(DamageCounter.patience, self.stream.epoch_samples)
+        self.damage = DamageCounter(limit, patience=patience)
+        self.local_damage = DamageCounter(limit)
+        self._logged_damage = self._lost_and_repaired()
 
-    def _odd_samples(self) -> tuple[int, int]:
+    def _lost_and_repaired(self) -> tuple[int, int]:
         return self.damage.damaged + self.damage.lost, self.damage.repaired
 
-    def tell_damage(self, step: int) -> None:
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The entries of ``data.train``."""
+        return self.recipe.data.source_names
+
+    def count_damage(self, micro_batches: list[Batch]) -> None:
+        """Count the samples of a step, and those of them that are damaged, on this process."""
+        for batch in micro_batches:
+            notes, sources = batch.damage_notes, batch.sources
+            self.local_damage.add(batch.damage, len(batch), notes=notes, sources=sources)
+
+    def share_damage(self) -> None:
+        """Bring ``damage`` up to date on every process, and tell of what is new in kind."""
+        counted = replace(self.local_damage)
+        self.local_damage.clear()
+        for part in gather_objects(counted):
+            for note in self.damage.add_counter(part):
+                self.run.log.warning("%s", warning(note, self.source_names))
+
+    def log_damage(self, step: int) -> None:
         """Log how much is damaged, wherever that has grown, and what is repaired by powers of ten.
 
         ``damage`` must be up to date.
         """
-        (lost_before, before), (lost, repaired) = self._told, self._odd_samples()
+        (lost_before, before), (lost, repaired) = self._logged_damage, self._lost_and_repaired()
         if lost > lost_before:
             self.run.log.warning("step %d: %s", step, self.damage.describe(self.source_names))
         elif repaired and (not before or len(str(repaired)) > len(str(before))):
             self.run.log.warning("step %d: %s samples repaired so far", step, f"{repaired:,}")
         else:
             return
-        self._told = lost, repaired
+        self._logged_damage = lost, repaired
 
-    def share_damage(self) -> None:
-        """Bring ``damage`` up to date on every process, and tell of what is new in kind."""
-        mine = replace(self.unshared)
-        self.unshared.clear()
-        for part in gather_objects(mine):
-            for note in self.damage.add_counter(part):
-                self.run.log.warning("%s", warning(note, self.source_names))
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """The entries of ``data.train``."""
-        return self.recipe.data.source_names
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where :meth:`state` was taken; an empty one leaves everything at zero."""
+        self.seconds = state.get("seconds", 0.0)
+        self.skipped_steps = state.get("skipped_steps", 0)
+        self.skipped_in_row = state.get("skipped_in_row", 0)
+        self.damage.load_state(state.get("damage", {}))
+        self._logged_damage = self._lost_and_repaired()
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
@@ -130,80 +146,202 @@ class Training:
 
 
 def train(training: Training) -> None:
-    """Run every step that is left.
+    """Run every step that is not done yet.
 
     Raises:
         RunStopped: after SIGTERM or SIGINT, with a checkpoint written; or when the loss was not
             finite for ``run.max_skipped`` steps in a row.
     """
     recipe, run, meter = training.recipe, training.run, training.meter
-    keeps_best = recipe.run.best is not None
-    measure_what_was_missed(training)
+    engine, damage = training.engine, training.damage
+    evaluate_if_missed(training)
     with meter.paused("peak"):
-        peak = matmul_peak(run.device, training.engine.dtype)
+        peak = matmul_peak(run.device, engine.dtype)
     batches = iter(training.stream)
     vote = Vote(run.device)
     # alone there is nobody to stop together with
-    with StopSignal(grace=0.0 if run.world_size == 1 else _GRACE) as termination:
+    with StopSignal(grace=0.0 if run.world_size == 1 else _GRACE) as stop_signal:
         for step in range(training.first_step, recipe.steps):
+            # anew for every step: a resumed run drops out what it would have dropped out
             seed_step(recipe.run.seed, step, run.rank)
-            micro_batches: list[Batch] = []
-            try:
-                with termination.interrupts():
-                    _read(micro_batches, batches, recipe, meter)
-            except (InputError, WaitInterrupted) as reason:
-                _give_up(training, step, termination, reason, read=len(micro_batches))
-            micro_batches = [batch.to(run.device) for batch in micro_batches]
-            stop = vote.any(yes=termination.asked)
-            training.unread.append(_step(training, step, micro_batches))
-            training.watch.advance()
+            micro_batches = _read_step(training, step, batches, stop_signal)
+            # every process hears the same answer, so that all of them stop after the same step
+            stops = vote.any(yes=stop_signal.asked)
+            training.count_damage(micro_batches)
+            # on the device the step has only begun when this returns
+            training.pending.append(
+                train_step(engine, recipe, step, micro_batches, training.average)
+            )
+            training.logger.advance()
             done = step + 1
-            ends = done == recipe.steps or stop
-            logs = done % recipe.run.log_every == 0 or ends
-            measured = _is_measured(recipe, done)
-            saves = done % recipe.run.save_every == 0 or ends or (measured and keeps_best)
-            if logs or saves or measured:
-                _settle(training)
+            is_last = done == recipe.steps or stops
+            logs = done % recipe.run.log_every == 0 or is_last
+            evaluates = _is_evaluated(recipe, done)
+            saves = done % recipe.run.save_every == 0 or is_last
+            # whichever of them turns out to be the best has to be there
+            saves = saves or (evaluates and recipe.run.best is not None)
+            # also before saving: a checkpoint tells how many steps were skipped
+            if logs or saves or evaluates:
+                sync_metrics(training)
             if logs:
-                _log(training, done, peak)
-            damage = training.damage
-            too_much = logs and (
+                _log_line(training, done, peak)
+            # a small run is judged at its end, though it may not have read enough before
+            is_too_damaged = logs and (
                 damage.is_too_much or (done == recipe.steps and damage.was_too_much)
             )
-            saves = saves or too_much
             if done % recipe.run.picture_every == 0 or step == 0:
                 with meter.paused("pictures"):
-                    training.draw(micro_batches[0], done)
-            if saves:
+                    training.logger.draw_batch(engine.objective, micro_batches[0], done)
+            if saves or is_too_damaged:
                 training.save(done)
-            if too_much:
+            if is_too_damaged:
                 remedy = f": the same command then continues from step {done}"
                 raise InputError(damage.sentence(remedy))
-            if stop and done < recipe.steps:
+            if stops and done < recipe.steps:
                 raise RunStopped(
-                    f"stopped by {termination.name} after step {done}, with a checkpoint in "
+                    f"stopped by {stop_signal.name} after step {done}, with a checkpoint in "
                     f"{training.store.folder}; the same command continues from there",
-                    exit_code=termination.exit_code,
+                    exit_code=stop_signal.exit_code,
                 )
-            if measured:
-                measure(training, done)
-    _tell_pauses(training)
+            # behind the checkpoint, so that nothing is lost where an evaluation fails or is killed
+            if evaluates:
+                evaluate(training, done)
+    _log_seconds(training)
 
 
-def _is_measured(recipe: Recipe, step: int) -> bool:
+def train_step(
+    engine: Engine,
+    recipe: Recipe,
+    step: int,
+    micro_batches: list[Batch],
+    average: WeightAverage | None = None,
+) -> StepMetrics:
+    """Forward and backward of every micro-batch, then one optimizer step; the host reads nothing.
+
+    Args:
+        engine: around the objective.
+        recipe: of the run.
+        step: steps that were done before.
+        micro_batches: the samples of this process, on its device.
+        average: of the weights, to be moved along.
+
+    Returns:
+        What the step reports, which may not be computed yet.
+    """
+    learning_rate = recipe.schedule.learning_rate(
+        step * recipe.batch_size, peak=recipe.optimizer.peak(recipe.batch_size)
+    )
+    weights = _micro_batch_weights(engine, micro_batches)  # (M,)
+    reported = []
+    for number, batch in enumerate(micro_batches):
+        # gradients of the others stay on their process: one exchange per step, not per micro-batch
+        is_last = number == len(micro_batches) - 1
+        if (chunk := recipe.engine.cache_chunk) is not None:
+            metrics = cached_backward(engine, batch, chunk, weights[number], last=is_last)
+        else:
+            with engine.accumulating(last=is_last):
+                loss, metrics = engine.forward(batch)
+                engine.backward(loss * weights[number])
+            metrics = metrics | {"loss": loss.detach()}
+        reported.append(metrics)
+    norm = engine.step(learning_rate)  # (), not finite where nothing was changed
+    # a skipped step must leave bounded and averaged weights too as they were, to the bit; whether
+    # it was skipped is decided on the device, as reading the norm here would end the run-ahead
+    stepped = norm.isfinite()
+    engine.clamp(engine.objective.bounds(), stepped=stepped)
+    if average is not None:
+        average.update(stepped)
+    keys = [key for batch in micro_batches for key in batch.keys]
+    return StepMetrics.of(
+        reported, weights, step=step + 1, learning_rate=learning_rate, norm=norm, keys=keys
+    )
+
+
+def _micro_batch_weights(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
+    """(M,) float64: the share of each micro-batch in all that counts, over all processes.
+
+    So what counts weighs the same in a micro-batch with damaged samples as in one without.
+    """
+    if len(micro_batches) == 1:
+        return micro_batches[0].valid.new_ones(1, dtype=torch.float64)
+    # float64, because pixels with a class are more than float32 counts
+    counted = torch.stack([engine.objective.counted(batch) for batch in micro_batches])
+    counted = engine.mean(counted.double())
+    # with nothing to count every share is 0, not NaN
+    return counted / counted.sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _read_step(
+    training: Training, step: int, batches: Iterator[Batch], stop_signal: StopSignal
+) -> list[Batch]:
+    """The micro-batches of a step, on the device.
+
+    Raises:
+        InputError: if there is no data.
+        RunStopped: if this process was asked to stop while it waited for data.
+    """
+    accumulate = training.recipe.engine.accumulate
+    micro_batches: list[Batch] = []
+    try:
+        with stop_signal.interrupts(), training.meter.waiting():
+            for batch in itertools.islice(batches, accumulate):
+                micro_batches.append(batch)
+        if len(micro_batches) < accumulate:
+            raise InputError(
+                "the training data ended before the run; look at what data.train names"
+            )
+    except (InputError, WaitInterrupted) as reason:
+        _give_up(training, step, stop_signal, reason, num_read=len(micro_batches))
+    return [batch.to(training.run.device) for batch in micro_batches]
+
+
+def _give_up(
+    training: Training,
+    step: int,
+    stop_signal: StopSignal,
+    reason: InputError | WaitInterrupted,
+    *,
+    num_read: int,
+) -> NoReturn:
+    """End a run for which there is no data, with a checkpoint of the steps taken where it can be.
+
+    Other processes may wait for this one in the middle of the step, and cannot help to write one;
+    neither can a stream be continued of whose step a part was read.
+
+    Raises:
+        InputError: why there is no data.
+        RunStopped: if this process was asked to stop.
+    """
+    can_save = training.run.world_size == 1 and step > training.first_step
+    if can_save and not (num_read and training.stream.state()):
+        sync_metrics(training)
+        training.save(step)
+    newest = training.store.newest()
+    where = f"the newest checkpoint is {newest.folder}" if newest else "there is no checkpoint yet"
+    if isinstance(reason, InputError):
+        raise InputError(f"{reason} (the run stopped after step {step}; {where})") from None
+    goes_on = "continues from there" if newest else "begins again"
+    raise RunStopped(
+        f"stopped by {stop_signal.name} after step {step} while waiting for data; {where}; the "
+        f"same command {goes_on}",
+        exit_code=stop_signal.exit_code,
+    ) from None
+
+
+def _is_evaluated(recipe: Recipe, step: int) -> bool:
     """Whether a run is evaluated after a step."""
     every = recipe.run.evaluate_every
     return step == recipe.steps or (every is not None and step % every == 0)
 
 
-def measure(training: Training, step: int) -> None:
+def evaluate(training: Training, step: int) -> None:
     """Evaluate after a step, and remember the checkpoint if it is the best one so far.
 
     Raises:
         InputError: if no evaluation knows the number that decides about that.
     """
     with training.meter.paused("evaluation"):
-        numbers = training.evaluate(step)
+        numbers = training.evaluator.evaluate(step)
     best = training.recipe.run.best
     if best is None or not numbers:  # none of the evaluations was given data
         return
@@ -216,209 +354,112 @@ def measure(training: Training, step: int) -> None:
         training.run.log.info("step %d is the best so far: %s %.4g", step, best, numbers[best])
 
 
-def measure_what_was_missed(training: Training) -> None:
+def evaluate_if_missed(training: Training) -> None:
     """Evaluate where a run was interrupted between a checkpoint and the evaluation behind it."""
     step = training.first_step
-    if step > max(training.evaluated, 0) and _is_measured(training.recipe, step):
-        measure(training, step)
+    if step > max(training.evaluator.last_step, 0) and _is_evaluated(training.recipe, step):
+        evaluate(training, step)
 
 
-def _read(
-    micro_batches: list[Batch], batches: Iterator[Batch], recipe: Recipe, meter: Meter
-) -> None:
-    """Put the micro-batches of a step into a list, which holds those that came if one does not."""
-    with meter.waiting():
-        for batch in itertools.islice(batches, recipe.engine.accumulate):
-            micro_batches.append(batch)
-    if len(micro_batches) < recipe.engine.accumulate:
-        raise InputError("the training data ended before the run; look at what data.train names")
-
-
-def _give_up(
-    training: Training,
-    step: int,
-    termination: StopSignal,
-    reason: InputError | WaitInterrupted,
-    *,
-    read: int,
-) -> NoReturn:
-    """End a run for which there is no data, with a checkpoint of the steps taken where it can be.
-
-    Other processes may wait for this one in the middle of the step, and cannot help to write one;
-    neither can a stream be continued of whose step a part was read.
-
-    Raises:
-        InputError: why there is no data.
-        RunStopped: if this process was asked to stop.
-    """
-    saved = training.run.world_size == 1 and step > training.first_step
-    saved = saved and not (read and training.stream.state())
-    if saved:
-        _settle(training)
-        training.save(step)
-    newest = training.store.newest()
-    left = f"the newest checkpoint is {newest.folder}" if newest else "there is no checkpoint yet"
-    if isinstance(reason, InputError):
-        raise InputError(f"{reason} (the run stopped after step {step}; {left})") from None
-    goes_on = "continues from there" if newest else "begins again"
-    raise RunStopped(
-        f"stopped by {termination.name} after step {step} while waiting for data; {left}; the same "
-        f"command {goes_on}",
-        exit_code=termination.exit_code,
-    ) from None
-
-
-def _step(training: Training, step: int, micro_batches: list[Batch]) -> Step:
-    """One optimizer step; what is known of it before the device has taken it."""
-    recipe, engine = training.recipe, training.engine
-    rate = recipe.schedule.learning_rate(
-        step * recipe.batch_size, peak=recipe.optimizer.peak(recipe.batch_size)
-    )
-    for batch in micro_batches:
-        notes, sources = batch.damage_notes, batch.sources
-        training.unshared.add(batch.damage, len(batch), notes=notes, sources=sources)
-    parts, shares = accumulate(engine, recipe, micro_batches)
-    norm = engine.step(rate)
-    stepped = norm.isfinite()
-    engine.clamp(engine.objective.bounds(), stepped=stepped)
-    if training.average is not None:
-        training.average.update(stepped)
-    keys = [batch.keys for batch in micro_batches]
-    return Step.of(parts, shares, number=step + 1, learning_rate=rate, norm=norm, keys=keys)
-
-
-def accumulate(
-    engine: Engine, recipe: Recipe, micro_batches: list[Batch]
-) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-    """Forward and backward of every micro-batch of a step.
-
-    Returns:
-        The detached numbers that each reports, and (M,) float64: its share in the loss of the step.
-    """
-    shares = _shares(engine, micro_batches)
-    last = len(micro_batches) - 1
-    parts = [
-        _accumulate(engine, recipe, batch, shares[number], last=number == last)
-        for number, batch in enumerate(micro_batches)
-    ]
-    return parts, shares
-
-
-def _shares(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
-    """(M,) float64: the part that each micro-batch has in all that counts, over all processes.
-
-    So what counts weighs the same in a micro-batch with damaged samples as in one without.
-    """
-    if len(micro_batches) == 1:
-        return micro_batches[0].valid.new_ones(1, dtype=torch.float64)
-    counted = torch.stack([engine.objective.counted(batch) for batch in micro_batches])
-    counted = engine.mean(counted.double())
-    return counted / counted.sum().clamp(min=torch.finfo(torch.float64).tiny)
-
-
-def _accumulate(
-    engine: Engine, recipe: Recipe, batch: Batch, share: torch.Tensor, *, last: bool
-) -> dict[str, torch.Tensor]:
-    """Forward and backward of one micro-batch; the detached numbers it reports."""
-    if recipe.engine.cache_chunk is not None:
-        return cached_backward(engine, batch, recipe.engine.cache_chunk, share, last=last)
-    with engine.accumulating(last=last):
-        loss, metrics = engine.forward(batch)
-        engine.backward(loss * share)
-    return metrics | {"loss": loss.detach()}
-
-
-def _settle(training: Training) -> None:
-    """Bring what is still on the device to the host, and draw the conclusions step by step.
+def sync_metrics(training: Training) -> None:
+    """Bring what is still on the device to the host, and count the steps that were skipped.
 
     Raises:
         RunStopped: if the gradient was not finite for ``run.max_skipped`` steps in a row.
     """
-    steps, training.unread = training.unread, []
-    for step, values in zip(steps, read(steps, training.engine.mean), strict=True):
+    pending, training.pending = training.pending, []
+    for metrics, values in zip(pending, fetch(pending, training.engine.mean), strict=True):
         if not math.isfinite(values["gradient_norm"]):
-            _skipped(training, step, values["loss"])
+            _count_skipped(training, metrics, values["loss"])
             # what is not finite is no part of any mean
             del values["gradient_norm"]
             values = {name: value for name, value in values.items() if math.isfinite(value)}
         else:
             training.skipped_in_row = 0
-        training.meter.add(values | {"learning_rate": step.learning_rate})
+        training.meter.add(values | {"learning_rate": metrics.learning_rate})
 
 
-def _skipped(training: Training, step: Step, loss: float) -> None:
+def _count_skipped(training: Training, metrics: StepMetrics, loss: float) -> None:
     """Count a step whose gradient was not finite; stop after too many in a row."""
+    step = metrics.step
     training.skipped_steps += 1
     training.skipped_in_row += 1
-    training.run.log.warning(
-        "step %d skipped: loss %s, the gradient is not finite", step.number, loss
-    )
+    training.run.log.warning("step %d skipped: loss %s, the gradient is not finite", step, loss)
     if training.skipped_in_row < training.recipe.run.max_skipped:
         return
-    rate = step.learning_rate
-    local = [key for keys in step.keys for key in keys]
-    keys = [key for part in gather_objects(local) for key in part]
+    rate = metrics.learning_rate
+    keys = [key for keys_of_rank in gather_objects(metrics.keys) for key in keys_of_rank]
     listing = training.run.dir / "not_finite.json"
     if training.run.is_main:
-        content = {"step": step.number, "learning_rate": rate, "keys": keys}
         try:
-            write_json(listing, content)
+            write_json(listing, {"step": step, "learning_rate": rate, "keys": keys})
         except InputError as error:
             training.run.log.warning("%s", error)
     raise RunStopped(
         f"the loss was not finite for {training.skipped_in_row} steps in a row up to step "
-        f"{step.number}, at a learning rate of {rate:.3g}, on the samples {', '.join(keys[:4])} "
+        f"{step}, at a learning rate of {rate:.3g}, on the samples {', '.join(keys[:4])} "
         f"and others (all in {listing}); lower the learning rate, or look at these samples",
         exit_code=1,
     )
 
 
-def _log(training: Training, step: int, peak: float) -> None:
+def _log_line(training: Training, step: int, peak: float) -> None:
+    """Log what happened since the last line; every process calls this after a sync.
+
+    ``peak`` is the FLOP/s of one process at best.
+    """
     recipe, run = training.recipe, training.run
-    line = training.meter.take()
-    means, step_seconds = line.means, line.step_seconds
-    damage = training.damage
+    interval = training.meter.take()
+    means, step_seconds = interval.means, interval.step_seconds
     training.share_damage()
-    training.tell_damage(step)
+    training.log_damage(step)
     flops = training.engine.objective.step_flops(means) * recipe.batch_size
     tokens = means.get("image_tokens", 0.0) + means.get("text_tokens", 0.0)
-    samples = step * recipe.batch_size
-    training.watch.scalars(
+    damage = training.damage
+    training.logger.scalars(
         step,
         {
-            "samples": samples,
+            "samples": step * recipe.batch_size,
             **means,
             "samples_per_second": recipe.batch_size / step_seconds,
             "tokens_per_second": tokens * recipe.batch_size / step_seconds,
-            "data_wait": line.wait,
+            "data_wait": interval.wait,
             "flops_per_second": flops / step_seconds,
             "share_of_peak": flops / step_seconds / (peak * run.world_size),
             "memory_bytes": _peak_memory(run),
             "eta_seconds": (recipe.steps - step) * step_seconds,
             "skipped_steps": training.skipped_steps,
-            **{f"seconds/{name}": seconds for name, seconds in line.pauses.items()},
+            **{f"seconds/{name}": seconds for name, seconds in interval.pauses.items()},
             **training.stream.scalars(),
             "read_samples": damage.read,
             "trained_samples": damage.read - damage.damaged,
             "damaged": dict(damage.kinds),
-            **_of_sources(training),
+            **_source_scalars(training),
         },
     )
-    _remark(training, step, means)
+    warn_if_off_target(training, step, means)
 
 
-def _of_sources(training: Training) -> dict[str, Any]:
+def _source_scalars(training: Training) -> dict[str, Any]:
     """What else is logged of the data, where there is anything to tell."""
     damage, names = training.damage, training.source_names
-    odd = {"lost_samples": damage.lost, "repaired_samples": damage.repaired}
-    found: dict[str, Any] = {name: count for name, count in odd.items() if count}
+    counts = {"lost_samples": damage.lost, "repaired_samples": damage.repaired}
+    scalars: dict[str, Any] = {name: count for name, count in counts.items() if count}
     if len(names) > 1:
-        found["source_shares"] = {names[n]: share for n, share in damage.shares().items()}
-    return found
+        scalars["source_shares"] = {names[n]: share for n, share in damage.shares().items()}
+    return scalars
 
 
-def _tell_pauses(training: Training) -> None:
-    """What a run spent its time on beside its steps."""
+def warn_if_off_target(training: Training, step: int, means: Values) -> None:
+    """Pass on what the image reduction has to say of the means, when it begins to."""
+    words = training.recipe.reduction.image.off_target(means)
+    if words and not training.is_off_target:
+        training.run.log.warning("step %d: %s", step, words)
+    training.is_off_target = bool(words)
+
+
+def _log_seconds(training: Training) -> None:
+    """Log what a run spent its time on beside its steps."""
     training.run.log.info(
         "%.1f s of steps; beside them %s",
         training.meter.seconds,
@@ -426,17 +467,8 @@ def _tell_pauses(training: Training) -> None:
     )
 
 
-def _remark(training: Training, step: int, means: Values) -> None:
-    """Pass on what the image reduction has to say, when it begins to."""
-    words = training.recipe.reduction.image.off_target(means)
-    if words and not training.remarked:
-        training.run.log.warning("step %d: %s", step, words)
-    training.remarked = bool(words)
-
-
 def _peak_memory(run: Run) -> int:
+    """The most bytes that this process has held so far, on its device."""
     if run.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.device)
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

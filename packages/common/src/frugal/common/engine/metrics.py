@@ -12,63 +12,63 @@ Values = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One optimizer step that the device may not have taken yet."""
+class StepMetrics:
+    """What one optimizer step reports; the device may not have taken it yet."""
 
-    number: int
-    """From 1."""
+    step: int
+    """Steps of the run that are done with it, itself included."""
     learning_rate: float
     names: list[str]
-    """Of ``means``."""
+    """What each of ``means`` is called."""
     means: Tensor
     """(M,) float32: what the objective reported here, averaged over the micro-batches."""
     norm: Tensor
-    """(): of the gradient, on every process alike; not finite where the step was skipped."""
-    keys: list[list[str]]
-    """Of the samples of every micro-batch."""
+    """(): norm of the gradient, on every process alike; not finite where the step was skipped."""
+    keys: list[str]
+    """Where the samples of this process come from."""
 
     @classmethod
     def of(
         cls,
-        parts: list[dict[str, Tensor]],
-        shares: Tensor,
+        reported: list[dict[str, Tensor]],
+        weights: Tensor,
         *,
-        number: int,
+        step: int,
         learning_rate: float,
         norm: Tensor,
-        keys: list[list[str]],
-    ) -> Step:
-        """From what each of M micro-batches reported, scalars of the same names.
+        keys: list[str],
+    ) -> StepMetrics:
+        """The weighted means of what each of M micro-batches reported, scalars of the same names.
 
-        ``shares``, (M,), are the weights of the micro-batches; they add up to 1.
+        ``weights``, (M,), add up to 1.
         """
-        names = sorted(parts[0])
-        rows = [torch.stack([part[name].float() for name in names]) for part in parts]
+        names = sorted(reported[0])
+        rows = [torch.stack([values[name].float() for name in names]) for values in reported]
         return cls(
-            number=number,
+            step=step,
             learning_rate=learning_rate,
             names=names,
-            means=shares.to(torch.float32) @ torch.stack(rows),
+            means=weights.to(torch.float32) @ torch.stack(rows),
             norm=norm.float(),
             keys=keys,
         )
 
 
-def read(steps: Sequence[Step], mean: Callable[[Tensor], Tensor]) -> list[Values]:
+def fetch(pending: Sequence[StepMetrics], mean: Callable[[Tensor], Tensor]) -> list[Values]:
     """The numbers of steps on the host: one reduction over the processes and one wait.
 
     Args:
-        steps: the same on every process.
+        pending: the steps, the same on every process.
         mean: over the processes, of a float tensor.
 
     Returns:
         For every step, what the objective reported averaged over the processes, and
         ``gradient_norm``.
     """
-    if not steps:
+    if not pending:
         return []
-    means = mean(torch.cat([step.means for step in steps]))
-    norms = torch.stack([step.norm for step in steps])
+    means = mean(torch.cat([metrics.means for metrics in pending]))
+    norms = torch.stack([metrics.norm for metrics in pending])
     numbers = iter(torch.cat([means, norms]).tolist())
-    values = [{name: next(numbers) for name in step.names} for step in steps]
+    values = [{name: next(numbers) for name in metrics.names} for metrics in pending]
     return [row | {"gradient_norm": norm} for row, norm in zip(values, numbers, strict=True)]

@@ -60,34 +60,31 @@ class WeightAverage:
 
 def ownership(engine: Engine) -> dict[str, int]:
     """Which process keeps and writes which trainable parameter."""
-    sizes = ((name, _shape(parameter).numel()) for name, parameter in engine.trainable())
+    sizes = (
+        (name, engine.whole_shape(parameter).numel()) for name, parameter in engine.trainable()
+    )
     return owners(sizes, engine.run.world_size)
-
-
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter; ZeRO-3 leaves an empty one behind."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def collect(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
     """This process's share of what a checkpoint holds, on the CPU in float32."""
     owner = ownership(engine)
-    mine: dict[str, Tensor] = {}
+    owned: dict[str, Tensor] = {}
     for name, parameter in engine.trainable():
         for kind in engine.state_kinds:
             whole = engine.read(kind, parameter)  # every process takes part, the owner keeps it
             if owner[name] == engine.run.rank:
-                mine[f"{kind}/{name}"] = whole.detach().to("cpu", torch.float32, copy=True)
+                owned[f"{kind}/{name}"] = whole.detach().to("cpu", torch.float32, copy=True)
     for name, tensor in (average.owned if average else {}).items():
-        mine[f"ema/{name}"] = tensor.cpu().clone()
+        owned[f"ema/{name}"] = tensor.cpu().clone()
     for name, parameter in engine.frozen():
         whole = engine.read("weight", parameter)
         if engine.run.is_main:
-            mine[f"buffer/{name}"] = whole.to("cpu", copy=True)
+            owned[f"buffer/{name}"] = whole.to("cpu", copy=True)
     if engine.run.is_main:
         for name, buffer in _persistent_buffers(engine):
-            mine[f"buffer/{name}"] = buffer.detach().cpu().clone()
-    return mine
+            owned[f"buffer/{name}"] = buffer.detach().cpu().clone()
+    return owned
 
 
 def _persistent_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
@@ -101,16 +98,16 @@ def check_names(checkpoint: Checkpoint, engine: Engine) -> None:
     Raises:
         InputError: naming the first tensor that is missing, unexpected or of another shape.
     """
-    wanted = {f"weight/{name}": _shape(parameter) for name, parameter in engine.trainable()}
+    shapes = {f"weight/{name}": engine.whole_shape(p) for name, p in engine.trainable()}
     found = {name for name in checkpoint.names() if name.startswith("weight/")}
-    if odd := sorted(found ^ wanted.keys()):
-        where = "has no" if odd[0] in wanted else "has an unexpected"
+    if odd := sorted(found ^ shapes.keys()):
+        where = "has no" if odd[0] in shapes else "has an unexpected"
         raise InputError(
             f"the checkpoint {checkpoint.folder} {where} {odd[0]}: it is of another architecture "
             "than the recipe's model"
         )
     read = checkpoint.reader()
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         if (saved := read(name).shape) != shape:
             raise InputError(
                 f"the checkpoint {checkpoint.folder} holds {name} of shape {tuple(saved)}, the "

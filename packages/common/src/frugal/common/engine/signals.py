@@ -11,8 +11,8 @@ from typing import Any
 
 from frugal.common.run import LauncherChain
 
-_LOOK = 1.0
-"""Seconds of waiting between two looks whether this process is to stop."""
+_POLL = 1.0
+"""Seconds of waiting after which a process looks again whether it is to stop."""
 
 
 class WaitInterrupted(BaseException):
@@ -65,13 +65,13 @@ class StopSignal:
         Raises:
             WaitInterrupted: if this process was asked to stop and nothing came in the grace.
         """
-        signal.setitimer(signal.ITIMER_REAL, _LOOK, _LOOK)
+        signal.setitimer(signal.ITIMER_REAL, _POLL, _POLL)
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def _look(self, number: int, frame: FrameType | None) -> None:
+    def _check_grace(self, number: int, frame: FrameType | None) -> None:
         """Every second of waiting."""
         del number, frame
         if not self.asked:
@@ -85,7 +85,7 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
-        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
+        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._check_grace)
         return self
 
     def __exit__(self, *exception: object) -> None:

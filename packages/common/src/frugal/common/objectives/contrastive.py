@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from frugal.common.contracts import Batch, Objective, Tower
-from frugal.common.data.color import NO_CHANGE, ColorJitter
+from frugal.common.contracts import Batch, ColorChange, Objective, Tower
+from frugal.common.data.color import NO_CHANGE
 from frugal.common.errors import InputError
-from frugal.common.models.clip import DualEncoder
+from frugal.common.models.bundle import TokenizerSource
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.flops import dual_encoder_flops
 from frugal.common.objectives.contrastive_loss import (
     BOTH,
@@ -26,7 +27,7 @@ from frugal.common.objectives.contrastive_loss import (
 )
 from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Count, check_ranges
-from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.recipe import ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 
 _GRAY = 128
@@ -47,6 +48,9 @@ class Contrastive(ObjectiveConfig):
     chunk: Count | None = None
     """Columns of the global batch compared at a time; by default few enough for 4 MiB of logits."""
 
+    compares_samples: ClassVar[bool] = True
+    caches_gradients: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_ranges(self, "objective")
         if not self.directions or len(set(self.directions)) < len(self.directions):
@@ -62,12 +66,12 @@ class Contrastive(ObjectiveConfig):
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a model or data that do not fit the loss."""
-        if getattr(recipe.data, "tokenizer", self) is None:
+        if recipe.data.caption_tokenizer is None:
             raise InputError(
                 "a contrastive objective needs captions, but data.tokenizer is None, which reads "
                 "images alone; choose a tokenizer"
             )
-        bias = getattr(recipe.model, "initial_logit_bias", None)
+        bias = recipe.model.initial_logit_bias
         if (bias is not None) != (self.loss == "sigmoid"):
             raise InputError(
                 f"objective.loss={self.loss} does not go with model.initial_logit_bias={bias}: the "
@@ -76,14 +80,14 @@ class Contrastive(ObjectiveConfig):
 
     def build(self, recipe: Recipe) -> ContrastiveObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
-        model = recipe.model.build(weight_generator(recipe.run.seed))
+        model = model_of(DualEncoderConfig, recipe.model).build(weight_generator(recipe.run.seed))
         return self._objective(
             model,
             reduction=recipe.reduction.image,
             seed=recipe.run.seed,
             samples=recipe.schedule.samples,
-            color=getattr(recipe.data, "color", NO_CHANGE),
-            tokenizer=getattr(recipe.data, "tokenizer", None),
+            color=recipe.data.color_change or NO_CHANGE,
+            tokenizer=recipe.data.caption_tokenizer,
         )
 
     def _objective(self, model: DualEncoder, **options: Any) -> ContrastiveObjective:
@@ -120,8 +124,8 @@ class ContrastiveObjective(Objective):
         reduction: ImageReduction,
         seed: int,
         samples: int | None = None,
-        color: ColorJitter = NO_CHANGE,
-        tokenizer: Any = None,
+        color: ColorChange = NO_CHANGE,
+        tokenizer: TokenizerSource | None = None,
     ) -> None:
         """Take the model and train it.
 

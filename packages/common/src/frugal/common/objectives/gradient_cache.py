@@ -13,14 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from frugal.common.contracts import Batch
+from frugal.common.contracts import Batch, Objective
 from frugal.common.objectives.contrastive import ContrastiveObjective, Encoded
 
 
 class Wrapper(Protocol):
     """What trains the objective; the part of an engine that is needed here."""
 
-    objective: Any
+    objective: Objective
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the objective through whatever wraps it."""
@@ -56,18 +56,24 @@ def cached_backward(
     starts = range(0, len(batch), chunk)
     parts = [batch.rows(start, min(start + chunk, len(batch))) for start in starts]
     states, pieces = [], []
+    # without gradients no activation stays: of a chunk only its (B, E) features do
     with torch.no_grad():
         for part in parts:
             states.append(_random_states(batch.images.device))
+            # through the wrapper here too: ZeRO-3 and FSDP make weights whole in this call alone
             pieces.append(wrapper.forward(part, encode_only=True))
-    objective: ContrastiveObjective = wrapper.objective
+    objective = wrapper.objective
+    assert isinstance(objective, ContrastiveObjective)  # others say that they cache no gradients
     encoded = _joined(pieces)
     loss, metrics = objective.loss(encoded, batch.valid)
+    # torch's own backward, since it ends at the features: an engine's would count it as one of its
+    # passes, and scale the loss for float16 here and once more below
     (loss * share).backward()
     for number, (part, state) in enumerate(zip(parts, states, strict=True)):
         is_last = number == len(parts) - 1
         gradients = _gradients(encoded, starts[number], len(part), with_scale=is_last)
         _replay(batch.images.device, state)
+        # chunks add up on their process; only the last one of a step is exchanged
         with wrapper.accumulating(last=last and is_last):
             wrapper.backward(wrapper.forward(part, gradients=gradients))
     return metrics | {"loss": loss.detach()}
@@ -93,6 +99,8 @@ def _joined(pieces: list[Encoded]) -> Encoded:
 def _gradients(encoded: Encoded, start: int, count: int, *, with_scale: bool) -> Encoded:
     """The gradients of some samples; those of scale and bias must count once only."""
     rows = slice(start, start + count)
+    # zero rather than left out: every pass then reaches the same parameters on every process, as
+    # whatever exchanges gradients expects
     factor = 1.0 if with_scale else 0.0
 
     def of(leaf: Tensor) -> Tensor:

@@ -214,6 +214,8 @@ class ImageReduction(ABC):
     run before it trains, and kept with the run's recipe and checkpoints.
     """
 
+    mask_ratio: float | None = None
+    """Share of the patches that goes; None where that is not what is set."""
     calibrated: ClassVar[tuple[str, ...]] = ()
     """Fields that :meth:`calibrate` fills in where they are None."""
 

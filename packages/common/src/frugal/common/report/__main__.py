@@ -13,13 +13,12 @@ from pathlib import Path
 
 import tyro
 
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.errors import InputError
 from frugal.common.report.collect import REQUIRED, collect_numbers, describe_data, find_stages
 from frugal.common.report.examples_of_model import examples_of_stages
 from frugal.common.report.page import Command, write_report
 from frugal.common.run import make_logger
-from frugal.common.words import command_words
 
 
 @dataclass(frozen=True, kw_only=True)

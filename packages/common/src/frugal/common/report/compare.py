@@ -16,7 +16,7 @@ import torch
 import tyro
 from markupsafe import Markup
 
-from frugal.common.cli import run_politely
+from frugal.common.cli import command_words, run_politely
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import (
     SampleResults,
@@ -28,7 +28,6 @@ from frugal.common.evaluation.results import OUTCOMES, read_facts
 from frugal.common.files import write_file, write_json
 from frugal.common.report.page import percent, render
 from frugal.common.report.plots import interval_chart
-from frugal.common.words import command_words
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ from frugal.common.report.examples import (
     retrieval_examples,
     zero_shot_examples,
 )
-from frugal.common.run import Run, make_logger
-from frugal.common.train import open_process
+from frugal.common.run import Run, make_logger, open_run
 from frugal.common.weights.load import load_model
 from frugal.common.weights.runs import open_checkpoint, trained_objective
 
@@ -189,14 +188,14 @@ def examples_of_stages(stages: Mapping[str, Path], *, count: int) -> Examples:
     if load_recipe(last / "recipe.json").model.inputs().captions is None:
         try:
             checkpoint, recipe = open_checkpoint(last)
-            run = open_process(last, "auto")
+            run = open_run(last, "auto")
             objective = trained_objective(recipe, checkpoint)
             return draw_batch(objective.to(run.device), recipe, run)
         except InputError as error:
             make_logger(0).warning("the page shows no pictures: %s", error)
             return Examples()
     bundle, tasks = load_model(last), load_recipe(last / "recipe.json").evaluation
-    run = open_process(last, "auto")
+    run = open_run(last, "auto")
     bundle.model.to(run.device)
     reduction = load_recipe(first / "recipe.json").reduction.image
     return examples_of_model(bundle, tasks, run, reduction=reduction, count=count)

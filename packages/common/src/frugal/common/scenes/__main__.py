@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import tyro
 
-from frugal.common.exits import exit_politely
+from frugal.common.cli import command_words, exit_politely
 from frugal.common.scenes.settings import Settings
 from frugal.common.scenes.writing import write
-from frugal.common.words import command_words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

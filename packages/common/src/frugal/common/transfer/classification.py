@@ -27,7 +27,7 @@ from frugal.common.models.flops import image_flops
 from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Range, check_ranges
-from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.recipe import ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier
 from frugal.common.transfer.mixing import Mixing, RandomErasing, mix, swap_neighbors
@@ -275,7 +275,7 @@ def check_classifier(recipe: Recipe) -> None:
 
 def build_classifier(recipe: Recipe) -> VisionClassifier:
     """The model of a recipe, with freshly drawn weights, on the CPU in float32."""
-    return recipe.model.build(weight_generator(recipe.run.seed))
+    return model_of(ClassifierConfig, recipe.model).build(weight_generator(recipe.run.seed))
 
 
 def mean_over_valid(values: Tensor, valid: Tensor) -> Tensor:

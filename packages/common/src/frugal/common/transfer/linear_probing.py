@@ -22,7 +22,7 @@ from frugal.common.distributed import place_in_world, sum_over_processes
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import SampleNoise
-from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.recipe import ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.image import ImageReduction, PatchView
 from frugal.common.transfer.classification import (
     batch_labels,
@@ -32,7 +32,7 @@ from frugal.common.transfer.classification import (
     mean_over_valid,
     token_metrics,
 )
-from frugal.common.transfer.classifier import VisionClassifier
+from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier
 from frugal.common.transfer.pixels import side_by_side
 
 _Statistics = Literal["all_processes", "each_process"]
@@ -50,9 +50,9 @@ class LinearProbing(ObjectiveConfig):
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that does not train a probe."""
         check_classifier(recipe)
-        if recipe.model.image.drop_path:
+        if drop_path := model_of(ClassifierConfig, recipe.model).image.drop_path:
             raise InputError(
-                f"model.image.drop_path is {recipe.model.image.drop_path}, but the tower of a "
+                f"model.image.drop_path is {drop_path}, but the tower of a "
                 "linear probe is frozen; set it to 0"
             )
 

@@ -22,7 +22,7 @@ from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.vit import ImageTower
 from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Positive, check_ranges
-from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.recipe import ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.classification import mean_over_valid
 from frugal.common.transfer.masked_folder import IGNORED, PADDING
@@ -90,7 +90,7 @@ class Segmentation(ObjectiveConfig):
     @override
     def build(self, recipe: Recipe) -> SegmentationObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
-        model = recipe.model.build(weight_generator(recipe.run.seed))
+        model = model_of(SegmenterConfig, recipe.model).build(weight_generator(recipe.run.seed))
         return SegmentationObjective(model, self, seed=recipe.run.seed)
 
 

@@ -215,7 +215,13 @@ class SegmentationData(DataConfig):
             InputError: if there is no data, or it is not what a segmenter is trained on.
         """
         del state, engine  # the number of a sample says it all
-        folders = open_folders(self, num_classes=recipe.model.num_classes)
+        inputs = recipe.model.inputs()
+        if inputs.num_classes is None:
+            raise InputError(
+                "a class for every pixel is for models with classes, which a "
+                f"{type(recipe.model).__name__} has not; choose a segmenter"
+            )
+        folders = open_folders(self, num_classes=inputs.num_classes)
         counts = [len(folder) for folder in folders]
         contents = [[Part(".", len(folder), digest_of(folder.names))] for folder in folders]
         check_same_data(contents)
@@ -225,8 +231,8 @@ class SegmentationData(DataConfig):
             folders,
             order,
             self.augmentation,
-            size=recipe.model.image.height_width,
-            num_classes=recipe.model.num_classes,
+            size=inputs.height_width,
+            num_classes=inputs.num_classes,
             seed=recipe.run.seed,
         )
         return IndexedStream(

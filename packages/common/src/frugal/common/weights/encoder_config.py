@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import ModelConfig, ModelInputs, ObjectiveConfig, Recipe
+from frugal.common.recipe import ModelConfig, ModelInputs, ObjectiveConfig, Recipe, model_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,4 +51,4 @@ class TrainedElsewhere(ObjectiveConfig):
 
         from torch import nn
 
-        return nn.Sequential(OrderedDict(model=recipe.model.build()))
+        return nn.Sequential(OrderedDict(model=model_of(ImportedEncoder, recipe.model).build()))

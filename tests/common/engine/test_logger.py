@@ -23,7 +23,7 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def watch_in(folder: Path) -> MetricsLogger:
+def logger_in(folder: Path) -> MetricsLogger:
     folder.mkdir(exist_ok=True)
     run = Run(folder, 0, 1, 0, torch.device("cpu"), logging.getLogger("test"))
     return MetricsLogger(run, first_step=0, steps=10)
@@ -34,12 +34,12 @@ def test_logs_that_cannot_be_written_are_told_once_and_training_goes_on(
 ) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     (tmp_path / "tensorboard").write_text("no folder")
-    watch = watch_in(tmp_path)
+    logger = logger_in(tmp_path)
     for step in range(1, 4):
-        watch.scalars(step, VALUES)
-        watch.numbers(step, {"accuracy": 0.5})
-        watch.picture("a", np.zeros((3, 4, 4), np.uint8), step)
-    watch.close()
+        logger.scalars(step, VALUES)
+        logger.numbers(step, {"accuracy": 0.5})
+        logger.picture("a", np.zeros((3, 4, 4), np.uint8), step)
+    logger.close()
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len([line for line in said if "metrics.jsonl is not written" in line]) == 1
     assert len([line for line in said if "tensorboard is not written" in line]) == 1
@@ -55,13 +55,13 @@ def test_tensorboard_whose_own_thread_fails_does_not_end_the_run(tmp_path: Path)
         handler = logging.Handler()
         handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("test").addHandler(handler)
-        watch = watch_in(tmp_path)
+        logger = logger_in(tmp_path)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         for step in range(1, 40):
-            watch.scalars(step, VALUES)
+            logger.scalars(step, VALUES)
             time.sleep(0.005)  # its thread writes
-        watch.close()
+        logger.close()
         told = [sum(name in line for line in said) for name in ("metrics.jsonl is", "board is")]
         os._exit(7 if told == [1, 1] and not traces else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -1,0 +1,108 @@
+"""The evaluations of a recipe, run on the model while it is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frugal.common.contracts import EvaluationTask
+from frugal.common.distributed import gather_objects
+from frugal.common.engine.engine import Engine
+from frugal.common.engine.logger import MetricsLogger
+from frugal.common.engine.saving import WeightAverage
+from frugal.common.errors import InputError
+from frugal.common.files import read_json_object, write_json
+from frugal.common.recipe import Recipe, recipe_if_whole
+from frugal.common.run import Run
+from frugal.common.weights.runs import bundle_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Runs the evaluations of a recipe and writes ``evaluation/<name>.json``."""
+
+    recipe: Recipe
+    run: Run
+    engine: Engine
+    average: WeightAverage | None
+    logger: MetricsLogger
+    last_step: float
+    """The step after which all of them were last run, from :func:`last_evaluated`."""
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Run every evaluation after a step; every process calls this.
+
+        Returns:
+            All numbers by name, the same on every process.
+        """
+        recipe, run, model = self.recipe, self.run, self.engine.objective.model
+        if not recipe.evaluation:
+            return {}
+
+        def show(name: str, image: Any) -> None:
+            self.logger.picture(f"evaluation/{name}", image, step)
+
+        averaged = self.average.applied() if self.average else contextlib.nullcontext()
+        model.eval()
+        bundle = bundle_of(model, recipe)
+        with self.engine.whole_weights(), averaged, torch.inference_mode():
+            results = {
+                task.name: task.evaluate(bundle, run, show=show if run.is_main else None)
+                for task in recipe.evaluation
+            }
+        model.train()
+        if run.is_main:
+            for task in recipe.evaluation:
+                if numbers := results[task.name]:  # else it was given no data
+                    self._write(task, step, numbers)
+        return {name: value for numbers in results.values() for name, value in numbers.items()}
+
+    def _write(self, task: EvaluationTask, step: int, numbers: dict[str, Any]) -> None:
+        samples = step * self.recipe.batch_size
+        head = {"step": step, "samples": samples, "data": _data_of(task)}
+        try:
+            write_json(self.run.dir / "evaluation" / f"{task.name}.json", {**head, **numbers})
+        except InputError as error:
+            if step == self.recipe.steps:
+                raise
+            self.run.log.warning("%s; training goes on", error)
+        self.logger.numbers(step, numbers)
+
+
+def last_evaluated(recipe: Recipe, run: Run) -> float:
+    """The step after which every evaluation that is given data has run on it, on all processes.
+
+    -1 before the first, infinity where none is given data.
+
+    Raises:
+        InputError: if the numbers of a finished run would be replaced by those of other data.
+    """
+    steps: list[float] = [math.inf]  # none is given data: nothing is missed
+    saved = recipe_if_whole(run.dir / "recipe.json")
+    trained_on = {task.name: _data_of(task) for task in saved.evaluation} if saved else {}
+    for number, task in enumerate(recipe.evaluation):
+        if not task.has_data:
+            continue
+        file, data = run.dir / "evaluation" / f"{task.name}.json", _data_of(task)
+        try:
+            before = read_json_object(file) if file.exists() else {}
+        except InputError:
+            before = {}  # cut in two by a crash
+        step = before.get("step", -1)
+        known = before.get("data", trained_on.get(task.name, data))
+        if step == recipe.steps and Path(known).resolve() != Path(data).resolve():
+            raise InputError(
+                f"{file} holds what this run was measured at on {known}, which {data} would "
+                f"replace; give the evaluation a name of its own with --evaluation.{number}.name"
+            )
+        steps.append(step)
+    return gather_objects(min(steps))[0]
+
+
+def _data_of(task: EvaluationTask) -> str:
+    return str(task.data)
