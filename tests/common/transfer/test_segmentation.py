@@ -23,8 +23,9 @@ from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.models.weight_names import to_timm
 from frugal.common.optim.optimizers import learning_rate_scales
 from frugal.common.optim.schedules import WarmupLinear
-from frugal.common.recipe import ModelConfig, from_json, to_json
+from frugal.common.recipe import from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
+from frugal.common.transfer.classifier import ClassifierConfig
 from frugal.common.transfer.photometric import PhotometricDistortion
 from frugal.common.transfer.pixels import normalized
 from frugal.common.transfer.segmentation import Segmentation, SegmentationObjective
@@ -529,7 +530,7 @@ def test_recipes_that_cannot_be_are_refused() -> None:
     changes = {
         "leaves one picture at a time": {"batch_size": 1},
         "choose SegmentationData": {"data": ImageData(train=())},
-        "needs a model with classes for pixels": {"model": ModelConfig()},
+        "needs a model with classes for pixels": {"model": ClassifierConfig(image=cases.TOWER)},
         "positions is 'sincos'": {"model": replace(cases.CONFIG, image=encoder_like(cases.TOWER))},
         "sees every patch": {
             "reduction": replace(recipe.reduction, image=RandomMasking(mask_ratio=0.5))
