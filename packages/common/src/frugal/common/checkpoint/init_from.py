@@ -184,7 +184,7 @@ def _saved_model(
     except InputError as error:
         log.warning("%s; its images count as square", error)
         return None, None
-    return recipe.model, getattr(recipe.data, "tokenizer", None)
+    return recipe.model, recipe.data.caption_tokenizer
 
 
 # ------------------------------------------------------------------------------------------------
