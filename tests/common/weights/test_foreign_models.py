@@ -36,7 +36,7 @@ from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.named import clip_encoder, clipa_encoder
 from frugal.common.weights.files import read_weights
-from frugal.common.weights.libraries import is_foreign
+from frugal.common.weights.libraries import is_run
 from frugal.common.weights.load import load_model
 from frugal.common.weights.torchscript import read_torchscript
 from frugal.common.weights.wrapped import Wrapped
@@ -330,12 +330,12 @@ def test_a_model_that_does_not_fit_is_refused(clip_run: Path, tmp_path: Path) ->
 
 
 def test_runs_and_checkpoints_of_ours_are_no_foreign_models(clip_run: Path, tmp_path: Path) -> None:
-    assert not is_foreign(clip_run)
-    assert not is_foreign(next((clip_run / "checkpoints").glob("step_*")))
+    assert is_run(clip_run)
+    assert is_run(next((clip_run / "checkpoints").glob("step_*")))
     export(Options(checkpoint=clip_run, to="frugal", out=tmp_path / "f"))
-    assert not is_foreign(tmp_path / "f")
+    assert is_run(tmp_path / "f")
     export(Options(checkpoint=clip_run, to="open_clip", out=tmp_path / "o"))
-    assert is_foreign(tmp_path / "o")
+    assert not is_run(tmp_path / "o")
 
 
 def test_an_archive_gives_the_names_that_its_state_dict_has(tmp_path: Path) -> None:

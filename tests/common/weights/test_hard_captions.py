@@ -20,7 +20,7 @@ from frugal.common.data.tokenizers import ClipBpe, HuggingFace, Tokenizer, WordP
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.reduction.text import Truncate
-from frugal.common.weights.transformers_tokenizer import as_transformers, differences, save
+from frugal.common.weights.transformers.tokenizer import as_transformers, differences, save
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "flip"
 LENGTH = 77

@@ -28,14 +28,17 @@ from frugal.common.errors import InputError
 from frugal.common.export import Options as Export
 from frugal.common.export import export
 from frugal.common.import_weights import Options, import_weights
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.image_encoder import image_encoder, with_projection_as_head
 from frugal.common.models.named import clip_encoder, clipa_encoder
-from frugal.common.weights import open_clip_folder, transformers_folder
-from frugal.common.weights import timm_folder as timms_folder
+from frugal.common.weights import open_clip as open_clip_weights
+from frugal.common.weights import timm as timm_weights
 from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.load import load_model
 from frugal.common.weights.model_card import model_card
-from frugal.common.weights.written import nearest_crop, two_towers
+from frugal.common.weights.transformers import clip as transformers_clip
+from frugal.common.weights.transformers import config_files
+from frugal.common.weights.written import two_towers
 from support import ALONE, command, train
 
 MODULE = "frugal.common.import_weights"
@@ -81,6 +84,13 @@ CROPS = {
 }  # fmt: skip
 
 
+NEAREST: dict[str, Callable[[CenterCrop, Any], CenterCrop]] = {
+    "open_clip": open_clip_weights.nearest_crop,
+    "transformers": config_files.nearest_crop,
+    "timm": lambda crop, image: timm_weights.nearest_crop(crop),
+}
+
+
 @pytest.mark.parametrize("library", CROPS)
 def test_how_images_are_prepared_leaves_and_comes_back(library: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", CLIP)
@@ -90,15 +100,15 @@ def test_how_images_are_prepared_leaves_and_comes_back(library: str, tmp_path: P
         folder = tmp_path / f"{library} {number}"
         folder.mkdir()
         if library == "timm":
-            timms_folder.write(with_projection_as_head(image_encoder(leaving)), folder)
+            timm_weights.write(with_projection_as_head(image_encoder(leaving)), folder)
         else:
-            writer = open_clip_folder if library == "open_clip" else transformers_folder
+            writer = open_clip_weights if library == "open_clip" else transformers_clip
             writer.write(two_towers(leaving), folder)
         found = read_encoder(folder)
         assert found.preparation is not None
         assert found.preparation.crop == crop
         assert "does not say" not in found.preparation.told_by
-        assert crop == nearest_crop(crop, leaving.image, library)
+        assert crop == NEAREST[library](crop, leaving.image)
         assert (found.tower.mean, found.tower.heads) == (CLIP.image.mean, CLIP.image.heads)
 
 
@@ -110,20 +120,24 @@ def test_a_card_says_where_a_library_cuts_odd_rows_otherwise(tmp_path: Path) -> 
     }
     for half_pixel, (same, others) in cases.items():
         leaving = replace(trained, transform=CenterCrop(half_pixel=half_pixel))
-        words = {"name": "a run", "usage": ""}
-        assert "comes as near" not in model_card(leaving, library=same, **words)
+
+        def card(library: str, leaving: ModelBundle = leaving) -> str:
+            usual = NEAREST[library](leaving.transform, leaving.image)
+            return model_card(leaving, name="a run", usage="", library=library, transform=usual)
+
+        assert "comes as near" not in card(same)
         for other in others:
-            assert f"comes as near as {other} has" in model_card(leaving, library=other, **words)
+            assert f"comes as near as {other} has" in card(other)
 
 
 def test_another_shape_is_stretched_where_transformers_would_leave_borders(tmp_path) -> None:
     wide = small(clip_encoder("B/16"), image={"image_size": (24, 40)})
     trained = load_model(write_run(tmp_path / "run", wide))
     image, usual = trained.image, CenterCrop()
-    assert nearest_crop(usual, image, "transformers") == CenterCrop(order="stretch")
+    assert NEAREST["transformers"](usual, image) == CenterCrop(order="stretch")
     bilinear = CenterCrop(interpolation="bilinear")
-    assert nearest_crop(bilinear, image, "open_clip") == usual  # all that it has for such shapes
-    assert nearest_crop(bilinear, image, "timm") == bilinear
+    assert NEAREST["open_clip"](bilinear, image) == usual  # all that it has for such shapes
+    assert NEAREST["timm"](bilinear, image) == bilinear
 
 
 # ------------------------------------------------------------------------------------------------

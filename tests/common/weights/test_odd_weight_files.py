@@ -47,8 +47,7 @@ from frugal.common.models.clip import DualEncoder
 from frugal.common.models.named import clip_encoder
 from frugal.common.weights.files import read_weights, state_in
 from frugal.common.weights.image_towers import read_encoder
-from frugal.common.weights.load import load_model
-from frugal.common.weights.reading import describe
+from frugal.common.weights.load import describe, load_model
 from frugal.common.weights.wrapped import Wrapped
 
 State = dict[str, Tensor]

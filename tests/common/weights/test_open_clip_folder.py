@@ -23,7 +23,7 @@ from frugal.common.import_weights import import_weights
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import clip_encoder, clipa_encoder
 from frugal.common.weights.load import load_model
-from frugal.common.weights.open_clip_folder import model_config
+from frugal.common.weights.open_clip import model_config
 
 CAPTIONS = ["a photo of a dog", "Three GREEN squares, 2 red ones!", "words " * 40]
 ROWS = 90  # of the token table of the small BERT tokenizer

@@ -19,7 +19,7 @@ from frugal.common.models.named import clip_encoder, clipa_encoder, flip_encoder
 from frugal.common.models.vit import ImageTransformer
 from frugal.common.models.weight_names import to_timm
 from frugal.common.weights.load import load_model
-from frugal.common.weights.timm_folder import architecture
+from frugal.common.weights.timm import architecture
 
 clip = clip_encoder("B/16")
 CONFIGURATIONS: dict[str, DualEncoderConfig] = {

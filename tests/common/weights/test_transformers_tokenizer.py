@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace, Tokenizer, WordPiece
-from frugal.common.weights.transformers_tokenizer import as_transformers, save
+from frugal.common.weights.transformers.tokenizer import as_transformers, save
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "flip"
 LENGTH = 24

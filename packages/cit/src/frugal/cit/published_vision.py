@@ -28,7 +28,8 @@ from frugal.common.weights.files import (
     weights_in,
     without_prefix,
 )
-from frugal.common.weights.image_towers import encoder_of_state, read_encoder
+from frugal.common.weights.image_states import encoder_of_state
+from frugal.common.weights.image_towers import read_encoder
 
 KINDS = ("moco", "augreg", "swag")
 """What CiT's released code calls its three families of towers."""

@@ -26,19 +26,19 @@ from frugal.common.recipe import Recipe
 from frugal.common.run import join, open_run
 from frugal.common.train import train_recipe
 from frugal.common.transfer.tasks import TransferTask
-from frugal.common.weights.libraries import is_foreign
+from frugal.common.weights.libraries import is_run
 from frugal.common.weights.load import load_model
 from frugal.common.weights.runs import recipe_if_any
 
 
 def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
-    run = open_run(_folder(options.checkpoint), options.device)
+    run = open_run(_folder(options), options.device)
     bundle = load_model(options.checkpoint, name=options.model, weights_key=options.weights_key)
     if options.precision is not None:
         bundle = replace(bundle, precision=options.precision)
     options, url = _with_data(options)
-    own = own_tasks(options.checkpoint)
+    own = _own_tasks(options)
     tasks = chosen_tasks(options, bundle, own)
     trainings = [_training(word, options, run.dir) for word in chosen_trainings(options)]
     for task in tasks:
@@ -52,16 +52,18 @@ def evaluate(options: Options) -> None:
         _train_and_measure(evaluation, recipe, options)
 
 
-def _folder(path: Path) -> Path:
+def _folder(options: Options) -> Path:
     """Whose evaluations/ those of a model are: its run's, or the one beside a file, of its name."""
-    if is_foreign(path):
-        return path if path.is_dir() else path.with_suffix("")
-    return find_checkpoint(path).folder.parent.parent
+    path = options.checkpoint
+    if is_run(path, options.model):
+        return find_checkpoint(path).folder.parent.parent
+    return path if path.is_dir() else path.with_suffix("")
 
 
-def own_tasks(path: Path) -> tuple[EvaluationTask, ...]:
+def _own_tasks(options: Options) -> tuple[EvaluationTask, ...]:
     """What a run measures itself on; nothing of a model that was trained elsewhere."""
-    recipe = None if is_foreign(path) else recipe_if_any(path)
+    path = options.checkpoint
+    recipe = recipe_if_any(path) if is_run(path, options.model) else None
     return () if recipe is None else recipe.evaluation
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
+from tyro.extras import literal_type_from_choices
 
 from frugal.common.cli import command_words, run_politely
 from frugal.common.errors import InputError
 from frugal.common.run import make_logger
+from frugal.common.weights import runs
+from frugal.common.weights.libraries import writers
 from frugal.common.weights.load import load_model
-from frugal.common.weights.runs import is_own, recipe_if_any, refuse_taken
-from frugal.common.weights.save import LIBRARIES, save_model, save_run
+from frugal.common.weights.save import save_model, save_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class Options:
     checkpoint: Path
     """A run directory, or one of its checkpoints; or a folder or file of another library, as
     evaluate takes them."""
-    to: Literal["frugal", "open_clip", "huggingface", "huggingface_beit", "huggingface_mae", "timm"]
+    to: Annotated[str, tyro.conf.arg(constructor=literal_type_from_choices([*writers()]))]
     """frugal: a run directory with nothing but weights. open_clip: a folder for its local-dir
     names. huggingface: a folder for transformers' CLIPModel, with a tower that this does not have
     for its VisionTextDualEncoderModel, of an image tower alone for its ViTModel (or BeitModel, with
@@ -56,9 +58,9 @@ def export(options: Options) -> float:
             what was written does not give the same numbers; nothing is left behind then.
     """
     make_logger(0)
-    refuse_taken(options.out)  # before weights are read
+    runs.refuse_taken(options.out)  # before weights are read
     path = options.checkpoint
-    if options.to == "frugal" and is_own(path) and recipe_if_any(path) is not None:
+    if options.to == "frugal" and runs.knows(path) and runs.recipe_if_any(path) is not None:
         # which makes no model, however large that is
         save_run(path, options.out, average=options.moving_average)
         return 0.0
@@ -69,7 +71,7 @@ def _command() -> None:
     options = tyro.cli(Options, args=command_words(), prog="python -m frugal.common.export")
     difference = export(options)
     sys.stdout.write(
-        f"wrote {options.out}; what {LIBRARIES[options.to]} reads out of it differs by at "
+        f"wrote {options.out}; what {writers()[options.to].name} reads out of it differs by at "
         f"most {difference:.1e}\n"
     )
 

@@ -32,6 +32,7 @@ from frugal.common.contracts import (
 )
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
+from frugal.common.models.bundle import TokenizerSource
 from frugal.common.old_names import FIELDS, TYPES, VALUES
 from frugal.common.ranges import (
     Count,
@@ -224,7 +225,7 @@ class DataConfig(ABC):
         return ()
 
     @property
-    def caption_tokenizer(self) -> object | None:
+    def caption_tokenizer(self) -> TokenizerSource | None:
         """What makes tokens of captions, in its configuration; None reads images alone."""
         return None
 

@@ -28,7 +28,7 @@ from frugal.common.models.weight_names import (
     write_names,
 )
 from frugal.common.weights.files import State
-from frugal.common.weights.image_towers import encoder_of_state
+from frugal.common.weights.image_states import encoder_of_state
 from frugal.milan.decoders import DecoderConfig
 from frugal.milan.model import MaskedImageModel, MaskedModel
 

@@ -45,7 +45,7 @@ from frugal.common.models.weight_names import State
 from frugal.common.recipe import from_json, load_recipe
 from frugal.common.weights.files import without_prefix
 from frugal.common.weights.image_towers import read_encoder
-from frugal.common.weights.libraries import is_foreign
+from frugal.common.weights.libraries import is_run
 from frugal.common.weights.load import load_model
 
 Tower = ImageTower | TextTower
@@ -84,7 +84,7 @@ class Start:
 
     def take_all(self, objective: Objective, source: Path | ModelBundle) -> None:
         """Give the whole objective the weights of the same names."""
-        if isinstance(source, Path) and source.is_dir() and is_foreign(source):
+        if isinstance(source, Path) and source.is_dir() and not is_run(source):
             source = load_model(source)
         if isinstance(source, ModelBundle):
             weights = _of_bundle(source)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from frugal.common.errors import InputError
+from torch import Tensor
+
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.weights.libraries import is_foreign
-from frugal.common.weights.reading import describe, read
-from frugal.common.weights.runs import load_run
+from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.in_words import in_words
+from frugal.common.models.vit import ImageTower
+from frugal.common.weights import runs
+from frugal.common.weights.encoder_config import ImportedEncoder
+from frugal.common.weights.libraries import library_of
 
 _LOG = logging.getLogger("frugal")
 
@@ -32,14 +38,39 @@ def load_model(
         InputError: if there is no model, it cannot be read, or the name does not belong to it.
     """
     path = Path(path)
-    if not is_foreign(path):
-        for flag, value in (("--model", name), ("--weights-key", weights_key)):
-            if value is not None:
-                raise InputError(
-                    f"{flag} {value} is for a file of weights of another library, but {path} is "
-                    "none; leave it out"
-                )
-        return load_run(path)
-    bundle = read(path, name=name, key=weights_key)
-    _LOG.info("%s: %s", path, describe(bundle))
+    library = library_of(path, name) or runs.LIBRARY  # which says what is missing
+    bundle = library.load(path, name, weights_key)
+    if library is not runs.LIBRARY:
+        _LOG.info("%s: %s", path, describe(bundle))
     return bundle
+
+
+def describe(bundle: ModelBundle) -> str:
+    """What was read, in words."""
+    config: Any = bundle.config
+    state = bundle.model.state_dict()
+    how = in_words(config, bundle.transform, told_by=bundle.told_by)
+    if isinstance(config, ImportedEncoder):
+        classes = config.num_classes
+        head = "" if classes is None else f", with a linear layer to {classes:,} numbers"
+        return f"{_words(config.image)}{head}; {_count(state)} parameters; {how}"
+    if not isinstance(config, DualEncoderConfig):
+        return how
+    text = config.text
+    return (
+        f"{bundle.source.library}'s {_words(config.image)}; text tower {text.width} wide, "
+        f"{text.depth} blocks, {text.length} tokens, pooled by {text.pooling}; {_count(state)} "
+        f"parameters; {how}"
+    )
+
+
+def _words(tower: ImageTower) -> str:
+    height, width = tower.height_width
+    return (
+        f"image tower {tower.width} wide, {tower.depth} blocks, patches of {tower.patch_size}, "
+        f"{height}x{width} pixels, pooled by {tower.pooling}"
+    )
+
+
+def _count(state: Mapping[str, Tensor]) -> str:
+    return f"{sum(tensor.numel() for tensor in state.values()):,}"

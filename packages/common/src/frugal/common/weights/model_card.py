@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from frugal.common.data.transforms import CenterCrop
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.weights.runs import part_in_words
-from frugal.common.weights.written import nearest_crop
 
 
-def model_card(bundle: ModelBundle, *, name: str, library: str, usage: str) -> str:
-    """Markdown with the front matter of the Hugging Face hub."""
+def model_card(
+    bundle: ModelBundle, *, name: str, library: str, usage: str, transform: CenterCrop
+) -> str:
+    """Markdown with the front matter of the Hugging Face hub.
+
+    Args:
+        bundle: the model that was written.
+        name: of the folder.
+        library: that it is written for, as its users call it.
+        usage: how to load it, in Markdown.
+        transform: how that library prepares an image for it.
+    """
     source, training = bundle.source, dict(bundle.source.training)
     front, what = _kind(bundle)
     parts = [
@@ -33,12 +43,11 @@ def model_card(bundle: ModelBundle, *, name: str, library: str, usage: str) -> s
     if not source.numbers:
         parts.append("Not measured in this run.")
     crop = bundle.transform
-    usual = crop if library == "frugal" else nearest_crop(crop, bundle.image, library)
-    if crop != usual:
+    if crop != transform:
         parts.append(
             f"This model is measured on images prepared by `{part_in_words(crop)}`. "
             "The preprocessing in this folder comes as near as "
-            f"{library} has it, `{part_in_words(usual)}`."
+            f"{library} has it, `{part_in_words(transform)}`."
         )
     return "\n\n".join(parts) + "\n"
 
@@ -66,8 +75,8 @@ def _model(bundle: ModelBundle) -> dict[str, str]:
     if not hasattr(config, "image"):
         return {"kind": type(config).__name__}
     height, width = config.image.height_width
-    own = isinstance(config.image, ImageTower)
-    patches = f" in patches of {config.image.patch_size}" if own else ""
+    is_vit = isinstance(config.image, ImageTower)
+    patches = f" in patches of {config.image.patch_size}" if is_vit else ""
     rows = {
         "images": f"{height}x{width} pixels{patches}",
         "image tower": _shape(config.image),

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.preprocess import Pixels, Preparation
 from frugal.common.models.text import TextTower
-from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, ImageTower
-from frugal.common.models.weight_names import from_open_clip
-from frugal.common.weights.files import part_with, read_content, state_in
-from frugal.common.weights.libraries import Foreign, fill
-from frugal.common.weights.wrapped import Wrapped, WrappedImage, WrappedModel, WrappedText
+from frugal.common.models.vit import CLIP_MEAN, CLIP_STD
+from frugal.common.models.weight_names import OPEN_CLIP, from_open_clip, read_names
+from frugal.common.weights.encoder_config import encoder_of_shapes
+from frugal.common.weights.files import State, part_with, read_content, state_in, without_prefix
+from frugal.common.weights.library import Library, fill, two_tower_bundle
+from frugal.common.weights.torchscript import is_torchscript
+from frugal.common.weights.wrapped import wrap_clip
 
-LIBRARY = "OpenAI's CLIP"
+NAME = "openai"
+"""The name that stands for OpenAI's own models where a file does not say what it is."""
+_LIBRARY = "OpenAI's CLIP"
 _HEAD = 64
+_PREPARED = Preparation(
+    pixels=Pixels(mean=CLIP_MEAN, std=CLIP_STD), crop=CenterCrop(), told_by="OpenAI's own"
+)
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
 """What OpenAI's files hold among their weights: three integers."""
 
@@ -34,16 +42,20 @@ def is_openai(state: Mapping[str, Tensor]) -> bool:
     return "input_resolution" in state
 
 
-def load(path: Path, *, key: str | None = None) -> Foreign:
-    """The model of a file: a vision transformer in our towers, a ResNet as open_clip's model.
+def knows(path: Path, name: str | None) -> bool:
+    """An archive as published, or a file that is said to be OpenAI's."""
+    if not path.is_file():
+        return False
+    return name == NAME or (name is None and is_torchscript(path))
 
-    Args:
-        path: the file.
-        key: which of several sets of weights in it.
+
+def load(path: Path, name: str | None, key: str | None) -> ModelBundle:
+    """The model of a file: a vision transformer in our towers, a ResNet as open_clip's model.
 
     Raises:
         InputError: if the file cannot be read or holds another model.
     """
+    del name  # it is OpenAI's
     content = read_content(path)
     stored = part_with(state_in(content, source=str(path), key=key), "logit_scale", source=path)
     if not is_openai(stored) and {"epoch", "state_dict"} <= set(content):
@@ -52,6 +64,15 @@ def load(path: Path, *, key: str | None = None) -> Foreign:
             "models compute otherwise than OpenAI's unless their name ends with quickgelu; give "
             "--model with open_clip's name of it, such as ViT-B-16 or ViT-B-16-quickgelu"
         )
+    return of_state(stored, path)
+
+
+def of_state(stored: State, path: Path) -> ModelBundle:
+    """The model of the tensors of a file.
+
+    Raises:
+        InputError: if they are of another model.
+    """
     state = {n: t.float() for n, t in stored.items() if n not in NUMBERS}
     needed = ("text_projection", "positional_embedding", "token_embedding.weight")
     if missing := [name for name in needed if name not in state]:
@@ -60,56 +81,37 @@ def load(path: Path, *, key: str | None = None) -> Foreign:
             "open_clip's name of what it is"
         )
     if "visual.proj" in state:
-        config = towers(state)
-        model: Any = fill(config, from_open_clip(state, config), source=str(path))
-        return _foreign(model, config)
+        config = _towers(state, str(path))
+        model = fill(config, from_open_clip(state, config), source=str(path))
+        return two_tower_bundle(model, config, ClipBpe(), _PREPARED, path=path, library=_LIBRARY)
     if "visual.layer1.0.conv1.weight" not in state:
         raise InputError(f"{path} is no CLIP model of OpenAI's: it has no known image tower")
     return _resnet(state, path)
 
 
-def _foreign(model: Any, config: DualEncoderConfig | WrappedModel) -> Foreign:
-    return Foreign(
-        model=model,
-        config=config,
-        tokenizer=ClipBpe(),
-        crop=CenterCrop(),
-        told_by="OpenAI's own",
-        library=LIBRARY,
-    )
+def visual_state(state: Mapping[str, Tensor], *, source: str) -> State:
+    """The image tower among tensors by OpenAI's and open_clip's names, in float32 and by ours."""
+    visual = {name: t.float() for name, t in state.items() if name.startswith("visual.")}
+    return without_prefix(read_names(visual, OPEN_CLIP, source=source), "image.")
 
 
-def towers(state: Mapping[str, Tensor]) -> DualEncoderConfig:
-    """The shape of the towers, from the shapes of their weights.
-
-    Raises:
-        InputError: if the state is not of such towers.
-    """
-    width, _, patch, _ = state["visual.conv1.weight"].shape
-    rows = len(state["visual.positional_embedding"]) - 1
-    grid = round(rows**0.5)
-    if grid * grid != rows:
-        raise InputError(
-            f"the position table of OpenAI's model has {rows} rows, which is no square"
-        )
-    text_width, embed_dim = state["text_projection"].shape
-    image = ImageTower(
-        width=width,
-        depth=_depth(state, "visual.transformer.resblocks."),
+def _towers(state: State, source: str) -> DualEncoderConfig:
+    """The shape of the towers, from the shapes of their weights."""
+    width, _, patch_size, _ = state["visual.conv1.weight"].shape
+    image = encoder_of_shapes(
+        visual_state(state, source=source),
+        source,
+        patch_size=patch_size,
         heads=max(1, width // _HEAD),
-        mlp_width=len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-        patch_size=patch,
-        image_size=grid * patch,
         mean=CLIP_MEAN,
         std=CLIP_STD,
-        patch_bias=False,
-        pre_norm=True,
         norm_epsilon=1e-5,
         activation="quick_gelu",
-    )
+    ).tower
+    text_width, embed_dim = state["text_projection"].shape
     text = TextTower(
         width=text_width,
-        depth=_depth(state, "transformer.resblocks."),
+        depth=len({n.split(".")[2] for n in state if n.startswith("transformer.resblocks.")}),
         heads=max(1, text_width // _HEAD),
         mlp_width=len(state["transformer.resblocks.0.mlp.c_fc.weight"]),
         vocabulary=len(state["token_embedding.weight"]),
@@ -119,28 +121,20 @@ def towers(state: Mapping[str, Tensor]) -> DualEncoderConfig:
     return DualEncoderConfig(image=image, text=text, embed_dim=embed_dim)
 
 
-def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
-    return len({n[len(prefix) :].split(".")[0] for n in state if n.startswith(prefix)})
-
-
-def _resnet(state: Mapping[str, Tensor], path: Path) -> Foreign:
+def _resnet(state: Mapping[str, Tensor], path: Path) -> ModelBundle:
     from open_clip.model import build_model_from_openai_state_dict
 
     try:
-        theirs = build_model_from_openai_state_dict(dict(state), cast_dtype=None).float().eval()
+        model = build_model_from_openai_state_dict(dict(state), cast_dtype=None)
     except (RuntimeError, KeyError, AssertionError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{path} is no ResNet of OpenAI's: {reason}") from None
-    size = int(theirs.visual.image_size)
-    config = WrappedModel(
-        library=LIBRARY,
-        image=WrappedImage(height_width=(size, size), mean=CLIP_MEAN, std=CLIP_STD),
-        text=WrappedText(length=int(theirs.context_length)),
+    size = int(model.visual.image_size)
+    length = int(model.context_length)
+    wrapped = wrap_clip(model, _PREPARED.pixels, size=(size, size), length=length, library=_LIBRARY)
+    return two_tower_bundle(
+        wrapped, wrapped.config, ClipBpe(), _PREPARED, path=path, library=_LIBRARY
     )
-    wrapped = Wrapped(
-        theirs,
-        config,
-        image=lambda model, images: model.encode_image(images),
-        text=lambda model, token_ids, lengths: model.encode_text(token_ids),
-    )
-    return _foreign(wrapped.eval(), config)
+
+
+LIBRARY = Library(name=_LIBRARY, knows=knows, load=load)

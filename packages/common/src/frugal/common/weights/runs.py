@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from frugal.common.checkpoint.store import (
+    BEST,
     MODEL_FILE,
     Checkpoint,
     copy_weights,
@@ -31,7 +32,48 @@ from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, write_json
 from frugal.common.models.bundle import ModelBundle, Source, TokenizerSource
 from frugal.common.models.fit import misfit
+from frugal.common.models.image_encoder import ImageEncoder, image_encoder
+from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe, from_json, to_json
+from frugal.common.weights.library import Library, Target
+from frugal.common.weights.written import two_towers
+
+
+def knows(path: Path, name: str | None = None) -> bool:
+    """A run directory or checkpoint of this library, whatever the name."""
+    del name
+    return (
+        (path / "state.json").exists()
+        or (path / "checkpoints").is_dir()
+        or (path.name in ("checkpoints", BEST))
+    )
+
+
+def load(path: Path, name: str | None, key: str | None) -> ModelBundle:
+    """The model of a run, which says all of it.
+
+    Raises:
+        InputError: see :func:`load_run`; or if a name or a key is given.
+    """
+    for flag, value in (("--model", name), ("--weights-key", key)):
+        if value is not None:
+            raise InputError(
+                f"{flag} {value} is for a file of weights of another library, but {path} is none; "
+                "leave it out"
+            )
+    return load_run(path)
+
+
+def load_image_tower(path: Path) -> ImageEncoder:
+    """The image tower of a run; the norm of what a classifier pools stays with its head.
+
+    Raises:
+        InputError: see :func:`load_run`; or if it has none.
+    """
+    bundle = load_run(path)
+    if not isinstance(bundle.image, ImageTower):
+        raise InputError(f"the run {path} trained no image tower; give another one")
+    return image_encoder(bundle, with_pooled_norm=False)
 
 
 def load_run(path: Path) -> ModelBundle:
@@ -214,13 +256,13 @@ def part_in_words(part: Any) -> str:
 # Writing
 
 
-USAGE = """\
+_USAGE = """\
     python -m frugal.common.evaluate --checkpoint FOLDER --data ...
     python -m frugal.common.export --checkpoint FOLDER --to open_clip --out ...
 
 A recipe starts from these weights with `--run.start-from FOLDER`.
 """
-USAGE_OF_A_TOWER = """\
+_USAGE_OF_A_TOWER = """\
     python -m frugal.common.export --checkpoint FOLDER --to timm --out ...
 
 A recipe starts from these weights with `--run.start-from FOLDER`.
@@ -238,6 +280,24 @@ def refuse_taken(out: Path) -> None:
     if out.exists():
         what = "is not empty" if out.is_dir() else "is a file"
         raise InputError(f"{out} {what}, and nothing is overwritten; choose another --out")
+
+
+def target(bundle: ModelBundle, to: str = "frugal") -> Target:
+    """How a model is written as a run directory with nothing but weights."""
+    del to  # there is one
+    if bundle.text is not None:
+        two_towers(bundle)
+    return as_run(bundle)
+
+
+def as_run(bundle: ModelBundle) -> Target:
+    """The same, if only to describe it, as of a bundle without weights."""
+    return Target(
+        usage=_USAGE if bundle.text is not None else _USAGE_OF_A_TOWER,
+        write=lambda folder: write_run(bundle, folder),
+        difference=lambda folder: difference(bundle, folder),
+        transform=bundle.transform,
+    )
 
 
 def write_run(bundle: ModelBundle, folder: Path) -> None:
@@ -349,22 +409,13 @@ def _fill(model: nn.Module, state: dict[str, Tensor], checkpoint: Checkpoint) ->
 def copy_recipe(source: Path, folder: Path) -> None:
     """The settings of a run beside its weights in another library's layout, where there are any."""
     recipe = folder_of(source) / "recipe.json"
-    if is_own(source) and recipe.is_file():
+    if knows(source) and recipe.is_file():
         shutil.copyfile(recipe, folder / "recipe.json")
 
 
 def folder_of(path: Path) -> Path:
     """The run directory of a checkpoint; any other path as it is."""
-    return find_checkpoint(path).folder.parent.parent if is_own(path) else path
-
-
-def is_own(path: Path) -> bool:
-    """Whether a path is a run directory or checkpoint of this library."""
-    return (
-        (path / "state.json").exists()
-        or (path / "checkpoints").is_dir()
-        or (path.name in ("checkpoints", "best.json"))
-    )
+    return find_checkpoint(path).folder.parent.parent if knows(path) else path
 
 
 def _kept_tokenizer(source: TokenizerSource | None, folder: Path) -> TokenizerSource | None:
@@ -411,3 +462,13 @@ def write_converted(out: Path, recipe: Recipe, weights: Mapping[str, Tensor], *,
         if isinstance(error, OSError):
             raise InputError(f"{out} cannot be written ({error.strerror})") from None
         raise
+
+
+LIBRARY = Library(
+    name="frugal",
+    knows=knows,
+    load=load,
+    image_tower=load_image_tower,
+    targets=("frugal",),
+    target=target,
+)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from frugal.common.data.transforms import normalize
+from frugal.common.models.preprocess import Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,31 @@ class Wrapped(nn.Module):
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
         """(B, T) token ids and (B,) their lengths to (B, E)."""
         return as_tensor(self._text(self.model, token_ids, text_lengths))
+
+
+def wrap_clip(
+    model: nn.Module, pixels: Pixels, *, size: tuple[int, int], length: int, library: str
+) -> Wrapped:
+    """A model of open_clip, in float32 and evaluation mode.
+
+    Args:
+        model: has ``encode_image`` and ``encode_text``.
+        pixels: how its images are normalized.
+        size: (height, width) of its images.
+        length: tokens of its captions.
+        library: as its users call it.
+    """
+    config = WrappedModel(
+        library=library,
+        image=WrappedImage(height_width=size, mean=pixels.mean, std=pixels.std),
+        text=WrappedText(length=length),
+    )
+    return Wrapped(
+        model.float(),
+        config,
+        image=lambda model, images: model.encode_image(images),
+        text=lambda model, token_ids, lengths: model.encode_text(token_ids),
+    ).eval()
 
 
 def as_tensor(made: Any) -> Tensor:

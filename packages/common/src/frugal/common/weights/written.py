@@ -1,4 +1,4 @@
-"""What every library's writer needs: options that it lacks, its nearest crop, and the proof.
+"""What every library's writer needs: options that it lacks, and the proof.
 
 Whatever is written is read back by the library that it is for, and compared with the model.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from frugal.common.evaluation.embed import Embedder
 from frugal.common.models.bundle import ImageSpec, ModelBundle
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.image_encoder import ImageEncoder
+from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
+from frugal.common.weights.library import UnsupportedOption
 
 _CAPTIONS = [
     "a photo of a cat",
@@ -27,13 +29,6 @@ _CAPTIONS = [
     "it's the dog's ball; isn't it GREAT? (naïve café, 7½)",
     "a very long caption " * 30,
 ]
-
-
-class UnsupportedOption(NamedTuple):
-    """An option of a model that another library has no place for."""
-
-    option: str
-    reason: str
 
 
 def unsupported_projector(tower: ImageTower) -> UnsupportedOption | None:
@@ -46,26 +41,16 @@ def unsupported_projector(tower: ImageTower) -> UnsupportedOption | None:
     )
 
 
-def nearest_crop(crop: CenterCrop, image: ImageSpec, library: str) -> CenterCrop:
-    """The nearest to a crop that open_clip, transformers or timm has."""
-    height, width = image.height_width
-    is_stretched = crop.order == "stretch"
-    if library == "transformers" and height != width:
-        is_stretched = True  # its crops of another shape have borders
-    kernel = crop.interpolation
-    has_bicubic_alone = library == "open_clip" and height != width and not is_stretched
-    if kernel.startswith("tf") or has_bicubic_alone:
-        kernel = "bicubic"
-    if library == "open_clip" and kernel != "bilinear":
-        kernel = "bicubic"
-    share = 1.0 if library == "open_clip" else crop.share
-    cuts_down = library == "transformers" and (share < 1 or not is_stretched)
-    return CenterCrop(
-        order="stretch" if is_stretched else "resize_first",
-        interpolation=kernel,
-        share=share,
-        half_pixel="down" if cuts_down else "even",
-    )
+def unsupported_tower(
+    bundle: ModelBundle, *parts: Literal["image", "text"]
+) -> UnsupportedOption | None:
+    """The first of these towers that is none of this library's."""
+    kinds = {"image": (bundle.image, ImageTower), "text": (bundle.text, TextTower)}
+    for part, (tower, kind) in kinds.items():
+        if part in parts and not isinstance(tower, kind):
+            option = f"model.{part}={type(tower).__name__}"
+            return UnsupportedOption(option, "that is a tower of another library")
+    return None
 
 
 class TwoTowers(NamedTuple):
@@ -134,7 +119,7 @@ class Seen(NamedTuple):
 def embedding_difference(
     bundle: ModelBundle, embed: Callable[[Path, Tensor, list[str]], Embedded], folder: Path
 ) -> float:
-    """How far another library's embeddings are from ours, for noise and a few captions.
+    """How far another library's embeddings are from the model's, for noise and a few captions.
 
     Args:
         bundle: a dual encoder.

@@ -16,12 +16,17 @@ import torch
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.image_encoder import ImageEncoder, image_encoder
 from frugal.common.models.weight_names import State
-from frugal.common.weights.beit_folder import beit_settings, block_state, unsupported_blocks
+from frugal.common.weights.library import Target, UnsupportedOption
 from frugal.common.weights.runs import open_checkpoint
-from frugal.common.weights.vit_folder import labels, processed
-from frugal.common.weights.written import UnsupportedOption, largest_difference, noise_images
+from frugal.common.weights.transformers.config_files import labels, nearest_crop, processed
+from frugal.common.weights.transformers.vit import (
+    beit_settings,
+    block_state,
+    unsupported_blocks,
+)
+from frugal.common.weights.written import largest_difference, noise_images
 
-USAGE = """\
+_USAGE = """\
 ```python
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
@@ -39,12 +44,17 @@ def is_segmenter(bundle: ModelBundle) -> bool:
     return hasattr(bundle.config, "taps")
 
 
-def unsupported(bundle: ModelBundle) -> UnsupportedOption | None:
-    """The first option that ``BeitBackbone`` cannot express."""
-    return unsupported_blocks(image_encoder(bundle).tower)
+def target(bundle: ModelBundle) -> Target | UnsupportedOption:
+    """How a segmenter is written as ``UperNetForSemanticSegmentation``."""
+    return unsupported_blocks(image_encoder(bundle).tower) or Target(
+        usage=_USAGE,
+        write=lambda folder: _write(bundle, folder),
+        difference=lambda folder: _difference(bundle, folder),
+        transform=nearest_crop(bundle.transform, bundle.image),
+    )
 
 
-def write(bundle: ModelBundle, folder: Path) -> None:
+def _write(bundle: ModelBundle, folder: Path) -> None:
     """Weights of the tower and of both heads, configuration and image processor.
 
     The processor stretches a whole picture to the size of the crops of training, as BEiT's
@@ -61,7 +71,7 @@ def write(bundle: ModelBundle, folder: Path) -> None:
     encoder = image_encoder(bundle)
     taps = [f"stage{tap}" for tap in model.taps]
     backbone = beit_settings(encoder.tower, add_fpn=True, out_features=taps)
-    theirs = UperNetForSemanticSegmentation(
+    segmenter = UperNetForSemanticSegmentation(
         UperNetConfig(
             backbone_config=BeitConfig(**backbone),
             hidden_size=model.width or encoder.tower.width,
@@ -71,8 +81,8 @@ def write(bundle: ModelBundle, folder: Path) -> None:
             **labels(model.num_classes),
         )
     )
-    theirs.load_state_dict(_state(encoder))
-    theirs.save_pretrained(folder)
+    segmenter.load_state_dict(_state(encoder))
+    segmenter.save_pretrained(folder)
     height, width = encoder.tower.height_width
     SegformerImageProcessor(
         size={"height": height, "width": width},
@@ -90,13 +100,13 @@ def _state(encoder: ImageEncoder) -> State:
 
 
 @torch.no_grad()
-def difference(bundle: ModelBundle, folder: Path) -> float:
-    """How far the scores of noise are from ours; infinite if one is not finite."""
+def _difference(bundle: ModelBundle, folder: Path) -> float:
+    """How far the scores of noise are from the model's; infinite if one is not finite."""
     from transformers import AutoModelForSemanticSegmentation
 
     pictures = noise_images(bundle.image)
-    theirs = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
-    scores = theirs(pixel_values=processed(folder, pictures)).logits
+    segmenter = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
+    scores = segmenter(pixel_values=processed(folder, pictures)).logits
     return largest_difference(bundle.model(pictures), scores)
 
 

@@ -18,17 +18,21 @@ from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.image_encoder import ImageEncoder, image_encoder
 from frugal.common.models.vit import image_table
 from frugal.common.models.weight_names import VIT_MAE_DECODER, State, write_names
+from frugal.common.weights.library import Target, UnsupportedOption
 from frugal.common.weights.runs import open_checkpoint, trained_objective
-from frugal.common.weights.transformers_folder import image_processor
-from frugal.common.weights.vit_folder import (
-    encoder_state,
+from frugal.common.weights.transformers.config_files import (
+    image_processor,
+    nearest_crop,
     processed,
+)
+from frugal.common.weights.transformers.vit import (
+    encoder_state,
     transformer_settings,
     unsupported_tower,
 )
-from frugal.common.weights.written import UnsupportedOption, noise_images
+from frugal.common.weights.written import noise_images
 
-USAGE = """\
+_USAGE = """\
 ```python
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
 
@@ -39,7 +43,17 @@ loss = model(**processor(images, return_tensors="pt")).loss
 """
 
 
-def unsupported(bundle: ModelBundle) -> UnsupportedOption | None:
+def target(bundle: ModelBundle) -> Target | UnsupportedOption:
+    """How an image tower with a decoder of pixels is written as a ``ViTMAEForPreTraining``."""
+    return _unsupported(bundle) or Target(
+        usage=_USAGE,
+        write=lambda folder: _write(bundle, folder),
+        difference=lambda folder: _difference(bundle, folder),
+        transform=nearest_crop(bundle.transform, bundle.image),
+    )
+
+
+def _unsupported(bundle: ModelBundle) -> UnsupportedOption | None:
     """The first option that ``ViTMAEForPreTraining`` cannot express."""
     config: Any = bundle.config
     decoder: Any = getattr(config, "decoder", None)
@@ -65,7 +79,7 @@ def unsupported(bundle: ModelBundle) -> UnsupportedOption | None:
     return unsupported_tower(tower)
 
 
-def write(bundle: ModelBundle, folder: Path) -> None:
+def _write(bundle: ModelBundle, folder: Path) -> None:
     """Weights, both position tables included, configuration and image processor."""
     from transformers import ViTMAEConfig
 
@@ -96,8 +110,12 @@ def _decoder_state(encoder: ImageEncoder, shape: Any) -> State:
 
 
 @torch.no_grad()
-def difference(bundle: ModelBundle, folder: Path) -> float:
-    """How far the loss of noise is from ours, the same patches hidden; infinite if not finite."""
+def _difference(bundle: ModelBundle, folder: Path) -> float:
+    """How far the loss of noise is from the model's, with the same patches hidden.
+
+    Returns:
+        Infinity if a loss is not finite.
+    """
     from transformers import ViTMAEForPreTraining
 
     checkpoint, recipe = open_checkpoint(bundle.source.path)
@@ -114,9 +132,8 @@ def difference(bundle: ModelBundle, folder: Path) -> float:
     model = ViTMAEForPreTraining.from_pretrained(folder).eval()
     # half a patch more is kept than hidden says, because transformers rounds down
     model.config.mask_ratio = (int(hidden[0].sum()) - 0.5) / view.num_patches
-    theirs = model(pixel_values=processed(folder, pictures), noise=_ascending(hidden)).loss
-    ours = objective(batch)[0]
-    gap = float((ours - theirs).abs())
+    written = model(pixel_values=processed(folder, pictures), noise=_ascending(hidden)).loss
+    gap = float((objective(batch)[0] - written).abs())
     return gap if gap == gap else float("inf")
 
 

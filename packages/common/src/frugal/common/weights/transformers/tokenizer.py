@@ -11,8 +11,8 @@ from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.vocabularies import BytePairs, Transformers, split_special_pieces
 from frugal.common.data.word_pieces import WordPieces
 from frugal.common.errors import InputError
-from frugal.common.weights.clip_normalizer import DIFFERENCES as CLIP_DIFFERENCES
-from frugal.common.weights.clip_normalizer import clip_normalizer
+from frugal.common.weights.transformers.clip_normalizer import DIFFERENCES as CLIP_DIFFERENCES
+from frugal.common.weights.transformers.clip_normalizer import clip_normalizer
 
 CLEAN_UP = (
     "open_clip repairs encodings, resolves HTML entities and joins white space before it gives a "
@@ -54,6 +54,11 @@ def differences(tokenizer: Tokenizer) -> str:
             "which are unknown there."
         )
     return ""
+
+
+def with_differences(usage: str, tokenizer: Tokenizer) -> str:
+    """How to load a folder, in Markdown, with :func:`differences`."""
+    return f"{usage.rstrip()}\n\n{differences(tokenizer)}".rstrip()
 
 
 def save(tokenizer: Any, folder: Path) -> None:
