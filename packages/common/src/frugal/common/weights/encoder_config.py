@@ -26,7 +26,7 @@ _HEADS = {1280: 16, 1408: 16, 1664: 16}
 """By width, where a head is not 64 wide: ViT-H, g and bigG."""
 _ANY_SCALE = 1e-5
 """What layer scales start from is of no account where they are read."""
-_NOT_SAID = "the usual one, as a file of weights says nothing of it"
+_USUAL = "the usual one, as a file of weights says nothing of it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def tower_bundle(
         transform=encoder.transform if prepared is None else prepared.crop,
         source=Source(path=path, library=library, name=name or library, left_behind=left_behind),
         precision="auto",
-        told_by=_NOT_SAID if prepared is None else prepared.told_by,
+        told_by=_USUAL if prepared is None else prepared.told_by,
     )
 
 

@@ -134,10 +134,10 @@ def why_no_safetensors(path: Path, error: Exception) -> str:
 
 def why_unreadable(path: Path, error: Exception) -> str:
     """Why torch did not read a file of tensors, and what to do."""
-    found = re.search(r"(?:GLOBAL|global:?|Unsupported class)\s+([A-Za-z_][\w.]*\.\w+)", str(error))
-    if found:
+    named = re.search(r"(?:GLOBAL|global:?|Unsupported class)\s+([A-Za-z_][\w.]*\.\w+)", str(error))
+    if named:
         return (
-            f"it holds an object of {found[1]}, whose code would have to be run; save the weights "
+            f"it holds an object of {named[1]}, whose code would have to be run; save the weights "
             "alone, torch.save(model.state_dict(), FILE), where that code is installed"
         )
     if path.is_file() and path.stat().st_size == 0:
@@ -214,20 +214,20 @@ def weights_in(folder: Path, names: Sequence[str]) -> Path:
     Raises:
         InputError: if there is none.
     """
-    found = [
+    files = [
         path
         for name in names
         for path in (folder / name, folder / f"{name}{_INDEX}")
         if path.is_file()
     ]
-    if not found:
+    if not files:
         raise InputError(f"the folder {folder} holds none of {', '.join(names)}")
-    if len(found) > 1:
+    if len(files) > 1:
         _LOG.warning(
             "%s holds several files of weights: %s is taken, %s left; keep the one that is meant",
-            folder, found[0].name, ", ".join(path.name for path in found[1:]),
+            folder, files[0].name, ", ".join(path.name for path in files[1:]),
         )  # fmt: skip
-    return found[0]
+    return files[0]
 
 
 def without_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
@@ -388,13 +388,13 @@ def part_with(state: State, landmark: str, *, source: str | Path) -> State:
             f"{source} holds several models: {', '.join(fronts)}; {_choose(fronts[0])}"
         )
     taken = usual[0] if len(fronts) > 1 else fronts[0]
-    found = without_prefix(state, f"{taken}.")
+    inner = without_prefix(state, f"{taken}.")
     if others := [front for front in fronts if front != taken]:
         _LOG.warning(
             "%s holds several models: %s is taken, %s left; %s",
             source, taken, ", ".join(others), _choose(others[0]),
         )  # fmt: skip
-    if len(found) < len(state):
+    if len(inner) < len(state):
         left = sorted({n.partition(".")[0] for n in state if not n.startswith(f"{taken}.")})
         _LOG.info("of %s what stands under %s is taken; left are %s", source, taken, some(left))
-    return found
+    return inner

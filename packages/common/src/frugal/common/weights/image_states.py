@@ -84,18 +84,20 @@ def load(path: Path, name: str | None, key: str | None) -> ModelBundle:
 def _whole(path: Path, stored: State) -> ImageEncoder:
     """A file in timm's layout, every bit of its table, with the norm of what it pools."""
     state = _float32(stored)
-    found = encoder_of_state(state, source=str(path))
-    if found.tower.positions != "learned":  # nearly so, perhaps; here every bit stays
-        tower = replace(found.tower, positions="learned")
-        found = replace(found, tower=tower, state={**found.state, "pos_embed": state["pos_embed"]})
-    if "norm.weight" in found.state or "fc_norm.weight" not in found.rest:
-        return found
-    last = {f"norm.{leaf}": found.rest[f"fc_norm.{leaf}"] for leaf in ("weight", "bias")}
+    encoder = encoder_of_state(state, source=str(path))
+    if encoder.tower.positions != "learned":  # nearly so, perhaps; here every bit stays
+        tower = replace(encoder.tower, positions="learned")
+        encoder = replace(
+            encoder, tower=tower, state={**encoder.state, "pos_embed": state["pos_embed"]}
+        )
+    if "norm.weight" in encoder.state or "fc_norm.weight" not in encoder.rest:
+        return encoder
+    last = {f"norm.{leaf}": encoder.rest[f"fc_norm.{leaf}"] for leaf in ("weight", "bias")}
     return replace(
-        found,
-        tower=replace(found.tower, pooling="mean", norm_after_pooling=True),
-        state={**found.state, **last},
-        rest={n: t for n, t in found.rest.items() if not n.startswith("fc_norm.")},
+        encoder,
+        tower=replace(encoder.tower, pooling="mean", norm_after_pooling=True),
+        state={**encoder.state, **last},
+        rest={n: t for n, t in encoder.rest.items() if not n.startswith("fc_norm.")},
     )
 
 
@@ -159,13 +161,13 @@ def _one_tower(state: State, source: str) -> State:
     if any(landmark in state for landmark in _LANDMARKS):
         return state
     for landmark in _LANDMARKS:
-        found = part_with(state, landmark, source=source)
-        if found is not state:
-            return found
+        inner = part_with(state, landmark, source=source)
+        if inner is not state:
+            return inner
     if {"conv1.weight", "class_embedding"} <= state.keys():  # CLIP's image tower alone
         return {f"visual.{name}": tensor for name, tensor in state.items()}
-    found = part_with(state, "class_embedding", source=source)
-    return state if found is state else _one_tower(found, source)
+    inner = part_with(state, "class_embedding", source=source)
+    return state if inner is state else _one_tower(inner, source)
 
 
 def _is_openai(stored: State, *, named: str, keeps_training: bool) -> bool:

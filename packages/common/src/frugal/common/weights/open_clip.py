@@ -32,10 +32,7 @@ from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.preprocess import Preparation, of_open_clip
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImagePooling, ImageTower
-from frugal.common.models.weight_names import (
-    from_open_clip,
-    to_open_clip,
-)
+from frugal.common.models.weight_names import from_open_clip, to_open_clip
 from frugal.common.weights.files import (
     State,
     part_with,
@@ -92,8 +89,6 @@ _TEXT = {
 }  # fmt: skip
 """Options that our towers have too; any other that is not at its default makes a model open_clip's
 own."""
-
-
 _IMAGE_POOLING: dict[str, ImagePooling] = {"tok": "class", "avg": "mean"}
 
 
@@ -142,10 +137,8 @@ def load_image_tower(folder: Path) -> ImageEncoder:
             f"the image tower of {folder} is none of CLIP's plain vision transformers; choose "
             "another one"
         )
-    state = read_weights(weights_in(folder, WEIGHTS))
-    return ImageEncoder(
-        tower, visual_state(state, source=str(folder)), str(folder), preparation=prepared
-    )
+    state = visual_state(read_weights(weights_in(folder, WEIGHTS)), source=str(folder))
+    return ImageEncoder(tower, state, str(folder), preparation=prepared)
 
 
 def _config_of(name: str) -> dict[str, Any] | None:
@@ -368,8 +361,8 @@ def _part(kind: Any, config: Mapping[str, Any], name: str, source: str) -> Any:
 
 def _unknown_option(error: Exception) -> str:
     """The option that Python's complaint about an unexpected argument names."""
-    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    return f"it has the option {found[1]}" if found else "it has no plain options"
+    named = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return f"it has the option {named[1]}" if named else "it has no plain options"
 
 
 def _beyond(given: Any, known: set[str]) -> bool:
@@ -402,10 +395,10 @@ def _tower_options(part: Any, heads: int) -> dict[str, Any]:
 
 def _tell_resized(state: State, model: Any, weights: Path) -> None:
     """Say which tables of positions open_clip resizes for a model of another size."""
-    wanted = model.state_dict()
+    tables = model.state_dict()
     for name, tensor in state.items():
-        if name.endswith("positional_embedding") and name in wanted:
-            here = wanted[name].shape
+        if name.endswith("positional_embedding") and name in tables:
+            here = tables[name].shape
             if tensor.shape != here:
                 _LOG.warning(
                     "%s of %s has %s rows and is resized to %s, as open_clip does it",

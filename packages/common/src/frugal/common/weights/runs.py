@@ -206,8 +206,12 @@ def _class_names(recipe: Recipe, folder: Path) -> tuple[str, ...] | None:
     if not trained_on or not Path(trained_on[0]).is_dir():
         return None
     # runs of earlier versions kept no names
-    found = read_class_folders(Path(trained_on[0]), IMAGE_EXTENSIONS, PassedOver())
-    return tuple(found.names) if any(found.images.values()) and len(found.names) == count else None
+    folders = read_class_folders(Path(trained_on[0]), IMAGE_EXTENSIONS, PassedOver())
+    return (
+        tuple(folders.names)
+        if any(folders.images.values()) and len(folders.names) == count
+        else None
+    )
 
 
 def _training(recipe: Recipe, step: int, *, average: bool) -> dict[str, str]:
@@ -231,15 +235,15 @@ def _training(recipe: Recipe, step: int, *, average: bool) -> dict[str, str]:
 
 def measured(folder: Path, *, step: int) -> dict[str, dict[str, Any]]:
     """What a run measured with the weights of a step, by task."""
-    found = {}
+    tasks = {}
     for file in sorted((folder / "evaluation").glob("*.json")):
         try:
             numbers = json.loads(file.read_text())
         except (OSError, ValueError):
             continue
         if isinstance(numbers, dict) and numbers.get("step") == step:
-            found[file.stem] = numbers
-    return found
+            tasks[file.stem] = numbers
+    return tasks
 
 
 def part_in_words(part: Any) -> str:

@@ -21,11 +21,7 @@ from frugal.common.files import parse_json, read_json_object, reason_of
 from frugal.common.models.blocks import Activation
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.fit import misfit
-from frugal.common.models.image_encoder import (
-    ImageEncoder,
-    image_encoder,
-    with_projection_as_head,
-)
+from frugal.common.models.image_encoder import ImageEncoder, image_encoder, with_projection_as_head
 from frugal.common.models.named import SIZES
 from frugal.common.models.preprocess import Pixels, of_timm, pixels_of_timm, timm_settings
 from frugal.common.models.vit import ImageTower, ImageTransformer
@@ -81,8 +77,8 @@ def load(path: Path, name: str | None, key: str | None) -> ModelBundle:
         refuse_for_folder(path, name, key)
         return tower_bundle(_read_folder(path), path=path, library=_NAME)
     assert name is not None  # knows() has seen it
-    found = _read(path, name, {}, None, source=f"timm's {name}", key=key)
-    return tower_bundle(found, path=path, library=_NAME, name=name)
+    encoder = _read(path, name, {}, None, source=f"timm's {name}", key=key)
+    return tower_bundle(encoder, path=path, library=_NAME, name=name)
 
 
 def load_image_tower(folder: Path) -> ImageEncoder:

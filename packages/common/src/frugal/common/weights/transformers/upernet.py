@@ -19,11 +19,7 @@ from frugal.common.models.weight_names import State
 from frugal.common.weights.library import Target, UnsupportedOption
 from frugal.common.weights.runs import open_checkpoint
 from frugal.common.weights.transformers.config_files import labels, nearest_crop, processed
-from frugal.common.weights.transformers.vit import (
-    beit_settings,
-    block_state,
-    unsupported_blocks,
-)
+from frugal.common.weights.transformers.vit import beit_settings, block_state, unsupported_blocks
 from frugal.common.weights.written import largest_difference, noise_images
 
 _USAGE = """\

@@ -20,11 +20,7 @@ from frugal.common.models.vit import image_table
 from frugal.common.models.weight_names import VIT_MAE_DECODER, State, write_names
 from frugal.common.weights.library import Target, UnsupportedOption
 from frugal.common.weights.runs import open_checkpoint, trained_objective
-from frugal.common.weights.transformers.config_files import (
-    image_processor,
-    nearest_crop,
-    processed,
-)
+from frugal.common.weights.transformers.config_files import image_processor, nearest_crop, processed
 from frugal.common.weights.transformers.vit import (
     encoder_state,
     transformer_settings,
