@@ -2,8 +2,10 @@
 
 Importing torch, DeepSpeed and Accelerate takes a process longer than the twenty steps that a test
 trains. A fork is a process like any other: it has its own memory, ranks and signals, and runs a
-module as ``python -m`` does. What belongs to launchers (exit codes, signals handed on, processes
-left behind) is tested with the launchers.
+module as ``python -m`` does. What launchers and scripts start is forked too, where
+``tests/quick/python`` is their Python: a small process that asks for the fork, hands on signals
+and ends as the fork ends. What belongs to starts (signals to a tree of processes, processes left
+behind, the imports of a command) is tested with launchers and a Python that are nobody's forks.
 """
 
 from __future__ import annotations
@@ -18,24 +20,44 @@ import os
 import random
 import runpy
 import selectors
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-IMPORTED = (
+_LIBRARIES = (
     "torch.distributed", "torch.utils.tensorboard", "torch._inductor.compile_fx", "torchvision",
-    "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject", "deepspeed.moe.layer",
-    "accelerate", "safetensors.torch", "tyro.extras", "PIL.JpegImagePlugin", "open_clip.tokenizer",
-    "frugal.common.train", "frugal.common.engine.loop", "frugal.common.engine.deepspeed",
-    "frugal.common.engine.accelerate", "frugal.common.data.config",
-    "frugal.common.objectives.contrastive", "frugal.common.checkpoint.init_from",
-    "pyarrow.parquet",
+    "torch._subclasses.schema_check_mode", "setuptools.dist",
+    "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.moe.layer", "deepspeed.moe.ep_router", "deepspeed.launcher.runner",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.comm.mori",
+    "accelerate.commands.accelerate_cli", "torch.distributed.run",
+    "safetensors.torch", "tyro.extras", "typeguard", "numpy.ma",
+    "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.GifImagePlugin", "PIL.PpmImagePlugin",
+    "open_clip.tokenizer", "pyarrow.parquet",
 )  # fmt: skip
+
+
+def _modules() -> tuple[str, ...]:
+    """Libraries, and every module of ours that no command starts with."""
+    found = []
+    for source in (Path(__file__).parents[1] / "packages").glob("*/src"):
+        files = sorted((source / "frugal").rglob("*.py"))
+        files = [file for file in files if "__main__" not in f"{file} {file.read_text()}"]
+        parts = [file.relative_to(source).with_suffix("").parts for file in files]
+        found += [".".join(part for part in name if part != "__init__") for name in parts]
+    return (*_LIBRARIES, *found)
+
+
+IMPORTED = _modules()
 
 
 @dataclass
@@ -93,6 +115,7 @@ def fork(
     cwd: Path,
     environments: Sequence[dict[str, str]],
     errors: Path | None = None,
+    imported: tuple[str, ...] = IMPORTED,
 ) -> Forked:
     """Run a module, or a script by its path, in one process per environment.
 
@@ -104,11 +127,12 @@ def fork(
         code = log.with_name(f"{log.name}.{rank}.exit")
         code.unlink(missing_ok=True)
         request = {
+            "kind": "file" if module.endswith(".py") else "-m",
             "module": module, "words": [word.replace("{rank}", str(rank)) for word in words],
             "log": str(log), "code": str(code),
             "errors": str(errors or log), "cwd": str(cwd), "environment": environment,
         }  # fmt: skip
-        server = _server()
+        server = _server(imported).process
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
@@ -117,64 +141,133 @@ def fork(
     return Forked(pids, codes)
 
 
-@functools.cache
-def _server() -> subprocess.Popen[str]:
+def quick_python() -> dict[str, str]:
+    """The variables of an environment in which ``tests/quick/python`` starts processes at once."""
+    return {"TESTS_PYTHON": sys.executable, "TESTS_FORKS": _server(IMPORTED).address}
+
+
+class _Server(NamedTuple):
     """The process that forks; it ends when the tests do, which closes its input."""
-    return subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
-    )
+
+    process: subprocess.Popen[str]
+    address: str
 
 
-def _serve() -> None:
-    """Fork for every line of the input; note the exit code of every fork that ends."""
-    for name in IMPORTED:
+@functools.cache
+def _server(imported: tuple[str, ...]) -> _Server:
+    with socket.socket(socket.AF_UNIX) as listener:
+        address = str(Path(tempfile.mkdtemp(prefix="forks")) / "socket")
+        listener.bind(address)
+        listener.listen()
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(listener.fileno()), *imported],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=[listener.fileno()],
+            env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        )
+    return _Server(process, address)
+
+
+def _serve(listener: socket.socket, imported: Sequence[str]) -> None:
+    """Fork for every line of the input and every client; tell the exit code of what ends."""
+    for name in imported:
         importlib.import_module(name)
+    if "frugal.flip.recipes" in imported:
+        _warm_up()
     gc.collect()
     gc.freeze()  # so that collections in forks do not copy these pages
-    running: dict[int, str] = {}
+    files: dict[int, Path] = {}
+    clients: dict[int, socket.socket] = {}
     requests = selectors.DefaultSelector()
     requests.register(sys.stdin, selectors.EVENT_READ)
+    requests.register(listener, selectors.EVENT_READ)
     while True:
-        if requests.select(timeout=0.01):
-            line = sys.stdin.readline()
-            if not line:
-                break
-            request = json.loads(line)
-            pid = os.fork()
-            if not pid:
-                _become(request)
-            running[pid] = request["code"]
-            print(pid, flush=True)
-        while running:
+        for key, _ in requests.select(timeout=0.01):
+            if key.fileobj is sys.stdin:
+                line = sys.stdin.readline()
+                if not line:
+                    _end([*files, *clients], listener)
+                request = json.loads(line)
+                pid = os.fork()
+                if not pid:
+                    _become(request, _opened(request))
+                files[pid] = Path(request["code"])
+                print(pid, flush=True)
+            elif key.fileobj is listener:
+                client, _ = listener.accept()
+                _, descriptors, _, _ = socket.recv_fds(client, 1, 3)
+                line = client.makefile().readline()
+                pid = os.fork()
+                if not pid:
+                    _become(json.loads(line), descriptors)
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                client.sendall(f"{pid}\n".encode())
+                clients[pid] = client
+                requests.register(client, selectors.EVENT_READ, data=pid)
+            else:  # the client has ended, and says nothing more
+                requests.unregister(key.fileobj)
+                os.kill(key.data, signal.SIGKILL)
+        while files or clients:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 break
-            Path(running.pop(pid)).write_text(f"{os.waitstatus_to_exitcode(status)}\n")
+            told = f"{os.waitstatus_to_exitcode(status)}\n"
+            if pid in files:
+                files.pop(pid).write_text(told)
+                continue
+            with clients.pop(pid) as client:
+                with contextlib.suppress(KeyError):
+                    requests.unregister(client)
+                with contextlib.suppress(OSError):
+                    client.sendall(told.encode())
+
+
+def _warm_up() -> None:
+    """Have done once what every process does: read a command line, load a vocabulary."""
+    from frugal.common.cli import read_command_line
+    from frugal.common.data.tokenizers import ClipBpe
+    from frugal.flip.recipes import RECIPES
+
+    read_command_line(RECIPES, program="test", arguments=["demo"])
+    ClipBpe().load()
+
+
+def _end(running: list[int], listener: socket.socket) -> NoReturn:
     for pid in running:
         os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(Path(listener.getsockname()).parent)
     os._exit(0)  # without the remarks of libraries on what they leave behind
 
 
-def _become(request: dict) -> NoReturn:
-    """Turn this fork into the process that was asked for."""
-    os.setsid()
+def _opened(request: dict) -> list[int]:
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     files = ((os.devnull, os.O_RDONLY), (request["log"], append), (request["errors"], append))
-    for target, (name, mode) in enumerate(files):
-        os.dup2(os.open(name, mode), target)
+    return [os.open(name, mode) for name, mode in files]
+
+
+def _become(request: dict, descriptors: Sequence[int]) -> NoReturn:
+    """Turn this fork into the process that was asked for."""
+    os.setsid()
+    for target, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, target)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    sys.executable = request.get("executable", sys.executable)
     random.seed()
     # libraries remark on what they leave behind when the interpreter has ended
     atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
     module = request["module"]
     sys.argv = [module, *request["words"]]
-    if module.endswith(".py"):
+    if request["kind"] == "-c":
+        sys.argv[0], sys.path[0] = "-c", ""
+        main = types.ModuleType("__main__")
+        sys.modules["__main__"] = main
+        exec(compile(module, "<string>", "exec"), main.__dict__)
+    elif request["kind"] == "file":
         sys.path.insert(0, str(Path(module).parent))
         runpy.run_path(module, run_name="__main__")
     else:
@@ -184,4 +277,4 @@ def _become(request: dict) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from forks import Forked, fork
+from forks import Forked, fork, quick_python
 from frugal.common.contracts import EvaluationTask
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe
@@ -28,6 +28,8 @@ from frugal.common.weights.runs import bundle_of
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+QUICK = ROOT / "tests" / "quick"
+"""The folder of a ``python`` and of launchers that start at once."""
 FLIP = "frugal.flip.train"
 
 TINY = (
@@ -51,19 +53,19 @@ class Launcher:
     launched_by: Literal["fork", "python", "torchrun", "deepspeed"] = "fork"
     """By a command as users type it; or by a fork per process, which costs no time."""
 
-    def command(self, module: str) -> list[str]:
-        """The words before the recipe."""
+    def command(self, module: str, folder: Path) -> list[str]:
+        """The words before the recipe, with the programs of a folder."""
         if self.launched_by == "deepspeed":
             return [
-                str(BIN / "deepspeed"), "--num_accelerators", str(self.processes),
+                str(folder / "deepspeed"), "--num_accelerators", str(self.processes),
                 "--master_port", str(free_port()), "--module", module,
             ]  # fmt: skip
         if self.launched_by == "torchrun":
             return [
-                str(BIN / "torchrun"), "--master_port", str(free_port()),
+                str(folder / "torchrun"), "--master_port", str(free_port()),
                 "--nproc_per_node", str(self.processes), "-m", module,
             ]  # fmt: skip
-        return [sys.executable, "-m", module]
+        return [str(folder / "python"), "-m", module]
 
     def environments(self) -> list[dict[str, str]]:
         """Of every process that is forked: what torchrun tells its processes."""
@@ -112,11 +114,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment() -> dict[str, str]:
+def environment(*, quick: bool = False) -> dict[str, str]:
     """The environment of a launched run: nothing of a launcher around the tests."""
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     kept = {name: value for name, value in os.environ.items() if name not in ranks}
-    return kept | {"PATH": f"{BIN}:{kept['PATH']}", "DS_ACCELERATOR": "cpu"}
+    kept |= {"PATH": f"{BIN}:{kept['PATH']}", "DS_ACCELERATOR": "cpu"}
+    if quick:
+        kept |= {"PATH": f"{QUICK}:{kept['PATH']}", **quick_python()}
+    return kept
 
 
 def train(
@@ -128,12 +133,17 @@ def train(
     module: str = FLIP,
     small: Sequence[str] = TINY,
     cwd: Path = ROOT,
+    quick: bool = True,
 ) -> str:
     """Train the tiny FLIP, or another method, to its end; all that it wrote to the terminal.
 
-    Later words win over earlier ones.
+    Later words win over earlier ones. The deepspeed launcher and what it starts are quick, unless
+    that start is what a test is about.
     """
-    process = start(launcher, run, *words, recipe=recipe, module=module, small=small, cwd=cwd)
+    quick &= launcher.launched_by == "deepspeed"
+    process = start(
+        launcher, run, *words, recipe=recipe, module=module, small=small, cwd=cwd, quick=quick
+    )
     code = process.wait(timeout=600)
     output = log_of(run).read_text()
     assert code == expect, f"exit code {code}\n{output[-6000:]}"
@@ -148,6 +158,7 @@ def start(
     module: str = FLIP,
     small: Sequence[str] = TINY,
     cwd: Path = ROOT,
+    quick: bool = False,
 ) -> subprocess.Popen[bytes] | Forked:
     """Start training, in a process group of its own."""
     words = (recipe, *small, *launcher.flags(), f"--run.dir={run}", *words)
@@ -156,9 +167,9 @@ def start(
     if launcher.launched_by == "fork":
         return fork(module, words, log=log, cwd=cwd, environments=launcher.environments())
     return subprocess.Popen(
-        [*launcher.command(module), *words],
+        [*launcher.command(module, QUICK if quick else BIN), *words],
         cwd=cwd,
-        env=environment(),
+        env=environment(quick=quick),
         start_new_session=True,
         stdout=log.open("wb"),
         stderr=subprocess.STDOUT,
@@ -178,6 +189,20 @@ def command(
         done = subprocess.CompletedProcess(given, code, out.read_text(), errors.read_text())
     assert code == expect, f"exit code {code}\n{done.stdout}{done.stderr[-6000:]}"
     return done
+
+
+def run_code(code: str, *words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What ``python -c`` does with code; in a process that has imported torch, and nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors, script = (Path(folder, name) for name in ("out", "errors", "code.py"))
+        script.write_text(code)
+        given = [str(word) for word in words]
+        process = fork(
+            str(script), given, log=out, errors=errors, cwd=ROOT,
+            environments=[environment() | variables], imported=("torch",),
+        )  # fmt: skip
+        returncode = process.wait(timeout=600)
+        return subprocess.CompletedProcess(given, returncode, out.read_text(), errors.read_text())
 
 
 def start_ranks(script: str, world_size: int, folder: Path, *words: object) -> Forked:

@@ -1,11 +1,11 @@
 """The rules of who may import whom, read from the source."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support import run_code
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
@@ -139,5 +139,5 @@ def test_building_recipes_and_help_needs_nothing_slower_than_torch(
         " 'tensorboard', 'pyarrow', 'pandas', 'nltk', 'xformers'};"
         "sys.exit(' '.join(heavy & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    result = run_code(check)
     assert result.returncode == 0, result.stderr

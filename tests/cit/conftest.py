@@ -1,6 +1,5 @@
 """What the tests of CiT share."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,20 +9,20 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import cit_cases`
 
 from cit_runs import MODULE, words
 
-from support import ALONE, train
+from support import ALONE, command, train
 
 
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pool of 700 pairs of 32 pixels, four in five of them irrelevant."""
     folder = tmp_path_factory.mktemp("cit") / "pool"
-    command = [
-        sys.executable, "-m", "frugal.common.scenes", "--out", str(folder), "--image-size", "32",
+    words = [
+        "frugal.common.scenes", "--out", folder, "--image-size", "32",
         "--train-samples", "700", "--shard-size", "180", "--irrelevant", "0.8",
         "--zero-shot-samples", "64", "--probe-samples", "0", "--retrieval-samples", "0",
         "--compositional-samples", "0",
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    command(*words)
     return folder
 
 

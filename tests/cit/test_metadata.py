@@ -1,8 +1,6 @@
 """Which classes are wanted."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from frugal.cit.metadata import Metadata
 from frugal.common.errors import InputError
 from frugal.common.evaluation.prompts import imagenet_class_names, named_templates
 from frugal.common.evaluation.task_labels import TASKS, task_labels
+from support import run_code
 
 COUNTS = {
     "food101": (101, 1), "cifar10": (10, 18), "cifar100": (100, 18), "cub200": (200, 1),
@@ -109,10 +108,7 @@ def test_a_file_without_names_is_refused(tmp_path: Path) -> None:
 def wordnet(folder: Path) -> subprocess.CompletedProcess[str]:
     """The nouns that a process finds whose language data lies in a folder."""
     code = "from frugal.cit.metadata import wordnet_nouns as w; print(*w(), sep='|')"
-    environment = os.environ | {"NLTK_DATA": str(folder), "HOME": str(folder)}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    return run_code(code, NLTK_DATA=str(folder), HOME=str(folder))
 
 
 def test_wordnet_gives_the_lemmas_of_nouns(tmp_path: Path) -> None:

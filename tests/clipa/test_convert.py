@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from frugal.common.models.positions import resample_length, sincos_table
 from frugal.common.models.weight_names import to_open_clip
 from frugal.common.recipe import load_recipe
 from frugal.common.weights.load import load_model
-from support import command
+from support import command, run_code
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NPZ = GOLDEN / "clipa" / "clipa_npz_params.npz"
@@ -151,5 +149,5 @@ def test_help_needs_nothing_slower_than_torch():
         "import sys, frugal.clipa.convert;"
         "sys.exit(' '.join({'transformers', 'nltk'} & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    result = run_code(check)
     assert result.returncode == 0, result.stderr

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,6 +17,7 @@ from frugal.common.randomness import SampleNoise
 from frugal.common.recipe import from_json, to_json
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.text import Truncate
+from support import run_code
 
 PUBLISHED = {
     # image size, patches seen, text tokens, batch, peak, samples, warm-up steps, syntax masking
@@ -171,5 +170,5 @@ def test_building_recipes_needs_neither_transformers_nor_nltk():
         "heavy = {'transformers', 'nltk', 'open_clip'};"
         "sys.exit(' '.join(heavy & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    result = run_code(check)
     assert result.returncode == 0, result.stderr

@@ -27,6 +27,7 @@ from frugal.clipa.syntax_masking import (
     tag_entries,
 )
 from frugal.common.data.tokenizers import Tokenizer, WordPiece
+from support import run_code
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCABULARY = GOLDEN / "flip" / "bert_uncased_vocab.txt"
@@ -97,7 +98,7 @@ def test_importing_and_describing_it_loads_no_nltk() -> None:
         "import frugal.clipa.frequency_masking, frugal.clipa.nltk_data, frugal.clipa.word_counts;"
         "sys.exit(' '.join({'nltk'} & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    result = run_code(check)
     assert result.returncode == 0, result.stderr
 
 
@@ -112,13 +113,9 @@ def prepared_with(folder: Path) -> subprocess.CompletedProcess[str]:
         "except InputError as error: print(error)\n"
         "else: print('ready')"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"NLTK_DATA": str(folder)},
-    )
+    done = run_code(code, folder, NLTK_DATA=str(folder))
+    done.check_returncode()
+    return done
 
 
 def test_missing_data_are_named_with_the_command_that_fetches_them(tmp_path: Path) -> None:

@@ -10,7 +10,12 @@ SMALL = [word for word in TINY if not word.startswith(("--model.image.image-size
 
 
 def chained(*words: str, run: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = environment() | {"RUN": str(run), "LAUNCHER": "accelerate", "PROCESSES": "1", **variables}
+    env = environment(quick=True) | {
+        "RUN": str(run),
+        "LAUNCHER": "accelerate",
+        "PROCESSES": "1",
+        **variables,
+    }
     env["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
     return subprocess.run(
         ["bash", "launch/clipa_two_stage.sh", "demo", *SMALL, *words],

@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,6 +13,7 @@ from PIL import Image
 from frugal.clipa.frequency_masking import FrequencyMasking
 from frugal.clipa.word_counts import main
 from frugal.common.data.tokenizers import ClipBpe
+from support import run_code
 
 CAPTIONS = [
     ["A dog, a red dog."],
@@ -140,7 +138,5 @@ def test_its_help_answers_without_nltk() -> None:
         "try: main(['--help'])\n"
         "except SystemExit: sys.exit(' '.join({'transformers', 'nltk'} & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
-    )
+    result = run_code(code)
     assert result.returncode == 0, result.stderr

@@ -1,8 +1,5 @@
 """Every recipe: its command line, its model, and what tells it from the others."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -15,6 +12,7 @@ from frugal.common.models.clip import DualEncoder
 from frugal.common.models.named import clip_encoder
 from frugal.common.recipe import Recipe, difference, from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
+from support import command, run_code
 
 SMALL = (
     "--model.image.width=8", "--model.image.depth=1", "--model.image.heads=2",
@@ -184,8 +182,6 @@ def test_recipes_need_nothing_slower_than_torch_and_the_command_line_answers() -
         "import sys; from frugal.cluster_masking.recipes import RECIPES;"
         "[make() for make in RECIPES.values()]; sys.exit('matplotlib' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
-    command = [sys.executable, "-m", "frugal.cluster_masking.train", "vit-b16-cc12m", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    assert run_code(check).returncode == 0
+    result = command("frugal.cluster_masking.train", "vit-b16-cc12m", "--help")
     assert "--reduction.image.threshold" in result.stdout

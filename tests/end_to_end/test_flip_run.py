@@ -13,12 +13,10 @@ from PIL import Image
 
 from support import (
     ALONE,
-    BIN,
     PYTHON,
-    ROOT,
     Launcher,
+    command,
     deepspeed,
-    environment,
     largest_difference,
     losses,
     metrics,
@@ -40,7 +38,7 @@ def two_stages(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--evaluation.2.data={scenes}",
         "--run.picture-every=10",
     )
-    train(deepspeed(1), folder / "masked", *words)
+    train(deepspeed(1), folder / "masked", *words, quick=False)
     source = f"--run.start-from={folder / 'masked'}"
     train(deepspeed(1), folder / "unmasked", *words, source, recipe="demo-tuning")
     return folder
@@ -91,15 +89,17 @@ def test_evaluations_count_every_image_once(two_stages: Path) -> None:
 def test_the_evaluate_command_repeats_the_numbers(
     processes: int, two_stages: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={processes}", "-m"]
+    launcher = (
+        ()
+        if processes == 1
+        else ("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m")
+    )
     run = two_stages / "unmasked"
-    command = [
-        *launcher, "frugal.common.evaluate", "--checkpoint", str(run), "--data", str(scenes),
-        "--out", str(tmp_path), "--batch-size", "50", "--workers", "0",
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+    words = (
+        "--checkpoint", run, "--data", scenes, "--out", tmp_path, "--batch-size", 50,
+        "--workers", 0,
+    )  # fmt: skip
+    command(*launcher, "frugal.common.evaluate", *words)
     for name in ("zero_shot", "retrieval", "compositional"):
         again = json.loads((tmp_path / f"{name}.json").read_text())
         before = json.loads((run / "evaluation" / f"{name}.json").read_text())
@@ -124,8 +124,7 @@ def test_tensorboard_and_the_file_hold_the_same_scalars(two_stages: Path) -> Non
 def test_the_report_is_written_with_its_numbers(two_stages: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     shutil.copytree(two_stages, folder)
-    command = [sys.executable, "-m", "frugal.common.report", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+    command("frugal.common.report", folder)
     report = json.loads((folder / "report.json").read_text())
     for name in (
         "zero_shot_top1", "zero_shot_top1_held_out", "image_retrieval_recall_at_1",
@@ -280,11 +279,8 @@ def test_real_photos_are_learned_under_deepspeed(real_data: Path, tmp_path: Path
         member = next(m for m in archive.getmembers() if m.name.endswith(".jpg"))
         width, height = Image.open(archive.extractfile(member)).size
     assert width != height
-    command = [
-        sys.executable, "-m", "frugal.common.evaluate", "--checkpoint", str(run), "--data",
-        str(coco), "--tasks", "retrieval", "--out", str(tmp_path), "--workers", "0",
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+    words = ("--tasks", "retrieval", "--out", tmp_path, "--workers", 0)
+    command("frugal.common.evaluate", "--checkpoint", run, "--data", coco, *words)
     numbers = json.loads((tmp_path / "retrieval.json").read_text())
     assert numbers["retrieval_candidates"] == 106
     assert numbers["retrieval_captions"] == 530

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,7 +28,7 @@ from frugal.flip.published_weights import (
     to_flax,
 )
 from frugal.flip.recipes import RECIPES
-from support import command, environment
+from support import command, environment, run_code
 from t5x_writer import Style, array_extension, sides_of, write_checkpoint, zip_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flip"
@@ -478,4 +477,4 @@ def test_views_cover_every_value_of_ours_exactly_once():
 
 def test_asking_for_help_loads_no_transformers():
     code = "import sys; import frugal.flip.convert\nassert not {'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+    run_code(code).check_returncode()

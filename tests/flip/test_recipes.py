@@ -1,7 +1,5 @@
 """Every recipe of FLIP: its command line, its model, and what tells it from the others."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import PositionedTokens, Truncate
 from frugal.flip.recipes import RECIPES, VIRTUAL_EPOCH
 from frugal.flip.text_masking import TextMasking
+from support import command
 
 SMALL = (
     "--model.image.width=8", "--model.image.depth=1", "--model.image.heads=2",
@@ -111,10 +110,7 @@ def test_every_recipe_has_a_page_of_help(name: str, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("name", ["large-clean-tuning-336", "ablation-text-random"])
 def test_the_command_line_answers_as_a_user_calls_it(name: str) -> None:
-    command = [sys.executable, "-m", "frugal.flip.train", name, "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "--data.train" in result.stdout
+    assert "--data.train" in command("frugal.flip.train", name, "--help").stdout
 
 
 def test_every_recipe_says_what_it_is() -> None:

@@ -33,7 +33,7 @@ def script(*words: str, run: Path, **variables: str) -> list[str]:
 
 def call(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=600
+        command, capture_output=True, text=True, cwd=ROOT, env=environment(quick=True), timeout=600
     )
 
 

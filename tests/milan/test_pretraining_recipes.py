@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -23,6 +21,7 @@ from frugal.milan.objective import ReconstructFeatures, ReconstructPixels
 from frugal.milan.published_weights import to_published
 from frugal.milan.recipes import RECIPES
 from frugal.milan.semantic_sampling import SemanticSampling
+from support import run_code
 
 
 def read(name: str):
@@ -246,5 +245,5 @@ def test_recipes_and_help_need_nothing_slower_than_torch():
         "heavy = {'deepspeed', 'transformers', 'accelerate', 'open_clip', 'matplotlib'};"
         "sys.exit(' '.join(heavy & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    result = run_code(check)
     assert result.returncode == 0, result.stderr

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +19,13 @@ from frugal.milan.segmentation_recipes import SEGMENTATION
 from support import (
     ALONE,
     DDP,
-    ROOT,
     Launcher,
-    environment,
+    command,
     largest_difference,
     losses,
     metrics,
     newest,
+    run_code,
     saved_tensors,
     train,
     zero,
@@ -52,12 +50,12 @@ EVERYTHING = ("weight", "exp_avg", "exp_avg_sq", "buffer")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scenes with masks of their pixels, and nothing else."""
     folder = tmp_path_factory.mktemp("masked") / "scenes"
-    command = [
-        sys.executable, "-m", "frugal.common.scenes", "--out", str(folder), "--image-size", "32",
+    words = [
+        "frugal.common.scenes", "--out", folder, "--image-size", "32",
         "--train-samples", "0", "--zero-shot-samples", "0", "--probe-samples", "0",
         "--retrieval-samples", "0", "--compositional-samples", "0", "--segmentation-samples", "50",
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    command(*words)
     damaged = folder / "segmentation" / "images" / "training" / "00000007.jpg"
     damaged.write_bytes(damaged.read_bytes()[:300])
     return folder
@@ -211,7 +209,5 @@ def test_help_and_recipes_need_nothing_slower_than_torch() -> None:
         "[make() for make in m.values()];"
         "sys.exit(' '.join({'transformers', 'timm'} & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, env=environment()
-    )
+    result = run_code(check)
     assert result.returncode == 0, result.stderr

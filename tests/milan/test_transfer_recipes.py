@@ -1,8 +1,6 @@
 """Fine-tuning and probing recipes against the published settings."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -15,6 +13,7 @@ from frugal.common.transfer.augmentation import RandAugmentedCrop, SingleDrawCro
 from frugal.milan.recipes import demo
 from frugal.milan.segmentation_recipes import SEGMENTATION
 from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING
+from support import run_code
 
 ALL = [*FINE_TUNING.values(), *LINEAR_PROBING.values()]
 
@@ -167,5 +166,5 @@ def test_building_the_recipes_needs_nothing_slower_than_torch() -> None:
         "[make() for make in [*FINE_TUNING.values(), *LINEAR_PROBING.values()]]\n"
         "sys.exit(' '.join({'timm', 'transformers'} & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    result = run_code(check)
     assert result.returncode == 0, result.stderr

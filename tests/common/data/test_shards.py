@@ -9,6 +9,7 @@ import webdataset
 
 from frugal.common import shards
 from frugal.common.data.stores.index import find_index, read_summary
+from support import run_code
 
 
 def run(capsys, *words):
@@ -34,7 +35,7 @@ def test_help_answers_at_once_and_needs_nothing_slower_than_torch():
         "heavy = {'deepspeed', 'transformers', 'accelerate', 'open_clip', 'timm', 'nltk'};"
         "sys.exit(' '.join(heavy & sys.modules.keys()) or 0)"
     )
-    subprocess.run([sys.executable, "-c", check], check=True)
+    run_code(check).check_returncode()
 
 
 def test_index_builds_what_is_missing_with_several_processes(tmp_path, write_pairs, capsys):

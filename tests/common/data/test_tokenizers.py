@@ -3,8 +3,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from frugal.common.data.tokenizers import (
     load_tokenizer,
 )
 from frugal.common.errors import InputError
+from support import run_code
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "flip"
 BERT = GOLDEN / "bert_uncased_vocab.txt"
@@ -108,7 +107,7 @@ def test_clip_loads_without_importing_transformers() -> None:
         "import sys; from frugal.common.data.tokenizers import ClipBpe; "
         "ClipBpe().load().encode('a caf\u00e9'); sys.exit('transformers' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run_code(code).returncode == 0
 
 
 def test_a_length_without_room_for_words_is_refused(clip: Tokenizer) -> None:
@@ -374,10 +373,9 @@ def test_a_hub_name_fails_with_one_sentence_without_the_hub() -> None:
         "    except InputError as error:\n"
         "        print(error)\n"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": os.devnull + "/none"}
-    said = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
+    done = run_code(code, HF_HUB_OFFLINE="1", HF_HOME=os.devnull + "/none")
+    done.check_returncode()
+    said = done.stdout.splitlines()
     assert len(said) == 2
     assert said[0].startswith("no tokenizer could be loaded from the Hugging Face hub's 'some/tok")
     assert said[1].startswith("BERT's uncased vocabulary could not be fetched")

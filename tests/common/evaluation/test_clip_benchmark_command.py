@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from frugal.common.evaluate import Options, evaluate
 from frugal.common.evaluation.results import COLUMNS
 from frugal.common.export import Options as ExportOptions
 from frugal.common.export import export
-from support import BIN, environment
+from support import BIN, QUICK, environment
 
 # clip_benchmark 1.6.2 counts with float() of an array of one element, which NumPy 2.4 refuses
 _COUNTING = (
@@ -26,16 +25,16 @@ _COUNTING = (
 
 def clip_benchmark(folder: Path, data: Path, task: str, out: Path) -> dict:
     """What the command writes about an open_clip folder on scenes shards."""
-    start = [str(BIN / "clip_benchmark")]
+    start = [str(QUICK / "python"), str(BIN / "clip_benchmark")]
     if task == "zeroshot_classification":
-        start = [sys.executable, "-c", _COUNTING]
+        start = [str(QUICK / "python"), "-c", _COUNTING]
     command = [
         *start, "eval", "--model", f"local-dir:{folder}", "--pretrained", "none",
         "--dataset", "wds/scenes", "--dataset_root", str(data), "--task", task,
         "--recall_k", "1", "5", "10", "--no_amp", "--num_workers", "0", "--batch_size", "50",
         "--output", str(out), "--quiet",
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(quick=True))
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(out.read_text())["metrics"]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from frugal.common.evaluation.zero_shot import ZeroShot, open_dataset
 from frugal.common.recipe import from_json, to_json
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
-from support import described
+from support import described, run_code
 
 
 def samples(folder: Path, target: str) -> list[tuple[torch.Tensor, str]]:
@@ -283,7 +281,7 @@ def test_naming_an_evaluation_needs_nothing_slower_than_torch() -> None:
     slow = {"deepspeed", "transformers", "timm", "open_clip", "matplotlib"}
     for module in ("evaluation.zero_shot", "evaluate"):
         check = f"import sys, frugal.common.{module}; sys.exit(bool({slow} & sys.modules.keys()))"
-        assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+        assert run_code(check).returncode == 0
 
 
 def test_photos_of_any_shape_pass_through(real_data: Path, run: Run) -> None:

@@ -1,8 +1,5 @@
 """Patches of an image, and which of them are taken."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +16,7 @@ from frugal.common.reduction.image import (
     take_patches,
 )
 from frugal.common.reduction.random_masking import RandomMasking
+from support import run_code
 
 
 def picture(rows: int, columns: int, side: int, count: int = 3) -> torch.Tensor:
@@ -146,4 +144,4 @@ def test_configurations_of_reductions_do_not_import_transformers():
     modules = ("reduction.image", "reduction.random_masking", "reduction.text")
     code = "import sys;" + ";".join(f"import frugal.common.{name}" for name in modules)
     code += "; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_code(code).check_returncode()

@@ -29,6 +29,7 @@ from frugal.common.scenes import (
     write,
 )
 from frugal.common.scenes.__main__ import main
+from support import run_code
 
 SMALL = {
     "train_samples": 70,
@@ -435,7 +436,7 @@ def test_help_answers_within_three_seconds_and_without_transformers() -> None:
     for flag in ("--out", "--seed", "--image-size", "--irrelevant", "--long-captions", "--masks"):
         assert flag in answer.stdout
     heavy = "import sys, frugal.common.scenes as s; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
+    assert run_code(heavy).returncode == 0
 
 
 def test_the_command_ends_with_two_and_no_trace_on_a_mistake(tmp_path: Path) -> None:

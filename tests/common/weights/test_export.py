@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from frugal.common.weights import libraries
 from frugal.common.weights.library import Target
 from frugal.common.weights.load import load_model
 from frugal.flip.recipes import demo
-from support import command
+from support import command, run_code
 
 clip = clip_encoder("B/16")
 
@@ -289,7 +288,7 @@ def test_help_needs_nothing_slower_than_torch() -> None:
         "slow = {'deepspeed', 'transformers', 'timm', 'open_clip'} & sys.modules.keys();"
         "sys.exit(' '.join(slow) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    result = run_code(check)
     assert result.returncode == 0, result.stderr
 
 

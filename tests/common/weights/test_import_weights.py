@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +37,7 @@ from frugal.common.weights.model_card import model_card
 from frugal.common.weights.transformers import clip as transformers_clip
 from frugal.common.weights.transformers import config_files
 from frugal.common.weights.written import two_towers
-from support import ALONE, command, train
+from support import ALONE, command, run_code, train
 
 MODULE = "frugal.common.import_weights"
 State = dict[str, Tensor]
@@ -506,5 +504,5 @@ def test_help_needs_nothing_slower_than_torch() -> None:
         "heavy = {'transformers', 'open_clip', 'timm'};"
         "sys.exit(' '.join(heavy & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    result = run_code(check)
     assert result.returncode == 0, result.stderr

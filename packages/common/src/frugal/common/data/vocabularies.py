@@ -107,6 +107,7 @@ class BytePairs:
         self._cache = WordCache()
 
     @classmethod
+    @lru_cache(maxsize=1)  # a run asks for it several times
     def from_open_clip(cls) -> BytePairs:
         """The vocabulary that open_clip_torch carries."""
         # the package's folder is found without importing it: that would import torch
