@@ -21,12 +21,17 @@ $(STAMP): $(MANIFESTS)
 demo: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
 
-test: setup
-	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile
+# Files in the order of their names: those with few, long tests would come last otherwise.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile \
+	--no-loadscope-reorder
 
-# No process is launched and nothing is trained: what to run between two edits.
+test: setup
+	$(PYTEST)
+
+# No process is launched, nothing is trained and no other library's model is built: what to run
+# between two edits.
 test-fast: setup
-	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" --durations=10
 
 lint: setup
 	$(BIN)/ruff format --check .

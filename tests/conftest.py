@@ -18,12 +18,15 @@ from support import ALONE, train
 
 _SLOW = {"Popen", "check_call", "check_output", "mp", "spawn", "subprocess", "train_recipe"}
 """What a test calls that launches a process or trains."""
+_OTHERS = {"open_clip", "timm", "transformers", "clip_benchmark"}
+"""Libraries whose import alone takes longer than most tests, and whose models are large."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what ``make test-fast`` leaves out: tests that launch a process or train.
+    """Mark what ``make test-fast`` leaves out, beside what its own test marks as slow.
 
-    Read from the code: of the test, its fixtures, and the functions of tests/ that they call.
+    Tests that launch a process, train, or call other libraries: read from the code of the test,
+    its fixtures, and the functions of tests/ that they call.
     """
     known: dict[object, bool] = {}
     for item in items:
@@ -46,10 +49,15 @@ def _is_slow(function: object, known: dict[object, bool]) -> bool:
         names.update(part.co_names)
         left += [const for const in part.co_consts if isinstance(const, types.CodeType)]
     called = [getattr(function, "__globals__", {}).get(name) for name in names]
+    called = [inspect.unwrap(each) if callable(each) else each for each in called]
     here = [
         c for c in called if _TESTS in str(getattr(getattr(c, "__code__", None), "co_filename", ""))
     ]
-    known[function] = bool(names & _SLOW) or any(_is_slow(each, known) for each in here)
+    homes = {str(getattr(each, "__module__", "")).partition(".")[0] for each in called}
+    libraries = homes | {name.partition(".")[0] for name in names}
+    known[function] = bool(names & _SLOW or libraries & _OTHERS) or any(
+        _is_slow(each, known) for each in here
+    )
     return known[function]
 
 

@@ -206,6 +206,7 @@ def made_up_captions(count: int) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_words_and_tags_are_those_of_nltk(language_data: Path) -> None:
     from nltk.tag import PerceptronTagger
     from nltk.tokenize import word_tokenize

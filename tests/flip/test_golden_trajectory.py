@@ -34,6 +34,7 @@ class Replayed(ImageReduction):
         return self.masking.keep(view, noise=RecordedNoise({"image mask": self.noise}))
 
 
+@pytest.mark.slow
 def test_the_reference_run_is_repeated_step_by_step() -> None:
     numbers = load_file(GOLDEN / "trajectory.safetensors")
     case = json.loads((GOLDEN / "trajectory.json").read_text())

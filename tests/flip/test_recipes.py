@@ -98,6 +98,7 @@ def test_every_recipe_trains_at_a_small_size(name: str) -> None:
         assert metrics["text_tokens"].item() == (16 if masked else whole.model.text.length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_page_of_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

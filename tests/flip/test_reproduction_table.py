@@ -73,6 +73,7 @@ def test_the_table_was_found() -> None:
     assert SHORTHANDS.keys() == {"L400M", "L2B"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "row"), PRICED, ids=[command for command, _ in PRICED])
 def test_gpu_hours_follow_from_the_formula(command: str, row: list[str]) -> None:
     given = re.search(r"`TUNING=([\w-]+)`", " ".join(row))

@@ -431,6 +431,7 @@ def test_files_that_are_no_index_are_refused_in_one_sentence(tmp_path: Path, con
         assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["checkpoint", "target.img_encoder.cls/.zarray", "zip"])
 def test_random_damage_never_ends_in_another_error(tmp_path: Path, file: str):
     generator = random.Random(11)
@@ -542,6 +543,7 @@ def test_nothing_is_written_and_nothing_read_beside_the_archive(tmp_path: Path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "style",
     [

@@ -301,6 +301,7 @@ def slow_attention(block, config: TextTower, tokens: Tensor, is_word: list[bool]
     return torch.stack(gathered) @ block.attn.proj.weight.T + block.attn.proj.bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_tower_equals_embedding_every_slot_and_dropping_some(variant: str, order: str) -> None:
@@ -501,6 +502,7 @@ class Plain:
         loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", OBJECTIVES)
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_gradient_caching_takes_the_positions_along(variant: str, chunk: int) -> None:

@@ -180,6 +180,7 @@ def test_what_a_sample_gives_does_not_depend_on_its_batch():
         torch.testing.assert_close(part, whole[row : row + 1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_it_gives_the_same_numbers():
     plain = make_objective("prompting", "features", SemanticSampling)
     compiled = make_objective("prompting", "features", SemanticSampling)

@@ -219,6 +219,7 @@ def test_a_start_that_fails_leaves_no_loader_process_behind() -> None:
     wait_until(lambda: not any(child.is_alive() for child in children), seconds=3)
 
 
+@pytest.mark.slow
 def test_loader_processes_that_give_nothing_are_given_up_and_leave_nobody_behind() -> None:
     rows = Loader(Numbers(lambda row: time.sleep(600)), sampler=range(4), workers=2, limit=-29.0)
     before = set(psutil.Process().children())

@@ -53,6 +53,7 @@ def test_pipes_are_streamed_with_replacement(tmp_path, open_resampled):
             assert ids[0] - 3 == int(key[-9:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_a_resumed_run_sees_what_it_would_have_seen(open_resampled, workers, stop):

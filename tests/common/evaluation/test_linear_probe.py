@@ -170,6 +170,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_a_probe_on_folders_counts_every_image(folder: Path, run: Run) -> None:
     plan = recipe()
     numbers = LinearProbe(data=folder).evaluate(bundle_of(telling(plan), plan), run)

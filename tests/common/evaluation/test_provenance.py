@@ -76,6 +76,7 @@ def test_a_probe_is_measured_on_its_own_test_images_where_features_are_kept(
     assert keeping.evaluate(bundle_of(model, plan), run) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -53,6 +53,7 @@ def served(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_folder_behind_the_url(
     served: tuple[str, type[Handler]], scenes: Path, run: Run, tmp_path: Path
 ) -> None:

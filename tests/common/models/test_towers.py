@@ -468,6 +468,7 @@ def test_a_fixed_position_table_is_neither_trained_nor_saved():
     assert "image.pos_embed" not in dict(model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_compiled_tower_gives_the_same_numbers():
     torch._dynamo.reset()
     model = dual(image={"depth": 1}).build()

@@ -107,6 +107,7 @@ def is_tried(name: str, image: str, text: str) -> bool:
     return name not in ("contrastive", "locked") or image == "KeepAll" or text == "Truncate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_not_refused_trains(name: str, tmp_path: Path) -> None:
     refused: dict[tuple[str, str], str] = {}

@@ -474,6 +474,7 @@ ROUND_TRIPS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["open_clip", "huggingface", "timm"])
 @pytest.mark.parametrize("name", ROUND_TRIPS)
 def test_exports_come_back_with_the_numbers_they_left_with(
