@@ -35,6 +35,18 @@ def test_a_single_run_is_a_stage_of_its_own(scenes: Path, tmp_path: Path) -> Non
     assert "step" not in numbers
 
 
+def test_weights_that_were_exported_beside_runs_are_passed_over(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished_run(tmp_path / "one", small_recipe(scenes), seconds=2.0)
+    export = tmp_path / "one-timm"
+    export.mkdir()
+    (export / "recipe.json").write_bytes((run / "recipe.json").read_bytes())
+    (export / "model.safetensors").touch()
+    assert find_stages(tmp_path) == {"one": run}
+    assert f"{export} holds weights for another library and no run" in caplog.text
+
+
 def test_samples_per_second_are_those_of_the_log_and_not_of_the_whole_time(
     scenes: Path, tmp_path: Path
 ) -> None:

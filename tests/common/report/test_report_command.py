@@ -44,9 +44,9 @@ def test_the_command_reports_on_the_stages_of_a_run(scenes: Path, tmp_path: Path
     }.items():
         content = {"step": 10, "samples": 640, **numbers}
         (last / "evaluation" / f"{name}.json").write_text(json.dumps(content))
-    words = ("--examples", "4", "--next", "MetricsLogger: tensorboard --logdir runs")
+    words = ("--examples", "4", "--next", "watch: tensorboard --logdir runs")
     result = command(REPORT, tmp_path, *words)
-    assert "MetricsLogger:\n    tensorboard --logdir runs\n" in result.stdout
+    assert "watch:\n    tensorboard --logdir runs\n" in result.stdout
     assert "compositional_mean  0.75\n" in result.stdout
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved == {

@@ -14,12 +14,22 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import torch
 import tyro
 
 from frugal.cit.objective import LockedContrastive
+from frugal.cit.published_dual import (
+    Heads,
+    Released,
+    kind_of,
+    read_released,
+    released_settings,
+    to_released,
+)
 from frugal.cit.recipes import published_optimizer, published_schedule
+from frugal.common.checkpoint.store import find_checkpoint, load_weights
 from frugal.common.cli import command_words, run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import HuggingFace
@@ -32,9 +42,7 @@ from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe, Reductions, load_recipe, model_of
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate
-
-if TYPE_CHECKING:
-    from frugal.cit.published_dual import Released
+from frugal.common.weights.runs import write_converted
 
 _UPDATES, _BATCH = 5_000, 16_384
 
@@ -87,9 +95,6 @@ def convert(options: Options) -> None:
 
 
 def _write_run(options: Options) -> None:
-    from frugal.cit.published_dual import Heads, read_released
-    from frugal.common.weights.runs import write_converted
-
     if options.kind is not None:
         raise InputError(
             f"--kind {options.kind} is for runs of ours; a released model says itself what it is"
@@ -135,11 +140,6 @@ def _recipe(released: Released, options: Options) -> Recipe:
 
 
 def _write_released(options: Options) -> None:
-    import torch
-
-    from frugal.cit.published_dual import kind_of, released_settings, to_released
-    from frugal.common.checkpoint.store import find_checkpoint, load_weights
-
     given = (options.tokenizer, options.length, options.image_heads, options.text_heads)
     if any(value is not None for value in given):
         raise InputError(

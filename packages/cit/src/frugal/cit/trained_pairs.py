@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import tyro
 
 from frugal.cit.curated_data import CuratedData
+from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.cli import command_words, run_politely
 from frugal.common.data.damage import Damaged
 from frugal.common.data.patterns import needs_index
@@ -80,8 +81,6 @@ def count_pairs(run: Path, out: Path, *, rows_at_once: int = ROWS_AT_ONCE) -> tu
     Raises:
         InputError: if it is no run of CiT, or the file of a curation is missing.
     """
-    from frugal.common.checkpoint.store import find_checkpoint
-
     recipe = load_recipe(run / "recipe.json")
     if not isinstance(recipe.data, CuratedData):
         raise InputError(f"{run} is a run that chose no pairs itself; give a run of CiT")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import ShareBelowOne
@@ -44,8 +46,6 @@ class BlockMasking(ImageReduction):
         """
         if self.mask_ratio == 0:
             return None
-        import torch
-
         sides = self.sides(view.grid)
         draws = noise.uniform(PURPOSE, 2)  # (B, 2)
         places = [whole - side + 1 for whole, side in zip(view.grid, sides, strict=True)]

@@ -16,7 +16,9 @@ from pathlib import Path
 import tyro
 
 from frugal.clipa.named_models import MODELS
+from frugal.clipa.published_weights import read_published
 from frugal.clipa.recipes import released
+from frugal.clipa.tower_of_weights import fit_towers
 from frugal.common.cli import command_words, run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
@@ -26,6 +28,7 @@ from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.vit import ImagePooling
 from frugal.common.recipe import Recipe, model_of
 from frugal.common.run import make_logger
+from frugal.common.weights.runs import write_converted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +73,6 @@ def convert(options: Options, log: logging.Logger) -> None:
     """
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise InputError(f"{options.out} is there already and not empty; choose another --out")
-    from frugal.clipa.published_weights import read_published
-    from frugal.clipa.tower_of_weights import fit_towers
-    from frugal.common.weights.runs import write_converted
-
     published = read_published(options.source)
     model, state = fit_towers(
         published,

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
+
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Range, check_ranges
 from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
@@ -34,8 +36,6 @@ class GridMasking(ImageReduction):
         Returns:
             Dense, (B, K), K = ceil(rows / window) * ceil(columns / window).
         """
-        import torch
-
         rows, columns = view.grid
         top = torch.arange(0, rows, self.window, device=view.device)[:, None]
         left = torch.arange(0, columns, self.window, device=view.device)

@@ -1,4 +1,4 @@
-"""CLIPA's towers under the names that its checkpoints go by; nothing here imports torch.
+"""CLIPA's towers under the names that its checkpoints go by.
 
 The second version's (arXiv:2306.15658) are ``ViT-L-14-CLIPA``, ``ViT-H-14-CLIPA-336`` and so on,
 as in open_clip. open_clip's configurations of these names have an epsilon of 1e-5 and the exact

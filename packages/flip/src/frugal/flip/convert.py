@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import tyro
 
 from frugal.common.cli import command_words, run_politely
@@ -25,15 +25,26 @@ from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.word_pieces import read_entries
 from frugal.common.errors import InputError
 from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.finite import refuse_not_finite
+from frugal.common.models.weight_names import State
 from frugal.common.recipe import Recipe, model_of
 from frugal.common.run import make_logger
+from frugal.common.weights.runs import write_converted
+from frugal.flip.published_weights import (
+    IMAGE_TABLE,
+    LOGIT_SCALE,
+    Sizes,
+    check_image_table,
+    check_names,
+    config_of_sizes,
+    empty_state,
+    flax_views,
+    sizes_of_config,
+    sizes_of_tree,
+)
 from frugal.flip.recipes import RECIPES
 from frugal.flip.stored_arrays import StoredArray
 from frugal.flip.t5x_archive import T5xArchive, open_archive
-
-if TYPE_CHECKING:
-    from frugal.common.models.weight_names import State
-    from frugal.flip.published_weights import Sizes
 
 _PUBLISHED = ("base", "large", "huge14")
 _VOCABULARY = 30_523
@@ -83,9 +94,6 @@ def convert(options: Options, log: logging.Logger) -> None:
     Raises:
         InputError: if either cannot be done; nothing is written then.
     """
-    from frugal.common.weights.runs import write_converted
-    from frugal.flip.published_weights import sizes_of_tree
-
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise InputError(f"{options.out} is there already and not empty; choose another --out")
     with open_archive(options.source) as archive:
@@ -127,7 +135,6 @@ def _recipe(sizes: Sizes, options: Options, *, source: str) -> tuple[str, Recipe
         InputError: if the archive is not of the stated recipe's size, or of no published one and
             the heads are not given.
     """
-    from frugal.flip.published_weights import config_of_sizes, sizes_of_config
 
     def sizes_of_recipe(name: str) -> Sizes:
         return sizes_of_config(model_of(DualEncoderConfig, RECIPES[name]().model))
@@ -212,18 +219,7 @@ def _read(
     Raises:
         InputError: if a parameter is missing, of another shape or damaged.
     """
-    import torch
     from tqdm import tqdm
-
-    from frugal.common.models.finite import refuse_not_finite
-    from frugal.flip.published_weights import (
-        IMAGE_TABLE,
-        LOGIT_SCALE,
-        check_image_table,
-        check_names,
-        empty_state,
-        flax_views,
-    )
 
     arrays = archive.parameters
     wanted = flax_views(empty_state(model, device="meta"), model)
@@ -256,8 +252,6 @@ def _fixed_log_scale(
     Raises:
         InputError: if a temperature is wanted and not given, or given and not wanted.
     """
-    from frugal.flip.published_weights import LOGIT_SCALE
-
     if LOGIT_SCALE not in arrays and temperature is None:
         raise InputError(
             f"{source} has no {LOGIT_SCALE}: the model was trained with a fixed temperature, "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.flax_names import flax_blocks, flax_norm
 from frugal.common.models.vit import image_table
 from frugal.common.models.weight_names import Rule, State
@@ -57,8 +57,6 @@ _RULES = (
 
 def empty_state(config: DualEncoderConfig, *, device: str = "cpu") -> State:
     """Our ``DualEncoder``'s tensors by name, float32 and not yet filled (``meta``: shapes only)."""
-    from frugal.common.models.clip import DualEncoder
-
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in DualEncoder(config).state_dict().items()}
     return {name: torch.empty(shape, device=device) for name, shape in shapes.items()}

@@ -15,22 +15,31 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import tyro
+from safetensors.torch import save_file
 
+from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint, save_weights
 from frugal.common.cli import command_words, run_politely
 from frugal.common.errors import InputError
+from frugal.common.models.finite import refuse_not_finite
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
 from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.run import Run, make_logger
+from frugal.common.weights.files import read_content, state_in
 from frugal.milan.model import MaskedModel
 from frugal.milan.objective import ReconstructPixels
+from frugal.milan.published_weights import (
+    Published,
+    from_published,
+    from_published_moments,
+    to_published,
+    to_published_moments,
+)
 from frugal.milan.recipes import RECIPES, WARMUP_EPOCHS
-
-if TYPE_CHECKING:
-    from frugal.milan.published_weights import Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +88,6 @@ def convert(options: Options) -> None:
 
 
 def _write_run(options: Options) -> None:
-    from frugal.common.weights.files import read_content, state_in
-    from frugal.milan.published_weights import from_published, from_published_moments
-
     source = str(options.source)
     content = read_content(options.source)
     state = state_in(content, source=source)
@@ -169,10 +175,6 @@ def _save(
     scaler: Mapping[str, Any] | None,
 ) -> None:
     """A run directory: with AdamW's moments one that can go on, without them weights alone."""
-    import torch
-
-    from frugal.common.checkpoint.store import CheckpointStore, save_weights
-
     recipe = replace(recipe, run=replace(recipe.run, dir=folder))
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text(json.dumps(to_json(recipe), indent=2))
@@ -210,13 +212,6 @@ def _tell(out: Path, model: MaskedModel, outputs: int, step: int) -> None:
 
 
 def _write_file(source: Path, out: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    from frugal.common.checkpoint.store import find_checkpoint
-    from frugal.common.models.finite import refuse_not_finite
-    from frugal.milan.published_weights import to_published, to_published_moments
-
     checkpoint = find_checkpoint(source)
     recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
     if not isinstance(recipe.model, MaskedModel):

@@ -1,7 +1,7 @@
 """Sets of tasks that are measured together: 26 classification tasks, and ImageNet's variants.
 
 The 26 tasks are those of SLIP (Mu et al., arXiv:2112.12750) and CiT (Xu et al., arXiv:2301.02241),
-with the class names and prompts of CLIP (see ``task_labels``). Nothing here imports torch.
+with the class names and prompts of CLIP (see ``task_labels``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Class names and prompt templates of the 26 tasks on which CLIP-class models are compared.
 
 The files in ``slip_labels`` are those of SLIP (Mu et al., arXiv:2112.12750; MIT license beside
-them), which CiT (arXiv:2301.02241) uses too. Nothing here imports torch.
+them), which CiT (arXiv:2301.02241) uses too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a model computes with, in words: what weights alone do not show, printed when they are read.
-
-Nothing here imports torch.
-"""
+"""What a model computes with, in words: what its weights alone do not show."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """How other libraries prepare an image: what their files say of it, read by one rule for each.
 
 Everything that takes a model of transformers, open_clip or timm asks here: evaluations, imports,
-teachers, towers that training starts from. Every option is honored or refused by its name. Nothing
-here imports torch.
+teachers, towers that training starts from. Every option is honored or refused by its name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Towers of timm and transformers as parts of a recipe; nothing here imports torch.
+"""Towers of timm and transformers as parts of a recipe.
 
 A tower says what it is made of in a text that is written into the recipe, so that a run needs the
 folder or the hub that it was named by only once.

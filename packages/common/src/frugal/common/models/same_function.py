@@ -2,7 +2,6 @@
 
 Names and shapes of weights agree between towers of other heads, activations, epsilons, means or
 poolings, which make other numbers of them. Whatever takes weights from somewhere compares here.
-Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from frugal.common.errors import InputError
 from frugal.common.files import read_json_object
 from frugal.common.recipe import Recipe, load_recipe
 
+_LOG = logging.getLogger("frugal")
 REQUIRED = (
     "zero_shot_top1",
     "zero_shot_top1_held_out",
@@ -52,7 +54,10 @@ def find_stages(folder: Path) -> dict[str, Path]:
     """
     if (folder / "recipe.json").is_file():
         return {folder.name: folder}
-    runs = [path.parent for path in sorted(folder.glob("*/recipe.json"))]
+    found = [path.parent for path in sorted(folder.glob("*/recipe.json"))]
+    runs = [run for run in found if not _is_export(run)]
+    for export in sorted(set(found) - set(runs)):
+        _LOG.warning("%s holds weights for another library and no run; it is passed over", export)
     if not runs:
         raise InputError(
             f"{folder} holds no run (a folder with recipe.json); give a run directory, or a folder "
@@ -68,6 +73,11 @@ def find_stages(folder: Path) -> dict[str, Path]:
         return count
 
     return {run.name: run for run in sorted(runs, key=ancestors)}
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a recipe lies beside weights in another library's layout, as exports keep it."""
+    return not any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl"))
 
 
 def collect_numbers(stages: Mapping[str, Path]) -> dict[str, Any]:
