@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, BertTokenizer
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace, Tokenizer, WordPiece
 from frugal.common.weights.transformers.tokenizer import as_transformers, save
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "flip"
+GOLDEN = Path(__file__).parents[3] / "golden" / "flip"
 LENGTH = 24
 
 

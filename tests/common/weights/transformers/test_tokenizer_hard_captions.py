@@ -22,7 +22,7 @@ from frugal.common.evaluation.embed import Embedder
 from frugal.common.reduction.text import Truncate
 from frugal.common.weights.transformers.tokenizer import as_transformers, differences, save
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "flip"
+GOLDEN = Path(__file__).parents[3] / "golden" / "flip"
 LENGTH = 77
 HARD = [
     # quotes, dashes and marks of word processors

@@ -24,7 +24,7 @@ from foreign_makers import (
 )
 from run_directories import small
 from safetensors.torch import save_file
-from test_foreign_models import VISION, assert_same, made_by_open_clip, made_here
+from test_load import VISION, assert_same, made_by_open_clip, made_here
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
