@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -203,6 +204,13 @@ def run_code(code: str, *words: object, **variables: str) -> subprocess.Complete
         )  # fmt: skip
         returncode = process.wait(timeout=600)
         return subprocess.CompletedProcess(given, returncode, out.read_text(), errors.read_text())
+
+
+def cpu_seconds_of(*words: str) -> tuple[float, str]:
+    """What a fresh Python takes of a core, whatever else the machine does, and what it says."""
+    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    said = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before, said.stdout
 
 
 def start_ranks(script: str, world_size: int, folder: Path, *words: object) -> Forked:

@@ -31,7 +31,7 @@ def test_the_second_stage_starts_from_the_first_with_its_tables_brought_along(
     words += ("--schedule.warmup-samples=24", "--", "--schedule.samples=24")
     done = chained(*words, run=run)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "image.pos_embed resampled from 4x4 patches to 8x8 patches" in done.stderr
+    assert "image.pos_embed resampled from 4x4 to 8x8 patches" in done.stderr
     first, second = (saved_tensors(run / stage) for stage in ("pretraining", "tuning"))
     assert first["weight/model.image.pos_embed"].shape[1] == 1 + 16
     assert second["weight/model.image.pos_embed"].shape[1] == 1 + 64

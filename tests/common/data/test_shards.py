@@ -1,7 +1,4 @@
 import json
-import resource
-import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -9,7 +6,7 @@ import webdataset
 
 from frugal.common import shards
 from frugal.common.data.stores.index import find_index, read_summary
-from support import run_code
+from support import cpu_seconds_of, run_code
 
 
 def run(capsys, *words):
@@ -17,12 +14,6 @@ def run(capsys, *words):
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     return code, said.out, said.err
-
-
-def cpu_seconds_of(*words: str) -> tuple[float, str]:
-    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    said = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
-    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before, said.stdout
 
 
 def test_help_answers_at_once_and_needs_nothing_slower_than_torch():

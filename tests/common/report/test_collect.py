@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_weights_that_were_exported_beside_runs_are_passed_over(
     export.mkdir()
     (export / "recipe.json").write_bytes((run / "recipe.json").read_bytes())
     (export / "model.safetensors").touch()
+    logging.getLogger("frugal").propagate = True  # which the run has turned off
     assert find_stages(tmp_path) == {"one": run}
     assert f"{export} holds weights for another library and no run" in caplog.text
 

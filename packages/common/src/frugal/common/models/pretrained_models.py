@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
@@ -346,6 +345,8 @@ def probe(config: Any) -> Probe:
 @functools.cache
 def forward_flops(config: Any, seen: int) -> float:
     """Forward FLOPs of one image or of one caption of so many tokens."""
+    from torch.utils.flop_counter import FlopCounterMode  # which imports triton
+
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         _pool_nothing(make(config).eval(), config, seen)
     return float(counter.get_total_flops())
