@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+# Files run side by side: processes that each take all cores would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 sys.path.insert(0, str(Path(__file__).parent / "reference"))  # for `import reference_milan`
 
