@@ -82,10 +82,47 @@ def test_an_unknown_recipe_is_named_with_the_choice() -> None:
         read("demmo")
 
 
-def test_an_unknown_flag_ends_with_code_2() -> None:
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        (
+            "--mask-ration=0.5",
+            "did you mean --reduction.image.mask-ratio or "
+            + " or ".join(f"--evaluation.{number}.mask-ratio" for number in range(3))
+            + "?",
+        ),
+        ("--engine.precison=float32", "did you mean --engine.precision?"),
+        ("--seed=7", "did you mean --run.seed?"),
+        ("--run.sede=7", "did you mean --run.seed?"),
+        ("--evaluation.9.name=a", "did you mean --evaluation.2.name?"),
+        ("--zzz=1", "--help lists those that there are"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_the_nearest_that_there_is(
+    given: str, nearest: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        read("demo", given)
+    assert str(refused.value) == f"there is no {given.partition('=')[0]} in this recipe; {nearest}"
+
+
+def test_a_value_of_the_wrong_kind_ends_with_code_2(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
-        read("demo", "--mask-ration", "0.5")
+        read("demo", "--batch-size", "many")
     assert stopped.value.code == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "frugal.common.reduction.image.ImageReduction", "frugal.common.recipe.Recipe",
+        "frugal.common.cli.overridden", "frugal.common.cli.re",
+    ],
+)  # fmt: skip
+def test_what_is_no_reduction_is_refused_and_never_called(name: str) -> None:
+    with pytest.raises(InputError, match="is no ImageReduction to train with; give one such as"):
+        read("demo", f"--reduction.image={name}")
 
 
 def test_a_recipe_of_another_program_is_not_imported(tmp_path: Path) -> None:

@@ -33,12 +33,12 @@ def recipe_of(*, seed: int = 0, length: int = 8, **image) -> Recipe:
     )
 
 
-def saved(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Write a run of freshly drawn weights; what it holds."""
+def saved(folder: Path, recipe: Recipe, *, kept: bool = False) -> dict[str, torch.Tensor]:
+    """Write a run of freshly drawn weights, its recipe in the checkpoint too; what it holds."""
     weights = recipe.objective.build(recipe).state_dict()
     store = CheckpointStore(Run(folder, 0, 1, 0, torch.device("cpu"), LOG), keep=1)
     tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
-    store.save(tensors, {"step": 3})
+    store.save(tensors, {"step": 3, "recipe": to_json(recipe)} if kept else {"step": 3})
     (folder / "recipe.json").write_text(json.dumps(to_json(recipe)))
     return weights
 

@@ -222,3 +222,24 @@ def test_flags_that_are_advised_go_together(tmp_path: Path) -> None:
     words = ["demo", *shlex.split(flags)]
     _, mended = read_command_line({"demo": lambda: here}, program="train", arguments=words)
     assert mended.model == there.model
+
+
+@pytest.mark.parametrize("damage", ["cut", "wrong kind", "unknown type"])
+def test_where_recipe_json_is_damaged_that_of_the_checkpoint_says_what_the_model_computes(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = recipe_of()
+    saved(tmp_path, recipe, kept=True)
+    file = tmp_path / "recipe.json"
+    whole = file.read_text()
+    damaged = {
+        "cut": whole[: len(whole) // 2],
+        "wrong kind": whole.replace('"width": 16', '"width": "16"', 1),
+        "unknown type": whole.replace("frugal.common.recipe.Recipe", "frugal.common.recipe.Nope"),
+    }
+    assert damaged[damage] != whole
+    file.write_text(damaged[damage])
+    with pytest.raises(InputError, match=r"has image\.heads 2, but model\.image\.heads is 4"):
+        started(tmp_path, recipe_of(heads=4))
+    assert "no recipe says" not in caplog.text
+    started(tmp_path, recipe)

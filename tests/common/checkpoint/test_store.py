@@ -131,8 +131,11 @@ def test_a_run_a_folder_of_checkpoints_and_one_step_all_name_a_checkpoint(tmp_pa
     assert find_checkpoint(tmp_path).step == 20
     assert find_checkpoint(tmp_path / "checkpoints").step == 20
     assert find_checkpoint(step).step == 20
-    with pytest.raises(InputError, match="there is no checkpoint"):
+    with pytest.raises(InputError, match="elsewhere does not exist"):
         find_checkpoint(tmp_path / "elsewhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        find_checkpoint(tmp_path / "empty")
 
 
 def test_failure_to_write_leaves_older_checkpoints_alone(tmp_path: Path) -> None:

@@ -46,7 +46,21 @@ def test_weights_that_were_exported_beside_runs_are_passed_over(
     (export / "model.safetensors").touch()
     logging.getLogger("frugal").propagate = True  # which the run has turned off
     assert find_stages(tmp_path) == {"one": run}
-    assert f"{export} holds weights for another library and no run" in caplog.text
+    assert f"{export} holds no checkpoint and no log of a run" in caplog.text
+
+
+def test_a_run_whose_recipe_cannot_be_read_is_passed_over_beside_others(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished_run(tmp_path / "one", small_recipe(scenes), seconds=2.0)
+    broken = finished_run(tmp_path / "two", small_recipe(scenes), seconds=2.0)
+    (broken / "recipe.json").write_text('{"type": ')
+    logging.getLogger("frugal").propagate = True
+    assert find_stages(tmp_path) == {"one": run}
+    assert f"{broken} is passed over: {broken / 'recipe.json'} is not a recipe" in caplog.text
+    (run / "recipe.json").write_text("{}")
+    with pytest.raises(InputError, match=r"(does not hold|is not) a recipe"):
+        find_stages(tmp_path)
 
 
 def test_samples_per_second_are_those_of_the_log_and_not_of_the_whole_time(

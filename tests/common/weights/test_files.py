@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -508,3 +509,26 @@ def test_exports_come_back_with_the_numbers_they_left_with(
     tower = read_encoder(tmp_path / "back").build()
     with torch.no_grad():
         torch.testing.assert_close(tower.forward_pooled(images), pooled[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["text blocks", "token table", "flat pixels"])
+def test_an_openai_file_that_is_not_whole_is_one_sentence(part: str, tmp_path: Path) -> None:
+    state = dict(openai_model(resnet=False).state_dict())
+    if part == "text blocks":
+        state = {n: t for n, t in state.items() if not n.startswith("transformer.resblocks.")}
+        said = "holds no transformer.resblocks.0.mlp.c_fc.weight"
+    elif part == "token table":
+        del state["token_embedding.weight"]
+        said = "it has no token_embedding.weight"
+    else:
+        state["visual.conv1.weight"] = state["visual.conv1.weight"].flatten(1)
+        said = "has 2 dimensions, not 4"
+    torch.save(state, tmp_path / "file.pt")
+    with pytest.raises(InputError, match=re.escape(said)):
+        load_model(tmp_path / "file.pt", name="openai")
+
+
+def test_a_path_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    for name in (None, "openai", "ViT-B-32"):
+        with pytest.raises(InputError, match="there is no file or folder"):
+            load_model(tmp_path / "nothere.pt", name=name)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import importlib
+import inspect
+import io
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -20,7 +23,7 @@ import tyro
 from frugal.common.distributed import forget_launchers, launcher_ranks
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import reason_of, refuse_exhaustion
-from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.recipe import Recipe, load_recipe, to_json
 from frugal.common.reduction.image import ImageReduction
 from frugal.common.reduction.text import TextReduction
 
@@ -88,15 +91,12 @@ def read_command_line(
         saved = load_recipe(Path(words[0]))
         recipe = overridden(saved, words[1:], program=f"{program} {words[0]}")
         return Path(words[0]).parent.name, recipe
+    if words and not words[0].startswith("-"):
+        name = _dashed(words[0])
+        recipe, about = named_recipe(recipes, name), _first_sentence(_dashed_names(recipes)[name])
+        program = f"{program} {name}"
+        return name, overridden(recipe, words[1:], program=program, about=about)
     choices = {_dashed(name): (_first_sentence(make), make()) for name, make in recipes.items()}
-    if words:
-        words = [_dashed(words[0]), *words[1:]]
-    if words and not words[0].startswith("-") and words[0] not in choices:
-        raise _no_recipe(words[0], choices)
-    if words and words[0] in choices:
-        described, recipe = choices[words[0]]
-        recipe, words = _with_strategies(recipe, words)
-        choices[words[0]] = (described, recipe)
     recipe = tyro.extras.overridable_config_cli(choices, args=words, prog=program)
     return words[0], recipe
 
@@ -109,25 +109,85 @@ def named_recipe(recipes: Recipes, name: str) -> Recipe:
     """
     if name.endswith(".json"):
         return load_recipe(Path(name))
-    named = {_dashed(known): make for known, make in recipes.items()}
+    named = _dashed_names(recipes)
     if _dashed(name) not in named:
-        raise _no_recipe(name, named)
+        raise InputError(
+            f"there is no recipe {name!r}; choose from {', '.join(named)}, or give the path of a "
+            "recipe.json"
+        )
     return named[_dashed(name)]()
 
 
-def overridden(recipe: Recipe, words: list[str], *, program: str) -> Recipe:
-    """A recipe with the fields that flags override; a mistake ends the process with exit code 2."""
+def _dashed_names(recipes: Recipes) -> Recipes:
+    return {_dashed(name): make for name, make in recipes.items()}
+
+
+def overridden(
+    recipe: Recipe, words: list[str], *, program: str, about: str | None = None
+) -> Recipe:
+    """A recipe with the fields that flags override; a mistake ends the process with exit code 2.
+
+    Args:
+        recipe: to change.
+        words: of the command line.
+        program: what was typed before them, for messages.
+        about: the recipe, in a sentence for the help.
+    """
     recipe, words = _with_strategies(recipe, words)
-    return tyro.cli(
-        Recipe, default=recipe, args=words, prog=program, config=(tyro.conf.AvoidSubcommands,)
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Recipe,
+                default=recipe,
+                args=words,
+                prog=program,
+                description=about,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as end:
+        if end.code and (mistake := _unknown_flag(recipe, words)):
+            raise InputError(mistake) from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
-def _no_recipe(name: str, known: Iterable[str]) -> InputError:
-    return InputError(
-        f"there is no recipe {name!r}; choose from {', '.join(known)}, or give the path of a "
-        "recipe.json"
-    )
+def _unknown_flag(recipe: Recipe, words: Iterable[str]) -> str | None:
+    """A sentence for the first flag that a recipe does not have, with the nearest that it has."""
+    known = list(_flags(to_json(recipe)))
+    for word in words:
+        flag = _dashed(word.partition("=")[0])
+        if not flag.startswith("--") or flag in known:
+            continue
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.8) or _with_leaf(flag, known)
+        ask = f"did you mean {' or '.join(near)}?" if near else "--help lists those that there are"
+        return f"there is no {flag} in this recipe; {ask}"
+    return None
+
+
+def _with_leaf(flag: str, known: Iterable[str]) -> list[str]:
+    """The flags that end as one does, or nearly so."""
+    leaf = flag.removeprefix("--").rpartition(".")[2]
+    leaves: dict[str, list[str]] = {}
+    for name in known:
+        leaves.setdefault(name.removeprefix("--").rpartition(".")[2], []).append(name)
+    nearest = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    return [name for found in nearest for name in leaves[found]]
+
+
+def _flags(value: Any, name: str = "") -> Iterator[str]:
+    """Of every field in a recipe as JSON, and the one that turns a yes or no off."""
+    if isinstance(value, dict):
+        inside = {key: item for key, item in value.items() if key != "type"}
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        inside = {str(place): item for place, item in enumerate(value)}
+    else:
+        parent, _, leaf = name.rpartition(".")
+        yield f"--{name}"
+        yield f"--{parent}.no-{leaf}".replace("--.", "--")
+        return
+    for key, item in inside.items():
+        yield from _flags(item, f"{name}.{_dashed(key)}".removeprefix("."))
 
 
 def _with_strategies(recipe: Recipe, words: list[str]) -> tuple[Recipe, list[str]]:
@@ -146,13 +206,18 @@ def _with_strategies(recipe: Recipe, words: list[str]) -> tuple[Recipe, list[str
         else:
             waiting = flag.rpartition(".")[2]
     if waiting is not None:
-        raise InputError(
-            f"--reduction.{waiting} needs the import path of a class, such as {_EXAMPLE}"
-        )
+        flag = f"--reduction.{waiting}"
+        raise InputError(f"{flag} needs the import path of a class, such as {_EXAMPLES[flag]}")
     return replace(recipe, reduction=replace(recipe.reduction, **strategies)), rest
 
 
-_EXAMPLE = "frugal.common.reduction.random_masking.RandomMasking"
+_BASES: dict[str, type] = {"--reduction.image": ImageReduction, "--reduction.text": TextReduction}
+_EXAMPLES = {
+    "--reduction.image": "frugal.common.reduction.random_masking.RandomMasking, or "
+    "frugal.common.reduction.image.KeepAll to leave nothing out",
+    "--reduction.text": "frugal.common.reduction.text.Truncate, which leaves no more out than it "
+    "must",
+}
 
 
 def _strategy(flag: str, name: str) -> Any:
@@ -162,22 +227,26 @@ def _strategy(flag: str, name: str) -> Any:
         InputError: if there is no such class, or it is no reduction of this kind.
     """
     module, _, kind = name.rpartition(".")
-    base = {"--reduction.image": ImageReduction, "--reduction.text": TextReduction}[flag]
+    base = _BASES[flag]
     if not module.startswith("frugal."):
         raise InputError(
             f"{flag} is {name!r}; give the import path of one of Frugal's classes, such as "
-            f"{_EXAMPLE}"
+            f"{_EXAMPLES[flag]}"
         )
     try:
-        strategy = getattr(importlib.import_module(module), kind)()
+        strategy = getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError):
         raise InputError(
             f"{flag} names {name!r}, which is not installed; the READMEs of the packages list what "
             "there is"
         ) from None
-    if not isinstance(strategy, base):
-        raise InputError(f"{flag} names {name!r}, which is no {base.__name__}")
-    return strategy
+    is_class = isinstance(strategy, type) and issubclass(strategy, base)
+    if not is_class or inspect.isabstract(strategy):
+        raise InputError(
+            f"{flag} names {name!r}, which is no {base.__name__} to train with; give one such as "
+            f"{_EXAMPLES[flag]}"
+        )
+    return strategy()
 
 
 def _dashed(name: str) -> str:

@@ -15,10 +15,11 @@ square. Optimizer and counters begin afresh.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ from frugal.common.models.same_function import advice, differences, refuse_other
 from frugal.common.models.text import TextTower, TextTransformer
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.models.weight_names import State
-from frugal.common.recipe import from_json, load_recipe
+from frugal.common.recipe import Recipe, from_json, load_recipe
 from frugal.common.weights.files import without_prefix
 from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.libraries import is_run
@@ -87,6 +88,11 @@ class Start:
         if isinstance(source, Path) and source.is_dir() and not is_run(source):
             source = load_model(source)
         if isinstance(source, ModelBundle):
+            if source.text is None and objective.tokenizer is not None:
+                raise InputError(
+                    f"{source.source.path} holds an image tower alone, but this recipe trains a "
+                    "text tower too; start from a model of both"
+                )
             weights = _of_bundle(source)
         else:
             weights = _of_run(source, self.log)
@@ -170,21 +176,33 @@ def _saved_model(
 ) -> tuple[object | None, TokenizerSource | None]:
     """The configuration of the model of a checkpoint and of its tokenizer, as far as known."""
     folder = checkpoint.folder.parent.parent
-    try:
-        if (folder / "recipe.json").exists():
-            recipe = load_recipe(folder / "recipe.json")
-        elif (kept := checkpoint.state.get("recipe")) is not None:
-            recipe = from_json(kept, source=str(checkpoint.folder / "state.json"))
-        elif (folder / MODEL_FILE).exists():
-            source = str(folder / MODEL_FILE)
-            about = from_json(read_json_object(folder / MODEL_FILE), source=source)
-            return about["model"], about["tokenizer"]
-        else:
-            return None, None
-    except InputError as error:
-        log.warning("%s; its images count as square", error)
-        return None, None
+    description = folder / MODEL_FILE
+    ways: list[Callable[[], tuple[object, TokenizerSource | None]]] = []
+    if (folder / "recipe.json").exists():
+        ways.append(lambda: _of_recipe(load_recipe(folder / "recipe.json")))
+    if (kept := checkpoint.state.get("recipe")) is not None:
+        source = str(checkpoint.folder / "state.json")
+        ways.append(lambda: _of_recipe(from_json(kept, source=source)))
+    if description.exists():
+        ways.append(lambda: _of_description(read_json_object(description), str(description)))
+    for way in ways:
+        try:
+            return way()
+        except InputError as error:
+            log.warning("%s", error)
+    return None, None
+
+
+def _of_recipe(recipe: Recipe) -> tuple[object, TokenizerSource | None]:
     return recipe.model, recipe.data.caption_tokenizer
+
+
+def _of_description(about: Mapping[str, Any], source: str) -> tuple[object, TokenizerSource | None]:
+    try:
+        parts = [from_json(about[name], source=source) for name in ("model", "tokenizer")]
+    except KeyError as error:
+        raise InputError(f"{source} lacks {error.args[0]!r}") from None
+    return parts[0], parts[1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,18 +213,24 @@ def _init_whole(objective: Objective, weights: _Weights, start: Initializer) -> 
     here: object | None = getattr(objective.model, "config", None)
     is_known = weights.config is not None and here is not None
     unlike = differences(weights.config, here, part="model") if is_known else []
-    way = advice(unlike, weights.instead) or "start from a run of the same architecture"
+    # the recipe of another method's run makes no model of this one
+    instead = weights.instead if type(weights.config) is type(here) else ""
+    way = advice(unlike, instead) or "start from a run of the same architecture"
     state, wanted = dict(weights.state), objective.state_dict()
     freedom = Freedom(kind="the model")
+    # first what no interpolation can help
+    if what := misfit(*(_without_tables(named) for named in (state, wanted))):
+        raise InputError(
+            f"the weights of {weights.source} do not fit this recipe's model: {what}; {way}"
+        )
     notes = _bring_tables(objective, state, weights, freedom, start, way=way)
     if what := misfit(state, wanted):
         raise InputError(
             f"the weights of {weights.source} do not fit this recipe's model: {what}; {way}"
         )
     if is_known:
-        what, instead = weights.what, weights.instead
         refuse_other_function(
-            weights.config, here, part="model", what=what, log=start.log, instead=instead
+            weights.config, here, part="model", what=weights.what, log=start.log, instead=instead
         )
         _refuse_other_tokens(weights, objective.tokenizer, start.log)
         _tell_clamped(objective, state, start.log)
@@ -214,6 +238,10 @@ def _init_whole(objective: Objective, weights: _Weights, start: Initializer) -> 
     step = "" if weights.step is None else f"step {weights.step} of "
     said = ", ".join([f"{len(wanted)} tensors", *weights.notes, *notes])
     start.log.info("started from %s%s: %s", step, weights.source, said)
+
+
+def _without_tables(state: Mapping[str, Tensor]) -> State:
+    return {name: tensor for name, tensor in state.items() if not name.endswith("pos_embed")}
 
 
 def _tell_clamped(objective: Objective, state: State, log: logging.Logger) -> None:

@@ -461,6 +461,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
         checkpoint = newest_checkpoint(folder) if folder.is_dir() else None
         if checkpoint is not None:
             return checkpoint
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a run directory or one of its checkpoints")
     raise InputError(
         f"there is no checkpoint in {path}; give a run directory or a folder checkpoints/step_..."
     )

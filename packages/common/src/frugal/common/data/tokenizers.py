@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from frugal.common.data.vocabularies import BytePairs, Transformers, Vocabulary
 from frugal.common.data.word_pieces import WordPieces, bert_vocabulary, read_entries
 from frugal.common.errors import InputError
@@ -105,6 +108,24 @@ def text_length(ids: Sequence[int], tokenizer: Any) -> int:
     """
     end = getattr(tokenizer, "end_id", None)
     return list(ids).index(end) + 1 if end is not None and end in ids else len(ids)
+
+
+def padded(
+    captions: Sequence[Sequence[int]], tokenizer: Tokenizer, *, length: int
+) -> tuple[Tensor, Tensor]:
+    """(B, length) int64 token ids, padded on the right, and (B,) int64 tokens of each text.
+
+    Args:
+        captions: token ids, special tokens included; at most ``length`` of each.
+        tokenizer: that they are of.
+        length: tokens that a text tower takes.
+    """
+    token_ids = torch.full((len(captions), length), tokenizer.pad_id, dtype=torch.int64)
+    lengths = torch.zeros(len(captions), dtype=torch.int64)
+    for row, ids in enumerate(captions):
+        token_ids[row, : len(ids)] = torch.as_tensor(ids)
+        lengths[row] = text_length(ids, tokenizer)
+    return token_ids, lengths
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -242,8 +242,10 @@ def _refuse_without_text(
     """An image tower alone is measured by what its recipe says, or by what is trained on top."""
     said = f"{options.checkpoint} holds a model without a text tower"
     ways = []
-    if others := list(_others(own)):
-        ways.append(f"its own {' and '.join(others)}: give --data")
+    if others := _others(own):
+        names = " and ".join(others)
+        takes_data = any(isinstance(task, FolderEvaluation) for task in others.values())
+        ways.append(f"its own {names}{': give --data' if takes_data else f', --tasks {names}'}")
     if words := _of_encoders(bundle):
         trained = f" (or {', '.join(transfer_tasks())}, which train)" if transfer_tasks() else ""
         ways.append(f"--tasks {words[0]} --data DATA{trained}")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor, nn
 
-from frugal.common.data.tokenizers import text_length
+from frugal.common.data.tokenizers import padded
 from frugal.common.data.transforms import normalize
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
@@ -293,12 +293,7 @@ class Embedder:
         return self._unit(self._text_features(texts), 1)  # (B, E)
 
     def _text_features(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        shape = (len(texts), self.context_length)
-        token_ids = torch.full(shape, self.tokenizer.pad_id, dtype=torch.int64)  # (B, T)
-        lengths = torch.zeros(len(texts), dtype=torch.int64)
-        for row, ids in enumerate(texts):
-            token_ids[row, : len(ids)] = torch.as_tensor(ids)
-            lengths[row] = text_length(ids, self.tokenizer)
+        token_ids, lengths = padded(texts, self.tokenizer, length=self.context_length)
         with autocast(self.precision, self.device):
             return self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
 

@@ -76,7 +76,7 @@ def write(
         own["outcomes_sha256"] = hashlib.sha256(encoded).hexdigest()
     content = {
         **head,
-        "data": str(task.data),
+        "data": None if task.data is None else str(task.data),
         **numbers,
         f"{task.name}_settings": to_json(task),
         f"{task.name}_measured": own,

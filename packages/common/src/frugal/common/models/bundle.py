@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
 
-from frugal.common.data.tokenizers import Tokenizer
-from frugal.common.data.transforms import CenterCrop
+from frugal.common.data.tokenizers import Tokenizer, padded
+from frugal.common.data.transforms import CenterCrop, normalize
+from frugal.common.errors import InputError
 from frugal.common.reduction.text import TextReduction
 
 
@@ -108,3 +112,48 @@ class ModelBundle:
             InputError: if it cannot be loaded.
         """
         return None if self.tokenizer_source is None else self.tokenizer_source.load()
+
+    def prepare(self, images: Sequence[bytes | Path | Image]) -> Tensor:
+        """Images as the model was trained to see them: what ``model.encode_image`` takes.
+
+        Args:
+            images: pictures: the bytes of a file, its path, or a PIL image.
+
+        Returns:
+            (B, 3, H, W) uint8; or float32 and normalized, where the library of the model resizes
+            with a kernel that leaves fractions of a gray level.
+
+        Raises:
+            Damaged: if a picture cannot be decoded.
+        """
+        size = self.image.height_width
+        levels = [self.transform.gray_levels(_encoded(image), size=size) for image in images]
+        pixels = torch.stack([torch.tensor(level) for level in levels])
+        if pixels.dtype == torch.uint8:
+            return pixels
+        return normalize(pixels, mean=self.image.mean, std=self.image.std)
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, T) token ids and (B,) their lengths: what ``model.encode_text`` takes.
+
+        Captions of more tokens than the model reads are cut.
+
+        Raises:
+            InputError: if the model reads no captions, or its tokenizer cannot be loaded.
+        """
+        tokenizer, text = self.tokenizer, self.text
+        if tokenizer is None or text is None:
+            raise InputError(f"{self.source.path} holds a model that reads no captions")
+        ids = [tokenizer.assemble(tokenizer.encode(one), text.length) for one in captions]
+        return padded(ids, tokenizer, length=text.length)
+
+
+def _encoded(image: bytes | Path | Image) -> bytes:
+    """The bytes of a picture file; of a PIL image, of one that keeps every pixel."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Path):
+        return image.read_bytes()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

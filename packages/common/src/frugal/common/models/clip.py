@@ -80,7 +80,10 @@ class DualEncoder(nn.Module):
             self.logit_bias = nn.Parameter(torch.full((1,), config.initial_logit_bias))
 
     def encode_image(self, images: Tensor, kept: KeptPatches | None = None) -> Tensor:
-        """(B, 3, H, W) images, of which only the kept patches are seen, to (B, E) unit float32."""
+        """(B, 3, H, W) images, of which only the kept patches are seen, to (B, E) unit float32.
+
+        Images are uint8, which is normalized here, or float that is normalized already.
+        """
         return unit(self.image(images, kept), self.config.norm_epsilon)
 
     def encode_text(
@@ -89,7 +92,11 @@ class DualEncoder(nn.Module):
         text_lengths: Tensor | None = None,
         text_positions: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) token ids, (B,) their lengths and (B, T) their slots to (B, E) unit float32."""
+        """(B, T) token ids, (B,) their lengths and (B, T) their slots to (B, E) unit float32.
+
+        Without lengths a caption ends where its padding begins; for a tower that pools the end of
+        the text, at its largest id, as in CLIP: give the lengths of any other tokenizer.
+        """
         return unit(self.text(token_ids, text_lengths, text_positions), self.config.norm_epsilon)
 
     def forward(

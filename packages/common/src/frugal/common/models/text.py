@@ -64,9 +64,10 @@ class TextTower:
             raise InputError(f"text.pad_id {self.pad_id} is outside of the vocabulary")
         if self.packed and self.padding_matters:
             raise InputError(
-                "text.packed leaves the padding out, but here it changes the result "
-                f"(text.causal={self.causal}, text.pad_mask={self.pad_mask}, "
-                f"text.pooling={self.pooling}); set text.pad_mask, or leave text.packed off"
+                "model.text.packed leaves the padding out, but here it changes the result "
+                f"(model.text.causal={self.causal}, model.text.pad_mask={self.pad_mask}, "
+                f"model.text.pooling={self.pooling}); add --model.text.pad-mask, or "
+                "--model.text.no-packed"
             )
 
     @property

@@ -57,13 +57,24 @@ def find_stages(folder: Path) -> dict[str, Path]:
     found = [path.parent for path in sorted(folder.glob("*/recipe.json"))]
     runs = [run for run in found if not _is_export(run)]
     for export in sorted(set(found) - set(runs)):
-        _LOG.warning("%s holds weights for another library and no run; it is passed over", export)
+        _LOG.warning(
+            "%s holds no checkpoint and no log of a run, but weights for another library or a run "
+            "that never began; it is passed over", export,
+        )  # fmt: skip
     if not runs:
         raise InputError(
             f"{folder} holds no run (a folder with recipe.json); give a run directory, or a folder "
             "of them"
         )
-    origins = {run: load_recipe(run / "recipe.json").run.start_from for run in runs}
+    origins: dict[Path, Path | None] = {}
+    for run in list(runs):
+        try:
+            origins[run] = load_recipe(run / "recipe.json").run.start_from
+        except InputError as error:
+            if len(runs) == 1:
+                raise
+            _LOG.warning("%s is passed over: %s", run, error)
+            runs.remove(run)
 
     def ancestors(run: Path) -> int:
         origin, count = origins[run], 0

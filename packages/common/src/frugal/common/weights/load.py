@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.in_words import in_words
@@ -38,6 +39,8 @@ def load_model(
         InputError: if there is no model, it cannot be read, or the name does not belong to it.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no file or folder {path}; check the path")
     library = library_of(path, name) or runs.LIBRARY  # which says what is missing
     bundle = library.load(path, name, weights_key)
     if library is not runs.LIBRARY:

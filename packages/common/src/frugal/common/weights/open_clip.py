@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Mapping
@@ -383,6 +384,8 @@ def _activation(options: Mapping[str, Any] | None, *, quick: bool) -> Activation
 
 
 def _tower_options(part: Any, heads: int) -> dict[str, Any]:
+    if not math.isfinite(part.mlp_ratio):
+        raise InputError(f"mlp_ratio is {part.mlp_ratio}, must be a number; correct the settings")
     return {
         "width": part.width,
         "depth": part.layers,

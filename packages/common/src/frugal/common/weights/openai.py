@@ -97,6 +97,15 @@ def visual_state(state: Mapping[str, Tensor], *, source: str) -> State:
 
 def _towers(state: State, source: str) -> DualEncoderConfig:
     """The shape of the towers, from the shapes of their weights."""
+    first = "transformer.resblocks.0.mlp.c_fc.weight"
+    if first not in state:
+        raise InputError(f"{source} holds no {first}; it is no whole model of OpenAI's")
+    for name, dimensions in (("visual.conv1.weight", 4), ("text_projection", 2)):
+        if state[name].ndim != dimensions:
+            raise InputError(
+                f"{name} of {source} has {state[name].ndim} dimensions, not {dimensions}; copy the "
+                "file again"
+            )
     width, _, patch_size, _ = state["visual.conv1.weight"].shape
     image = encoder_of_shapes(
         visual_state(state, source=source),
