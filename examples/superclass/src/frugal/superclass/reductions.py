@@ -23,6 +23,15 @@ class LeftPart(ImageReduction):
     columns: Count = 2
 
     @override
+    def check_patches(self, num_patches: int) -> None:
+        """Refuse more columns than any grid of so many patches has, before anything is written."""
+        if self.columns > num_patches:
+            raise InputError(
+                f"reduction.image.columns is {self.columns}, but an image has {num_patches} "
+                "patches; choose fewer"
+            )
+
+    @override
     def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches:
         """Dense indices (B, rows * columns), row by row."""
         del noise  # nothing is drawn
