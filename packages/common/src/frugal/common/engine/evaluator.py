@@ -95,7 +95,7 @@ def last_evaluated(recipe: Recipe, run: Run) -> float:
             before = {}  # cut in two by a crash
         step = before.get("step", -1)
         known = before.get("data", trained_on.get(task.name, data))
-        if step == recipe.steps and Path(known).resolve() != Path(data).resolve():
+        if step == recipe.steps and _place(known) != _place(data):
             raise InputError(
                 f"{file} holds what this run was measured at on {known}, which {data} would "
                 f"replace; give the evaluation a name of its own with --evaluation.{number}.name"
@@ -104,5 +104,10 @@ def last_evaluated(recipe: Recipe, run: Run) -> float:
     return gather_objects(min(steps))[0]
 
 
-def _data_of(task: EvaluationTask) -> str:
-    return str(task.data)
+def _data_of(task: EvaluationTask) -> str | None:
+    return None if task.data is None else str(task.data)
+
+
+def _place(data: str | None) -> Path | None:
+    """Where data lies, however it is written; earlier versions wrote ``None`` for none."""
+    return None if data in (None, "None") else Path(data).resolve()
