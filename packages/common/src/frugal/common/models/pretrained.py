@@ -6,19 +6,19 @@ folder or the hub that it was named by only once.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import tyro
 
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, reason_of
-from frugal.common.models.clip import DualEncoderConfig
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.preprocess import (
     PROCESSOR_FILES,
     pixels_of_timm,
@@ -26,20 +26,22 @@ from frugal.common.models.preprocess import (
     timm_settings,
     transformers_settings,
 )
+from frugal.common.models.pretrained_models import (
+    about_timm,
+    forward_flops,
+    probe,
+    transformers_config,
+)
+from frugal.common.models.pretrained_towers import (
+    TimmImageModule,
+    TransformersImageModule,
+    TransformersTextModule,
+    build,
+)
 from frugal.common.models.vit import IMAGENET_MEAN, IMAGENET_STD, ImageTower
 from frugal.common.ranges import Count, ShareBelowOne, check_ranges
 from frugal.common.recipe import Recipe
 from frugal.common.reduction.image import Channels, KeepAll
-
-if TYPE_CHECKING:
-    import torch
-
-    from frugal.common.models.clip import DualEncoder
-    from frugal.common.models.pretrained_towers import (
-        TimmImageModule,
-        TransformersImageModule,
-        TransformersTextModule,
-    )
 
 SIMCSE = "princeton-nlp/unsup-simcse-bert-base-uncased"
 """BERT base uncased, tuned without labels (Gao et al., arXiv:2104.08821)."""
@@ -151,25 +153,6 @@ def _check_alone(facts: str, part: str) -> None:
         )
 
 
-@functools.cache
-def transformers_config(facts: str) -> Any:
-    """The configuration that transformers makes of the facts.
-
-    Raises:
-        InputError: if it does not know such a model.
-    """
-    from transformers import AutoConfig
-
-    about = json.loads(facts)
-    settings = dict(about["config"])
-    try:
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except Exception as error:  # noqa: BLE001 - every model checks its settings in its own way
-        raise InputError(
-            f"transformers cannot make the model of {about['name']}: {reason_of(error)}"
-        ) from None
-
-
 class _Whole:
     """An image tower that sees images whole: no part of one can be left out."""
 
@@ -191,16 +174,12 @@ class _Whole:
     @property
     def pooled_width(self) -> int:
         """Of the vector that is projected into the space of texts."""
-        from frugal.common.models.pretrained_models import probe
-
         return probe(self).width
 
     width = pooled_width
 
     def flops(self, seen: float) -> float:
         """Forward FLOPs of one image."""
-        from frugal.common.models.pretrained_models import forward_flops
-
         del seen
         return forward_flops(self, 1)
 
@@ -208,6 +187,9 @@ class _Whole:
 @dataclass(frozen=True, kw_only=True)
 class TransformersImage(_Whole):
     """Any image model of transformers."""
+
+    library: ClassVar[str] = "transformers"
+    part: ClassVar[str] = "image"
 
     name: str
     """A folder with a config.json, or a name on the Hugging Face hub."""
@@ -236,14 +218,15 @@ class TransformersImage(_Whole):
 
     def module(self, embed_dim: int | None = None) -> TransformersImageModule:
         """The tower with weights that are yet to be drawn."""
-        from frugal.common.models.pretrained_towers import TransformersImageModule
-
         return TransformersImageModule(self, embed_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimmImage(_Whole):
     """Any image model of timm, without its head."""
+
+    library: ClassVar[str] = "timm"
+    part: ClassVar[str] = "image"
 
     name: str
     """An architecture, with or without the tag of its weights (vit_base_patch16_224.augreg_in21k),
@@ -281,8 +264,6 @@ class TimmImage(_Whole):
     def about(self) -> dict[str, Any]:
         """architecture, model_args, mean and std."""
         if not self.facts:
-            from frugal.common.models.pretrained_models import about_timm
-
             return about_timm(self.name)
         config = json.loads(self.facts)["config"]
         pixels = pixels_of_timm(timm_settings(config), source=f"the config.json of {self.name}")
@@ -307,14 +288,15 @@ class TimmImage(_Whole):
 
     def module(self, embed_dim: int | None = None) -> TimmImageModule:
         """The tower with weights that are yet to be drawn."""
-        from frugal.common.models.pretrained_towers import TimmImageModule
-
         return TimmImageModule(self, embed_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformersText:
     """Any text model of transformers; of one with a decoder, the encoder."""
+
+    library: ClassVar[str] = "transformers"
+    part: ClassVar[str] = "text"
 
     name: str = SIMCSE
     """A folder with a config.json, or a name on the Hugging Face hub."""
@@ -354,20 +336,14 @@ class TransformersText:
     @property
     def width(self) -> int:
         """Of the pooled vector."""
-        from frugal.common.models.pretrained_models import probe
-
         return probe(self).width
 
     def flops(self, seen: float) -> float:
         """Forward FLOPs of one caption of which so many slots are computed."""
-        from frugal.common.models.pretrained_models import forward_flops
-
         return forward_flops(self, max(round(seen), 1))
 
     def module(self, embed_dim: int | None = None) -> TransformersTextModule:
         """The tower with weights that are yet to be drawn."""
-        from frugal.common.models.pretrained_towers import TransformersTextModule
-
         return TransformersTextModule(self, embed_dim)
 
 
@@ -402,6 +378,4 @@ class PretrainedDualEncoderConfig(DualEncoderConfig):
 
         Without a generator the seed is 0.
         """
-        from frugal.common.models.pretrained_towers import build
-
         return build(self, generator)

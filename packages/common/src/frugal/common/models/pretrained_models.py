@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 import zipfile
 from pathlib import Path
@@ -17,15 +18,28 @@ from frugal.common.files import reason_of
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.from_transformers import load_model
 from frugal.common.models.in_words import some
-from frugal.common.models.pretrained import (
-    TimmImage,
-    TransformersImage,
-    TransformersText,
-    transformers_config,
-)
 from frugal.common.quiet_transformers import quietly
 
 _LOG = logging.getLogger("frugal")
+
+
+@functools.cache
+def transformers_config(facts: str) -> Any:
+    """The configuration that transformers makes of the facts.
+
+    Raises:
+        InputError: if it does not know such a model.
+    """
+    from transformers import AutoConfig
+
+    about = json.loads(facts)
+    settings = dict(about["config"])
+    try:
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except Exception as error:  # noqa: BLE001 - every model checks its settings in its own way
+        raise InputError(
+            f"transformers cannot make the model of {about['name']}: {reason_of(error)}"
+        ) from None
 
 
 class Probe(NamedTuple):
@@ -37,9 +51,9 @@ class Probe(NamedTuple):
     """Parameters that the pooled vector does not depend on, which no training can move."""
 
 
-def pool_image(model: Any, config: TransformersImage | TimmImage, pixels: Tensor) -> Tensor:
+def pool_image(model: Any, config: Any, pixels: Tensor) -> Tensor:
     """(B, 3, H, W) normalized pixels to (B, D)."""
-    if isinstance(config, TimmImage):
+    if config.library == "timm":
         return model(pixels).flatten(1)
     made = model(pixel_values=pixels)
     if config.pooling == "pooler":
@@ -52,7 +66,7 @@ def pool_image(model: Any, config: TransformersImage | TimmImage, pixels: Tensor
 
 def pool_text(
     model: Any,
-    config: TransformersText,
+    config: Any,
     token_ids: Tensor,
     lengths: Tensor,
     more: dict[str, Tensor],
@@ -77,7 +91,7 @@ def inside(token_ids: Tensor, lengths: Tensor) -> Tensor:
 def _pooler(made: Any, model: nn.Module, config: Any, others: str) -> Tensor:
     pooled = getattr(made, "pooler_output", None)
     if pooled is None:
-        part = "text" if isinstance(config, TransformersText) else "image"
+        part = config.part
         raise InputError(
             f"{config.name} is a {type(model).__name__}, which pools nothing itself; say what is "
             f"pooled with --model.{part}.pooling {others}"
@@ -95,7 +109,7 @@ def make(config: Any) -> nn.Module:
     Raises:
         InputError: if the library cannot make it.
     """
-    return _make_timm(config) if isinstance(config, TimmImage) else _make_transformers(config)
+    return _make_timm(config) if config.library == "timm" else _make_transformers(config)
 
 
 def about_timm(name: str) -> dict[str, Any]:
@@ -119,7 +133,7 @@ def about_timm(name: str) -> dict[str, Any]:
     return {"architecture": name, "model_args": {}, **pixels}
 
 
-def _make_timm(config: TimmImage) -> nn.Module:
+def _make_timm(config: Any) -> nn.Module:
     import timm
 
     about = config.about
@@ -140,7 +154,7 @@ def _timm_class(architecture: str) -> type[nn.Module]:
         return type(timm.create_model(architecture, pretrained=False, num_classes=0))
 
 
-def _make_transformers(config: TransformersImage | TransformersText) -> nn.Module:
+def _make_transformers(config: Any) -> nn.Module:
     from transformers import AutoModel
 
     settings = _settings(config)
@@ -153,14 +167,14 @@ def _make_transformers(config: TransformersImage | TransformersText) -> nn.Modul
     return _tower_of(made, config)
 
 
-def _settings(config: TransformersImage | TransformersText) -> Any:
+def _settings(config: Any) -> Any:
     """A configuration of transformers with what the tower says differently.
 
     Raises:
         InputError: if the model takes no such images or captions.
     """
     settings = transformers_config(config.facts)
-    if isinstance(config, TransformersImage):
+    if config.part == "image":
         size = getattr(settings, "image_size", config.image_size)
         sides = (size,) if isinstance(size, int) else tuple(size)
         if set(sides) != {config.image_size}:
@@ -198,7 +212,7 @@ def text_positions(settings: Any) -> int | None:
     return most - (settings.pad_token_id + 1)
 
 
-def _tower_of(made: Any, config: TransformersImage | TransformersText) -> nn.Module:
+def _tower_of(made: Any, config: Any) -> nn.Module:
     """What of a model computes the pooled vector."""
     if getattr(made.config, "is_encoder_decoder", False):
         made = made.get_encoder()
@@ -217,9 +231,9 @@ def stored_state(config: Any) -> dict[str, Tensor]:
     Raises:
         InputError: if there are none, or they are of another model.
     """
-    if isinstance(config, TimmImage):
+    if config.library == "timm":
         return _stored_timm(config)
-    part = "text" if isinstance(config, TransformersText) else "image"
+    part = config.part
     way_out = f"copy the folder again, or start at random with --model.{part}.no-pretrained"
     made, unfound = load_model(config.name, config=_settings(config), way_out=way_out)
     tower = _tower_of(made, config)
@@ -251,7 +265,7 @@ def _is_needed(made: nn.Module, name: str, needed: set[int]) -> bool:
 _TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def _stored_timm(config: TimmImage) -> dict[str, Tensor]:
+def _stored_timm(config: Any) -> dict[str, Tensor]:
     import timm
     from timm.models import load_checkpoint
 
@@ -353,7 +367,7 @@ def forward_flops(config: Any, seen: int) -> float:
 
 
 def _pool_nothing(model: nn.Module, config: Any, tokens: int) -> Tensor:
-    if not isinstance(config, TransformersText):
+    if config.part != "text":
         return pool_image(model, config, torch.zeros(1, 3, *config.height_width))
     length = min(tokens, config.length)
     token_ids = torch.zeros(1, length, dtype=torch.int64)

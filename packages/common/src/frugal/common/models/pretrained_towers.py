@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from frugal.common.data.transforms import normalize
 from frugal.common.errors import InputError
 from frugal.common.models import clip
+from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.initialize import Initialization
-from frugal.common.models.pretrained import (
-    PretrainedDualEncoderConfig,
-    TimmImage,
-    transformers_config,
-)
 from frugal.common.models.pretrained_models import (
     inside,
     make,
@@ -26,11 +22,9 @@ from frugal.common.models.pretrained_models import (
     pool_text,
     probe,
     stored_state,
+    transformers_config,
 )
 from frugal.common.reduction.image import KeptPatches
-
-if TYPE_CHECKING:
-    from frugal.common.models.clip import DualEncoder
 
 _COUNTS_FROM_ZERO = ("bert", "electra", "albert", "gpt2", "clip_text_model", "siglip_text_model")
 """Kinds of text models whose positions can be given, the first one being 0."""
@@ -95,7 +89,7 @@ class _Tower(nn.Module):
         self._checkpoint_activations = wanted
         model: Any = self.model
         try:
-            if isinstance(self.config, TimmImage):
+            if self.config.library == "timm":
                 model.set_grad_checkpointing(wanted)
             elif wanted:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -245,9 +239,7 @@ class TransformersTextModule(_Tower):
         return {"position_ids": positions}
 
 
-def build(
-    config: PretrainedDualEncoderConfig, generator: torch.Generator | None = None
-) -> DualEncoder:
+def build(config: DualEncoderConfig, generator: torch.Generator | None = None) -> DualEncoder:
     """A dual encoder on the CPU in float32, every weight drawn from ``generator`` (or seed 0)."""
     generator = generator or torch.Generator().manual_seed(0)
     model = clip.build(config, generator)
