@@ -54,7 +54,6 @@ ELSEWHERE = {
     "import_weights.py": "common/weights/test_import_weights.py",
     "models/batch_norm.py": "common/transfer/test_segmentation.py",
     "models/blocks.py": "common/models/test_vit.py",
-    "models/bundle.py": "common/weights/test_load.py",
     "models/clip.py": "parity/test_open_clip.py",
     "models/finite.py": "common/weights/test_files.py",
     "models/fit.py": "common/checkpoint/test_init_from.py",

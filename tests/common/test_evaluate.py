@@ -436,7 +436,7 @@ def test_a_model_without_captions_is_measured_by_its_own_evaluations(recipe: Rec
     assert "measured by --tasks linear-probe --data DATA (or milan-finetune, " in said
     own = replace(bare, evaluation=(Counting(),))
     said = refused(own, tasks=("zero-shot",), data=Path("d"))
-    assert "measured by its own counting: give --data, or by --tasks linear-probe" in said
+    assert "measured by its own --tasks counting, or by --tasks linear-probe" in said
 
 
 class ObjectiveOfNothing(ObjectiveConfig):

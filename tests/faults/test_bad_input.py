@@ -116,6 +116,9 @@ def test_starting_from_another_architecture(data: str, tmp_path: Path) -> None:
 
 def test_starting_from_nothing(data: str, tmp_path: Path) -> None:
     words = (data, f"--run.start-from={tmp_path / 'nothing'}")
+    said = refused(*words, run=tmp_path / "run")
+    assert f"{tmp_path / 'nothing'} does not exist; give a run directory" in said
+    (tmp_path / "nothing").mkdir()
     assert "no checkpoint" in refused(*words, run=tmp_path / "run")
 
 

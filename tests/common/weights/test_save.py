@@ -242,8 +242,11 @@ def test_a_tokenizer_of_another_model_is_refused(make_run, tmp_path) -> None:
 
 
 def test_there_must_be_a_run(tmp_path) -> None:
-    with pytest.raises(InputError, match="no checkpoint"):
+    with pytest.raises(InputError, match=r"there is no file or folder .*nothing; check the path"):
         export(Options(checkpoint=tmp_path / "nothing", to="frugal", out=tmp_path / "out"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no checkpoint"):
+        export(Options(checkpoint=tmp_path / "empty", to="frugal", out=tmp_path / "out"))
 
 
 def test_weights_that_are_not_finite_are_not_written(make_run, tmp_path) -> None:

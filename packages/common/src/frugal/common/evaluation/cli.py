@@ -243,9 +243,11 @@ def _refuse_without_text(
     said = f"{options.checkpoint} holds a model without a text tower"
     ways = []
     if others := _others(own):
-        names = " and ".join(others)
         takes_data = any(isinstance(task, FolderEvaluation) for task in others.values())
-        ways.append(f"its own {names}{': give --data' if takes_data else f', --tasks {names}'}")
+        named = (
+            f"{' and '.join(others)}: give --data" if takes_data else f"--tasks {' '.join(others)}"
+        )
+        ways.append(f"its own {named}")
     if words := _of_encoders(bundle):
         trained = f" (or {', '.join(transfer_tasks())}, which train)" if transfer_tasks() else ""
         ways.append(f"--tasks {words[0]} --data DATA{trained}")
