@@ -219,15 +219,9 @@ def _init_whole(objective: Objective, weights: _Weights, start: Initializer) -> 
     state, wanted = dict(weights.state), objective.state_dict()
     freedom = Freedom(kind="the model")
     # first what no interpolation can help
-    if what := misfit(*(_without_tables(named) for named in (state, wanted))):
-        raise InputError(
-            f"the weights of {weights.source} do not fit this recipe's model: {what}; {way}"
-        )
+    _refuse_misfit(_without_tables(state), _without_tables(wanted), weights, way)
     notes = _bring_tables(objective, state, weights, freedom, start, way=way)
-    if what := misfit(state, wanted):
-        raise InputError(
-            f"the weights of {weights.source} do not fit this recipe's model: {what}; {way}"
-        )
+    _refuse_misfit(state, wanted, weights, way)
     if is_known:
         refuse_other_function(
             weights.config, here, part="model", what=weights.what, log=start.log, instead=instead
@@ -238,6 +232,13 @@ def _init_whole(objective: Objective, weights: _Weights, start: Initializer) -> 
     step = "" if weights.step is None else f"step {weights.step} of "
     said = ", ".join([f"{len(wanted)} tensors", *weights.notes, *notes])
     start.log.info("started from %s%s: %s", step, weights.source, said)
+
+
+def _refuse_misfit(state: State, wanted: State, weights: _Weights, way: str) -> None:
+    if what := misfit(state, wanted):
+        raise InputError(
+            f"the weights of {weights.source} do not fit this recipe's model: {what}; {way}"
+        )
 
 
 def _without_tables(state: Mapping[str, Tensor]) -> State:
