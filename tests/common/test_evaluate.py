@@ -20,9 +20,15 @@ from frugal.common.data.labeled import CaptionedImages
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.evaluate import Options, evaluate
+from frugal.common.evaluate import evaluate
 from frugal.common.evaluation.bootstrap import load_sample_results
-from frugal.common.evaluation.cli import chosen_tasks
+from frugal.common.evaluation.cli import (
+    CompositionalOptions,
+    LinearProbeOptions,
+    Options,
+    ZeroShotOptions,
+    chosen_tasks,
+)
 from frugal.common.evaluation.compositional import Compositional
 from frugal.common.evaluation.embed import Embedder
 from frugal.common.evaluation.measure import measure
@@ -64,6 +70,10 @@ def trained_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+COCO = CompositionalOptions(images=Path("coco"))
+SGD = LinearProbeOptions(solver="sgd", features=Path("kept"))
+
+
 def write_recipe(run: Path, recipe: Recipe) -> None:
     (run / "recipe.json").write_text(json.dumps(to_json(recipe)))
 
@@ -101,7 +111,10 @@ def test_a_recipe_says_how_its_run_is_evaluated(run: Path, scenes: Path) -> None
 
 
 def test_words_change_what_the_recipe_says(run: Path, scenes: Path) -> None:
-    words = {"templates": "data", "mask_ratio": 0.75, "views": 4, "tasks": ("zero-shot",)}
+    words = {
+        "zero_shot": ZeroShotOptions(templates="data"), "mask_ratio": 0.75, "views": 4,
+        "tasks": ("zero-shot",),
+    }  # fmt: skip
     expected = ZeroShot(data=scenes, crop=OWN, mask_ratio=0.75, views=4, name="mine")
     content = measured(run, "mine", data=scenes, name="mine", **words)
     assert_holds(content, directly(run, expected))
@@ -188,13 +201,14 @@ def test_a_name_for_two_evaluations_is_refused(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("words", [{"templates": "name"}, {"class_names": "imagenet"}])
 def test_prompts_of_a_retrieval_are_refused(recipe: Recipe, words: dict) -> None:
-    said = refused(recipe, data=Path("d"), tasks=("retrieval",), **words)
-    assert "are for zero-shot classification" in said
+    said = refused(recipe, data=Path("d"), tasks=("retrieval",), zero_shot=ZeroShotOptions(**words))
+    (flag,) = (f"--zero-shot.{name.replace('_', '-')}" for name in words)
+    assert f"{flag}: no task that is measured reads it; add zero-shot to --tasks" in said
 
 
 def test_a_folder_of_images_for_other_tasks_is_refused(recipe: Recipe) -> None:
-    said = refused(recipe, data=Path("d"), tasks=("retrieval",), images=Path("coco"))
-    assert "--images is for the images of the task compositional" in said
+    said = refused(recipe, data=Path("d"), tasks=("retrieval",), compositional=COCO)
+    assert "--compositional.images: no task that is measured reads it; add compositional to" in said
 
 
 def test_compositional_is_measured_where_the_data_has_files_for_it(
@@ -241,7 +255,7 @@ def test_retrieval_among_class_folders_is_refused(tmp_path: Path) -> None:
 
 
 def test_compositional_data_and_images_are_passed_on(recipe: Recipe) -> None:
-    words = {"tasks": ("compositional",), "images": Path("coco"), "name": "sugar_crepe"}
+    words = {"tasks": ("compositional",), "compositional": COCO, "name": "sugar_crepe"}
     options = Options(checkpoint=Path("runs/x"), data=Path("d"), **words)
     assert chosen_tasks(options, *described_with_tasks(recipe)) == [
         Compositional(
@@ -357,7 +371,10 @@ def test_a_suite_is_measured_and_summed_up(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_linear_probe_is_asked_for_and_keeps_its_embeddings(run: Path, scenes: Path) -> None:
-    words = {"data": scenes, "tasks": ("linear-probe",), "solver": "sgd", "weight_decay": 0.01}
+    words = {
+        "data": scenes, "tasks": ("linear-probe",),
+        "linear_probe": LinearProbeOptions(solver="sgd", weight_decay=0.01),
+    }  # fmt: skip
     content = measured(run, "linear_probe", **words)
     assert content["linear_probe_images"] == 112
     assert from_json(content["linear_probe_settings"]).crop == OWN  # as its recipe evaluates
@@ -376,7 +393,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(trained_run: Path, scenes: Pa
     ("words", "message"),
     [
         ({"model": "ViT-B-16"}, "--model ViT-B-16 is for a file of weights of another library"),
-        ({"class_names": "flowers5"}, "class_names is 'flowers5'; choose data"),
+        (
+            {"zero_shot": ZeroShotOptions(class_names="flowers5")},
+            "class_names is 'flowers5'; choose data",
+        ),
         ({"data": Path("nowhere")}, "nowhere does not exist; check the path"),
     ],
 )
@@ -444,6 +464,6 @@ class ObjectiveOfNothing(ObjectiveConfig):
 
 
 def test_flags_of_linear_probes_are_for_them(recipe: Recipe) -> None:
-    said = refused(recipe, data=Path("d"), tasks=("retrieval",), solver="sgd")
-    assert "--solver, --weight-decay and --features are for linear probes" in said
-    assert "add linear-probe to --tasks, or leave --solver out" in said
+    said = refused(recipe, data=Path("d"), tasks=("retrieval",), linear_probe=SGD)
+    assert "--linear-probe.solver and --linear-probe.features: no task that is measured" in said
+    assert "reads them; add linear-probe to --tasks, or leave them out" in said

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from frugal.common.data.labeled import LabeledImages
 from frugal.common.data.transforms import CenterCrop
-from frugal.common.evaluate import Options, evaluate
+from frugal.common.evaluate import evaluate
+from frugal.common.evaluation.cli import LinearProbeOptions, Options
 from frugal.common.export import Options as ExportOptions
 from frugal.common.export import export
 from support import ALONE, DDP, ROOT, command, fork, train
@@ -45,7 +46,9 @@ def probed(run: Path, scenes: Path, **words) -> tuple[dict, dict[str, torch.Tens
 def test_a_probe_looks_at_what_the_exported_encoder_pools(
     encoder: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    numbers, kept = probed(encoder, scenes, device="cpu", weight_decay=1e-4)
+    numbers, kept = probed(
+        encoder, scenes, device="cpu", linear_probe=LinearProbeOptions(weight_decay=1e-4)
+    )
     assert numbers["linear_probe_images"] == 128 - 16
     assert 0 <= numbers["linear_probe_top1"] <= 1
     export(ExportOptions(checkpoint=encoder, to="timm", out=tmp_path / "timm"))
@@ -72,8 +75,8 @@ def test_two_processes_find_the_same(encoder: Path, scenes: Path, tmp_path: Path
         out, log = tmp_path / str(launcher.processes), tmp_path / "log"
         words = [
             "--checkpoint", str(encoder), "--data", str(scenes), "--tasks", "linear-probe",
-            "--out", str(out), "--device", "cpu", "--weight-decay", "1e-4", "--workers", "0",
-            "--batch-size", str(batch_size),
+            "--out", str(out), "--device", "cpu", "--workers", "0",
+            "--linear-probe.weight-decay", "1e-4", "--batch-size", str(batch_size),
         ]  # fmt: skip
         # the last bits of a sum depend on the threads that share it
         environments = [each | {"OMP_NUM_THREADS": "1"} for each in launcher.environments()]
@@ -107,7 +110,7 @@ def test_a_classifier_is_probed_and_measured_in_one_call(
     train(ALONE, run, module="frugal.milan.finetune", small=small)
     done = command(
         "frugal.common.evaluate", "--checkpoint", run, "--data", scenes, "--device", "cpu",
-        "--tasks", "accuracy", "linear-probe", "--weight-decay", "1", "--workers", "0",
+        "--tasks", "accuracy", "linear-probe", "--linear-probe.weight-decay", "1", "--workers", "0",
     )  # fmt: skip
     assert "accuracy_top1" in done.stdout and "linear_probe_top1" in done.stdout
     written = {path.name for path in (run / "evaluation").glob("*.json")}

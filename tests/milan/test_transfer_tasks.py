@@ -22,7 +22,8 @@ def words(checkpoint: Path, data: Path, out: Path, *tasks: str) -> list[str]:
     """A command that trains for three steps."""
     return [
         "--checkpoint", str(checkpoint), "--data", str(data), "--out", str(out), "--device", "cpu",
-        "--workers", "0", "--recipe", "demo", "--tasks", *tasks, "--training", *SMALL,
+        "--workers", "0", "--transfer.recipe", "demo", "--tasks", *tasks,
+        "--transfer.changes", *SMALL,
     ]  # fmt: skip
 
 
@@ -104,7 +105,10 @@ def test_a_segmenter_is_trained_and_measured(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.remove("demo") or w.remove("--recipe"), "say how with --recipe, one of vit-s"),
+        (
+            lambda w: w.remove("demo") or w.remove("--transfer.recipe"),
+            "with --transfer.recipe, one of vit-s",
+        ),
         (lambda w: w.__setitem__(w.index("demo"), "vit-b99"), "there is no recipe 'vit-b99'"),
         (
             lambda w: w.__setitem__(w.index("demo"), "tests/golden/runs_before/flip/recipe.json"),

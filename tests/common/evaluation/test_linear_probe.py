@@ -233,7 +233,9 @@ def test_embeddings_are_kept_and_used_again(
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot be kept in .*file.*choose another --features"):
+    with pytest.raises(
+        InputError, match=r"cannot be kept in .*file.*choose another --linear-probe.features"
+    ):
         kept(
             tmp_path / "file",
             {},

@@ -21,7 +21,7 @@ from timm.data import ImageNetInfo
 from frugal.common.data.labeled import LabeledImages, MultiLabeledImages
 from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError
-from frugal.common.evaluation.cli import Options, chosen_tasks
+from frugal.common.evaluation.cli import Options, ZeroShotOptions, chosen_tasks
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.metrics import average_precision, ranked_classes, roc_auc
 from frugal.common.evaluation.predictions import Predictions
@@ -316,7 +316,10 @@ def test_a_suite_without_a_folder_of_its_own_is_refused(tmp_path: Path) -> None:
         ({"data": tmp_path}, "holds none of the tasks of clip-26"),
         ({}, "clip-26 needs --data"),
         ({"data": tmp_path / "no"}, "no is no folder"),
-        ({"data": tmp_path, "class_names": "mnist"}, "--class-names is for one task"),
+        (
+            {"data": tmp_path, "zero_shot": ZeroShotOptions(class_names="mnist")},
+            "--zero-shot.class-names is for one task",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             chosen_tasks(Options(**options, **words), *described_with_tasks(recipe()))

@@ -486,7 +486,7 @@ def test_a_few_numbers_are_not_taken_for_imagenets_classes(tmp_path) -> None:
 def test_names_that_are_bare_numbers_make_no_prompts(tmp_path, folders) -> None:
     with pytest.raises(InputError, match=r"called by numbers such as .*classnames\.json") as caught:
         names_of(class_folders(folders), tmp_path)
-    assert "--class-names" in str(caught.value) and "\n" not in str(caught.value)
+    assert "--zero-shot.class-names" in str(caught.value) and "\n" not in str(caught.value)
     given = [f"thing {folder}" for folder in folders]
     assert names_of(class_folders(folders, given), tmp_path) == given
     # in tars they stand in the file of names

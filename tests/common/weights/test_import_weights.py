@@ -400,7 +400,16 @@ def test_evaluate_says_that_an_image_tower_reads_no_captions(tmp_path: Path, sce
     assert "holds a model without a text tower, which zero-shot or" in done.stderr
     assert "linear-probe needs" not in done.stderr
     assert "measured by --tasks linear-probe --data DATA (or milan-finetune" in done.stderr
-    words = ("--data", scenes, "--tasks", "linear-probe", "--weight-decay", "1", "--device", "cpu")
+    words = (
+        "--data",
+        scenes,
+        "--tasks",
+        "linear-probe",
+        "--linear-probe.weight-decay",
+        "1",
+        "--device",
+        "cpu",
+    )
     done = command("frugal.common.evaluate", "--checkpoint", run, *words, "--workers", "0")
     assert "linear_probe_top1" in done.stdout
     done = command("frugal.common.evaluate", "--checkpoint", source, *words, "--workers", "0")

@@ -74,19 +74,22 @@ def _training(word: str, options: Options, folder: Path) -> tuple[str, Recipe]:
         InputError: if a recipe or data is not named, or not there.
     """
     task: TransferTask = transfer_tasks()[word].load()
-    if options.recipe is None:
+    if options.transfer.recipe is None:
         raise InputError(
-            f"{word} trains on top of {options.checkpoint}: say how with --recipe, one of "
+            f"{word} trains on top of {options.checkpoint}: say how with --transfer.recipe, one of "
             f"{', '.join(task.recipes)}"
         )
     if options.data is None:
         raise InputError(f"{word} needs --data: a folder to train and to measure on")
     out = options.out or folder / "evaluation"
-    recipe = named_recipe(task.recipes, options.recipe)
+    recipe = named_recipe(task.recipes, options.transfer.recipe)
     recipe = task.on(recipe, options.checkpoint, options.data, out / word.replace("-", "_"))
     recipe = replace(recipe, engine=replace(recipe.engine, device=options.device))
-    changes = [f"--{given.removeprefix('--')}" for given in options.training]
-    called = f"python -m frugal.common.evaluate --tasks {word} --recipe {options.recipe} --training"
+    changes = [f"--{given.removeprefix('--')}" for given in options.transfer.changes]
+    called = (
+        f"python -m frugal.common.evaluate --tasks {word} --transfer.recipe "
+        f"{options.transfer.recipe} --transfer.changes"
+    )
     return task.evaluation, overridden(recipe, changes, program=called)
 
 

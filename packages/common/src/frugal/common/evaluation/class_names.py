@@ -76,7 +76,7 @@ def naming(class_names: str, templates: str, data: ClassifiedImages, source: Pat
             f"the class folders of {source} are called by numbers such as {number!r}, of which no "
             "prompt can be made; write the name of each class by its folder in "
             f'{source / "classnames.json"}, such as {{"{number}": "..."}}, or choose a task\'s '
-            "names with --class-names"
+            "names with --zero-shot.class-names"
         )
     return Naming(list(names), prompts)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,51 @@ KINDS: dict[str, type[_Kind]] = {
     "linear-probe": LinearProbe,
 }
 """Evaluations of every model of images and captions, by the word that asks for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotOptions:
+    """Of zero-shot classification."""
+
+    templates: str | None = None
+    """Prompts: data (those the data comes with), imagenet_7, imagenet_9, imagenet_80, name (the
+    bare class name), or those of a task of clip-26."""
+    class_names: str | None = None
+    """Names of the classes: data, imagenet, imagenet_a, imagenet_r, or those of a task of
+    clip-26."""
+    reduce_prompts: bool | None = None
+    """Shorten prompts as the recipe shortens captions in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompositionalOptions:
+    """Of SugarCrepe's choices between two captions."""
+
+    images: Path | None = None
+    """Folder of the images that the JSON files name (COCO's val2017); by default images/ or
+    val2017/ beside them, or their own folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeOptions:
+    """Of linear probes."""
+
+    solver: Solver | None = None
+    """lbfgs (the optimum), adamw or sgd (epochs, as clip_benchmark trains)."""
+    weight_decay: float | None = None
+    """By default searched on validation images."""
+    features: Path | None = None
+    """Folder where the embeddings are kept; by default features/ in --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions:
+    """Of tasks that train on top of an image tower."""
+
+    recipe: str | None = None
+    """One of the task's recipes, such as vit-b16 or demo, or the path of a recipe.json."""
+    changes: tuple[str, ...] = ()
+    """What the recipe is to do differently, such as schedule.samples=64000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,28 +116,10 @@ class Options:
     their name in --out, and measure that."""
     name: str | None = None
     """Of the JSON file and first part of the name of every number, where one task is measured."""
-    templates: str | None = None
-    """Prompts of zero-shot classification: data (those the data comes with), imagenet_7,
-    imagenet_9, imagenet_80, name (the bare class name), or those of a task of clip-26."""
-    class_names: str | None = None
-    """Names of zero-shot classification: data, imagenet, imagenet_a, imagenet_r, or those of a task
-    of clip-26."""
-    reduce_prompts: bool | None = None
-    """Shorten prompts of zero-shot classification as the recipe shortens captions in training."""
-    images: Path | None = None
-    """Folder of the images that SugarCrepe's JSON files name (COCO's val2017); by default images/
-    or val2017/ beside them, or their own folder."""
-    solver: Solver | None = None
-    """Of linear probes: lbfgs (the optimum), adamw or sgd (epochs, as clip_benchmark trains)."""
-    weight_decay: float | None = None
-    """Of linear probes; by default searched on validation images."""
-    features: Path | None = None
-    """Folder where the embeddings of linear probes are kept; by default features/ in --out."""
-    recipe: str | None = None
-    """Of tasks that train: which of their recipes, such as vit-b16 or demo, or the path of a
-    recipe.json."""
-    training: tuple[str, ...] = ()
-    """Of tasks that train: what the recipe is to do differently, such as schedule.samples=64000."""
+    zero_shot: ZeroShotOptions = field(default_factory=ZeroShotOptions)
+    compositional: CompositionalOptions = field(default_factory=CompositionalOptions)
+    linear_probe: LinearProbeOptions = field(default_factory=LinearProbeOptions)
+    transfer: TransferOptions = field(default_factory=TransferOptions)
     published: bool = False
     """Crop and resize the images as the method's published numbers were measured."""
     mask_ratio: float | None = None
@@ -114,18 +141,37 @@ class Options:
     """Of the matrix products on CUDA; by default as the recipe trains, or bfloat16."""
 
 
-_FLAGS = {
-    "templates": (ZeroShot, "zero-shot classification", "zero-shot"),
-    "class_names": (ZeroShot, "zero-shot classification", "zero-shot"),
-    "reduce_prompts": (ZeroShot, "zero-shot classification", "zero-shot"),
-    "images": (Compositional, "the images of the task compositional", "compositional"),
-    "solver": (LinearProbe, "linear probes", "linear-probe"),
-    "weight_decay": (LinearProbe, "linear probes", "linear-probe"),
-    "features": (LinearProbe, "linear probes", "linear-probe"),
-    "mask_ratio": (ImageEvaluation, "models of images and captions", "zero-shot"),
-    "views": (ImageEvaluation, "models of images and captions", "zero-shot"),
-}
-"""What each flag is for: the tasks that read it, in words, and what to ask for."""
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line says differently of one kind of evaluation."""
+
+    kind: type
+    word: str
+    """Asks for evaluations of this kind."""
+    given: dict[str, Any]
+    """By the name of the field."""
+    prefix: str
+    """Of the flags."""
+
+    def flags(self) -> str:
+        """Those that were typed."""
+        return " and ".join(f"--{self.prefix}{name.replace('_', '-')}" for name in self.given)
+
+
+def _asked(options: Options) -> list[_Asked]:
+    """What each kind of evaluation is to do differently."""
+    of_images = {"mask_ratio": options.mask_ratio, "views": options.views}
+    return [
+        _of_kind(ZeroShot, "zero-shot", dataclasses.asdict(options.zero_shot)),
+        _of_kind(Compositional, "compositional", dataclasses.asdict(options.compositional)),
+        _of_kind(LinearProbe, "linear-probe", dataclasses.asdict(options.linear_probe)),
+        replace(_of_kind(ImageEvaluation, "zero-shot", of_images), prefix=""),
+    ]
+
+
+def _of_kind(kind: type, word: str, fields: Mapping[str, Any]) -> _Asked:
+    given = {name: value for name, value in fields.items() if value is not None}
+    return _Asked(kind, word, given, f"{word}.")
 
 
 def chosen_tasks(
@@ -146,11 +192,11 @@ def chosen_tasks(
     """
     words = _words(options, bundle, own)
     trainings = chosen_trainings(options)
-    if (options.recipe or options.training) and not trainings:
+    if (options.transfer.recipe or options.transfer.changes) and not trainings:
         known = ", ".join(transfer_tasks())
         raise InputError(
-            f"--recipe and --training are for tasks that train ({known}); add one to --tasks, or "
-            "leave them out"
+            f"--transfer.recipe and --transfer.changes are for tasks that train ({known}); add one "
+            "to --tasks, or leave them out"
         )
     tasks = [task for word in words for task in _tasks(word, options, bundle, own)]
     if not tasks and not trainings:
@@ -209,7 +255,9 @@ def _words(options: Options, bundle: ModelBundle, own: Sequence[EvaluationTask])
     if data is None:
         return [*KINDS, *others]
     usual = _usual(data)
-    return [*usual, "compositional"] if options.images or has_contrasts(data) else usual
+    return (
+        [*usual, "compositional"] if options.compositional.images or has_contrasts(data) else usual
+    )
 
 
 def _usual(data: Path) -> list[str]:
@@ -291,8 +339,10 @@ def _suite(
     """One zero-shot classification for every task of a suite that is there."""
     if options.data is None:
         raise InputError(f"{word} needs --data: the folder with a sub-folder for each of its tasks")
-    if options.class_names is not None:
-        raise InputError(f"--class-names is for one task, but {word} has names for each of its own")
+    if options.zero_shot.class_names is not None:
+        raise InputError(
+            f"--zero-shot.class-names is for one task, but {word} has names for each of its own"
+        )
     if not options.data.is_dir():
         raise InputError(f"the data of {word} is not there: {options.data} is no folder")
     same = [task for task in own if isinstance(task, ZeroShot)]
@@ -313,27 +363,28 @@ def _suite(
 
 def _check_flags(options: Options, tasks: list[EvaluationTask]) -> None:
     """Refuse flags that none of the tasks reads."""
-    for name, (kind, purpose, word) in _FLAGS.items():
-        given = getattr(options, name) is not None
-        if given and not any(isinstance(task, kind) for task in tasks):
-            flags = [n for n, entry in _FLAGS.items() if entry[1] == purpose]
-            named = " and ".join([", ".join(map(_dashed, flags[:-1])), _dashed(flags[-1])])
-            named = named.removeprefix(" and ")
-            be = "is" if len(flags) == 1 else "are"
+    for asked in _asked(options):
+        if asked.given and not any(isinstance(task, asked.kind) for task in tasks):
+            them = "it" if len(asked.given) == 1 else "them"
             raise InputError(
-                f"{named} {be} for {purpose}; add {word} to --tasks, or leave {_dashed(name)} out"
+                f"{asked.flags()}: no task that is measured reads {them}; add {asked.word} to "
+                f"--tasks, or leave {them} out"
             )
 
 
-def _dashed(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _as_asked(task: EvaluationTask, options: Options) -> EvaluationTask:
-    wanted = [*_FLAGS, "name", "batch_size", "workers"]
+    """A task with what the command line says differently of it."""
+    changes = {
+        key: value
+        for asked in _asked(options)
+        if isinstance(task, asked.kind)
+        for key, value in asked.given.items()
+    }
+    if options.name is not None:
+        changes["name"] = options.name
     has = {field.name for field in dataclasses.fields(task)}  # type: ignore[arg-type]
-    given = {name: getattr(options, name) for name in wanted if name in has}
-    changes = {name: value for name, value in given.items() if value is not None}
+    given = {"batch_size": options.batch_size, "workers": options.workers}
+    changes |= {name: value for name, value in given.items() if name in has}
     if options.published:
         crop = task.published_crop if isinstance(task, ImageEvaluation) else None
         if crop is None:

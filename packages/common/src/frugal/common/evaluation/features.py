@@ -138,5 +138,5 @@ def _write(path: Path, words: str, features: Features) -> None:
             aside.unlink(missing_ok=True)
         raise InputError(
             f"the embeddings cannot be kept in {path.parent} ({reason_of(error)}); make room "
-            "there, or choose another --features"
+            "there, or choose another --linear-probe.features"
         ) from None

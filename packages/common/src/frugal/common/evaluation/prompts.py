@@ -117,7 +117,7 @@ def class_embeddings(
         name = class_names[texts.index(distinct[without[0]])]
         raise InputError(
             f"the prompts of the class {name!r} have embeddings that cancel each other out, so "
-            "that the class has no direction; choose other --templates"
+            "that the class has no direction; choose other --zero-shot.templates"
         )
     place = {class_texts: row for row, class_texts in enumerate(distinct)}
     return table[torch.tensor([place[class_texts] for class_texts in texts], device=table.device)]

@@ -1,7 +1,7 @@
 """Transfer tasks: how good an image tower is, told by what is trained on top of it.
 
-``python -m frugal.common.evaluate --tasks milan-finetune --recipe vit-b16 ...`` runs one. Which
-there are, installed packages say by entry points of the group ``frugal.transfer``.
+``python -m frugal.common.evaluate --tasks milan-finetune --transfer.recipe vit-b16 ...`` runs one.
+Which there are, installed packages say by entry points of the group ``frugal.transfer``.
 """
 
 from __future__ import annotations
