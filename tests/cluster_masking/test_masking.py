@@ -294,13 +294,13 @@ def test_settings_that_an_image_size_makes_impossible_are_refused(
     settings: dict, sentence: str
 ) -> None:
     recipe = SimpleNamespace(model=SimpleNamespace(image=image_tower("Ti/8", image_size=32)))
-    ClusterMasking().check_patches(recipe.model.image.num_patches)
+    ClusterMasking().check_grid(recipe.model.image.grid)
     with pytest.raises(InputError, match=sentence):
-        ClusterMasking(**settings).check_patches(recipe.model.image.num_patches)
+        ClusterMasking(**settings).check_grid(recipe.model.image.grid)
 
 
 def test_few_search_images_are_no_mistake_where_nothing_is_searched() -> None:
-    ClusterMasking(threshold=0.5, search_images=1).check_patches(16)
+    ClusterMasking(threshold=0.5, search_images=1).check_grid((4, 4))
 
 
 def test_without_a_threshold_nothing_can_be_masked() -> None:

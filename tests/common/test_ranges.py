@@ -202,7 +202,7 @@ def test_the_command_line_is_answered_in_one_sentence(flag: str, sentence: str) 
     [
         (("optimizer", "weight_decay"), math.inf, "weight_decay is inf, must not be negative or"),
         (("schedule", "samples"), 3e5, "schedule.samples is 300000.0, must be a whole number"),
-        (("batch_size",), "256", "batch_size is 256, must be a number"),
+        (("batch_size",), "256", "batch_size is '256', must be a number"),
         (("model", "image", "std"), [0.2, 0.2, -0.1], "must be positive"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from frugal.clipa.grid_masking import GridMasking
 from frugal.common.cli import read_command_line
+from frugal.common.data.tokenizers import HuggingFace, WordPiece
 from frugal.common.errors import InputError
 from frugal.common.recipe import Recipe, difference, from_json, load_recipe, to_json
 from frugal.flip.recipes import RECIPES, demo
@@ -123,6 +124,33 @@ def test_a_value_of_the_wrong_kind_ends_with_code_2(capsys: pytest.CaptureFixtur
 def test_what_is_no_reduction_is_refused_and_never_called(name: str) -> None:
     with pytest.raises(InputError, match="is no ImageReduction to train with; give one such as"):
         read("demo", f"--reduction.image={name}")
+
+
+def test_a_tokenizer_is_chosen_by_its_class_and_its_fields_by_flags() -> None:
+    name = "frugal.common.data.tokenizers.HuggingFace"
+    recipe = read("demo", f"--data.tokenizer={name}", "--data.tokenizer.name", "some/folder")
+    assert recipe.data.tokenizer == HuggingFace(name="some/folder")
+    whole = read("demo", "--data.tokenizer", "frugal.common.data.tokenizers.WordPiece")
+    assert whole.data.tokenizer == WordPiece()
+    with pytest.raises(InputError, match="which is no tokenizer to train with; give one such as"):
+        read("demo", "--data.tokenizer=frugal.common.data.tokenizers.Tokenizer")
+
+
+def test_what_a_tokenizer_lacks_is_asked_for(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read("demo", "--data.tokenizer=frugal.common.data.tokenizers.HuggingFace")
+    assert stopped.value.code == 2
+    assert "--data.tokenizer.name" in capsys.readouterr().err
+
+
+def test_a_refused_value_is_named_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    saved = to_json(read("demo"))
+    saved["run"]["log_every"] = "48"
+    path.write_text(json.dumps(saved))
+    with pytest.raises(InputError) as refused:
+        load_recipe(path)
+    assert str(refused.value) == f"{path}: run.log_every is '48', must be a number"
 
 
 def test_a_recipe_of_another_program_is_not_imported(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from frugal.common.engine.rehearsal import _made_up, rehearse
 from frugal.common.errors import InputError
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
+from frugal.common.randomness import NoiseSource
 from frugal.common.recipe import EngineOptions, Recipe, Reductions
+from frugal.common.reduction.image import PatchView
+from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.run import Run, make_logger
 from frugal.common.train import make_engine, train_recipe
 from frugal.flip.recipes import demo
@@ -140,14 +143,22 @@ def test_a_classifier_cannot_search_a_threshold(name: str) -> None:
         recipe_of(name, ClusterMasking(), None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HidesNothing(RandomMasking):
+    """Says that it masks, and keeps every patch."""
+
+    def keep(self, view: PatchView, *, noise: NoiseSource) -> None:
+        del view, noise
+
+
 def test_a_mistake_of_the_first_step_blocks_no_directory(scenes: Path, tmp_path: Path) -> None:
-    recipe = recipe_of("pixels", ClusterMasking(threshold=0.3), None)
+    recipe = recipe_of("pixels", HidesNothing(), None)
     recipe = replace(
         recipe,
         data=replace(recipe.data, train=(str(scenes / "train"),)),
         schedule=replace(recipe.schedule, samples=4, warmup_samples=0),
         run=replace(recipe.run, dir=tmp_path / "run"),
     )
-    with pytest.raises(InputError, match="needs equally many; choose another one"):
+    with pytest.raises(InputError, match="keeps every patch, so that nothing is left to"):
         train_recipe(recipe)
     assert not (tmp_path / "run").exists()

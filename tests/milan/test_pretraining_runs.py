@@ -12,6 +12,7 @@ from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
 from frugal.common.weights.image_towers import read_encoder
+from frugal.flip.recipes import RECIPES as FLIP
 from frugal.milan.objective import Reconstruction
 from frugal.milan.recipes import RECIPES
 from support import (
@@ -150,16 +151,17 @@ def some_images() -> Batch:
 def test_a_masking_that_keeps_uneven_numbers_is_refused(words: tuple[str, ...]) -> None:
     masking = ("--reduction.image", "frugal.cluster_masking.masking.ClusterMasking")
     options = ("--reduction.image.threshold=0.5", "--reduction.image.target-mask-ratio=None")
-    objective = built(words[0], *masking, *options)
-    with pytest.raises(InputError, match="ClusterMasking keeps another number of patches"):
-        objective(some_images())
+    for given in (options, ()):  # also where a threshold would be searched first
+        with pytest.raises(InputError, match="ClusterMasking keeps another number of patches"):
+            built(words[0], *masking, *given)
 
 
 def test_semantic_sampling_without_a_teacher_is_refused() -> None:
     masking = ("--reduction.image", "frugal.milan.semantic_sampling.SemanticSampling")
-    objective = built(*masking, recipe="demo-pixels")
+    with pytest.raises(InputError, match=r"attention of a teacher, but .*choose RandomMasking"):
+        built(*masking, recipe="demo-pixels")
     with pytest.raises(InputError, match="draws patches by the attention of a teacher"):
-        objective(some_images())
+        read_command_line(FLIP, program="flip", arguments=["demo", *masking])
 
 
 def test_a_mask_ratio_that_keeps_nothing_is_refused(words: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from golden_cases import GOLDEN
 
 from frugal.common.errors import InputError
 from frugal.common.models.vit import ImageTower
-from frugal.common.randomness import RecordedNoise, SampleNoise, uniform_noise
+from frugal.common.randomness import SampleNoise, uniform_noise
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.milan.semantic_sampling import SemanticSampling, draw_order
@@ -96,16 +96,10 @@ def test_as_many_patches_stay_as_double_precision_truncates_to(known, strategy):
     assert masking.num_kept(known["L"]) == known["keep"]
 
 
-def test_without_a_teacher_there_is_nothing_to_draw_by():
-    noise = RecordedNoise({})
-    with pytest.raises(InputError, match=r"attention of a teacher.*choose RandomMasking"):
-        SemanticSampling().keep(view_of(torch.zeros(1, 3, 16, 16)), noise=noise)
-
-
 def test_a_recipe_that_would_keep_nothing_is_refused():
     tower = ImageTower(width=8, depth=1, heads=1, mlp_width=8, patch_size=8, image_size=16)
     recipe = SimpleNamespace(model=SimpleNamespace(image=tower))
     with pytest.raises(InputError, match=r"mask ratio 0\.9 keeps none of 4 patches"):
-        SemanticSampling(mask_ratio=0.9).check_patches(recipe.model.image.num_patches)
+        SemanticSampling(mask_ratio=0.9).check_grid(recipe.model.image.grid)
     with pytest.raises(InputError, match=r"must lie in \[0, 1\)"):
         SemanticSampling(mask_ratio=1.0)

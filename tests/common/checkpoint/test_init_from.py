@@ -24,6 +24,7 @@ from frugal.common.weights.load import load_model
 from frugal.common.weights.save import save_model
 
 TABLE = "model.image.pos_embed"
+NEW = ("image.projection.weight", "text.projection.weight", "logit_scale")
 
 
 def assert_others_kept(objective: torch.nn.Module, weights: dict, *changed: str) -> None:
@@ -163,6 +164,9 @@ def test_a_folder_of_another_library_gives_every_weight_and_so_does_a_loaded_mod
             init_from(objective, source, interpolate=False, log=LOG)
         assert_others_kept(objective, weights)
     assert f"started from {tmp_path / 'folder'}: " in caplog.text
+    objective, _ = towers(other, tmp_path / "folder")
+    init_from(objective, None, interpolate=False, log=LOG)
+    assert_others_kept(objective, weights, *(f"model.{part}" for part in NEW))
     heads = replace(model, image=replace(image, heads=2))
     with pytest.raises(InputError, match=r"give --model\.image\.heads 1$"):
         started(tmp_path / "folder", replace(other, model=heads))

@@ -123,6 +123,16 @@ def test_texts_of_several_lines_without_a_type_are_told_and_counted(
     assert f"{several} of the {COUNT} captions have several lines" in caplog.text
 
 
+def test_captions_of_several_images_are_told_and_counted(
+    tar: Path, tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = recipe()
+    task = Retrieval(data=folder(tmp_path / "x", tar, b"retrieval"))
+    numbers = task.evaluate(bundle_of(telling(plan), plan), run)
+    assert numbers["retrieval_captions_repeated"] == 2  # image 5 has the second one of image 2
+    assert f"2 of the {sum(map(len, CAPTIONS))} captions stand at several" in caplog.text
+
+
 def test_captions_that_are_cut_are_told_and_counted(
     tar: Path, tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

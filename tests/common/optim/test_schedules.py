@@ -48,5 +48,8 @@ def test_the_rate_depends_on_samples_and_not_on_the_batch() -> None:
 
 @pytest.mark.parametrize(("samples", "warmup"), [(0, 0), (-1, 0), (10, 11), (10, -1)])
 def test_impossible_schedules_are_refused(samples: int, warmup: int) -> None:
-    with pytest.raises(InputError, match=r"schedule\.warmup_samples"):
+    field = "warmup_samples" if samples > 0 else "samples"
+    with pytest.raises(
+        InputError, match=rf"schedule\.{field} is {warmup if samples > 0 else samples}"
+    ):
         WarmupCosine(samples=samples, warmup_samples=warmup)

@@ -82,6 +82,6 @@ def test_a_ratio_outside_of_zero_to_one_is_refused(ratio):
 
 def test_a_recipe_whose_images_would_keep_nothing_is_refused():
     recipe = SimpleNamespace(model=SimpleNamespace(image=image_tower("Ti/16", image_size=32)))
-    RandomMasking(mask_ratio=0.7).check_patches(recipe.model.image.num_patches)
+    RandomMasking(mask_ratio=0.7).check_grid(recipe.model.image.grid)
     with pytest.raises(InputError, match=r"mask ratio 0.8 keeps none of 4 patches"):
-        RandomMasking(mask_ratio=0.8).check_patches(recipe.model.image.num_patches)
+        RandomMasking(mask_ratio=0.8).check_grid(recipe.model.image.grid)

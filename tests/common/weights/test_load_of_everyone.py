@@ -164,6 +164,32 @@ def test_a_configuration_that_cannot_be_is_a_sentence(name: str, clip_folder: Pa
 
 
 @pytest.mark.parametrize(
+    "change", [{"hidden_act": "swish2"}, {"num_attention_heads": 0}, {"num_hidden_layers": "2"}]
+)
+def test_the_configuration_is_named_where_transformers_cannot_build_it(
+    change: dict[str, Any], clip_folder: Path
+) -> None:
+    file = clip_folder / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"].update(change)
+    file.write_text(json.dumps(config))
+    sentence = refusal(load_model, clip_folder)
+    assert sentence.startswith(f"the config.json of {clip_folder} describes no model of transf")
+
+
+def test_a_model_without_its_tokenizer_is_told_what_to_copy(clip_folder: Path) -> None:
+    for file in [*clip_folder.glob("tokenizer*"), *clip_folder.glob("vocab*")]:
+        file.unlink()
+    assert "holds no tokenizer (tokenizer.json, " in refusal(load_model, clip_folder)
+
+
+def test_timm_s_convolutions_are_refused_as_what_they_are(tmp_path: Path) -> None:
+    save_for_hf(timm.create_model("resnet18", num_classes=3), tmp_path / "timm")
+    sentence = "timm's resnet18 is none of its plain vision transformers"
+    assert sentence in refusal(load_model, tmp_path / "timm")
+
+
+@pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"vision_cfg": {"width": "64"}}, "has width '64' in vision_cfg"),

@@ -37,7 +37,7 @@ class WordModel(ModelConfig):
         """Images, and captions as what is predicted of them."""
         return ModelInputs(
             height_width=self.image.height_width,
-            num_patches=self.image.num_patches,
+            grid=self.image.grid,
             captions=self.words,
         )
 

@@ -23,11 +23,11 @@ class LeftPart(ImageReduction):
     columns: Count = 2
 
     @override
-    def check_patches(self, num_patches: int) -> None:
-        """Refuse more columns than any grid of so many patches has, before anything is written."""
-        if self.columns > num_patches:
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Refuse more columns than images have, before anything is written."""
+        if self.columns > grid[1]:
             raise InputError(
-                f"reduction.image.columns is {self.columns}, but an image has {num_patches} "
+                f"reduction.image.columns is {self.columns}, but images have {grid[1]} columns of "
                 "patches; choose fewer"
             )
 
@@ -36,11 +36,6 @@ class LeftPart(ImageReduction):
         """Dense indices (B, rows * columns), row by row."""
         del noise  # nothing is drawn
         rows, columns = view.grid
-        if self.columns > columns:
-            raise InputError(
-                f"reduction.image.columns is {self.columns}, but images have {columns} columns of "
-                "patches; choose fewer"
-            )
         numbers = torch.arange(rows * columns, device=view.device).view(rows, columns)
         kept = numbers[:, : self.columns].flatten()
         return KeptPatches.dense(kept.expand(len(view.images), -1))

@@ -48,7 +48,8 @@ class LockedContrastive(Contrastive):
     DINO, a folder or a name on the Hugging Face hub (of timm's vision transformers, say), or a run
     directory. Towers of other libraries name their weights themselves."""
     text_weights: str | None = None
-    """What a text tower of Frugal's own kind starts from: a run directory."""
+    """What a text tower of Frugal's own kind starts from: a run directory, or the folder of a model
+    of another library whose text tower is of that kind, such as open_clip's."""
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what the towers of a recipe do not have."""

@@ -11,6 +11,7 @@ were there and blocked, and what an image keeps does not depend on the other ima
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -103,13 +104,15 @@ class ClusterMasking(ImageReduction):
                 f"{self.min_mask_ratio}, which goes in any case; raise the one or lower the other"
             )
 
-    def check_patches(self, num_patches: int) -> None:
-        """Refuse what cannot be done with this number of patches.
+    is_uneven: ClassVar[bool] = True
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Refuse what cannot be done with as many patches.
 
         Raises:
             InputError: naming the setting.
         """
-        name = "reduction.image"
+        name, num_patches = "reduction.image", math.prod(grid)
         if num_anchors(num_patches, self.anchor_ratio) == 0:
             raise InputError(
                 f"{name}.anchor_ratio {self.anchor_ratio} draws no anchor from {num_patches} "

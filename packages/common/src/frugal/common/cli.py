@@ -13,13 +13,15 @@ import re
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import tyro
 
+from frugal.common.data.tokenizers import TokenizerConfig
 from frugal.common.distributed import forget_launchers, launcher_ranks
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import reason_of, refuse_exhaustion
@@ -78,10 +80,10 @@ def read_command_line(
 ) -> tuple[str, Recipe]:
     """The recipe that the first word picks, with the fields that flags override.
 
-    The first word may also be the path of a saved ``recipe.json``. ``--reduction.image`` and
-    ``--reduction.text`` take the class of another strategy, of any installed method, by its import
-    path; flags override its fields as those of any other. ``--local_rank``, which the deepspeed
-    launcher adds, is accepted and ignored: ranks come from the environment.
+    The first word may also be the path of a saved ``recipe.json``. ``--reduction.image``,
+    ``--reduction.text`` and ``--data.tokenizer`` take another class, of any installed method, by
+    its import path; flags override its fields as those of any other. ``--local_rank``, which the
+    deepspeed launcher adds, is accepted and ignored: ranks come from the environment.
 
     Returns:
         The name and the recipe. A mistake on the command line ends the process with exit code 2.
@@ -191,40 +193,62 @@ def _flags(value: Any, name: str = "") -> Iterator[str]:
 
 
 def _with_strategies(recipe: Recipe, words: list[str]) -> tuple[Recipe, list[str]]:
-    """The recipe with the reductions that the words name by class, and the other words."""
+    """The recipe with the parts that the words name by class, and the other words."""
     rest: list[str] = []
-    strategies: dict[str, Any] = {}
     waiting: str | None = None
     for word in words:
         flag, _, name = word.partition("=")
         if waiting is not None:
-            strategies[waiting], waiting = _strategy(f"--reduction.{waiting}", word), None
-        elif flag not in ("--reduction.image", "--reduction.text"):
+            recipe, waiting = _with_strategy(recipe, waiting, word), None
+        elif flag not in _BASES:
             rest.append(word)
         elif name:
-            strategies[flag.rpartition(".")[2]] = _strategy(flag, name)
+            recipe = _with_strategy(recipe, flag, name)
         else:
-            waiting = flag.rpartition(".")[2]
+            waiting = flag
     if waiting is not None:
-        flag = f"--reduction.{waiting}"
-        raise InputError(f"{flag} needs the import path of a class, such as {_EXAMPLES[flag]}")
-    return replace(recipe, reduction=replace(recipe.reduction, **strategies)), rest
+        raise InputError(
+            f"{waiting} needs the import path of a class, such as {_EXAMPLES[waiting]}"
+        )
+    return recipe, rest
 
 
-_BASES: dict[str, type] = {"--reduction.image": ImageReduction, "--reduction.text": TextReduction}
+def _with_strategy(recipe: Recipe, flag: str, name: str) -> Recipe:
+    """The recipe with one part of it of another class."""
+    part, _, field = flag.removeprefix("--").partition(".")
+    whole: Any = getattr(recipe, part)
+    if field not in {item.name for item in fields(whole)}:
+        raise InputError(
+            f"there is no {flag} in this recipe, which reads no captions; leave it out"
+        )
+    return replace(recipe, **{part: replace(whole, **{field: _strategy(flag, name)})})
+
+
+_BASES: dict[str, type | types.UnionType] = {
+    "--reduction.image": ImageReduction,
+    "--reduction.text": TextReduction,
+    "--data.tokenizer": TokenizerConfig,
+}
+_KINDS = {
+    "--reduction.image": "ImageReduction",
+    "--reduction.text": "TextReduction",
+    "--data.tokenizer": "tokenizer",
+}
 _EXAMPLES = {
     "--reduction.image": "frugal.common.reduction.random_masking.RandomMasking, or "
     "frugal.common.reduction.image.KeepAll to leave nothing out",
     "--reduction.text": "frugal.common.reduction.text.Truncate, which leaves no more out than it "
     "must",
+    "--data.tokenizer": "frugal.common.data.tokenizers.HuggingFace with --data.tokenizer.name, or "
+    "frugal.common.data.tokenizers.ClipBpe",
 }
 
 
 def _strategy(flag: str, name: str) -> Any:
-    """A reduction in its default form.
+    """A part in its default form; what has no default is for the command line to say.
 
     Raises:
-        InputError: if there is no such class, or it is no reduction of this kind.
+        InputError: if there is no such class, or it is none of this kind.
     """
     module, _, kind = name.rpartition(".")
     base = _BASES[flag]
@@ -243,10 +267,16 @@ def _strategy(flag: str, name: str) -> Any:
     is_class = isinstance(strategy, type) and issubclass(strategy, base)
     if not is_class or inspect.isabstract(strategy):
         raise InputError(
-            f"{flag} names {name!r}, which is no {base.__name__} to train with; give one such as "
+            f"{flag} names {name!r}, which is no {_KINDS[flag]} to train with; give one such as "
             f"{_EXAMPLES[flag]}"
         )
-    return strategy()
+    return strategy(
+        **{
+            field.name: tyro.MISSING
+            for field in fields(strategy)
+            if field.default is MISSING and field.default_factory is MISSING
+        }
+    )
 
 
 def _dashed(name: str) -> str:

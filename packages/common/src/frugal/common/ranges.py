@@ -90,7 +90,7 @@ def check_ranges(part: object, name: str = "") -> None:
         for number, wanted, allowed in _numbers(value, hint):
             if sentence := _refusal(number, wanted, allowed):
                 full = f"{name}.{field}" if name else field
-                raise InputError(f"{full} is {value}, {sentence}")
+                raise InputError(f"{full} is {value!r}, {sentence}")
 
 
 def check_choices(part: object, name: str) -> None:

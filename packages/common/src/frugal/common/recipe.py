@@ -149,8 +149,8 @@ class ModelInputs:
 
     height_width: tuple[int, int]
     """Of images, in pixels."""
-    num_patches: int | None = None
-    """Patches of one image, of a model that can do with a part of them."""
+    grid: tuple[int, int] | None = None
+    """(rows, columns) of patches of an image, of a model that can do with a part of them."""
     captions: CaptionSpec | None = None
     """None of a model that is given none."""
     num_classes: int | None = None
@@ -186,6 +186,10 @@ class ObjectiveConfig(ABC):
     losses: one alone teaches nothing, and one that comes twice is told apart from itself."""
     caches_gradients: ClassVar[bool] = False
     """Whether it can encode a part of a batch at a time, as ``engine.cache_chunk`` has it."""
+    knows_importance: ClassVar[bool] = False
+    """Whether an image reduction is told how important each patch is."""
+    takes_uneven: ClassVar[bool] = True
+    """Whether another number of patches may stay of every image."""
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what this objective cannot be combined with, as :meth:`ModelConfig.check`."""
@@ -316,8 +320,9 @@ class Recipe:
         self.model.check(self)
         self.data.check(self)
         inputs = self.model.inputs()
-        if inputs.num_patches is not None:
-            self.reduction.image.check_patches(inputs.num_patches)
+        if inputs.grid is not None:
+            self.reduction.image.check_grid(inputs.grid)
+        _check_reduction(self.reduction.image, self.objective)
         self.objective.check(self)  # which refuses a text reduction where no captions are read
         if self.engine.cache_chunk is not None and not self.objective.caches_gradients:
             raise InputError(
@@ -375,6 +380,21 @@ class Recipe:
         raise InputError(
             f"run.best is {best!r}, which is nothing that the evaluations of this run measure and "
             f"of which higher is better; choose from {', '.join(scores)}"
+        )
+
+
+def _check_reduction(reduction: ImageReduction, objective: ObjectiveConfig) -> None:
+    """Refuse a reduction that an objective cannot serve, or cannot use."""
+    name = type(reduction).__name__
+    if reduction.needs_importance and not objective.knows_importance:
+        raise InputError(
+            f"reduction.image {name} draws patches by the attention of a teacher, but this "
+            "objective has none; choose RandomMasking, or an objective with a teacher"
+        )
+    if reduction.is_uneven and not objective.takes_uneven:
+        raise InputError(
+            f"reduction.image {name} keeps another number of patches of every image, but "
+            f"{type(objective).__name__} needs equally many; choose another one"
         )
 
 
@@ -491,7 +511,11 @@ def load_recipe(path: Path) -> Recipe:
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a recipe ({reason_of(error)})") from None
-    recipe = from_json(encoded, source=str(path))
+    try:
+        recipe = from_json(encoded, source=str(path))
+    except InputError as error:  # a part that refuses a value does not know of the file
+        named = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise InputError(named) from None
     if not isinstance(recipe, Recipe):
         raise InputError(f"{path} does not hold a recipe")
     return recipe

@@ -51,7 +51,7 @@ class MaskedModel(ModelConfig):
     @override
     def inputs(self) -> ModelInputs:
         """Images."""
-        return ModelInputs(height_width=self.image.height_width, num_patches=self.image.num_patches)
+        return ModelInputs(height_width=self.image.height_width, grid=self.image.grid)
 
     def build(self, generator: torch.Generator | None = None, *, outputs: int) -> MaskedImageModel:
         """The model, on the CPU in float32, with weights drawn from ``generator`` (or seed 0).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from frugal.milan.teacher import Teacher, load_teacher
 
 
 class _Reconstruct(ObjectiveConfig):
+    takes_uneven: ClassVar[bool] = False
+
     def trained_model(self, recipe: Recipe, weights: Mapping[str, Tensor]) -> MaskedImageModel:
         """Encoder and decoder; the teacher is not needed."""
         model = model_of(MaskedModel, recipe.model)
@@ -42,6 +45,8 @@ class ReconstructFeatures(_Reconstruct):
     """
 
     teacher: Teacher = field(default_factory=Teacher)
+
+    knows_importance: ClassVar[bool] = True
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what this objective cannot do."""
@@ -171,11 +176,6 @@ class Reconstruction(Objective):
             raise InputError(
                 f"reduction.image {name} keeps every patch, so that nothing is left to "
                 "reconstruct; choose another one"
-            )
-        if kept.is_packed:
-            raise InputError(
-                f"reduction.image {name} keeps another number of patches of every image, but "
-                "reconstruction needs equally many; choose another one"
             )
         return Split.of(kept, view.num_patches)
 

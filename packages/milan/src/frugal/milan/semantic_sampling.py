@@ -7,10 +7,10 @@ arXiv:2208.06049, section 3.3.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import ShareBelowOne
 from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
@@ -30,9 +30,11 @@ class SemanticSampling(ImageReduction):
     def __post_init__(self) -> None:
         RandomMasking(mask_ratio=self.mask_ratio)  # the same fractions are possible
 
-    def check_patches(self, num_patches: int) -> None:
+    needs_importance: ClassVar[bool] = True
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
         """Refuse a recipe whose images would keep nothing."""
-        RandomMasking(mask_ratio=self.mask_ratio).check_patches(num_patches)
+        RandomMasking(mask_ratio=self.mask_ratio).check_grid(grid)
 
     def num_kept(self, num_patches: int) -> int:
         """Patches that stay, as :meth:`RandomMasking.num_kept` counts them."""
@@ -43,15 +45,8 @@ class SemanticSampling(ImageReduction):
 
         Returns:
             Dense, (B, K); None where the ratio is 0.
-
-        Raises:
-            InputError: if nobody says how important patches are.
         """
-        if view.importance is None:
-            raise InputError(
-                "reduction.image SemanticSampling draws patches by the attention of a teacher, but "
-                "this objective has none; choose RandomMasking, or an objective with a teacher"
-            )
+        assert view.importance is not None, "a recipe whose objective knows none is refused"
         if self.mask_ratio == 0:
             return None
         order = draw_order(view.importance, noise.uniform(PURPOSE, view.num_patches))

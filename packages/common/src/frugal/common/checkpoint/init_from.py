@@ -353,23 +353,26 @@ def init_image(
 def init_text(
     tower: TextTransformer, source: Path, start: Initializer, *, tokenizer: TokenizerSource | None
 ) -> None:
-    """Give a text tower the weights of a run's; its projection stays as it is.
+    """Give a text tower the weights of that of another model; its projection stays as it is.
 
     Args:
         tower: takes the weights.
-        source: a run directory or checkpoint.
+        source: a run directory or checkpoint, or a folder of another library.
         start: how weights are taken.
         tokenizer: of the new run, which must make the ids of the old one.
 
     Raises:
-        InputError: if the run has no such text tower; nothing is changed then.
+        InputError: if there is no such text tower; nothing is changed then.
     """
-    run = _of_run(source, start.log)
-    config: object = getattr(run.config, "text", None)
+    is_foreign = source.is_dir() and not is_run(source)
+    whole = _of_bundle(load_model(source)) if is_foreign else _of_run(source, start.log)
+    config: object = getattr(whole.config, "text", None)
     if not isinstance(config, TextTower):
-        raise InputError(f"the run {source} trained no text tower of Frugal's; give another one")
-    state = without_prefix(run.state, "model.text.")
-    weights = replace(run, what=f"the text tower of {source}", state=state, config=config)
+        raise InputError(
+            f"the model of {source} has no text tower that is one of this library; give another one"
+        )
+    state = without_prefix(whole.state, "model.text.")
+    weights = replace(whole, what=f"the text tower of {source}", state=state, config=config)
     _init_tower(tower, weights, Freedom(kind="the text tower"), start, tokenizer=tokenizer)
 
 

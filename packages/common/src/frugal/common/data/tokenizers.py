@@ -292,7 +292,7 @@ def token_difference(there: Tokenizer, here: Tokenizer) -> Difference | None:
     """
     for name, words in (("prefix", "begins a caption with"), ("suffix", "ends a caption with")):
         if getattr(there, name) != getattr(here, name):
-            difference = f"{words} {getattr(there, name)} there and {getattr(here, name)} here"
+            difference = f"{words} {_named(there, name)} there and {_named(here, name)} here"
             return Difference(difference, of_odd_texts=False)
     if odd := _other_ids(_PLAIN, there, here):
         return Difference(odd, of_odd_texts=False)
@@ -301,6 +301,12 @@ def token_difference(there: Tokenizer, here: Tokenizer) -> Difference | None:
     if odd := _other_ids(_ODD, there, here):
         return Difference(odd, of_odd_texts=True)
     return None
+
+
+def _named(tokenizer: Tokenizer, place: str) -> str:
+    """The special tokens at one end of a caption."""
+    ids: tuple[int, ...] = getattr(tokenizer, place)
+    return f"the special token {', '.join(map(str, ids))}" if ids else "no special token"
 
 
 def _other_ids(texts: tuple[str, ...], there: Tokenizer, here: Tokenizer) -> str | None:

@@ -220,6 +220,10 @@ def merge_symbols(symbols: list[str], ranks: Mapping[tuple[str, str], int]) -> l
     return [symbol for symbol in symbols if symbol]
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model")
+"""Of which a folder holds at least one if transformers can make a tokenizer of it."""
+
+
 class Transformers:
     """A tokenizer of the transformers library."""
 
@@ -243,6 +247,11 @@ class Transformers:
             )
         from transformers import AutoTokenizer
 
+        if is_folder and not any(any(Path(name).glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise InputError(
+                f"the folder {name} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy its "
+                "files there from where the model comes from"
+            )
         source = f"the folder {name}" if is_folder else f"the Hugging Face hub's {name!r}"
         try:
             # a "[SEP]" that somebody wrote into a caption is text, and never ends it

@@ -228,9 +228,7 @@ def train_step(
     Returns:
         What the step reports, which may not be computed yet.
     """
-    learning_rate = recipe.schedule.learning_rate(
-        step * recipe.batch_size, peak=recipe.optimizer.peak(recipe.batch_size)
-    )
+    learning_rate = _learning_rate(recipe, step)
     weights = _micro_batch_weights(engine, micro_batches)  # (M,)
     reported = []
     for number, batch in enumerate(micro_batches):
@@ -254,6 +252,13 @@ def train_step(
     keys = [key for batch in micro_batches for key in batch.keys]
     return StepMetrics.of(
         reported, weights, step=step + 1, learning_rate=learning_rate, norm=norm, keys=keys
+    )
+
+
+def _learning_rate(recipe: Recipe, step: int) -> float:
+    """That of the step that begins after ``step`` steps."""
+    return recipe.schedule.learning_rate(
+        step * recipe.batch_size, peak=recipe.optimizer.peak(recipe.batch_size)
     )
 
 
@@ -376,7 +381,7 @@ def sync_metrics(training: Training) -> None:
             values = {name: value for name, value in values.items() if math.isfinite(value)}
         else:
             training.skipped_in_row = 0
-        training.meter.add(values | {"learning_rate": metrics.learning_rate})
+        training.meter.add(values)
 
 
 def _count_skipped(training: Training, metrics: StepMetrics, loss: float) -> None:
@@ -421,6 +426,7 @@ def _log_line(training: Training, step: int, peak: float) -> None:
         {
             "samples": step * recipe.batch_size,
             **means,
+            "learning_rate": _learning_rate(recipe, step - 1),
             "samples_per_second": recipe.batch_size / step_seconds,
             "tokens_per_second": tokens * recipe.batch_size / step_seconds,
             "data_wait": interval.wait,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +48,8 @@ class Retrieval(ImageEvaluation):
         """``image_recall_at_{1,5,10}`` (text to image), ``text_recall_at_{1,5,10}`` (to text).
 
         Also ``candidates`` (images to choose from) and ``captions``; where there are such,
-        ``captions_of_several_lines`` and ``captions_cut``.
+        ``captions_repeated`` (at several images), ``captions_of_several_lines`` and
+        ``captions_cut``.
 
         Raises:
             InputError: if the data cannot be used.
@@ -154,6 +156,16 @@ def _remark(
     run, captions = given.run, sum(map(len, captioned.captions))
     run.log.info("%s: %s images, %s captions", task.name, f"{len(captioned):,}", f"{captions:,}")
     counts = {}
+    owners = Counter(caption for own in captioned.captions for caption in set(own))
+    if repeated := sum(owners[caption] > 1 for own in captioned.captions for caption in own):
+        counts["captions_repeated"] = repeated
+        run.log.warning(
+            "%s: %s of the %s captions stand at several images, of which only the own one counts "
+            "as found",
+            task.name,
+            f"{repeated:,}",
+            f"{captions:,}",
+        )
     if several := captioned.several_lines:
         counts["captions_of_several_lines"] = several
         run.log.warning(

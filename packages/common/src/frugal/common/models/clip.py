@@ -46,7 +46,7 @@ class DualEncoderConfig(ModelConfig):
         return ModelInputs(
             height_width=self.image.height_width,
             # a tower of another library sees images whole
-            num_patches=self.image.num_patches if isinstance(self.image, ImageTower) else None,
+            grid=self.image.grid if isinstance(self.image, ImageTower) else None,
             captions=self.text,
         )
 

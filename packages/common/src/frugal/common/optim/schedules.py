@@ -24,12 +24,12 @@ class WarmupCosine(Schedule):
     """Learning rate at the end and beyond."""
 
     def __post_init__(self) -> None:
-        if self.samples <= 0 or not 0 <= self.warmup_samples <= self.samples:
-            raise InputError(
-                f"schedule.warmup_samples ({self.warmup_samples}) must lie between 0 and "
-                f"schedule.samples ({self.samples}), which must be positive"
-            )
         check_ranges(self, "schedule")
+        if self.warmup_samples > self.samples:
+            raise InputError(
+                f"schedule.warmup_samples is {self.warmup_samples}, more than schedule.samples "
+                f"({self.samples}); warm up for less, or train on more"
+            )
 
     @override
     def learning_rate(self, samples_seen: int, *, peak: float) -> float:

@@ -218,18 +218,22 @@ class ImageReduction(ABC):
     """Share of the patches that goes; None where that is not what is set."""
     calibrated: ClassVar[tuple[str, ...]] = ()
     """Fields that :meth:`calibrate` fills in where they are None."""
+    needs_importance: ClassVar[bool] = False
+    """Whether it goes by the importance of patches, which few objectives know."""
+    is_uneven: ClassVar[bool] = False
+    """Whether another number of patches stays of every image."""
 
     @abstractmethod
     def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches | None:
         """The patches that stay; None where every patch does."""
 
-    def check_patches(self, num_patches: int) -> None:
-        """Refuse a number of patches per image with which this cannot work.
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Refuse (rows, columns) of patches of an image with which this cannot work.
 
         Raises:
             InputError: naming the setting.
         """
-        del num_patches
+        del grid
 
     @property
     def calibration_images(self) -> int:

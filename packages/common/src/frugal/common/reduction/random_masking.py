@@ -5,6 +5,7 @@ Source: Li et al., "Scaling Language-Image Pre-training via Masking", arXiv:2212
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from typing_extensions import override
@@ -33,9 +34,9 @@ class RandomMasking(ImageReduction):
             )
 
     @override
-    def check_patches(self, num_patches: int) -> None:
+    def check_grid(self, grid: tuple[int, int]) -> None:
         """Refuse images that would keep nothing."""
-        self.num_kept(num_patches)
+        self.num_kept(math.prod(grid))
 
     def num_kept(self, num_patches: int) -> int:
         """Patches that stay: truncated in double precision, as the published runs did.

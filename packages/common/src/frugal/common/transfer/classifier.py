@@ -52,7 +52,7 @@ class ClassifierConfig(ModelConfig):
         """Images with their classes."""
         return ModelInputs(
             height_width=self.image.height_width,
-            num_patches=self.image.num_patches,
+            grid=self.image.grid,
             num_classes=self.num_classes,
         )
 

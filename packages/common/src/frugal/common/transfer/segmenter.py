@@ -81,7 +81,7 @@ class SegmenterConfig(ModelConfig):
         """Images with the classes of their pixels."""
         return ModelInputs(
             height_width=self.image.height_width,
-            num_patches=self.image.num_patches,
+            grid=self.image.grid,
             num_classes=self.num_classes,
         )
 

@@ -40,7 +40,7 @@ class ImportedEncoder(ModelConfig):
     @override
     def inputs(self) -> ModelInputs:
         """Images."""
-        return ModelInputs(height_width=self.image.height_width, num_patches=self.image.num_patches)
+        return ModelInputs(height_width=self.image.height_width, grid=self.image.grid)
 
     def build(self, generator: torch.Generator | None = None) -> nn.Sequential:
         """``image`` and ``head``, which weights are to be loaded into."""

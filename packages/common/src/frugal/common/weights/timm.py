@@ -137,8 +137,12 @@ def _read(
     classes = len(state["head.weight"]) if "head.weight" in state else 0
     try:
         with torch.device("meta"):
+            # bare first: other kinds do not know these arguments
+            _refuse_other_kinds(timm.create_model(name), name)
             model: Any = timm.create_model(name, num_classes=classes, **args)
         usual: Any = model.pretrained_cfg
+    except InputError:
+        raise
     except Exception as error:  # noqa: BLE001 - an unknown name, an option of another version
         reason = reason_of(error, last_line=True)
         raise InputError(f"timm cannot build {name!r} as a vision transformer: {reason}") from None
@@ -157,14 +161,17 @@ def _read(
     return encoder
 
 
-def _tower(model: Any, name: str, pixels: Pixels) -> ImageTower:
-    """Our tower that is to compute the same."""
+def _refuse_other_kinds(model: Any, name: str) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(model, VisionTransformer):
         raise InputError(
             f"timm's {name} is none of its plain vision transformers, which alone can be read"
         )
+
+
+def _tower(model: Any, name: str, pixels: Pixels) -> ImageTower:
+    """Our tower that is to compute the same."""
     front = model.num_prefix_tokens
     height, width = model.patch_embed.img_size
     misfits = {

@@ -155,15 +155,17 @@ def _text_masked(model: Any, token_ids: Tensor, lengths: Tensor) -> Any:
 
 
 def _model(folder: Path) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises of all kinds
         reason = reason_of(error, last_line=True)
         raise InputError(
-            f"{folder} is no folder of a model that transformers has ({reason}); models that bring "
-            "their own code are not run"
+            f"the config.json of {folder} describes no model of transformers ({reason}); copy it "
+            "again (models that bring their own code are not run)"
         ) from None
     check_whole(weights_in(folder, WEIGHT_FILES))
     model, missing = load_model(folder, config=config, way_out="copy them again")
