@@ -503,7 +503,7 @@ def test_options_that_towers_of_ours_do_not_have_are_named(tmp_path: Path) -> No
             taken_in(source, tmp_path / "out")
     about = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**about, "architecture": "resnet18"}))
-    with pytest.raises(InputError, match="cannot build 'resnet18' as a vision transformer"):
+    with pytest.raises(InputError, match="resnet18 is none of its plain vision transf"):
         taken_in(source, tmp_path / "out")
 
 
