@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from frugal.common.evaluation.pictures import draw_masked, draw_predictions, gray_dropped, tile
+from frugal.common.evaluation.pictures import draw_predictions, gray_dropped, tile
 from frugal.common.reduction.image import KeptPatches
 
 
@@ -69,7 +69,8 @@ def test_every_image_is_on_the_sheet(count: int, columns: int | None) -> None:
         for image in images
     ]
     assert all(found)
-    masked = draw_masked(images[:, :, :4, :8], np.ones((count, 8), bool), 2, columns=columns)
+    masked = gray_dropped(images[:, :, :4, :8], np.ones((count, 8), bool), 2)
+    masked = tile(masked, columns=columns)
     assert masked.dtype == np.uint8
     assert masked.shape[0] == 3
 

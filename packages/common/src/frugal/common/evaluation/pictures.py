@@ -105,23 +105,6 @@ def labeled_row(label: str, images: Any, *, side: int = 96) -> Picture:
     return np.concatenate([np.asarray(strip).transpose(2, 0, 1), row], axis=1)
 
 
-def draw_masked(
-    images: Any, kept_mask: Any, patch_size: int, *, columns: int | None = None
-) -> Picture:
-    """A batch with its mask: kept patches as they are, dropped ones hatched in gray.
-
-    Args:
-        images: (B, 3, H, W) uint8.
-        kept_mask: (B, N) bool; ``KeptPatches.mask(num_patches)``.
-        patch_size: side of a patch in pixels.
-        columns: images side by side.
-
-    Returns:
-        (3, H*, W*) uint8, for ``SummaryWriter.add_image``.
-    """
-    return tile(gray_dropped(images, kept_mask, patch_size), columns=columns)
-
-
 def _wrapped(text: str, width: int, font: Any) -> list[str]:
     """The words of ``text`` in lines that fit ``width`` pixels; one word always fits."""
     lines: list[str] = []

@@ -27,6 +27,10 @@ from frugal.common.weights.written import two_towers, unsupported_tower
 _TWO_TOWERS = ("clip", "siglip", "vision-text-dual-encoder")
 _ONE_TOWER = ("clip_vision_model", "vit", "vit_mae")
 """By transformers' names."""
+_PIXELS = (
+    "The image processors of transformers resize with torchvision, this model was measured with "
+    "Pillow: some values of a photograph differ by one gray level of 255."
+)
 
 
 def knows(path: Path, name: str | None) -> bool:
@@ -84,7 +88,9 @@ def load_image_tower(folder: Path) -> ImageEncoder:
 def target(bundle: ModelBundle, to: str) -> Target | UnsupportedOption:
     """How a model is written for one of :data:`LIBRARY`'s targets."""
     way = _two_towers(bundle, to) if bundle.text is not None else _one_tower(bundle, to)
-    return way if isinstance(way, UnsupportedOption) else _quiet(way)
+    if isinstance(way, UnsupportedOption):
+        return way
+    return _quiet(replace(way, usage=f"{way.usage.rstrip()}\n\n{_PIXELS}\n"))
 
 
 def _two_towers(bundle: ModelBundle, to: str) -> Target | UnsupportedOption:
