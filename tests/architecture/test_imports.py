@@ -1,6 +1,8 @@
 """The rules of who may import whom, read from the source."""
 
 import ast
+import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -73,22 +75,39 @@ def sources() -> list[tuple[str, Path]]:
     ]
 
 
+def is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def named(node: ast.AST) -> list[str]:
+    """What an import names, submodules that it takes from a folder included."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        module = "." * node.level + (node.module or "")
+        folders = [
+            f"{module}.{alias.name}" for alias in node.names if is_module(module, alias.name)
+        ]
+        return folders or [module]
+    return []
+
+
+def is_module(module: str, name: str) -> bool:
+    """Whether what is imported from a folder of ours is a module, or a folder, in it."""
+    inside = Path(*module.split("."), name)
+    roots = [package / "src" for package in (ROOT / "packages").iterdir()]
+    return any((root / inside).is_dir() or (root / f"{inside}.py").is_file() for root in roots)
+
+
 def imported(file: Path) -> set[str]:
     """Modules of ours that a file imports when it runs, type checking left out."""
     tree = ast.parse(file.read_text())
     skipped: set[ast.AST] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            skipped.update(child for part in node.body for child in ast.walk(part))
-    names = set()
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return {name for name in names if name.startswith("frugal.")}
+        if is_for_type_checkers(node):
+            skipped.update(child for part in node.body for child in ast.walk(part))  # type: ignore[attr-defined]
+    names = {name for node in ast.walk(tree) if node not in skipped for name in named(node)}
+    return {name for name in names if name.split(".")[0] == "frugal"}
 
 
 @pytest.mark.parametrize(("package", "file"), sources(), ids=lambda value: str(value)[-40:])
@@ -106,7 +125,72 @@ def test_a_part_of_common_imports_parts_to_its_left_only(file: Path) -> None:
     inside = file.relative_to(ROOT / "packages/common/src/frugal/common").with_suffix("")
     mine = level(".".join(inside.parts))
     for name in imported(file):
-        assert level(name.removeprefix("frugal.common.")) <= mine, f"{file.name} imports {name}"
+        where = "__init__" if name == "frugal.common" else name.removeprefix("frugal.common.")
+        assert level(where) <= mine, f"{file.name} imports {name}"
+
+
+IN_FUNCTIONS = {
+    # each takes longer to import than torch, and only one is used
+    "common/train.py": {"frugal.common.engine.accelerate", "frugal.common.engine.deepspeed"},
+}
+"""What of ours is imported where it is used, with the reason."""
+
+
+@pytest.mark.parametrize("file", [f for _, f in sources()], ids=lambda f: str(f)[-40:])
+def test_what_is_ours_is_imported_at_the_top_by_its_whole_name(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {name for one in functions for node in ast.walk(one) for name in named(node)}
+    ours = {name for name in inside if name.split(".")[0] == "frugal"}
+    known = [names for place, names in IN_FUNCTIONS.items() if str(file).endswith(place)]
+    assert ours == (known[0] if known else set())
+    assert not [name for node in ast.walk(tree) for name in named(node) if name.startswith(".")]
+
+
+def test_no_module_of_ours_is_imported_by_a_string_that_says_its_name() -> None:
+    for _, file in sources():
+        calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
+        for call in calls:
+            if ast.unparse(call.func).endswith("import_module"):
+                assert not isinstance(call.args[0], ast.Constant), f"{file}: {ast.unparse(call)}"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    edges: dict[str, set[str]] = {}
+    for _, file in sources():
+        parts = file.relative_to(ROOT / "packages").with_suffix("").parts[2:]
+        module = ".".join(part for part in parts if part != "__init__")
+        edges[module] = imported(file)
+    order = graphlib.TopologicalSorter({m: needed & edges.keys() for m, needed in edges.items()})
+    order.prepare()  # raises CycleError with the modules of a circle
+
+
+def test_every_folder_says_what_lives_in_it() -> None:
+    folders = {file.parent for _, file in sources()} - set((ROOT / "packages").glob("*/src/frugal"))
+    for folder in folders:
+        init = folder / "__init__.py"
+        assert init.is_file(), f"{folder} has no __init__.py"
+        assert ast.get_docstring(ast.parse(init.read_text())), f"{init} has no docstring"
+
+
+JSON = {"calibrate": {"Callable[[Any], list[Any]]"}}
+"""What is gathered from other processes is JSON, too."""
+
+
+@pytest.mark.parametrize("name", ["contracts.py", "reduction/image.py", "reduction/text.py"])
+def test_contracts_are_typed(name: str) -> None:
+    """``Any`` stands for JSON only: in a state, and among the values of what is gathered."""
+    tree = ast.parse((ROOT / "packages/common/src/frugal/common" / name).read_text())
+    for one in ast.walk(tree):
+        if not isinstance(one, ast.FunctionDef):
+            continue
+        arguments = [*one.args.args, *one.args.kwonlyargs]
+        hints = {ast.unparse(a.annotation) for a in arguments if a.annotation}
+        hints |= {ast.unparse(one.returns)} if one.returns else set()
+        bare = {
+            h for h in hints if "Any" in re.sub(r"(dict|Mapping)\[str, Any\]|list\[Any\]", "", h)
+        }
+        assert not bare - JSON.get(one.name, set()), f"{name}: {one.name} takes or gives {bare}"
 
 
 def test_no_package_takes_the_namespace_for_itself() -> None:

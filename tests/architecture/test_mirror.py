@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from support import ROOT
@@ -124,7 +126,10 @@ def modules() -> list[str]:
 @pytest.mark.parametrize("module", modules())
 def test_every_module_has_a_mirror_or_a_place_where_it_is_tested(module: str) -> None:
     where = ELSEWHERE.get(module)
-    assert mirrored(module) or where, f"add tests/common/{module}, or say where it is tested"
+    assert mirrored(module) or where, (
+        f"add a test_*.py of this name to tests/common/{Path(module).parent}, or say where "
+        f"{module} is tested"
+    )
     assert not (mirrored(module) and where), f"{module} has a mirror now; take it off the list"
     assert where is None or (TESTS / where).is_file(), f"{where} is not there any more"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from frugal.common.cli import command_words, read_command_line
+from frugal.common.cli import command_words, read_command_line, read_options
 from frugal.common.errors import InputError
+from frugal.common.evaluation.cli import Options
 from frugal.flip.recipes import RECIPES
 
 PACKAGES = Path(__file__).parents[2] / "packages"
@@ -33,7 +34,7 @@ def test_the_home_folder_is_meant_by_a_tilde_also_behind_a_flag(tmp_path: Path) 
     [
         (["demo", "--data.train", ""], "--data.train is empty"),
         (["demo", "--run.dir="], "--run.dir is empty"),
-        (["--out", "x", "--images", " "], "--images is empty"),
+        (["--out", "x", "--compositional.images", " "], "--compositional.images is empty"),
         (["", "--to", "timm"], "a word of the command line is empty"),
     ],
 )
@@ -64,6 +65,23 @@ def _commands() -> list[Path]:
 def test_every_command_reads_its_words_in_the_one_place(path: Path) -> None:
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     assert any(getattr(call.func, "id", "") == "command_words" for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("--templates", "--zero-shot.templates"),
+        ("--linear-probe.solvr", "--linear-probe.solver"),
+        ("--checkpiont", "--checkpoint"),
+    ],
+)
+def test_an_unknown_flag_of_any_command_is_a_sentence(
+    given: str, nearest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", "--checkpoint", "x", given, "y"])
+    with pytest.raises(InputError) as refused:
+        read_options(Options, "evaluate")
+    assert str(refused.value) == f"there is no {given} in this command; did you mean {nearest}?"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from frugal.clipa.grid_masking import GridMasking
 from frugal.common.cli import read_command_line
 from frugal.common.data.tokenizers import HuggingFace, WordPiece
 from frugal.common.errors import InputError
+from frugal.common.optim.optimizers import LARS
+from frugal.common.optim.schedules import WarmupLinear
 from frugal.common.recipe import Recipe, difference, from_json, load_recipe, to_json
 from frugal.flip.recipes import RECIPES, demo
 from frugal.flip.text_masking import TextMasking
@@ -134,6 +136,17 @@ def test_a_tokenizer_is_chosen_by_its_class_and_its_fields_by_flags() -> None:
     assert whole.data.tokenizer == WordPiece()
     with pytest.raises(InputError, match="which is no tokenizer to train with; give one such as"):
         read("demo", "--data.tokenizer=frugal.common.data.tokenizers.Tokenizer")
+
+
+def test_optimizer_and_schedule_are_chosen_by_their_classes_too() -> None:
+    given = ("--schedule", "frugal.common.optim.schedules.WarmupLinear", "--schedule.floor=1e-5")
+    schedule = read("demo", *given).schedule
+    assert isinstance(schedule, WarmupLinear) and schedule.floor == 1e-5
+    assert schedule.samples == demo().schedule.samples  # which has no default
+    lars = read("demo", "--optimizer=frugal.common.optim.optimizers.LARS").optimizer
+    assert isinstance(lars, LARS) and lars.learning_rate == demo().optimizer.learning_rate
+    with pytest.raises(InputError, match="which is no Schedule to train with; give one such as"):
+        read("demo", "--schedule=frugal.common.optim.optimizers.LARS")
 
 
 def test_what_a_tokenizer_lacks_is_asked_for(capsys: pytest.CaptureFixture) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import segment_cases
+import timm
 
-from support import ALONE, DDP, ROOT, command, fork, train
+from frugal.common.checkpoint.store import save_weights
+from support import ALONE, DDP, ROOT, command, fork, saved_tensors, train
 
 SMALL = ("model.image.width=32", "model.image.depth=2", "model.image.heads=2",
          "model.image.mlp-width=64", "model.image.drop-path=0", "data.workers=0", "batch-size=16",
@@ -65,6 +68,62 @@ def test_an_encoder_is_fine_tuned_and_probed_by_one_command(
     again = command(EVALUATE, *given)
     assert (out / "milan_finetune" / "metrics.jsonl").read_bytes() == before
     assert again.stdout == done.stdout
+
+
+def test_what_was_trained_on_top_of_other_weights_is_not_measured_again(
+    pretrained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(pretrained, model)
+    given = words(model, scenes, out, "milan-linear-probe")
+    command(EVALUATE, *given)
+    (step,) = (model / "checkpoints").glob("step_*")
+    tensors = saved_tensors(model)
+    name = next(name for name in tensors if name.startswith("weight/model.image.blocks"))
+    save_weights(
+        model / "checkpoints",
+        {
+            key.partition("/")[2]: tensor + (key == name)
+            for key, tensor in tensors.items()
+            if key.startswith(("weight/", "buffer/"))
+        },
+        step=int(step.name.removeprefix("step_")) + 1,
+    )
+    refusal = command(EVALUATE, *given, expect=2).stderr
+    assert "holds what was trained on top of other weights than those of" in refusal
+    assert len(refusal.splitlines()) == 1
+
+
+def test_a_model_of_another_library_is_trained_on_with_its_own_pixels(
+    scenes: Path, tmp_path: Path
+) -> None:
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **small)
+    timm.models.save_for_hf(model, tmp_path / "timm", model_args=small)
+    file = tmp_path / "timm" / "config.json"
+    about = json.loads(file.read_text())
+    about["pretrained_cfg"] |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    file.write_text(json.dumps(about))
+    out = tmp_path / "out"
+    given = words(tmp_path / "timm", scenes, out, "milan-linear-probe")
+    refusal = command(EVALUATE, *given, expect=2).stderr
+    assert "a flag of the recipe goes behind --transfer.changes" in refusal
+    pixels = ["model.image.mean=0.5 0.4 0.3", "model.image.std=0.2 0.2 0.2"]
+    flags = refusal.partition("give ")[2].partition(";")[0].split("--")[1:]
+    changes = [f"{flag.partition(' ')[0]}={flag.partition(' ')[2].strip()}" for flag in flags]
+    assert set(pixels) <= set(changes)
+    command(EVALUATE, *given, *changes)
+    trained = saved_tensors(out / "milan_linear_probe")
+    blocks = model.state_dict()["blocks.0.attn.qkv.weight"]
+    assert trained["buffer/model.image.blocks.0.attn.qkv.weight"].equal(blocks)
+
+
+def test_published_crops_are_not_for_what_trains(
+    pretrained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    given = words(pretrained, scenes, tmp_path / "out", "milan-finetune")
+    refusal = command(EVALUATE, "--published", *given, expect=2).stderr
+    assert "--published is for what the model says of images, but milan-finetune" in refusal
 
 
 def test_on_two_processes_it_trains_and_measures_the_same(

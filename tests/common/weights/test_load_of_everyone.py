@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from frugal.common.checkpoint.init_from import init_from
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage, TransformersImage, TransformersText
 from frugal.common.models.pretrained_models import stored_state
@@ -25,6 +26,8 @@ from frugal.common.recipe import load_recipe
 from frugal.common.weights.files import read_weights
 from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.load import load_model
+from frugal.common.weights.save import save_model
+from frugal.flip.recipes import demo
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -181,6 +184,54 @@ def test_a_model_without_its_tokenizer_is_told_what_to_copy(clip_folder: Path) -
     for file in [*clip_folder.glob("tokenizer*"), *clip_folder.glob("vocab*")]:
         file.unlink()
     assert "holds no tokenizer (tokenizer.json, " in refusal(load_model, clip_folder)
+
+
+def test_a_processor_that_cuts_an_edge_off_is_written_again(
+    clip_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = load_model(clip_folder)
+    assert bundle.transform.share == pytest.approx(32 / 36)
+    assert save_model(bundle, tmp_path / "again", to="huggingface") < 1e-5
+    again = load_model(tmp_path / "again")
+    assert again.transform == bundle.transform
+    assert "the same file gives other pixels there" not in caplog.text
+    save_model(bundle, tmp_path / "other", to="open_clip")  # which has no such crop
+    assert "the same file gives other pixels there" in caplog.text
+
+
+def test_captions_are_cut_where_the_tokenizer_of_a_clip_cuts_them(clip_folder: Path) -> None:
+    from transformers import AutoTokenizer, CLIPModel
+
+    tokenizer = AutoTokenizer.from_pretrained(clip_folder, model_max_length=7)
+    tokenizer.save_pretrained(clip_folder)
+    bundle = load_model(clip_folder)
+    captions = ["a dog", "a photo of a dog and of two cats on a red bicycle"]
+    inputs = tokenizer(captions, truncation=True, padding=True, return_tensors="pt")
+    theirs = CLIPModel.from_pretrained(clip_folder).eval()(
+        **inputs, pixel_values=torch.zeros(2, 3, 32, 32)
+    ).text_embeds  # fmt: skip
+    with torch.no_grad():
+        ours = bundle.model.encode_text(*bundle.tokenize(captions))
+    torch.testing.assert_close(ours, torch.nn.functional.normalize(theirs, dim=-1))
+    assert bundle.text is not None and bundle.text.length == 7
+
+
+def test_towers_of_others_give_unit_vectors_too_and_start_no_stage(
+    bert: Path, tmp_path: Path
+) -> None:
+    save_with(tmp_path / "siglip", transformers_model("siglip"), bert, image_processor("siglip"))
+    bundle = load_model(tmp_path / "siglip")
+    with torch.no_grad():
+        images = bundle.model.encode_image(torch.randn(3, 3, 32, 32))
+        texts = bundle.model.encode_text(*bundle.tokenize(["a dog", "a cat"]))
+    for vectors in (images, texts):
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(len(vectors)))
+    recipe = demo()
+    said = refusal(
+        init_from, recipe.objective.build(recipe), bundle, interpolate=False,
+        log=logging.getLogger("test"),
+    )  # fmt: skip
+    assert "holds a model whose towers only transformers has" in said
 
 
 def test_timm_s_convolutions_are_refused_as_what_they_are(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from frugal.cit.published_dual import (
 )
 from frugal.cit.recipes import published_optimizer, published_schedule
 from frugal.common.checkpoint.store import find_checkpoint, load_weights
-from frugal.common.cli import command_words, run_politely
+from frugal.common.cli import read_options, run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
@@ -174,9 +174,7 @@ def _write_released(options: Options) -> None:
 def main() -> None:
     """The body of ``python -m frugal.cit.convert``."""
     run_politely(
-        lambda: convert(
-            tyro.cli(Options, args=command_words(), prog="python -m frugal.cit.convert")
-        ),
+        lambda: convert(read_options(Options, "python -m frugal.cit.convert")),
         alone=True,
     )
 

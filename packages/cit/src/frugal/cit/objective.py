@@ -85,7 +85,7 @@ class LockedContrastive(Contrastive):
             )
 
     @override
-    def _objective(self, model: DualEncoder, **options: Any) -> LockedObjective:
+    def objective_of(self, model: DualEncoder, **options: Any) -> LockedObjective:
         return LockedObjective(model, self, **options)
 
 

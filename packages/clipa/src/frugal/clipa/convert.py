@@ -19,7 +19,7 @@ from frugal.clipa.named_models import MODELS
 from frugal.clipa.published_weights import read_published
 from frugal.clipa.recipes import released
 from frugal.clipa.tower_of_weights import fit_towers
-from frugal.common.cli import command_words, run_politely
+from frugal.common.cli import read_options, run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.word_pieces import read_entries
@@ -132,10 +132,9 @@ def main() -> None:
     """The body of ``python -m frugal.clipa.convert``."""
 
     def command() -> None:
-        options = tyro.cli(
+        options = read_options(
             Options,
-            args=command_words(),
-            prog="python -m frugal.clipa.convert",
+            "python -m frugal.clipa.convert",
             description=f"{Options.__doc__}\n\nNames of towers: {', '.join(MODELS)}.",
         )
         convert(options, make_logger(0))

@@ -14,13 +14,15 @@ import signal
 import sys
 import time
 import types
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import tyro
 
+from frugal.common.contracts import Optimizer, Schedule
 from frugal.common.data.tokenizers import TokenizerConfig
 from frugal.common.distributed import forget_launchers, launcher_ranks
 from frugal.common.errors import InputError, RunStopped
@@ -30,6 +32,7 @@ from frugal.common.reduction.image import ImageReduction
 from frugal.common.reduction.text import TextReduction
 
 Recipes = Mapping[str, Callable[[], Recipe]]
+OptionsT = TypeVar("OptionsT")
 
 _FLAG = re.compile(r"-[^=\s]*=")
 
@@ -81,9 +84,10 @@ def read_command_line(
     """The recipe that the first word picks, with the fields that flags override.
 
     The first word may also be the path of a saved ``recipe.json``. ``--reduction.image``,
-    ``--reduction.text`` and ``--data.tokenizer`` take another class, of any installed method, by
-    its import path; flags override its fields as those of any other. ``--local_rank``, which the
-    deepspeed launcher adds, is accepted and ignored: ranks come from the environment.
+    ``--reduction.text``, ``--data.tokenizer``, ``--optimizer`` and ``--schedule`` take another
+    class, of any installed method, by its import path; flags override its fields as those of any
+    other. ``--local_rank``, which the deepspeed launcher adds, is accepted and ignored: ranks come
+    from the environment.
 
     Returns:
         The name and the recipe. A mistake on the command line ends the process with exit code 2.
@@ -148,22 +152,59 @@ def overridden(
                 config=(tyro.conf.AvoidSubcommands,),
             )
     except SystemExit as end:
-        if end.code and (mistake := _unknown_flag(recipe, words)):
+        known = list(_flags(to_json(recipe)))
+        if end.code and (mistake := _unknown_flag(known, words, of="this recipe")):
             raise InputError(mistake) from None
         sys.stderr.write(said.getvalue())
         raise
 
 
-def _unknown_flag(recipe: Recipe, words: Iterable[str]) -> str | None:
-    """A sentence for the first flag that a recipe does not have, with the nearest that it has."""
-    known = list(_flags(to_json(recipe)))
+def read_options(kind: type[OptionsT], program: str, *, description: str | None = None) -> OptionsT:
+    """The options of a command that trains nothing, from this process's command line.
+
+    Args:
+        kind: a dataclass of them.
+        program: what is typed before them.
+        description: for the help; by default the docstring of ``kind``.
+
+    Returns:
+        The options. A mistake on the command line ends the process with exit code 2.
+    """
+    words = without_local_rank(command_words())
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=words, prog=program, description=description)
+    except SystemExit as end:
+        known = list(_option_flags(kind))
+        if end.code and (mistake := _unknown_flag(known, words, of="this command")):
+            raise InputError(mistake) from None
+        sys.stderr.write(said.getvalue())
+        raise
+
+
+def _option_flags(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Every flag that tyro makes of a dataclass."""
+    hints = typing.get_type_hints(kind)
+    for field in fields(kind):
+        name = _dashed(field.name)
+        if is_dataclass(hints[field.name]):
+            yield from _option_flags(hints[field.name], f"{prefix}{name}.")
+        else:
+            yield f"--{prefix}{name}"
+            yield f"--{prefix}no-{name}"
+
+
+def _unknown_flag(known: list[str], words: Iterable[str], *, of: str) -> str | None:
+    """A sentence for the first flag that is none of the known ones, with the nearest of them."""
+    known = ["--help", *known]
     for word in words:
         flag = _dashed(word.partition("=")[0])
         if not flag.startswith("--") or flag in known:
             continue
         near = difflib.get_close_matches(flag, known, n=1, cutoff=0.8) or _with_leaf(flag, known)
         ask = f"did you mean {' or '.join(near)}?" if near else "--help lists those that there are"
-        return f"there is no {flag} in this recipe; {ask}"
+        return f"there is no {flag} in {of}; {ask}"
     return None
 
 
@@ -217,22 +258,31 @@ def _with_strategy(recipe: Recipe, flag: str, name: str) -> Recipe:
     """The recipe with one part of it of another class."""
     part, _, field = flag.removeprefix("--").partition(".")
     whole: Any = getattr(recipe, part)
+    if not field:
+        return replace(recipe, **{part: _strategy(flag, name, instead_of=whole)})
     if field not in {item.name for item in fields(whole)}:
         raise InputError(
             f"there is no {flag} in this recipe, which reads no captions; leave it out"
         )
-    return replace(recipe, **{part: replace(whole, **{field: _strategy(flag, name)})})
+    before = getattr(whole, field)
+    return replace(
+        recipe, **{part: replace(whole, **{field: _strategy(flag, name, instead_of=before)})}
+    )
 
 
 _BASES: dict[str, type | types.UnionType] = {
     "--reduction.image": ImageReduction,
     "--reduction.text": TextReduction,
     "--data.tokenizer": TokenizerConfig,
+    "--optimizer": Optimizer,
+    "--schedule": Schedule,
 }
 _KINDS = {
     "--reduction.image": "ImageReduction",
     "--reduction.text": "TextReduction",
     "--data.tokenizer": "tokenizer",
+    "--optimizer": "Optimizer",
+    "--schedule": "Schedule",
 }
 _EXAMPLES = {
     "--reduction.image": "frugal.common.reduction.random_masking.RandomMasking, or "
@@ -241,11 +291,15 @@ _EXAMPLES = {
     "must",
     "--data.tokenizer": "frugal.common.data.tokenizers.HuggingFace with --data.tokenizer.name, or "
     "frugal.common.data.tokenizers.ClipBpe",
+    "--optimizer": "frugal.common.optim.optimizers.LARS",
+    "--schedule": "frugal.common.optim.schedules.WarmupLinear",
 }
 
 
-def _strategy(flag: str, name: str) -> Any:
-    """A part in its default form; what has no default is for the command line to say.
+def _strategy(flag: str, name: str, *, instead_of: Any) -> Any:
+    """A part in its default form; what all parts of its kind have stays as it was.
+
+    What has no default is for the command line to say.
 
     Raises:
         InputError: if there is no such class, or it is none of this kind.
@@ -270,13 +324,13 @@ def _strategy(flag: str, name: str) -> Any:
             f"{flag} names {name!r}, which is no {_KINDS[flag]} to train with; give one such as "
             f"{_EXAMPLES[flag]}"
         )
-    return strategy(
-        **{
-            field.name: tyro.MISSING
-            for field in fields(strategy)
-            if field.default is MISSING and field.default_factory is MISSING
-        }
-    )
+    shared = {field.name for field in fields(base)} if is_dataclass(base) else set()
+    given = {
+        field.name: getattr(instead_of, field.name) if field.name in shared else tyro.MISSING
+        for field in fields(strategy)
+        if field.name in shared or (field.default is MISSING and field.default_factory is MISSING)
+    }
+    return strategy(**given)
 
 
 def _dashed(name: str) -> str:

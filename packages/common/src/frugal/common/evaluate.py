@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import tyro
-
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.cli import (
-    command_words,
     named_recipe,
     overridden,
+    read_options,
     run_politely,
-    without_local_rank,
 )
 from frugal.common.contracts import EvaluationTask
 from frugal.common.distributed import leave_process_group
 from frugal.common.errors import InputError
 from frugal.common.evaluation.cli import Options, chosen_tasks, chosen_trainings, transfer_tasks
 from frugal.common.evaluation.measure import measure_all
+from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.evaluation.remote import as_url, fetch
 from frugal.common.evaluation.task import FolderEvaluation
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe
 from frugal.common.run import join, open_run
-from frugal.common.train import train_recipe
+from frugal.common.train import read_start, train_recipe
 from frugal.common.transfer.tasks import TransferTask
 from frugal.common.weights.libraries import is_run
 from frugal.common.weights.load import load_model
@@ -41,6 +42,9 @@ def evaluate(options: Options) -> None:
     own = _own_tasks(options)
     tasks = chosen_tasks(options, bundle, own)
     trainings = [_training(word, options, run.dir) for word in chosen_trainings(options)]
+    for _, recipe in trainings:
+        _refuse_other_start(recipe, bundle)
+    start = copy.deepcopy(bundle) if trainings else bundle  # as it was loaded, on the CPU
     for task in tasks:
         task.folder()
     if tasks:
@@ -49,7 +53,7 @@ def evaluate(options: Options) -> None:
         measure_all(tasks, bundle, run, options, own, url)
     leave_process_group()
     for evaluation, recipe in trainings:
-        _train_and_measure(evaluation, recipe, options)
+        _train_and_measure(evaluation, recipe, start, options)
 
 
 def _folder(options: Options) -> Path:
@@ -85,7 +89,7 @@ def _training(word: str, options: Options, folder: Path) -> tuple[str, Recipe]:
     recipe = named_recipe(task.recipes, options.transfer.recipe)
     recipe = task.on(recipe, options.checkpoint, options.data, out / word.replace("-", "_"))
     recipe = replace(recipe, engine=replace(recipe.engine, device=options.device))
-    changes = [f"--{given.removeprefix('--')}" for given in options.transfer.changes]
+    changes = [word for given in options.transfer.changes for word in _as_flag(given)]
     called = (
         f"python -m frugal.common.evaluate --tasks {word} --transfer.recipe "
         f"{options.transfer.recipe} --transfer.changes"
@@ -93,9 +97,37 @@ def _training(word: str, options: Options, folder: Path) -> tuple[str, Recipe]:
     return task.evaluation, overridden(recipe, changes, program=called)
 
 
-def _train_and_measure(evaluation: str, recipe: Recipe, options: Options) -> None:
+def _as_flag(change: str) -> list[str]:
+    """``model.image.mean=0.5 0.5 0.5`` as the words of a command line."""
+    name, _, value = change.removeprefix("--").partition("=")
+    return [f"--{name}", *shlex.split(value)]
+
+
+def _refuse_other_start(recipe: Recipe, bundle: ModelBundle) -> None:
+    """Refuse to go on with, or measure again, what was trained on top of other weights.
+
+    Raises:
+        InputError: naming the run directory of that training.
+    """
+    folder = recipe.run.dir
+    assert folder is not None
+    before = read_start(folder)
+    if before is not None and before != weights_digest(bundle.model):
+        raise InputError(
+            f"{folder} holds what was trained on top of other weights than those of "
+            f"{bundle.source.path} now; choose another --out, or remove that folder"
+        )
+
+
+def _train_and_measure(
+    evaluation: str, recipe: Recipe, start: ModelBundle, options: Options
+) -> None:
     """Train on top of the tower, or go on where that was interrupted, then measure the best."""
-    train_recipe(recipe)
+    try:
+        train_recipe(recipe, start=start)
+    except InputError as error:
+        hint = "; a flag of the recipe goes behind --transfer.changes, without its dashes"
+        raise InputError(f"{error}{hint if ' --' in str(error) else ''}") from None
     folder = recipe.run.dir
     assert folder is not None
     best = folder / "checkpoints" / "best.json"
@@ -109,6 +141,7 @@ def _train_and_measure(evaluation: str, recipe: Recipe, options: Options) -> Non
             name=options.name or folder.name,
             out=folder.parent,
             csv=options.csv,
+            batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,
             precision=options.precision,
@@ -130,8 +163,7 @@ def main() -> None:
     """The body of ``python -m frugal.common.evaluate``."""
 
     def command() -> None:
-        words = without_local_rank(command_words())
-        evaluate(tyro.cli(Options, args=words, prog="python -m frugal.common.evaluate"))
+        evaluate(read_options(Options, "python -m frugal.common.evaluate"))
 
     run_politely(command)
 

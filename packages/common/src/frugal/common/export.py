@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from tyro.extras import literal_type_from_choices
 
-from frugal.common.cli import command_words, run_politely
+from frugal.common.cli import read_options, run_politely
 from frugal.common.errors import InputError
 from frugal.common.run import make_logger
 from frugal.common.weights import runs
@@ -68,7 +68,7 @@ def export(options: Options) -> float:
 
 
 def _command() -> None:
-    options = tyro.cli(Options, args=command_words(), prog="python -m frugal.common.export")
+    options = read_options(Options, "python -m frugal.common.export")
     difference = export(options)
     sys.stdout.write(
         f"wrote {options.out}; what {writers()[options.to].name} reads out of it differs by at "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from frugal.common.cli import command_words, run_politely
+from frugal.common.cli import read_options, run_politely
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoderConfig
@@ -103,7 +103,7 @@ def _with_computed_positions(bundle: ModelBundle) -> ModelBundle:
 
 
 def _command() -> None:
-    options = tyro.cli(Options, args=command_words(), prog="python -m frugal.common.import_weights")
+    options = read_options(Options, "python -m frugal.common.import_weights")
     make_logger(0)
     bundle = import_weights(options)
     sys.stdout.write(f"{options.out}: {describe(bundle)}\n")

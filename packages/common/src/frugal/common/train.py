@@ -33,8 +33,10 @@ from frugal.common.engine.loop import Training, evaluate_if_missed, train
 from frugal.common.engine.rehearsal import rehearse
 from frugal.common.engine.saving import WeightAverage, restore
 from frugal.common.errors import InputError
-from frugal.common.files import write_json
+from frugal.common.evaluation.provenance import weights_digest
+from frugal.common.files import read_json_object, write_json
 from frugal.common.models.attention import attention_kernel
+from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe, difference, recipe_if_whole, to_json, with_calibrated
 from frugal.common.run import Run, join, lock_run_dir, make_logger, open_run
 from frugal.common.weights.runs import bundle_of, write_description
@@ -52,8 +54,13 @@ def main(recipes: Recipes, *, method: str, script: str = "train") -> None:
     run_politely(command)
 
 
-def train_recipe(recipe: Recipe) -> None:
+def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     """Train a recipe to its end, from the start or from where its run directory left off.
+
+    Args:
+        recipe: names its run directory.
+        start: what a new run starts from, where it was loaded already: the model of
+            ``run.start_from``.
 
     Raises:
         InputError: if the recipe, the data or the run directory cannot be used.
@@ -70,8 +77,8 @@ def train_recipe(recipe: Recipe) -> None:
     store = CheckpointStore(run, keep=recipe.run.keep)
     objective = recipe.objective.build(recipe)
     if not store.whole():
-        source, interpolate = recipe.run.start_from, recipe.run.interpolate
-        init_from(objective, source, interpolate=interpolate, log=run.log)
+        source = start or recipe.run.start_from
+        init_from(objective, source, interpolate=recipe.run.interpolate, log=run.log)
     engine = make_engine(objective, recipe, run)
     average = None
     if recipe.engine.ema_decay is not None:
@@ -108,6 +115,8 @@ def train_recipe(recipe: Recipe) -> None:
         )
 
     _write_run_files(recipe, run, engine, begins=checkpoint is None)
+    if start is not None and checkpoint is None and run.is_main:
+        write_json(run.dir / _START, {"weights_sha256": weights_digest(start.model)})
     # a new run has a directory to lock only now that its files are written
     if run.is_main and lock is None:
         lock = lock_run_dir(run.dir, patience=0.0, log=run.log)
@@ -139,6 +148,16 @@ def train_recipe(recipe: Recipe) -> None:
     engine.close()
     if lock is not None:
         lock.close()
+
+
+_START = "start.json"
+"""In a run directory: what its first weights were, where they were handed over."""
+
+
+def read_start(folder: Path) -> str | None:
+    """SHA-256 of the model that a run was handed to start from; None where it was not."""
+    file = folder / _START
+    return read_json_object(file).get("weights_sha256") if file.exists() else None
 
 
 def continued_recipe(recipe: Recipe) -> Recipe:

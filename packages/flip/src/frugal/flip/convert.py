@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import tyro
 
-from frugal.common.cli import command_words, run_politely
+from frugal.common.cli import read_options, run_politely
 from frugal.common.data.config import PairData
 from frugal.common.data.tokenizers import WordPiece
 from frugal.common.data.word_pieces import read_entries
@@ -268,7 +268,7 @@ def main() -> None:
     """The body of ``python -m frugal.flip.convert``."""
 
     def command() -> None:
-        options = tyro.cli(Options, args=command_words(), prog="python -m frugal.flip.convert")
+        options = read_options(Options, "python -m frugal.flip.convert")
         convert(options, make_logger(0))
 
     run_politely(command, alone=True)

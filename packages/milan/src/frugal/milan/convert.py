@@ -22,7 +22,7 @@ import tyro
 from safetensors.torch import save_file
 
 from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint, save_weights
-from frugal.common.cli import command_words, run_politely
+from frugal.common.cli import read_options, run_politely
 from frugal.common.errors import InputError
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.optim.optimizers import AdamW
@@ -247,9 +247,7 @@ def _write_file(source: Path, out: Path) -> None:
 def main() -> None:
     """The body of ``python -m frugal.milan.convert``."""
     run_politely(
-        lambda: convert(
-            tyro.cli(Options, args=command_words(), prog="python -m frugal.milan.convert")
-        ),
+        lambda: convert(read_options(Options, "python -m frugal.milan.convert")),
         alone=True,
     )
 

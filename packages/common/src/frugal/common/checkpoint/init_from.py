@@ -48,6 +48,7 @@ from frugal.common.weights.files import without_prefix
 from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.libraries import is_run
 from frugal.common.weights.load import load_model
+from frugal.common.weights.wrapped import WrappedModel
 
 Tower = ImageTower | TextTower
 
@@ -88,6 +89,11 @@ class Start:
         if isinstance(source, Path) and source.is_dir() and not is_run(source):
             source = load_model(source)
         if isinstance(source, ModelBundle):
+            if isinstance(source.config, WrappedModel):
+                raise InputError(
+                    f"{source.source.path} holds a model whose towers only {source.source.library} "
+                    "has, and a stage trains towers of this library; start from another one"
+                )
             if source.text is None and objective.tokenizer is not None:
                 raise InputError(
                     f"{source.source.path} holds an image tower alone, but this recipe trains a "

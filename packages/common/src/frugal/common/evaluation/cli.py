@@ -198,6 +198,11 @@ def chosen_tasks(
             f"--transfer.recipe and --transfer.changes are for tasks that train ({known}); add one "
             "to --tasks, or leave them out"
         )
+    if trainings and options.published:
+        raise InputError(
+            f"--published is for what the model says of images, but {trainings[0]} trains and "
+            "prepares images as its recipe says; leave it out"
+        )
     tasks = [task for word in words for task in _tasks(word, options, bundle, own)]
     if not tasks and not trainings:
         _refuse_nothing(words, options, bundle, own)

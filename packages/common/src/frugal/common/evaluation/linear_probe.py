@@ -76,6 +76,14 @@ class LinearProbe(ImageEvaluation):
     _scores = ("top1", "top5", "mean_per_class_recall")
 
     @override
+    def folder(self) -> Path | None:
+        """As of every evaluation; refuses one in which a part is missing, too."""
+        folder = super().folder()
+        if folder is not None:
+            _part_names(self, folder)
+        return folder
+
+    @override
     def measure(self, given: Inputs) -> dict[str, float | int]:
         """``top1``, ``top5``, ``mean_per_class_recall``, ``weight_decay``.
 
@@ -163,6 +171,20 @@ def open_parts(task: LinearProbe, folder: Path, bundle: ModelBundle) -> Parts:
     Raises:
         InputError: if a part is missing, or two do not have the same classes.
     """
+    names = _part_names(task, folder)
+    size = bundle.image.height_width
+    opened = [LabeledImages(folder / name, size=size, crop=task.crop) for name in names]
+    for name, part in list(zip(names, opened, strict=True))[1:]:
+        _match(opened[0], part, folder / task.train, folder / name)
+    return Parts(opened[0], opened[1], opened[2] if len(opened) > 2 else None)
+
+
+def _part_names(task: LinearProbe, folder: Path) -> list[str]:
+    """The sub-folders to train on, to measure on and, where it lies apart, to validate on.
+
+    Raises:
+        InputError: if one is missing, or is to serve twice.
+    """
     has_test = (folder / "test").is_dir()
     test = task.test or ("test" if has_test else "val")
     validation = task.validation
@@ -179,11 +201,7 @@ def open_parts(task: LinearProbe, folder: Path, bundle: ModelBundle) -> Parts:
             f"the evaluation {task.name!r} would use {', '.join(f'{name}/' for name in names)} of "
             f"{folder}, one of them twice; name different sub-folders"
         )
-    size = bundle.image.height_width
-    opened = [LabeledImages(folder / name, size=size, crop=task.crop) for name in names]
-    for name, part in list(zip(names, opened, strict=True))[1:]:
-        _match(opened[0], part, folder / task.train, folder / name)
-    return Parts(opened[0], opened[1], opened[2] if validation else None)
+    return names
 
 
 def _match(train: LabeledImages, part: LabeledImages, trained: Path, source: Path) -> None:

@@ -81,7 +81,7 @@ class Contrastive(ObjectiveConfig):
     def build(self, recipe: Recipe) -> ContrastiveObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
         model = model_of(DualEncoderConfig, recipe.model).build(weight_generator(recipe.run.seed))
-        return self._objective(
+        return self.objective_of(
             model,
             reduction=recipe.reduction.image,
             seed=recipe.run.seed,
@@ -90,7 +90,13 @@ class Contrastive(ObjectiveConfig):
             tokenizer=recipe.data.caption_tokenizer,
         )
 
-    def _objective(self, model: DualEncoder, **options: Any) -> ContrastiveObjective:
+    def objective_of(self, model: DualEncoder, **options: Any) -> ContrastiveObjective:
+        """The module that trains a model; a variant of this loss brings one of its own.
+
+        Args:
+            model: whose weights were just drawn.
+            options: what else :class:`ContrastiveObjective` takes.
+        """
         return ContrastiveObjective(model, self, **options)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from frugal.common.cli import command_words, run_politely
+from frugal.common.cli import read_options, run_politely
 from frugal.common.errors import InputError
 from frugal.common.report.collect import REQUIRED, collect_numbers, describe_data, find_stages
 from frugal.common.report.examples_of_model import examples_of_stages
@@ -71,9 +71,7 @@ def report(options: Options) -> None:
 def main() -> None:
     """The body of ``python -m frugal.common.report``."""
     run_politely(
-        lambda: report(
-            tyro.cli(Options, args=command_words(), prog="python -m frugal.common.report")
-        ),
+        lambda: report(read_options(Options, "python -m frugal.common.report")),
         alone=True,
     )
 

@@ -16,7 +16,7 @@ import torch
 import tyro
 from markupsafe import Markup
 
-from frugal.common.cli import command_words, run_politely
+from frugal.common.cli import read_options, run_politely
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import (
     SampleResults,
@@ -321,6 +321,6 @@ def main() -> None:
     """The body of ``python -m frugal.common.compare``."""
 
     def command() -> None:
-        compare(tyro.cli(Options, args=command_words(), prog="python -m frugal.common.compare"))
+        compare(read_options(Options, "python -m frugal.common.compare"))
 
     run_politely(command, alone=True)

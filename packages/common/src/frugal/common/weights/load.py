@@ -38,7 +38,7 @@ def load_model(
     Raises:
         InputError: if there is no model, it cannot be read, or the name does not belong to it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"there is no file or folder {path}; check the path")
     library = library_of(path, name) or runs.LIBRARY  # which says what is missing

@@ -303,7 +303,10 @@ def _towers(
     )
     bias = config.get("init_logit_bias")
     return DualEncoderConfig(
-        image=image, text=words, embed_dim=config["embed_dim"], initial_logit_bias=bias
+        image=image,
+        text=words,
+        embed_dim=config["embed_dim"],
+        initial_logit_bias=None if bias is None else float(bias),
     )
 
 
@@ -326,6 +329,8 @@ def image_tower(
     if set(vision.norm_kwargs or {}) - {"eps"}:
         return None
     size = vision.image_size
+    if any(side % vision.patch_size for side in (size if isinstance(size, list) else [size])):
+        return None  # open_clip leaves the pixels beyond the last whole patch out
     return ImageTower(
         **_tower_options(vision, vision.width // vision.head_width),
         patch_size=vision.patch_size,

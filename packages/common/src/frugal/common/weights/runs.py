@@ -205,6 +205,8 @@ def _class_names(recipe: Recipe, folder: Path) -> tuple[str, ...] | None:
     trained_on = recipe.data.train
     if not trained_on or not Path(trained_on[0]).is_dir():
         return None
+    if next(Path(trained_on[0]).glob("*.tar"), None):
+        return None  # shards, whose classes are numbers
     # runs of earlier versions kept no names
     folders = read_class_folders(Path(trained_on[0]), IMAGE_EXTENSIONS, PassedOver())
     return (

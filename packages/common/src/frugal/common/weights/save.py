@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from frugal.common.weights.libraries import writers
 from frugal.common.weights.library import Target
 from frugal.common.weights.model_card import model_card
 
+_LOG = logging.getLogger("frugal")
 LARGEST_DIFFERENCE = 1e-4
 """In float32, between this library and the one that reads what was written: of unit vectors, or of
 what an image tower puts out, over the largest number of it."""
@@ -42,7 +44,7 @@ def save_model(bundle: ModelBundle, folder: Path | str, *, to: str = "open_clip"
     libraries = writers()
     if to not in libraries:
         raise InputError(f"there is no library {to!r} to write for; choose {', '.join(libraries)}")
-    out = Path(folder).resolve()
+    out = Path(folder).expanduser().resolve()
     library, target = libraries[to].name, _target(bundle, to)
     with _anew(out) as aside:
         with _writing(out):
@@ -129,6 +131,12 @@ def _write_card(bundle: ModelBundle, target: Target, library: str, folder: Path,
     title = runs.folder_of(bundle.source.path).resolve().name
     words = {"name": title, "library": library, "usage": usage}
     card.write_text(model_card(bundle, transform=target.transform, **words))
+    if bundle.transform != target.transform:
+        _LOG.warning(
+            "%s prepares images by %s, as near as it comes to %s, by which this model is measured: "
+            "the same file gives other pixels there", library, runs.part_in_words(target.transform),
+            runs.part_in_words(bundle.transform),
+        )  # fmt: skip
     for weights in folder.rglob("*.safetensors"):
         weights.chmod(card.stat().st_mode)  # safetensors writes for its owner alone
 

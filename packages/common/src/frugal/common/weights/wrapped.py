@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from frugal.common.data.transforms import normalize
@@ -93,14 +94,14 @@ class Wrapped(nn.Module):
         self._image, self._text = image, text
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8, or float32 that is normalized, to (B, E)."""
+        """(B, 3, H, W) uint8, or float32 that is normalized, to (B, E) unit float32."""
         if images.dtype == torch.uint8:
             images = normalize(images, mean=self.config.image.mean, std=self.config.image.std)
-        return as_tensor(self._image(self.model, images))
+        return F.normalize(as_tensor(self._image(self.model, images)), dim=-1)
 
     def encode_text(self, token_ids: Tensor, text_lengths: Tensor) -> Tensor:
-        """(B, T) token ids and (B,) their lengths to (B, E)."""
-        return as_tensor(self._text(self.model, token_ids, text_lengths))
+        """(B, T) token ids and (B,) their lengths to (B, E) unit float32."""
+        return F.normalize(as_tensor(self._text(self.model, token_ids, text_lengths)), dim=-1)
 
 
 def wrap_clip(

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from safetensors.torch import save_file
-from torch import Tensor
 
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.models.bundle import ModelBundle
@@ -26,6 +24,7 @@ from frugal.common.weights.transformers.config_files import (
     block_settings,
     blocks_of,
     configured,
+    embedded,
     height_width,
     image_processor,
     nearest_crop,
@@ -35,7 +34,6 @@ from frugal.common.weights.transformers.config_files import (
 )
 from frugal.common.weights.transformers.tokenizer import as_transformers, save, with_differences
 from frugal.common.weights.written import (
-    Embedded,
     TwoTowers,
     embedding_difference,
     unsupported_projector,
@@ -144,7 +142,7 @@ def target(bundle: ModelBundle, towers: TwoTowers) -> Target | UnsupportedOption
     return _unsupported(towers) or Target(
         usage=with_differences(_USAGE, towers.tokenizer),
         write=lambda folder: write(towers, folder),
-        difference=lambda folder: embedding_difference(bundle, _embed, folder),
+        difference=lambda folder: embedding_difference(bundle, embedded, folder),
         transform=nearest_crop(bundle.transform, bundle.image),
     )
 
@@ -254,20 +252,3 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a ``CLIPTextConfig`` says of a tokenizer."""
     ids = {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
     return ids | ({"bos_token_id": tokenizer.prefix[0]} if tokenizer.prefix else {})
-
-
-def _embed(folder: Path, pictures: Tensor, captions: list[str]) -> Embedded:
-    """What transformers makes of (B, 3, H, W) uint8 pictures and of captions with this folder."""
-    from transformers import CLIPModel, CLIPProcessor
-
-    model = CLIPModel.from_pretrained(folder).eval()
-    processor = CLIPProcessor.from_pretrained(folder)
-    inputs = processor(
-        images=list(pictures), text=captions, padding=True, truncation=True, return_tensors="pt"
-    )
-    made = model(**inputs)
-    return Embedded(
-        F.normalize(made.image_embeds, dim=-1),
-        F.normalize(made.text_embeds, dim=-1),
-        model.logit_scale.reshape(1),
-    )

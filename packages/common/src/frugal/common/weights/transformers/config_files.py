@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from frugal.common.data.transforms import CenterCrop
@@ -18,6 +19,7 @@ from frugal.common.models.preprocess import Preparation, of_transformers, transf
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.weights.files import State, read_weights, weights_in
+from frugal.common.weights.written import Embedded
 
 _LOG = logging.getLogger("frugal")
 NAME = "transformers"
@@ -177,3 +179,19 @@ def processed(folder: Path, pictures: Tensor) -> Tensor:
     processor = AutoImageProcessor.from_pretrained(folder)
     as_they_are = {"do_resize": False, "do_center_crop": False}
     return processor(list(pictures), return_tensors="pt", **as_they_are).pixel_values
+
+
+def embedded(folder: Path, pictures: Tensor, captions: list[str]) -> Embedded:
+    """What transformers makes of (B, 3, H, W) uint8 pictures and of captions with a folder."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(folder).eval()
+    texts = AutoTokenizer.from_pretrained(folder)(
+        captions, padding=True, truncation=True, return_tensors="pt"
+    )
+    made = model(pixel_values=processed(folder, pictures), **texts)
+    return Embedded(
+        F.normalize(made.image_embeds, dim=-1),
+        F.normalize(made.text_embeds, dim=-1),
+        model.logit_scale.reshape(1),
+    )

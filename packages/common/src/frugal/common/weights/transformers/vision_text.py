@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from torch import Tensor, nn
 
 from frugal.common.data.tokenizers import HuggingFace
@@ -49,6 +48,7 @@ from frugal.common.weights.transformers.config_files import (
     NAME,
     WEIGHT_FILES,
     block_settings,
+    embedded,
     image_processor,
     nearest_crop,
 )
@@ -61,7 +61,6 @@ from frugal.common.weights.wrapped import (
     as_tensor,
 )
 from frugal.common.weights.written import (
-    Embedded,
     TwoTowers,
     embedding_difference,
     unsupported_projector,
@@ -127,6 +126,9 @@ def load(folder: Path) -> ModelBundle:
     towers = clip.towers_of(config, prepared, loaded, folder) if is_clip else None
     if towers is not None:
         state = from_transformers_clip(model.state_dict(), towers)
+        if text.length < towers.text.length:  # as the tokenizer cuts captions
+            towers = replace(towers, text=replace(towers.text, length=text.length))
+            state["text.pos_embed"] = state["text.pos_embed"][:, : text.length]
         filled = fill(towers, state, source=str(folder))
         return two_tower_bundle(filled, towers, tokenizer, prepared, path=folder, library=NAME)
     _refuse_unpooled(model, folder, image)
@@ -236,7 +238,7 @@ def target(bundle: ModelBundle, towers: TwoTowers) -> Target | UnsupportedOption
     return _unsupported(towers) or Target(
         usage=with_differences(_USAGE, towers.tokenizer),
         write=lambda folder: _write(towers, folder),
-        difference=lambda folder: embedding_difference(bundle, _embed, folder),
+        difference=lambda folder: embedding_difference(bundle, embedded, folder),
         transform=nearest_crop(bundle.transform, bundle.image),
     )
 
@@ -410,23 +412,3 @@ def _filled(kind: Any, config: Any, state: State) -> Any:
             "install another one"
         )
     return model
-
-
-def _embed(folder: Path, pictures: Tensor, captions: list[str]) -> Embedded:
-    """What transformers makes of (B, 3, H, W) uint8 pictures and of captions with this folder."""
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-    model = AutoModel.from_pretrained(folder).eval()
-    processor = AutoImageProcessor.from_pretrained(folder)
-    pixels = processor(
-        list(pictures), return_tensors="pt", do_resize=False, do_center_crop=False
-    ).pixel_values
-    texts = AutoTokenizer.from_pretrained(folder)(
-        captions, padding=True, truncation=True, return_tensors="pt"
-    )
-    made = model(pixel_values=pixels, **texts)
-    return Embedded(
-        F.normalize(made.image_embeds, dim=-1),
-        F.normalize(made.text_embeds, dim=-1),
-        model.logit_scale.reshape(1),
-    )
