@@ -70,6 +70,7 @@ ELSEWHERE = {
     "models/pretrained_towers.py": "cit/test_golden_text.py",
     "models/same_function.py": "common/checkpoint/test_init_from_other_function.py",
     "models/text.py": "common/models/test_vit.py",
+    "models/torch_files.py": "faults/test_hostile_files.py",
     "models/weight_names.py": "common/weights/test_import_weights.py",
     "objectives/gradient_cache.py": "common/objectives/test_contrastive.py",
     "old_names.py": "common/test_runs_before.py",

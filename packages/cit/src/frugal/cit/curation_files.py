@@ -21,7 +21,7 @@ from frugal.cit.metadata import TargetClass
 from frugal.cit.pool import Pool
 from frugal.common.checkpoint.store import file_checksum
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of
+from frugal.common.files import parse_json, reason_of
 
 if TYPE_CHECKING:  # types of a library that takes longer to import than torch
     import pyarrow as pa
@@ -154,7 +154,7 @@ def read_about(path: Path) -> tuple[Facts, list[Example]]:
     import pyarrow.parquet as pq
 
     try:
-        about = json.loads((pq.read_schema(path).metadata or {})[_ABOUT])
+        about = parse_json((pq.read_schema(path).metadata or {})[_ABOUT])
         examples = [Example(**example) for example in about.pop("examples")]
         return Facts(**about), examples
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:

@@ -35,7 +35,7 @@ from frugal.common.data.writing import (
     write_tars,
 )
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of
+from frugal.common.files import parse_json, reason_of
 from frugal.common.recipe import from_json, load_recipe, to_json
 
 SCHEMA = pa.schema(
@@ -172,7 +172,7 @@ def write(
 def _open(path: Path) -> tuple[pq.ParquetFile, Fields]:
     try:
         file = pq.ParquetFile(path)
-        described = json.loads((file.schema_arrow.metadata or {})[_ABOUT])
+        described = parse_json((file.schema_arrow.metadata or {})[_ABOUT])
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(
             f"{path} is no table of pairs ({reason_of(error)}); make one with `python -m "

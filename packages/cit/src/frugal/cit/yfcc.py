@@ -31,6 +31,7 @@ import tyro
 from frugal.common.cli import command_words, run_politely
 from frugal.common.data.writing import MOST_SAMPLES, NewSample, new_folder, write_tars
 from frugal.common.errors import InputError
+from frugal.common.files import LARGEST_FILE
 
 FIELDS = ("title", "desc", "tag")
 """The texts of a photo, as keys of published pairs name them."""
@@ -128,6 +129,10 @@ def texts(
     return 0
 
 
+_UNREADABLE = (OSError, EOFError, zlib.error)
+"""What reading a file that was cut or altered raises."""
+
+
 def _holds(numbers: np.ndarray, number: int) -> bool:
     place = int(np.searchsorted(numbers, number))
     return place < len(numbers) and int(numbers[place]) == number
@@ -146,7 +151,7 @@ def _lines(path: Path) -> Iterator[str]:
         try:
             for line in file:
                 yield line.decode("utf-8", "replace").rstrip("\r\n")
-        except (OSError, EOFError, zlib.error) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{path} cannot be read to its end ({error}); copy it again") from None
 
 
@@ -167,7 +172,7 @@ def _read_numbers(path: Path) -> np.ndarray:
     try:
         numbers = np.load(path, allow_pickle=False)
         return np.unique(np.asarray(numbers).astype(np.int64).reshape(-1))
-    except (OSError, ValueError, EOFError, TypeError) as error:
+    except (OSError, ValueError, EOFError, TypeError, MemoryError, AttributeError) as error:
         raise InputError(
             f"{path} is no .npy file of numbers ({error}); give one such as flickr_unique_ids.npy"
         ) from None
@@ -178,7 +183,7 @@ def _read_subset(path: Path) -> np.ndarray:
     firsts = (line.partition("\t")[0].strip() for line in _lines(path))
     try:
         return np.unique(np.fromiter((int(first) for first in firsts if first), np.int64))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(
             f"{path} has something else than a number in its first column ({error}); give a table "
             "such as yfcc100m_subset_data.tsv"
@@ -246,10 +251,13 @@ class _Archives:
         """The image of a photo by its key of 8 digits, or what is wrong."""
         try:
             archive = self._open(f"{key[:2]}/{key[2:5]}.zip")
-            return archive.read(f"{key[5:]}.jpg") or "empty image"
+            member = archive.getinfo(f"{key[5:]}.jpg")
+            if member.file_size > LARGEST_FILE:
+                return "unreadable"
+            return archive.read(member) or "empty image"
         except (FileNotFoundError, KeyError):
             return "no image"
-        except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+        except (*_UNREADABLE, zipfile.BadZipFile, NotImplementedError, RuntimeError):
             return "unreadable"
 
     def _open(self, name: str) -> zipfile.ZipFile:

@@ -22,7 +22,7 @@ import numpy as np
 from frugal.clipa.text_masking import check_length
 from frugal.common.data.vocabularies import clean_caption
 from frugal.common.errors import InputError
-from frugal.common.files import parse_json
+from frugal.common.files import parse_json, read_bytes
 from frugal.common.ranges import Range, check_ranges
 from frugal.common.reduction.text import CaptionTokenizer, TextReduction
 
@@ -168,7 +168,7 @@ def _load_common_words(path: Path, checksum: str | None, threshold: float) -> Ma
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise InputError(
             f"the word counts {path} cannot be read ({error.strerror}); {_COUNT}"

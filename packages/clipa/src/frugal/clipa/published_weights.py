@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of
+from frugal.common.files import reason_of, refuse_swelling
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.flax_names import flax_blocks, flax_norm
+from frugal.common.models.torch_files import load_torch
 from frugal.common.models.weight_names import OPEN_CLIP, Rule, State, read_names
 from frugal.common.weights.files import (
     part_with,
@@ -152,7 +152,7 @@ def _open_safetensors(path: Path) -> _Weights:
 
 def _open_torch(path: Path) -> _Weights:
     try:
-        content = _load_torch(path)
+        content = load_torch(path, mapped=True)
     except Exception as error:  # noqa: BLE001 - torch.load raises errors of every kind
         reason = why_unreadable(path, error)
         raise InputError(
@@ -160,15 +160,6 @@ def _open_torch(path: Path) -> _Weights:
         ) from None
     tensors = part_with(state_in(content, source=str(path)), "logit_scale", source=path)
     return _Weights(list(tensors), tensors.__getitem__)
-
-
-def _load_torch(path: Path) -> Any:
-    """The content of a file; its tensors stay on disk until they are used, where that is possible.
-
-    Never runs code: nothing but tensors and plain containers is accepted.
-    """
-    mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are no archives
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _open_clip_name(name: str) -> str:
@@ -197,6 +188,8 @@ def _read_npz(path: Path) -> Published:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it is a single array")
+        assert archive.zip is not None
+        refuse_swelling(archive.zip, path.stat().st_size)
         members = _parameters(archive.files)
         heads = {}
         state: State = {}
@@ -225,6 +218,8 @@ def _parameters(members: Iterable[str]) -> dict[str, str]:
 
 def _tensor(array: np.ndarray) -> Tensor:
     """An array in float32; two raw bytes are bfloat16, which NumPy does not know."""
+    if not isinstance(array, np.ndarray):  # a member of the archive that is none
+        raise ValueError("it holds something else than arrays")
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).float()
     return torch.from_numpy(array).float()

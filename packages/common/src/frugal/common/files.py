@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import re
 import resource
 import shutil
 import stat
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from frugal.common.errors import InputError
 
+LARGEST_FILE = 1 << 30
+"""Bytes of the largest file that is read whole: settings, lists, the picture of one sample."""
+_DEEPEST = 64
+"""Lists and objects of JSON inside one another; what is written here has less than ten."""
+_SWELLING, _SMALL = 8, 1 << 26
+"""How often its own size the members of an archive of numbers may have, and the bytes besides."""
 _ENOUGH_FILES = 65_536
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 _SYSTEM_NAMES = frozenset(
@@ -79,9 +89,21 @@ def open_file(path: Path) -> FileIO:
 
 
 def read_bytes(path: Path) -> bytes:
-    """What a file holds; raises ``OSError`` as :func:`open_file` does."""
+    """What a file of at most :data:`LARGEST_FILE` bytes holds.
+
+    Raises:
+        OSError: as :func:`open_file` does, or if it is larger.
+    """
     with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_FILE:
+            raise OSError(errno.EFBIG, too_large(size))
         return file.readall()
+
+
+def too_large(size: int) -> str:
+    """What is wrong with so many bytes where a small file or a member of a sample should be."""
+    return f"it has {size:,} bytes, more than the {LARGEST_FILE:,} that are ever read at once"
 
 
 def read_text(path: Path) -> str:
@@ -128,15 +150,45 @@ def parse_json(text: str | bytes) -> Any:
     """What a JSON text holds; bytes may begin with a byte-order mark.
 
     Raises:
-        ValueError: if it is no JSON, is nested too deeply, or holds a number that Python will not
-            convert. :class:`json.JSONDecodeError` and ``UnicodeDecodeError`` are among them.
+        ValueError: if it is no JSON, is nested too deeply, names something twice in one object, or
+            holds a number that Python will not convert. :class:`json.JSONDecodeError` and
+            ``UnicodeDecodeError`` are among them.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     try:
-        return json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unrepeated)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    _refuse_depth(content)
+    return content
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:80]!r} occurs twice in one object")
+    return found
+
+
+def _refuse_depth(content: Any) -> None:
+    """Refuse what functions that call themselves would not come to the bottom of."""
+    level, depth = [content], 0
+    while level := [part for parts in level for part in _parts(parts)]:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deeply")
+
+
+def _parts(content: Any) -> Iterable[Any]:
+    """The lists and objects inside of one."""
+    values = content.values() if isinstance(content, dict) else content
+    return (
+        [value for value in values if isinstance(value, dict | list)]
+        if isinstance(content, dict | list)
+        else ()
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -163,6 +215,50 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a JSON object")
     return content
+
+
+class SwellingError(zipfile.BadZipFile):
+    """An archive would unpack to far more than it holds."""
+
+
+@contextlib.contextmanager
+def making_sense_of(path: Path | str) -> Iterator[None]:
+    """Where files that others wrote become parts of ours: what does not fit is one sentence.
+
+    No list of the ways in which a number of somebody else's can be wrong is complete.
+
+    Raises:
+        InputError: for whatever is raised inside.
+    """
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        logging.getLogger("frugal").debug("%s cannot be made sense of", path, exc_info=True)
+        raise InputError(
+            f"{path} does not describe anything that can be built ({reason_of(error)}); copy it "
+            "again, or give what its library wrote"
+        ) from error
+
+
+def refuse_swelling(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse an archive of numbers whose members unpack to far more than it holds.
+
+    Weights become hardly smaller by compression: what does was made to fill the memory.
+
+    Args:
+        archive: opened; nothing of it is unpacked.
+        size: bytes of its file.
+
+    Raises:
+        SwellingError: if it does.
+    """
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > _SWELLING * size + _SMALL:
+        raise SwellingError(
+            f"its {size:,} bytes would unpack to {unpacked:,}, as those of no weights do"
+        )
 
 
 def write_file(path: Path, content: str | bytes) -> None:

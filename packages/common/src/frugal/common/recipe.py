@@ -31,7 +31,7 @@ from frugal.common.contracts import (
     TrainedModel,
 )
 from frugal.common.errors import InputError
-from frugal.common.files import parse_json, reason_of
+from frugal.common.files import parse_json, read_bytes, reason_of
 from frugal.common.models.bundle import TokenizerSource
 from frugal.common.old_names import FIELDS, TYPES, VALUES
 from frugal.common.ranges import (
@@ -468,7 +468,7 @@ def from_json(value: Any, *, source: str = "the recipe") -> Any:
         return value
     if "type" not in value:
         return {key: from_json(item, source=source) for key, item in value.items()}
-    kind = _dataclass_named(value["type"], source=source)
+    kind = _dataclass_named(str(value["type"]), source=source)
     hints = typing.get_type_hints(kind)
     arguments = {}
     for key, item in value.items():
@@ -482,9 +482,19 @@ def from_json(value: Any, *, source: str = "the recipe") -> Any:
             )
         if isinstance(item, str):
             item = VALUES.get((name, item), item)
-        arguments[name] = _coerce(from_json(item, source=source), hints[name])
+        try:
+            arguments[name] = _coerce(from_json(item, source=source), hints[name])
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{source} has {key!r} as something else than {value['type']} takes "
+                f"({reason_of(error)})"
+            ) from None
     try:
         return kind(**arguments)
+    except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
+        raise InputError(
+            f"{source} describes no {value['type']} that can be ({reason_of(error)}); correct it"
+        ) from None
     except TypeError:
         needed = {f.name for f in dataclasses.fields(kind) if _has_no_default(f)}
         lacking = ", ".join(sorted(needed - arguments.keys())) or "a value of the right kind"
@@ -504,7 +514,7 @@ def load_recipe(path: Path) -> Recipe:
         InputError: if there is none, or it cannot be read.
     """
     try:
-        encoded = parse_json(path.read_bytes())
+        encoded = parse_json(read_bytes(path))
     except FileNotFoundError:
         raise InputError(
             f"there is no recipe at {path}; give a run directory's recipe.json"

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import numpy as np
 
 from frugal.common.errors import InputError
+from frugal.common.files import open_file
 
 BLOCK = 1 << 20
 """Bytes that are read or unpacked at a time."""
@@ -146,7 +147,7 @@ class Folder:
 
     def open(self, path: str) -> BinaryIO:
         """A file to read."""
-        return (self.path / path).open("rb")
+        return io.BufferedReader(open_file(self.path / path))
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json
 from frugal.flip.archive_files import (
     MALFORMED,
     UNREADABLE,
@@ -108,7 +109,7 @@ class ZarrArray:
             )
         try:
             with self._files.open(path) as file:
-                described = json.loads(file.read(1 << 20))
+                described = parse_json(file.read(1 << 20))
             _check(described)
         except MALFORMED as error:
             raise InputError(f"{self._where} cannot be read: its {path} {reason(error)}") from None

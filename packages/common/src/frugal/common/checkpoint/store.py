@@ -14,7 +14,6 @@ writing is spread over the processes, so that none ever holds all moments of a l
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -33,7 +32,7 @@ from torch import Tensor
 from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, find_tensors
 from frugal.common.distributed import gather_objects
 from frugal.common.errors import InputError
-from frugal.common.files import parse_json, reason_of, write_file
+from frugal.common.files import parse_json, read_bytes, reason_of, write_file
 from frugal.common.models.finite import refuse_not_finite, refuse_not_finite_parts
 from frugal.common.recipe import Recipe, from_json, load_recipe
 from frugal.common.run import Run
@@ -67,11 +66,23 @@ class Checkpoint:
     def reader(self) -> Callable[[str], Tensor]:
         """A function from ``kind/name`` to the tensor, mapped from the file when asked for."""
         owner = {name: file["name"] for file in self.state["files"] for name in file["tensors"]}
-        handles = {
-            file["name"]: safe_open(self.folder / file["name"], framework="pt")
-            for file in self.state["files"]
-        }
+        handles = {file["name"]: self._open(file["name"]) for file in self.state["files"]}
+        for name, file in owner.items():
+            if name not in handles[file].keys():  # noqa: SIM118 - it is no mapping
+                raise InputError(
+                    f"{self.folder / file} lacks {name}, which state.json says it holds; use an "
+                    "older checkpoint"
+                )
         return lambda name: handles[owner[name]].get_tensor(name)
+
+    def _open(self, name: str) -> Any:
+        """A file of it; raises ``InputError`` where it is no safetensors."""
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{self.folder / name} cannot be read ({reason_of(error)}); use an older checkpoint"
+            ) from None
 
     def weights(self, *, average: bool = True) -> dict[str, str]:
         """``kind/name`` of every weight and buffer by its name, for :meth:`reader`.
@@ -90,6 +101,7 @@ class Checkpoint:
     def tensor_bytes(self) -> dict[str, TensorBytes]:
         """Where every tensor lies, by ``kind/name``; none is read."""
         found: dict[str, TensorBytes] = {}
+        self.reader()  # which refuses what is not there
         for file in self.state["files"]:
             found |= find_tensors(self.folder / file["name"])
         return found
@@ -388,9 +400,11 @@ def _sync_folder(path: Path) -> None:
 def _read_best(folder: Path) -> dict[str, Any]:
     """What ``best.json`` says of a checkpoint that is still there; {} otherwise."""
     try:
-        best = json.loads((folder / BEST).read_text())
-        return best if (folder / best["checkpoint"] / "state.json").exists() else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        best = parse_json(read_bytes(folder / BEST))
+        name, value = best["checkpoint"], float(best["value"])
+        is_there = Path(name).name == name and (folder / name / "state.json").exists()
+        return best | {"value": value} if is_there else {}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return {}
 
 
@@ -403,9 +417,13 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         InputError: if all are damaged.
     """
     names = sorted((f.name for f in folder.glob("step_*") if f.is_dir()), reverse=True)
-    with contextlib.suppress(OSError):
-        pointed = (folder / "latest").read_bytes().strip().decode("utf-8", "replace")
-        names.sort(key=lambda name: name != pointed)
+    pointed = _pointed(folder)
+    if pointed is not None and names and pointed not in names:
+        _LOG.warning(
+            "%s names %r, which is no checkpoint that is there; the newest one is taken",
+            folder / "latest", pointed[:40],
+        )  # fmt: skip
+    names.sort(key=lambda name: name != pointed)
     damage: list[InputError] = []
     for name in names:
         if not any((folder / name).iterdir()):
@@ -421,6 +439,14 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     if damage:
         raise damage[0]
     return None
+
+
+def _pointed(folder: Path) -> str | None:
+    """What ``latest`` says; None where there is none that can be read."""
+    try:
+        return read_bytes(folder / "latest").strip().decode("utf-8", "replace")
+    except OSError:
+        return None
 
 
 def recipe_of_run(folder: Path) -> Recipe | None:
@@ -468,6 +494,24 @@ def find_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def _refuse_strange(state: dict[str, Any], files: Any) -> None:
+    """Refuse a ``state.json`` whose parts are of other kinds than are written.
+
+    Raises:
+        ValueError, KeyError, TypeError: with what is wrong.
+    """
+    if type(state["step"]) is not int or state["step"] < 0:
+        raise ValueError(f"its step is {str(state['step'])[:40]!r}")
+    for file in files:
+        name, tensors = file["name"], file["tensors"]
+        if Path(name).name != name:
+            raise ValueError(f"it names the file {name!r}, which does not lie beside it")
+        if type(file["bytes"]) is not int or type(file["crc32"]) is not int:
+            raise ValueError(f"it does not say how long {name} is")
+        if not (isinstance(tensors, list) and all(isinstance(each, str) for each in tensors)):
+            raise ValueError(f"it does not say what {name} holds")
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint, with the presence, size and checksum of every file verified.
 
@@ -475,8 +519,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         InputError: naming the file that is missing, truncated or altered.
     """
     try:
-        state = parse_json((folder / "state.json").read_bytes())
+        state = parse_json(read_bytes(folder / "state.json"))
         files = state["files"]
+        _refuse_strange(state, files)
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} is no whole checkpoint: it has no state.json, which is written last; use an "
+            "older checkpoint"
+        ) from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else reason_of(error)
         raise InputError(

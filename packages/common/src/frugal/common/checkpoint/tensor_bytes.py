@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 _AT_ONCE = 1 << 22
@@ -62,7 +63,12 @@ class TensorBytes:
 
 
 def find_tensors(path: Path) -> dict[str, TensorBytes]:
-    """The tensors of a safetensors file that is known to be whole, by name."""
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        SafetensorError: if its header lies, or it is cut.
+    """
+    safe_open(path, framework="pt")  # which verifies every place that the header speaks of
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))

@@ -125,7 +125,9 @@ def resize_window(
     bottom = min(top + window.height / scale, pixels.height)
     if isolated:
         corner = (math.floor(left), math.floor(top))
-        pixels = pixels.crop((*corner, math.ceil(right), math.ceil(bottom)))
+        box = (*corner, math.ceil(right), math.ceil(bottom))
+        if box != (0, 0, *pixels.size):  # a copy of all of a large picture takes its memory twice
+            pixels = pixels.crop(box)
         left, right = left - corner[0], right - corner[0]
         top, bottom = top - corner[1], bottom - corner[1]
     if cubic is not None:

@@ -10,7 +10,6 @@ differ.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from frugal.common.data.vocabularies import BytePairs, Transformers, Vocabulary
 from frugal.common.data.word_pieces import WordPieces, bert_vocabulary, read_entries
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of, write_json
+from frugal.common.files import parse_json, read_bytes, reason_of, write_json
 from frugal.common.ranges import Count, check_ranges
 
 _DESCRIPTION = "tokenizer_description.json"
@@ -136,16 +135,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     path = folder / _DESCRIPTION
     try:
-        description = json.loads(path.read_text())
+        description = parse_json(read_bytes(path))
         vocabulary = _KINDS[description.pop("kind")].load(folder)
         size = description.pop("vocab_size")
         tokenizer = Tokenizer(vocabulary, **description)
     except OSError as error:
+        where = error.filename or path
         raise InputError(
-            f"there is no complete tokenizer in {folder} ({error.filename}: {error.strerror}); "
+            f"there is no complete tokenizer in {folder} ({where}: {reason_of(error)}); "
             "give the tokenizer folder of a run"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise InputError(
             f"{path} does not describe a tokenizer ({reason_of(error)}); copy the folder from the "
             "run again"

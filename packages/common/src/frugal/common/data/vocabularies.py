@@ -16,7 +16,7 @@ import ftfy
 import regex
 
 from frugal.common.errors import InputError
-from frugal.common.files import write_file
+from frugal.common.files import read_bytes, write_file
 
 _CACHED_WORDS = 1 << 17
 """Words whose ids are remembered; the words of captions repeat."""
@@ -169,7 +169,10 @@ class BytePairs:
     @classmethod
     def load(cls, folder: Path) -> BytePairs:
         """The vocabulary saved in a folder."""
-        return cls((folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1])
+        merges = read_bytes(folder / "merges.txt").decode("utf-8").split("\n")[1:-1]
+        if odd := next((line for line in merges if len(line.split()) != 2), None):
+            raise ValueError(f"merges.txt holds {odd[:40]!r}, which is no pair")
+        return cls(merges)
 
     def __getstate__(self) -> list[str]:
         return self._merges

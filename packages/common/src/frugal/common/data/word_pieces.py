@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ import regex
 
 from frugal.common.data.vocabularies import WordCache, first_line
 from frugal.common.errors import InputError
-from frugal.common.files import write_file
+from frugal.common.files import parse_json, read_bytes, write_file
 
 _LONGEST_WORD = 100
 """Bytes in UTF-8; longer words are unknown."""
@@ -134,10 +133,10 @@ def read_entries(path: Path) -> list[str]:
 def _folder_entries(path: Path) -> list[str]:
     """The entries that a ``tokenizer.json`` of Hugging Face numbers from 0 on."""
     try:
-        model = json.loads(_read_text(path))["model"]
+        model = parse_json(_read_text(path))["model"]
         entries = sorted(model["vocab"], key=model["vocab"].__getitem__)
         is_word_piece = model["type"] == "WordPiece"
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         is_word_piece, model, entries = False, {}, []
     if not is_word_piece or sorted(model["vocab"].values()) != list(range(len(entries))):
         raise InputError(
@@ -149,7 +148,7 @@ def _folder_entries(path: Path) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise InputError(
             f"the vocabulary {path} cannot be read ({error.strerror}); give a text file with one "

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from frugal.common.contracts import Batch, Objective
 from frugal.common.errors import InputError
-from frugal.common.files import finite, reason_of, write_file
+from frugal.common.files import finite, parse_json, reason_of, write_file
 from frugal.common.run import Run
 
 _DRAWN = 8
@@ -77,7 +77,7 @@ class MetricsLogger:
         path, folder = run.dir / "metrics.jsonl", run.dir / "tensorboard"
 
         def open_lines() -> Any:
-            _drop_after(path, first_step)
+            _drop_after(path, first_step, run.log)
             return path.open("a", buffering=1)
 
         _quiet_writer_threads()
@@ -179,17 +179,20 @@ def _number(name: str, value: float) -> str:
     return f"{value:.4f}" if name.endswith("loss") else f"{value:.1%}"
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int, log: logging.Logger) -> None:
     """Remove the lines of steps that a resumed run will take again."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):
+    kept, unreadable = [], 0
+    lines = path.read_bytes().split(b"\n")
+    for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            continue  # the line a crash cut in two
+            unreadable += bool(line.strip())
+    if unreadable:  # such as the line that a crash cut in two
+        log.warning("%s: %d lines are no JSON of a step and are left out", path, unreadable)
     write_file(path, b"".join(line + b"\n" for line in kept))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from frugal.common.errors import InputError
 from frugal.common.evaluation.metrics import average_precision, roc_auc
-from frugal.common.files import finite, write_file
+from frugal.common.files import finite, parse_json, write_file
 
 Kind = Literal["mean", "mean_of_groups", "mean_of_means", "roc_auc", "average_precision"]
 _AT_ONCE = 1 << 22
@@ -92,7 +92,7 @@ def load_sample_results(path: Path) -> SampleResults:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            content = json.loads(file.metadata()["outcomes"])
+            content = parse_json(file.metadata()["outcomes"])
             tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         measures = {name: Measure(**value) for name, value in content["measures"].items()}
         return SampleResults(content["facts"], content["num_images"], tables, measures)

@@ -91,7 +91,7 @@ def held_out_classes(data: Path, num_classes: int) -> list[int]:
     if not path.is_file():
         return []
     lines = read_text(path).split()
-    if not all(line.isdecimal() and int(line) < num_classes for line in lines):
+    if not all(n.isdecimal() and len(n) < 10 and int(n) < num_classes for n in lines):
         raise InputError(
             f"{path} must hold one class index below {num_classes} per line; write the data "
             "again, or correct the file"

@@ -29,7 +29,7 @@ from frugal.common.evaluation.provenance import identify
 from frugal.common.evaluation.retrieval import embed
 from frugal.common.evaluation.sugarcrepe import CATEGORIES, KINDS, read_contrasts
 from frugal.common.evaluation.task import ImageEvaluation, Inputs
-from frugal.common.files import reason_of
+from frugal.common.files import read_bytes, reason_of
 from frugal.common.models.bundle import ModelBundle
 
 
@@ -137,7 +137,7 @@ class Contrasts(Dataset[dict[str, Any]]):
         for place in places:
             path = self._folder / self.files[place]
             try:
-                encoded = path.read_bytes()
+                encoded = read_bytes(path)
                 images.append(self._crop.gray_levels(encoded, size=self._size))
             except (OSError, Damaged) as error:
                 return {"mistake": f"{path} cannot be evaluated ({error}); repair or replace it"}
@@ -178,7 +178,7 @@ class Contrasts(Dataset[dict[str, Any]]):
     def _encoded(self, place: int) -> bytes:
         path = self._folder / self.files[place]
         try:
-            return path.read_bytes()
+            return read_bytes(path)
         except OSError as error:
             raise InputError(
                 f"{path} cannot be evaluated ({reason_of(error)}); repair or replace it"

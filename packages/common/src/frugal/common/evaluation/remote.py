@@ -77,9 +77,11 @@ class _Unreachable(InputError):  # noqa: N818 - a state of the server
 def _is_whole(folder: Path) -> bool:
     """Whether a split was fetched to its end."""
     listed = folder / "nshards.txt"
-    count = listed.read_text().strip() if listed.is_file() else ""
-    return count.isdecimal() and all(
-        (folder / f"{number}.tar").is_file() for number in range(int(count))
+    count = read_text(listed).strip() if listed.is_file() else ""
+    return (
+        count.isdecimal()
+        and len(count) < 9
+        and all((folder / f"{number}.tar").is_file() for number in range(int(count)))
     )
 
 

@@ -20,7 +20,14 @@ from frugal.common.evaluation.linear_probe import LinearProbe
 from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.sugarcrepe import CATEGORIES
 from frugal.common.evaluation.zero_shot import ZeroShot
-from frugal.common.files import finite, read_json_object, reason_of, write_file, write_json
+from frugal.common.files import (
+    finite,
+    read_bytes,
+    read_json_object,
+    reason_of,
+    write_file,
+    write_json,
+)
 from frugal.common.recipe import to_json
 
 OUTCOMES = ".outcomes.safetensors"
@@ -95,7 +102,7 @@ def read_facts(folder: Path, task: str) -> dict[str, Any]:
     path, beside = folder / f"{task}.json", folder / f"{task}{OUTCOMES}"
     facts: dict[str, Any] = read_json_object(path).get(f"{task}_measured", {})
     wanted = facts.get("outcomes_sha256")
-    if wanted is not None and hashlib.sha256(beside.read_bytes()).hexdigest() != wanted:
+    if wanted is not None and hashlib.sha256(read_bytes(beside)).hexdigest() != wanted:
         raise InputError(
             f"{path} and {beside.name} are not of one measurement (writing them was interrupted, "
             "or one was replaced); measure again"

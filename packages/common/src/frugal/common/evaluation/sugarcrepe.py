@@ -7,7 +7,6 @@ of items by key, and the images lie in a folder (COCO's val2017).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from frugal.common.data.samples import caption_text
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json, read_bytes
 
 PARTS = {"obj": "object", "att": "attribute", "rel": "relation"}
 """What of a caption is changed."""
@@ -79,8 +79,8 @@ def read_contrasts(folder: Path, images: Path | None) -> tuple[Path, list[Item]]
 def _read_items(path: Path) -> list[Item]:
     """The items of one category, in their order."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unrepeated)
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(read_bytes(path))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); copy it again") from None
     if not isinstance(content, dict) or not content:
         raise InputError(
@@ -96,16 +96,6 @@ def _read_items(path: Path) -> list[Item]:
             )
         items[item] = key
     return list(items)
-
-
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; Python would silently keep the last of several equal keys."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice in one object")
-    return content
 
 
 def _texts(path: Path, key: str, value: Any) -> list[str]:

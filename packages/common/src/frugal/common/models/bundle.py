@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from frugal.common.data.tokenizers import Tokenizer, padded
 from frugal.common.data.transforms import CenterCrop, normalize
 from frugal.common.errors import InputError
+from frugal.common.files import read_bytes
 from frugal.common.reduction.text import TextReduction
 
 
@@ -153,7 +154,7 @@ def _encoded(image: bytes | Path | Image) -> bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, Path):
-        return image.read_bytes()
+        return read_bytes(image)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

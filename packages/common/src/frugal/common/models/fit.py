@@ -3,10 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from frugal.common.errors import InputError
 from frugal.common.models.in_words import some
+
+_DEPTHS = frozenset({"depth", "layers", "num_hidden_layers", "num_layers", "n_layer"})
+_WIDTHS = frozenset({"width", "hidden_size"})
+_SIZES = frozenset(
+    {
+        *("width", "hidden_size", "mlp_ratio"),
+        *("embed_dim", "mlp_width", "vocabulary", "vocab_size", "length", "context_length"),
+        *("image_size", "patch_size", "heads", "head_width", "intermediate_size", "img_size"),
+        *("max_position_embeddings", "num_attention_heads", "projection_dim", "num_heads"),
+    }
+)
+"""What a model has at least as many numbers as."""
+_FEW_TENSORS, _FEW_NUMBERS = 1_000, 1 << 27
+"""What takes no time and memory to speak of, and is built whatever the weights are."""
+
+
+def refuse_larger(
+    settings: Mapping[str, Any], *, tensors: int, numbers: int, source: str | Path
+) -> None:
+    """Refuse to build a model of which a file of weights cannot hold every part.
+
+    Settings of other people's are believed only as far as the weights bear them out: a depth of
+    10**8 would be built for days, a width of 10**9 takes all memory.
+
+    Args:
+        settings: of one or several towers, by whatever library's names, nested.
+        tensors: in the file of weights.
+        numbers: in all of them.
+        source: for messages.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    numbers, tensors = max(numbers, _FEW_NUMBERS), max(tensors, _FEW_TENSORS)
+    depth = width = 1.0
+    for name, value in settings.items():
+        parts = value if isinstance(value, list | tuple) else [value]
+        sizes = [part for part in parts if isinstance(part, int | float)]
+        if name in _DEPTHS:
+            depth, is_too_large = sum(sizes), sum(sizes) > tensors
+        else:
+            is_too_large = name in _SIZES and any(size > numbers for size in sizes)
+        width = max([width, *sizes]) if name in _WIDTHS else width
+        if is_too_large or depth * width > numbers / width:
+            raise InputError(
+                f"{source} says that {name} is {str(value)[:40]}, but the weights are {tensors:,} "
+                f"tensors of {numbers:,} numbers at most; copy both again"
+            )
+        for part in parts:
+            if isinstance(part, Mapping):
+                refuse_larger(part, tensors=tensors, numbers=numbers, source=source)
 
 
 def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of
+from frugal.common.files import read_json_object, reason_of
 from frugal.common.models.finite import quantized, refuse_not_finite
+from frugal.common.models.fit import refuse_larger
 from frugal.common.models.in_words import some
+from frugal.common.models.torch_files import load_torch
 from frugal.common.quiet_transformers import quietly
 
 _LOG = logging.getLogger("frugal")
@@ -37,6 +41,7 @@ def load_model(name: Path | str, *, config: Any = None, way_out: str) -> tuple[A
     from transformers import AutoModel
 
     _refuse_whole_numbers(Path(name))
+    _refuse_larger(Path(name))
     given = {} if config is None else {"config": config}
     try:
         with quietly(), torch.random.fork_rng(devices=[]):
@@ -65,6 +70,38 @@ def load_model(name: Path | str, *, config: Any = None, way_out: str) -> tuple[A
         )  # fmt: skip
     refuse_not_finite(model.state_dict(), source=str(name))
     return model, sorted(map(str, report["missing_keys"]))
+
+
+def _refuse_larger(folder: Path) -> None:
+    """Refuse a folder whose config.json describes more than its weights hold, before it is built.
+
+    Raises:
+        InputError: naming the setting, or if config.json cannot be read.
+    """
+    parts = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not (folder / "config.json").is_file() or not parts:
+        return
+    shapes = []
+    for path in parts:
+        try:
+            shapes += _shapes(path)
+        except Exception:  # noqa: BLE001 - said by whoever reads it
+            return
+    refuse_larger(
+        read_json_object(folder / "config.json"),
+        tensors=len(shapes),
+        numbers=sum(map(math.prod, shapes)),
+        source=folder / "config.json",
+    )
+
+
+def _shapes(path: Path) -> list[Sequence[int]]:
+    """Of every tensor of a file, whose numbers stay on the disk."""
+    if path.suffix == ".bin":
+        content = load_torch(path, mapped=True)
+        return [tensor.shape for tensor in content.values() if isinstance(tensor, torch.Tensor)]
+    with safe_open(path, framework="pt") as file:
+        return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
 
 
 def _refuse_whole_numbers(folder: Path) -> None:

@@ -6,7 +6,6 @@ import functools
 import inspect
 import json
 import logging
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from frugal.common.files import reason_of
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.from_transformers import load_model
 from frugal.common.models.in_words import some
+from frugal.common.models.torch_files import load_torch
 from frugal.common.quiet_transformers import quietly
 
 _LOG = logging.getLogger("frugal")
@@ -318,8 +318,7 @@ def _tell_other_sets(file: Path) -> None:
     if file.suffix in (".safetensors", ".npz", ".npy"):
         return
     try:
-        mapped = zipfile.is_zipfile(file)  # so that no number is read twice
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        content = load_torch(file, mapped=True)  # so that no number is read twice
     except Exception:  # noqa: BLE001 - torch.load raises errors of every kind
         raise InputError(
             f"{file} cannot be read as a file of tensors and plain values alone; save its weights "

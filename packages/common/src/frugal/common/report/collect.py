@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object
+from frugal.common.files import parse_json, read_json_object
 from frugal.common.recipe import Recipe, load_recipe
 
 _LOG = logging.getLogger("frugal")
@@ -31,18 +30,21 @@ REQUIRED = (
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl`` in order; a line cut short by a crash is left out."""
+    """The lines of a run's ``metrics.jsonl`` in order; says how many are none and left out."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = []
+    lines, unreadable = [], 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:  # such as the line that a crash cut in two
+            unreadable += bool(text.strip())
             continue
         if isinstance(line, dict) and isinstance(line.get("samples"), (int, float)):
             lines.append(line)
+    if unreadable:
+        _LOG.warning("%s: %d lines are no JSON and are left out", path, unreadable)
     return lines
 
 

@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 from frugal.common.errors import InputError
+from frugal.common.files import parse_json, read_bytes
 from frugal.common.randomness import sample_generator
 from frugal.common.scenes.captions import TEMPLATES
 from frugal.common.scenes.compositional import KINDS, sample_contrast
@@ -228,8 +229,8 @@ def _parts_left(settings: Settings) -> list[_Part] | None:
             )
         return parts
     try:
-        saved = dict(json.loads((out / found).read_text())["settings"])
-    except (ValueError, KeyError, TypeError):
+        saved = dict(parse_json(read_bytes(out / found))["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{out / found} cannot be read; give another --out") from None
     asked = settings.identity()
     adds = ADDED in asked and ADDED not in saved

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import pathlib
 import re
@@ -23,9 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object, reason_of
+from frugal.common.files import SwellingError, read_json_object, reason_of
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.models.in_words import some
+from frugal.common.models.torch_files import load_torch
 from frugal.common.weights.torchscript import is_torchscript, read_torchscript
 
 State = dict[str, Tensor]
@@ -65,6 +67,7 @@ _BASES = ("base_encoder", "encoder_q", "student", "model", "clip_model", "backbo
 """In front of names: which of several models in one set is taken unless another is asked for."""
 _INDEX = ".index.json"
 """Behind the name of a file of weights that lies in parts."""
+_MOST_SETS = 10_000
 FLAG = "--weights-key"
 
 
@@ -91,9 +94,8 @@ def read_content(path: Path, *, mapped: bool = False) -> Any:
     if is_torchscript(path):
         return read_torchscript(path)
     try:
-        mapped = mapped and zipfile.is_zipfile(path)  # files from before torch 1.6 are no archives
         with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return load_torch(path, mapped=mapped)
     except Exception as error:  # noqa: BLE001 - torch.load raises errors of every kind
         raise InputError(
             f"{path} cannot be read as a PyTorch file of tensors and plain values: "
@@ -142,6 +144,10 @@ def why_unreadable(path: Path, error: Exception) -> str:
         )
     if path.is_file() and path.stat().st_size == 0:
         return "it is empty; copy it again"
+    if isinstance(error, SwellingError):
+        return reason_of(error)
+    if isinstance(error, zipfile.BadZipFile):
+        return "it is cut short or altered; copy it again"
     if _is_safetensors(path):
         return "it is a safetensors file by its content; call it .safetensors"
     if "legacy .tar" in str(error):
@@ -170,6 +176,8 @@ def _places(index: Path) -> dict[str, Any]:
 def _parts(index: Path, places: Mapping[str, Any]) -> list[Path]:
     """The files of an index, all of which are there."""
     parts = sorted({str(part) for part in places.values()})
+    if odd := [part for part in parts if Path(part).name != part or part.endswith(_INDEX)]:
+        raise InputError(f"{index} names {odd[0]!r}, which is no file of weights beside it")
     if missing := [part for part in parts if not (index.parent / part).is_file()]:
         raise InputError(
             f"{index} names {len(parts)} files, of which {len(missing)} are missing, the first "
@@ -248,7 +256,7 @@ def state_in(content: Any, *, source: str, key: str | None = None) -> State:
         InputError: if there are none, there is no such set, several could be meant, or a number
             is not finite.
     """
-    sets = dict(_sets(content, ""))
+    sets = dict(_sets(content, "", source, itertools.count()))
     if not sets:
         raise InputError(
             f"{source} holds no state_dict{_held(content)}; give the weights of a model"
@@ -272,16 +280,26 @@ def _held(content: Any) -> str:
     return f"; it holds {kind}{some(list(map(str, content)))}"
 
 
-def _sets(content: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping of names to weights, by the keys that lead to it."""
-    if not isinstance(content, Mapping) or path.count(".") > 2:
+def _sets(
+    content: Any, path: str, source: str, met: Iterator[int]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping of names to weights, by the keys that lead to it; ``met`` counts all."""
+    if not isinstance(content, Mapping):
+        return
+    # a small file may hold one mapping a thousand times in another, and that one too
+    if next(met) > _MOST_SETS:
+        raise InputError(
+            f"{source} holds more than {_MOST_SETS:,} mappings inside one another; save the "
+            "weights of a model alone"
+        )
+    if path.count(".") > 2:
         return
     tensors = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
     if any(tensor.ndim for tensor in tensors.values()):
         yield path, tensors
     for name, part in content.items():
         if isinstance(name, str) and name not in _NO_WEIGHTS:
-            yield from _sets(part, f"{path}.{name}" if path else name)
+            yield from _sets(part, f"{path}.{name}" if path else name, source, met)
 
 
 def _chosen(sets: Mapping[str, Mapping[str, Any]], source: str, key: str | None) -> str:
@@ -354,6 +372,12 @@ def _bare(tensors: Mapping[str, Tensor], source: str) -> State:
         if clean in state:
             raise InputError(
                 f"{source} holds {clean} twice, once under the name {name}; save one of them alone"
+            )
+        is_plain = tensor.layout == torch.strided  # others are refused by name later
+        if is_plain and tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise InputError(
+                f"{source} says that {clean} has {tensor.numel():,} numbers, but holds fewer; copy "
+                "it again"
             )
         if clean.rpartition(".")[2] not in _BOOKKEEPING:
             state[clean] = tensor

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from frugal.common.checkpoint.store import MODEL_FILE
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of
+from frugal.common.files import making_sense_of, reason_of
 from frugal.common.models.blocks import Activation
 from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.weights import open_clip, runs
@@ -46,7 +46,8 @@ def read_encoder(
             f"the folder {path} holds no model; give a run directory, or a folder with a "
             "config.json or open_clip_config.json"
         )
-    encoder = library.image_tower(path)
+    with making_sense_of(path):
+        encoder = library.image_tower(path)
     for name, given in (("activation", activation), ("heads", heads)):
         actual = getattr(encoder.tower, name)
         if given not in (None, actual):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle, Source, TokenizerSource
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
-from frugal.common.models.fit import misfit
+from frugal.common.models.fit import misfit, refuse_larger
 from frugal.common.models.image_encoder import ImageEncoder
 from frugal.common.models.preprocess import Preparation
 from frugal.common.weights.wrapped import WrappedModel
@@ -110,6 +110,18 @@ def two_tower_bundle(
         precision="auto",
         told_by=prepared.told_by,
     )
+
+
+def refuse_larger_than(
+    state: Mapping[str, Tensor], settings: Mapping[str, Any], *, source: str | Path
+) -> None:
+    """Refuse settings of a model that a state cannot be of; see :func:`refuse_larger`.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    numbers = sum(tensor.numel() for tensor in state.values())
+    refuse_larger(settings, tensors=len(state), numbers=numbers, source=source)
 
 
 def fill(config: DualEncoderConfig, state: Mapping[str, Tensor], *, source: str) -> DualEncoder:

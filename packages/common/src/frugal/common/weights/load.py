@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.files import making_sense_of
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.in_words import in_words
@@ -42,7 +43,8 @@ def load_model(
     if not path.exists():
         raise InputError(f"there is no file or folder {path}; check the path")
     library = library_of(path, name) or runs.LIBRARY  # which says what is missing
-    bundle = library.load(path, name, weights_key)
+    with making_sense_of(path):
+        bundle = library.load(path, name, weights_key)
     if library is not runs.LIBRARY:
         _LOG.info("%s: %s", path, describe(bundle))
     return bundle

@@ -23,7 +23,7 @@ from frugal.common.data.tokenizers import ClipBpe, HuggingFace, Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.data.vocabularies import BytePairs
 from frugal.common.errors import InputError
-from frugal.common.files import parse_json, reason_of
+from frugal.common.files import parse_json, read_bytes, reason_of
 from frugal.common.models.blocks import Activation
 from frugal.common.models.bundle import ImageSpec, ModelBundle
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
@@ -50,6 +50,7 @@ from frugal.common.weights.library import (
     UnsupportedOption,
     fill,
     refuse_for_folder,
+    refuse_larger_than,
     refuse_unknown_ids,
     two_tower_bundle,
 )
@@ -131,6 +132,8 @@ def load_image_tower(folder: Path) -> ImageEncoder:
     """
     config, preprocess = _described(folder)
     source = str(folder / CONFIG)
+    weights = read_weights(weights_in(folder, WEIGHTS))
+    refuse_larger_than(weights, config, source=source)
     prepared = of_open_clip(preprocess, size=image_size(config, source), source=source)
     tower = image_tower(config, prepared, source=source)
     if tower is None:
@@ -138,7 +141,7 @@ def load_image_tower(folder: Path) -> ImageEncoder:
             f"the image tower of {folder} is none of CLIP's plain vision transformers; choose "
             "another one"
         )
-    state = visual_state(read_weights(weights_in(folder, WEIGHTS)), source=str(folder))
+    state = visual_state(weights, source=str(folder))
     return ImageEncoder(tower, state, str(folder), preparation=prepared)
 
 
@@ -152,7 +155,7 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """``model_cfg`` and ``preprocess_cfg``."""
     path = folder / CONFIG
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_bytes(path))
         config, preprocess = dict(content["model_cfg"]), dict(content.get("preprocess_cfg") or {})
         int(config["embed_dim"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -177,6 +180,7 @@ def _load(
         state = part_with(state, "logit_scale", source=weights)
         _refuse_contradiction(state, config, name, weights)
         state = {name: tensor for name, tensor in state.items() if name not in NUMBERS}
+        refuse_larger_than(state, config, source=name)
     folder = path if path.is_dir() else None
     source = name if folder is None else str(folder / CONFIG)
     size = image_size(config, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,13 +28,13 @@ from frugal.common.data.stores.class_folders import kept_classes, read_class_fol
 from frugal.common.data.tokenizers import ClipBpe, HuggingFace, SavedTokenizer, WordPiece
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object, write_json
+from frugal.common.files import parse_json, read_bytes, read_json_object, write_json
 from frugal.common.models.bundle import ModelBundle, Source, TokenizerSource
 from frugal.common.models.fit import misfit
 from frugal.common.models.image_encoder import ImageEncoder, image_encoder
 from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe, from_json, to_json
-from frugal.common.weights.library import Library, Target
+from frugal.common.weights.library import Library, Target, refuse_larger_than
 from frugal.common.weights.written import two_towers
 
 
@@ -92,6 +91,7 @@ def load_run(path: Path) -> ModelBundle:
     weights = load_weights(checkpoint)
     state = {n.removeprefix("model."): t for n, t in weights.items() if n.startswith("model.")}
     plain = replace(recipe, engine=replace(recipe.engine, compile=False))
+    refuse_larger_than(weights, to_json(recipe.model), source=f"the recipe of {path}")
     model = recipe.objective.trained_model(plain, state)
     _fill(model, state, checkpoint)
     return _from_training(bundle_of(model.eval(), recipe), path, checkpoint, recipe, average=True)
@@ -240,7 +240,7 @@ def measured(folder: Path, *, step: int) -> dict[str, dict[str, Any]]:
     tasks = {}
     for file in sorted((folder / "evaluation").glob("*.json")):
         try:
-            numbers = json.loads(file.read_text())
+            numbers = parse_json(read_bytes(file))
         except (OSError, ValueError):
             continue
         if isinstance(numbers, dict) and numbers.get("step") == step:
@@ -386,6 +386,7 @@ def _read_description(checkpoint: Checkpoint, path: Path) -> ModelBundle:
     if tokenizer is not None and (folder / "tokenizer").is_dir():
         tokenizer = SavedTokenizer(folder=folder / "tokenizer")
     state = {n.removeprefix("model."): t for n, t in load_weights(checkpoint).items()}
+    refuse_larger_than(state, about["model"], source=source)
     model = config.build()
     _fill(model, state, checkpoint)
     names = about.get("class_names")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from frugal.common.data.transforms import CenterCrop, normalize
 from frugal.common.errors import InputError
-from frugal.common.files import parse_json, read_json_object, reason_of
+from frugal.common.files import parse_json, read_bytes, read_json_object, reason_of
 from frugal.common.models.blocks import Activation
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.fit import misfit
@@ -36,6 +36,7 @@ from frugal.common.weights.library import (
     Target,
     UnsupportedOption,
     refuse_for_folder,
+    refuse_larger_than,
 )
 from frugal.common.weights.written import (
     Seen,
@@ -105,7 +106,7 @@ def load_image_tower(folder: Path) -> ImageEncoder:
 def _read_folder(folder: Path) -> ImageEncoder:
     path = folder / "config.json"
     try:
-        about = parse_json(path.read_bytes())
+        about = parse_json(read_bytes(path))
         name, args = about["architecture"], dict(about.get("model_args") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not describe a model of timm ({reason_of(error)})") from None
@@ -134,6 +135,7 @@ def _read(
 
     stored = part_with(read_weights(path, key=key), _LANDMARK, source=str(path))
     state = {n: t.float() for n, t in stored.items()}
+    refuse_larger_than(state, args, source=source)
     classes = len(state["head.weight"]) if "head.weight" in state else 0
     try:
         with torch.device("meta"):

@@ -8,6 +8,8 @@ code is never opened.
 
 from __future__ import annotations
 
+import itertools
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of
+from frugal.common.files import reason_of, refuse_swelling
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -34,13 +36,18 @@ _DTYPES = {
     "BoolStorage": torch.bool,
 }
 
+_MOST_MODULES = 100_000
+
 
 def is_torchscript(path: Path) -> bool:
     """Whether a file is an archive of compiled code and its constants."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # noqa: BLE001 - an altered archive fails in any way, and torch says how
+        return False
 
 
 class _Module:
@@ -53,6 +60,8 @@ class _Module:
 def _rebuild(
     storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
+    if math.prod(size) > len(storage):
+        raise pickle.UnpicklingError("a tensor has more numbers than its file")
     return torch.as_strided(storage, size, stride, offset).clone()
 
 
@@ -104,17 +113,20 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            refuse_swelling(archive, path.stat().st_size)
             root = next(n for n in archive.namelist() if n.endswith("/constants.pkl")).split("/")[0]
-            return dict(_walk(_Unpickler(archive, root).load(), ""))
+            return dict(_walk(_Unpickler(archive, root).load(), "", itertools.count()))
     except Exception as error:  # noqa: BLE001 - an altered pickle fails in any way
         raise InputError(
             f"{path} cannot be read as TorchScript ({reason_of(error)}); copy it again"
         ) from None
 
 
-def _walk(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _walk(module: Any, prefix: str, met: Iterator[int]) -> Iterator[tuple[str, Tensor]]:
+    if next(met) > _MOST_MODULES:
+        raise pickle.UnpicklingError(f"it holds more than {_MOST_MODULES:,} modules")
     for name, value in getattr(module, "held", {}).items():
         if isinstance(value, Tensor):
             yield prefix + name, value
         elif isinstance(value, _Module):
-            yield from _walk(value, f"{prefix}{name}.")
+            yield from _walk(value, f"{prefix}{name}.", met)

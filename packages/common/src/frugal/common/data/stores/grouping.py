@@ -21,6 +21,9 @@ _IMAGES = frozenset(
 )
 """Last parts of the extensions of pictures, whether or not a recipe reads them."""
 
+_MOST_ALIKE = 64
+"""Samples of one key that are compared with the next; a tar of a million would never end."""
+
 APART = "samples whose members lie apart were joined"
 DOTTED = (
     "samples were told apart at the last dot of their names: at the first one, as webdataset does "
@@ -53,6 +56,28 @@ def split_name(name: str) -> tuple[str, str] | None:
         return None
     match = _KEY_AND_EXTENSION.fullmatch(name)
     return (match[1], match[2].lower()) if match else None
+
+
+_LONGEST_HEADER = 1 << 24
+"""Bytes of a name or of extended headers, which are read at once."""
+LARGEST_MEMBER = 1 << 40
+"""Bytes of a member that a stream is read on for; to skip more takes days even at its end."""
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+
+
+def refuse_size(header: tarfile.TarInfo) -> None:
+    """Refuse a header whose size would lead backward, or into more memory than there is.
+
+    Raises:
+        tarfile.HeaderError: as for a header that is none.
+    """
+    most = _LONGEST_HEADER if header.type in _EXTENDED else LARGEST_MEMBER
+    is_read_over = header.type in (*_EXTENDED, tarfile.GNUTYPE_SPARSE)
+    if header.size < 0 or (is_read_over and header.size > most):
+        raise tarfile.InvalidHeaderError(f"a size of {header.size} bytes")  # type: ignore[attr-defined]
 
 
 def is_plain(member: tarfile.TarInfo) -> bool:
@@ -156,7 +181,7 @@ class Grouping:
         before = self._of_key.setdefault(run.key, [])
         fitting = [
             group
-            for group in before
+            for group in before[:_MOST_ALIKE]
             if not group.is_doubled and not run.members.keys() & group.members.keys()
         ]
         if not fitting:

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from frugal.common.data.damage import Damaged, Kind, PassedOver
 from frugal.common.data.samples import Fields, Reader, StringTable
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of, refuse_exhaustion
+from frugal.common.files import LARGEST_FILE, parse_json, reason_of, refuse_exhaustion, too_large
 
 SUFFIX = ".index.safetensors"
 _VERSION = "2"
@@ -98,6 +98,8 @@ class ShardIndex:
             Damaged: if they cannot be read or are not those that were indexed.
         """
         length = int(self.lengths[member])
+        if length > LARGEST_FILE:
+            raise Damaged("unreadable", too_large(length))
         try:
             content = os.pread(descriptor, length, int(self.offsets[member]))
         except OSError as error:
@@ -232,9 +234,13 @@ def _open(shard: Path) -> tuple[Path, dict[str, str]]:
     else:
         raise InputError(f"{problem}; {rebuild}")
     size = shard.stat().st_size
-    if size != int(metadata["shard_bytes"]):
+    try:
+        indexed = _count(metadata["shard_bytes"])
+    except (KeyError, ValueError) as error:
+        raise _unreadable(place, error, rebuild) from None
+    if size != indexed:
         raise InputError(
-            f"{shard} has {size} bytes but had {metadata['shard_bytes']} when it was indexed: it "
+            f"{shard} has {size} bytes but had {indexed} when it was indexed: it "
             f"was cut or replaced; restore it, or, if it is meant to be so, {rebuild}"
         )
     return place, metadata
@@ -246,20 +252,31 @@ def read_summary(shard: Path) -> ShardSummary:
     Raises:
         InputError: if there is no index, or it does not belong to the shard as it is now.
     """
-    _, metadata = _open(shard)
-    return ShardSummary(
-        int(metadata["samples"]),
-        metadata["note"],
-        metadata["behind"],
-        metadata["digest"],
-        _of_shard(shard, metadata["passed_over"]),
-        _of_shard(shard, metadata["remarks"]),
-    )
+    place, metadata = _open(shard)
+    try:
+        return ShardSummary(
+            _count(metadata["samples"]),
+            metadata["note"],
+            metadata["behind"],
+            metadata["digest"],
+            _of_shard(shard, metadata["passed_over"]),
+            _of_shard(shard, metadata["remarks"]),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _unreadable(place, error, _rebuild(shard)) from None
+
+
+def _count(digits: str) -> int:
+    """A number of an index's metadata; raises ``ValueError`` for what is none."""
+    if not (digits.isdecimal() and len(digits) < 19):
+        raise ValueError(f"{digits[:20]!r} is no number")
+    return int(digits)
 
 
 def _of_shard(shard: Path, encoded: str) -> PassedOver:
-    found = PassedOver(**json.loads(encoded))
+    found = PassedOver(**parse_json(encoded))
     for reason, names in found.examples.items():
+        int(found.counts[reason])
         found.examples[reason] = [f"{shard}/{name}" for name in names]
     return found
 
@@ -273,7 +290,7 @@ def load_index(shard: Path) -> ShardIndex:
     place, metadata = _open(shard)
     try:
         return _load(place, metadata)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(place, error, _rebuild(shard)) from None
 
 
@@ -299,23 +316,57 @@ def load_earlier_index(shard: Path) -> ShardIndex | None:
     try:
         index = _load(place, _metadata(place))
         return index if index.shard_bytes == shard.stat().st_size else None
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError):
         return None
 
 
 def _load(place: Path, metadata: dict[str, str]) -> ShardIndex:
     with safe_open(place, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return ShardIndex(
+    index = ShardIndex(
         names=StringTable(tensors.pop("names"), tensors.pop("name_ends")),
         **tensors,
-        shard_bytes=int(metadata["shard_bytes"]),
+        shard_bytes=_count(metadata["shard_bytes"]),
         note=metadata["note"],
     )
+    _refuse_lies(index)
+    return index
+
+
+def _refuse_lies(index: ShardIndex) -> None:
+    """Refuse an index whose numbers lead out of the shard or out of its own tables.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    members, samples = len(index.offsets), len(index.damage)
+    table = ((index.offsets, "int64"), (index.lengths, "int64"), (index.checksums, "uint32"))
+    is_whole = all(part.dtype == kind and part.shape == (members,) for part, kind in table)
+    is_whole &= index.damage.dtype == np.uint8 and index.damage.shape == (samples,)
+    is_whole &= index.first_member.dtype == np.int64 and index.first_member.shape == (samples + 1,)
+    is_whole &= index.key_lengths.dtype == np.int64
+    is_whole &= index.key_lengths.shape in ((0,), (samples,))
+    names = index.names
+    is_whole &= names.blob.dtype == np.uint8 and names.blob.ndim == 1
+    is_whole &= names.ends.dtype == np.int64 and names.ends.shape in ((0,), (members,))
+    if not is_whole:
+        raise ValueError("its tables do not belong together")
+    inside = (index.offsets >= 0) & (index.lengths >= 0)
+    inside &= index.lengths <= index.shard_bytes - index.offsets
+    first, ends = index.first_member, names.ends
+    is_sound = bool(inside.all()) and first[0] == 0 and first[-1] == members
+    is_sound &= bool((np.diff(first) > 0).all()) and bool((index.damage < len(_KINDS)).all())
+    if len(ends):
+        is_sound &= bool((np.diff(ends, prepend=0) >= 0).all()) and ends[-1] == len(names.blob)
+    if not is_sound:
+        raise ValueError("its numbers lead out of the shard")
 
 
 class IndexedReader:
     """An opened shard of one process, whose samples are found by its index."""
+
+    has_names = False
+    """Whether members have names, and samples keys in them."""
 
     def __init__(self, path: Path, fields: Fields) -> None:
         """Open a shard.
@@ -326,7 +377,13 @@ class IndexedReader:
         """
         self.path = path
         self.fields = fields
-        self.index = load_index(path)
+        self.index = index = load_index(path)
+        are_named = (len(index.names), len(index.key_lengths)) == (
+            len(index.offsets),
+            index.num_samples,
+        )
+        if self.has_names and not are_named:
+            raise InputError(f"the index of {path} names no members; {_rebuild(path)}")
         self._file = path.open("rb", buffering=0)
 
     def close(self) -> None:

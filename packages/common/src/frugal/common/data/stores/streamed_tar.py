@@ -10,14 +10,16 @@ from typing import Any, Self
 from frugal.common.data.damage import Damaged, Kind, PassedOver
 from frugal.common.data.samples import describe_members, printable
 from frugal.common.data.stores.grouping import (
+    LARGEST_MEMBER,
     Group,
     count_doubled,
     reason_without_sample,
+    refuse_size,
     split_group,
     split_name,
 )
 from frugal.common.data.stores.url import Patience, UrlStream
-from frugal.common.files import reason_of, refuse_exhaustion
+from frugal.common.files import LARGEST_FILE, reason_of, refuse_exhaustion, too_large
 
 _APART = (
     "members of one key lie apart in the tar, which a stream cannot join; write them one after "
@@ -29,10 +31,21 @@ Streamed = tuple[str, dict[str, bytes] | Damaged]
 """``shard/key`` and the members of a sample by extension, or what is wrong with it."""
 _BUFFER = 1 << 16
 """Bytes that are read at a time."""
+_PACKED = 1 << 10
+"""The same where they are compressed: whatever they become is in memory, and copied per header."""
+_MOST_ZEROS = 1 << 16
+"""Blocks of zeros, one after the other, that are read; a few KB of gzip are billions of them."""
 
 
 class _Header(tarfile.TarInfo):
     """A tar header that tells its archive of what is none."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """See :meth:`tarfile.TarInfo.frombuf`."""
+        header = super().frombuf(buf, encoding, errors)
+        refuse_size(header)
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -42,6 +55,10 @@ class _Header(tarfile.TarInfo):
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             archive.num_zeros += 1
+            if archive.num_zeros > _MOST_ZEROS:
+                raise tarfile.ReadError(
+                    f"{_MOST_ZEROS * tarfile.BLOCKSIZE:,} zeros are in place of members"
+                ) from None
             raise
         except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]
             archive.num_garbled += 1
@@ -83,6 +100,8 @@ class StreamedTar:
         """The extensions that were met by key."""
         self._names: list[str] = []
         self._contents: list[bytes] = []
+        self._size = 0
+        """Bytes of the pending sample."""
         self.pending = ""
         """The key of the sample whose members came last, which may go on."""
 
@@ -93,10 +112,14 @@ class StreamedTar:
             OSError, tarfile.TarError, EOFError, zlib.error: if the stream goes on unreadably or
                 ends too soon; ``pending`` is then the sample that may lack a member.
         """
-        opened = _Archive.open(fileobj=self._stream, mode="r|*", ignore_zeros=True, bufsize=_BUFFER)
+        opened = _Archive.open(fileobj=self._stream, mode="r|*", ignore_zeros=True, bufsize=_PACKED)
         with opened as archive:
             assert isinstance(archive, _Archive)
+            if archive.fileobj.comptype == "tar":  # type: ignore[union-attr, attr-defined]
+                archive.fileobj.bufsize = _BUFFER  # type: ignore[union-attr, attr-defined]
             for member in archive:
+                if not 0 <= member.size <= LARGEST_MEMBER:
+                    raise tarfile.ReadError(f"a member has a size of {member.size} bytes")
                 yield from self._before(archive)
                 parts = split_name(member.name) if member.isreg() else None
                 if parts is None:
@@ -108,8 +131,9 @@ class StreamedTar:
                     file = archive.extractfile(member)
                     assert file is not None
                     self.pending = parts[0]
+                    self._size += member.size
                     self._names.append(member.name)
-                    self._contents.append(file.read())
+                    self._contents.append(b"" if self._size > LARGEST_FILE else file.read())
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
             yield from self._end(archive)
 
@@ -139,13 +163,16 @@ class StreamedTar:
 
     def _forget(self) -> None:
         self.pending = ""
-        self._names, self._contents = [], []
+        self._names, self._contents, self._size = [], [], 0
 
     def _finish(self) -> Iterator[tuple[str, dict[str, bytes] | Damaged]]:
         """The samples among the members that lie together."""
-        key, names, contents = self.pending, self._names, self._contents
+        key, names, contents, size = self.pending, self._names, self._contents, self._size
         self._forget()
         if not names:
+            return
+        if size > LARGEST_FILE:
+            yield key, Damaged("unreadable", too_large(size))
             return
         extensions = [name[len(key) + 1 :].lower() for name in names]
         group = Group(key, {extension: number for number, extension in enumerate(extensions)})

@@ -26,6 +26,7 @@ from frugal.common.data.stores.grouping import (
     group_members,
     is_plain,
     reason_without_sample,
+    refuse_size,
     split_name,
 )
 from frugal.common.data.stores.index import (
@@ -54,7 +55,9 @@ class StrictHeader(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """See :meth:`tarfile.TarInfo.frombuf`."""
         try:
-            return super().frombuf(buf, encoding, errors)
+            header = super().frombuf(buf, encoding, errors)
+            refuse_size(header)
+            return header
         except tarfile.HeaderError as error:
             if len(buf) == tarfile.BLOCKSIZE and not any(buf):
                 raise  # the end-of-archive marker
@@ -93,6 +96,10 @@ def walk_tar(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo | Break]:
             archive = tarfile.TarFile(fileobj=file, mode="r", tarinfo=StrictHeader)
             for member in archive:
                 is_empty = False
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
+                if member.size < 0:  # as extended headers may have it
+                    fault = f"{printable(member.name)} has a size of {member.size} bytes"
+                    break
                 yield member
                 if is_plain(member) and member.offset_data + member.size > size:
                     fault = f"the file ends in the middle of {printable(member.name)}"
@@ -290,6 +297,8 @@ class _Found:
 
 class TarReader(IndexedReader):
     """An opened tar of one process."""
+
+    has_names = True
 
     def key(self, index: int) -> str:
         """``shard/key`` of a sample."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object
@@ -19,6 +20,7 @@ from frugal.common.weights.library import (
     UnsupportedOption,
     elsewhere,
     refuse_for_folder,
+    refuse_larger_than,
 )
 from frugal.common.weights.transformers import clip, upernet, vision_text, vit, vit_mae
 from frugal.common.weights.transformers.config_files import NAME
@@ -76,10 +78,17 @@ def load_image_tower(folder: Path) -> ImageEncoder:
     settings = read_json_object(folder / "config.json")
     kind = settings.get("model_type")
     if kind in ("vit", "vit_mae"):
-        return vit.load_image_tower(folder, settings)
-    if "clip" in str(kind or ""):
-        return clip.load_image_tower(folder, settings)
-    raise InputError(
+        encoder = vit.load_image_tower(folder, settings)
+    elif "clip" in str(kind or ""):
+        encoder = clip.load_image_tower(folder, settings)
+    else:
+        raise _another_kind(folder, kind)
+    refuse_larger_than(encoder.state, settings, source=folder / "config.json")
+    return encoder
+
+
+def _another_kind(folder: Path, kind: Any) -> InputError:
+    return InputError(
         f"{folder} holds a model of type {kind!r}, not a CLIP model or a plain vision transformer; "
         "choose another one"
     )
