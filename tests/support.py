@@ -269,6 +269,15 @@ def newest(run: Path) -> Path:
     return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
 
 
+def alter_state(checkpoint: Path, **changes: object) -> None:
+    """Change what a checkpoint says; it has no manifest then, as those of earlier versions."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text()) | changes
+    state.pop("manifest")
+    (checkpoint / "manifest.json").unlink()
+    path.write_text(json.dumps(state))
+
+
 def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Everything in the newest checkpoint, by ``kind/name``."""
     tensors: dict[str, torch.Tensor] = {}

@@ -33,7 +33,7 @@ LAYERS = [
         "evaluation.metrics",
         "models.bundle",
     ),
-    ("cli", "contracts", "recipe", "run"),
+    ("cli", "contracts", "history", "recipe", "run"),
     ("optim",),
     ("data", "scenes"),
     ("models",),

@@ -11,6 +11,7 @@ from support import ROOT
 COMMON = ROOT / "packages/common/src/frugal/common"
 TESTS = ROOT / "tests"
 ELSEWHERE = {
+    "checkpoint/commit.py": "common/checkpoint/test_store.py",
     "checkpoint/tensor_bytes.py": "common/weights/test_runs.py",
     "compare.py": "common/report/test_compare.py",
     "contracts.py": "architecture/test_sixth_method.py",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from frugal.cit.curated_data import CuratedData
 from frugal.cit.metadata import Metadata
 from frugal.common.errors import InputError
 from frugal.common.evaluation.prompts import imagenet_class_names, named_templates
@@ -133,3 +134,13 @@ def test_without_wordnet_a_sentence_says_how_to_get_it(tmp_path: Path) -> None:
     found = wordnet(tmp_path)
     assert "InputError" in found.stderr
     assert "nltk.downloader wordnet" in found.stderr
+
+
+def test_other_names_in_a_file_of_classes_are_other_data_of_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "names.txt"
+    file.write_text("cat\ndog\n")
+    data = CuratedData(train=("a.tar",), tokenizer=None, metadata=Metadata(sources=(str(file),)))
+    before = data.also_read()
+    assert data.also_read() == before and list(before) == ["data.metadata"]
+    file.write_text("cat\nfox\n")
+    assert data.also_read() != before

@@ -14,7 +14,7 @@ from frugal.cit.trained_pairs import count_pairs, write
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import open_source
 from frugal.common.errors import InputError
-from support import ALONE, TINY, train
+from support import ALONE, TINY, alter_state, train
 
 
 @pytest.mark.parametrize("rows_at_once", [4_000_000, 100])
@@ -34,9 +34,7 @@ def test_counts_add_up_to_updates_times_batch_and_are_those_of_the_curations(
 def test_only_what_was_trained_on_counts(undisturbed: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "pairs.parquet"
     shutil.copytree(undisturbed, run)
-    state = run / "checkpoints" / "step_000000020" / "state.json"
-    content = json.loads(state.read_text())
-    state.write_text(json.dumps(content | {"step": 7}))
+    alter_state(run / "checkpoints" / "step_000000020", step=7)
     assert count_pairs(run, out)[0] == 7 * 24
     found = pairs(undisturbed)
     expected = Counter([*found[0], *found[1][: 2 * 24]])

@@ -23,6 +23,7 @@ from frugal.common.models.same_function import MAY_DIFFER, differences
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import Recipe, to_json
+from support import alter_state
 
 IMAGE = {
     "width": 32, "depth": 2, "heads": 4, "mlp_width": 24, "patch_size": 4,
@@ -148,8 +149,7 @@ def test_a_copied_checkpoint_is_compared_by_the_recipe_in_it(
     shutil.copytree(step, copy)
     started(copy, recipe_of())
     assert "only the names and shapes of its weights are compared" in caplog.text
-    state = json.loads((copy / "state.json").read_text())
-    (copy / "state.json").write_text(json.dumps(state | {"recipe": to_json(there)}))
+    alter_state(copy, recipe=to_json(there))
     with pytest.raises(InputError, match=r"give --model\.image\.heads 4"):
         started(copy, recipe_of())
 

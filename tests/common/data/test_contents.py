@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 
+from frugal.common.data import contents
 from frugal.common.data.contents import FILE, below_common_folder, keep_contents, streamed_contents
 from frugal.common.data.sources import build_index
 from frugal.common.errors import InputError
@@ -76,6 +78,79 @@ def test_tars_that_changed_behind_a_run_are_refused(
     go_on(run, open_stream(folder), allowed=True)
     assert "have changed since the run began" in caplog.text
     go_on(run, open_stream(folder))  # what was allowed is what it goes on with
+
+
+def alter_bytes(path, old, new):
+    """Change a file in place and give it back its times; it has as many bytes as before."""
+    times = path.stat()
+    content = path.read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    path.write_bytes(content.replace(old, new))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns
+    assert path.stat().st_size == times.st_size
+
+
+@pytest.mark.parametrize("budget", [None, 10])
+def test_one_caption_that_changed_in_place_is_found_in_its_shard(
+    tmp_path, run, write_pairs, open_stream, caplog, monkeypatch, budget
+):
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "d"
+    write_pairs(folder, [3, 4, 5])
+    begin(run, open_stream(folder))
+    os.utime(folder / "00000.tar")  # touched, and the same
+    alter_bytes(folder / "00001.tar", b"w4", b"w9")
+    if budget is not None:
+        monkeypatch.setattr(contents, "_READ_AGAIN", budget)
+        go_on(run, open_stream(folder))
+        assert "2 shards (0 GiB) were copied or touched" in caplog.text
+        return
+    with pytest.raises(InputError, match=r"1 changed \(00001.tar has 1 altered samples\)"):
+        go_on(run, open_stream(folder))
+    assert "reading 2 shards again" in caplog.text
+    go_on(run, open_stream(folder), allowed=True)
+    caplog.clear()
+    go_on(run, open_stream(folder))
+    assert "again" not in caplog.text  # they are read once
+
+
+def test_images_of_another_size_are_found_in_lists_and_folders(
+    tmp_path, run, make_picture, open_stream
+):
+    for name in ("cat", "dog"):
+        (tmp_path / "f" / name).mkdir(parents=True)
+        make_picture(1).save(tmp_path / "f" / name / "0.png")
+    listed = tmp_path / "l.csv"
+    listed.write_text("filepath,title\nf/cat/0.png,w1\n")
+    sources = (tmp_path / "f", listed)
+    begin(run, open_stream(*sources, batch_size=1))
+    make_picture(7).save(tmp_path / "f" / "cat" / "0.png")
+    with pytest.raises(InputError, match=r"2 changed \(cat/ holds other images, l.csv holds other"):
+        go_on(run, open_stream(*sources, batch_size=1))
+
+
+def test_what_else_decides_about_samples_is_compared_too(tmp_path, run, write_pairs, open_stream):
+    write_pairs(tmp_path / "d", [3])
+    parts = open_stream(tmp_path / "d").contents
+    keep_contents(run, parts, goes_on=False, allowed=False, also={"data.metadata": "1"})
+    keep_contents(run, parts, goes_on=True, allowed=False, also={"data.metadata": "1"})
+    with pytest.raises(InputError, match="the tokenizer is another; what data"):
+        keep_contents(
+            run, parts, goes_on=True, allowed=False, also={"data.metadata": "2"},
+            changes=["the tokenizer is another"],
+        )  # fmt: skip
+
+
+def test_notes_of_an_earlier_version_without_stamps_are_read(
+    tmp_path, run, write_pairs, open_stream
+):
+    write_pairs(tmp_path / "d", [3])
+    begin(run, open_stream(tmp_path / "d"))
+    kept = json.loads((run.dir / FILE).read_text())
+    (run.dir / FILE).write_text(json.dumps({"train": kept["train"]}))
+    go_on(run, open_stream(tmp_path / "d"))
+    assert json.loads((run.dir / FILE).read_text()) == kept
 
 
 def test_data_may_move_as_a_whole(tmp_path, run, write_pairs, open_stream):

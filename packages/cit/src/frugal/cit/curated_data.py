@@ -27,6 +27,7 @@ from frugal.cit.pool import Pool, open_pool
 from frugal.cit.report import sections_of
 from frugal.cit.selection import Rule
 from frugal.cit.texts import TextChoice
+from frugal.common.checkpoint.manifest import digest_json
 from frugal.common.contracts import Batch, Stream, TrainedModel
 from frugal.common.data.config import PairData
 from frugal.common.data.samples import RawSample
@@ -111,6 +112,11 @@ class CuratedData(PairData):
                 "curation asks the text tower which captions are near, but this recipe has none; "
                 "choose a model with two towers and a tokenizer"
             )
+
+    def also_read(self) -> dict[str, str]:
+        """A digest of the classes whose captions are looked for."""
+        classes = [[named.name, *named.prompts] for named in self.metadata.classes()]
+        return {"data.metadata": digest_json(classes)}
 
     @property
     def text_names(self) -> tuple[str, ...]:

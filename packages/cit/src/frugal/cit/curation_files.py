@@ -19,7 +19,7 @@ import numpy as np
 from frugal.cit.curation import Chosen, Curation, Example, Facts
 from frugal.cit.metadata import TargetClass
 from frugal.cit.pool import Pool
-from frugal.common.checkpoint.store import file_checksum
+from frugal.common.checkpoint.manifest import file_checksum
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
 

@@ -103,6 +103,11 @@ class Part:
     """None where it is known only by reading everything."""
     digest: str
     """Of what tells its samples from others; empty where only the name is known."""
+    stamp: str = field(default="", compare=False)
+    """Of files as they lie on the disk; where it is another, they were touched. Empty where nobody
+    looked."""
+    path: str = field(default="", compare=False)
+    """Of an indexed shard, which can be read again; empty for others."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,8 @@ class RunOptions:
     interpolate: bool = False
     """Allow --run.start-from to resample position tables to another grid or length."""
     allow_changed_data: bool = False
-    """Go on with a run although its data have changed since it began; other samples come then."""
+    """Go on with a run although its data or its tokenizer have changed since it began; other
+    samples come then, and history.jsonl of the run tells so."""
     max_skipped: Count = 10
     """Steps in a row whose loss is not finite before the run stops; seen when a line is logged."""
 
@@ -256,6 +257,13 @@ class DataConfig(ABC):
 
         ``engine`` holds the model that is trained, for data that asks it; None where nothing is.
         """
+
+    def also_read(self) -> dict[str, str]:
+        """Digests of what decides about samples beside data and tokenizer; usually nothing.
+
+        By the field that names it; a run does not go on where one is another.
+        """
+        return {}
 
     def save_tokenizer(self, folder: Path) -> None:
         """Keep with a run what is needed to tokenize as it did; usually nothing."""

@@ -7,6 +7,8 @@ import json
 import logging
 import platform
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from frugal.common.checkpoint.init_from import init_from
+from frugal.common.checkpoint.manifest import code_version, digest_file, digest_json
 from frugal.common.checkpoint.store import (
     Checkpoint,
     CheckpointStore,
@@ -23,7 +26,8 @@ from frugal.common.checkpoint.store import (
 )
 from frugal.common.cli import Recipes, read_command_line, run_politely
 from frugal.common.contracts import Objective
-from frugal.common.data.contents import keep_contents
+from frugal.common.data.contents import Contents, keep_contents, noted
+from frugal.common.data.tokenizers import load_tokenizer, token_difference
 from frugal.common.distributed import barrier, gather_objects, launcher_ranks
 from frugal.common.engine.calibration import calibrate_reduction
 from frugal.common.engine.engine import Engine
@@ -35,6 +39,7 @@ from frugal.common.engine.saving import WeightAverage, restore
 from frugal.common.errors import InputError
 from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.files import read_json_object, write_json
+from frugal.common.history import note
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe, difference, recipe_if_whole, to_json, with_calibrated
@@ -106,20 +111,28 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     _warn_of_repeated_samples(recipe, run, stream.epoch_samples)
     # the recipe that is there tells on which data it was evaluated, until it is replaced below
     last_step = last_evaluated(recipe, run)
+    also, changes = dict[str, str](), list[str]()
     if not is_complete:
-        keep_contents(
+        also = recipe.data.also_read() if run.is_main else {}
+        changes = keep_contents(
             run,
             stream.contents,
             goes_on=checkpoint is not None,
             allowed=recipe.run.allow_changed_data,
+            also=also,
+            changes=_tokenizer_changes(recipe, run) if checkpoint and run.is_main else (),
         )
 
-    _write_run_files(recipe, run, engine, begins=checkpoint is None)
+    _write_run_files(recipe, run, engine, begins=checkpoint is None, trains=not is_complete)
     if start is not None and checkpoint is None and run.is_main:
         write_json(run.dir / _START, {"weights_sha256": weights_digest(start.model)})
+    if run.is_main and not is_complete:
+        store.about = _about(stream.contents, also, run)
     # a new run has a directory to lock only now that its files are written
     if run.is_main and lock is None:
         lock = lock_run_dir(run.dir, patience=0.0, log=run.log)
+    if run.is_main and not is_complete:
+        _note_start(run, engine, checkpoint, changes)
     logger = MetricsLogger(run, first_step=first_step, steps=recipe.steps)
     logger.text("recipe", "```json\n" + json.dumps(to_json(recipe), indent=2) + "\n```")
     evaluator = Evaluator(
@@ -245,19 +258,65 @@ def _warn_of_repeated_samples(recipe: Recipe, run: Run, samples: int) -> None:
         )
 
 
-def _write_run_files(recipe: Recipe, run: Run, engine: Engine, *, begins: bool) -> None:
+def _write_run_files(
+    recipe: Recipe, run: Run, engine: Engine, *, begins: bool, trains: bool
+) -> None:
     """recipe.json, model.json, environment.json and the tokenizer.
 
-    A run that goes on keeps its recipe; what one left that never wrote a checkpoint is replaced.
+    A run that goes on keeps its recipe, and a complete one its tokenizer; what one left that never
+    wrote a checkpoint is replaced.
     """
     if not run.is_main:
         return
     write_json(run.dir / "environment.json", _environment(run, engine))
-    recipe.data.save_tokenizer(run.dir / "tokenizer")
+    if trains or not (run.dir / "tokenizer").exists():
+        recipe.data.save_tokenizer(run.dir / "tokenizer")
     path = run.dir / "recipe.json"
     if begins or recipe_if_whole(path) is None:
         write_json(path, to_json(recipe))
         write_description(bundle_of(engine.objective.model, recipe), run.dir)
+
+
+def _tokenizer_changes(recipe: Recipe, run: Run) -> list[str]:
+    """How the tokenizer differs from the one that a run keeps, in at most one phrase."""
+    kept, source = run.dir / "tokenizer", recipe.data.caption_tokenizer
+    if source is None or not kept.is_dir():
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        source.load().save(Path(folder))
+        if _digest_folder(Path(folder)) == _digest_folder(kept):
+            return []
+    # other versions of a library may write the same tokenizer otherwise
+    found = token_difference(load_tokenizer(kept), source.load())
+    return [f"the tokenizer is another: it {found.words}"] if found else []
+
+
+def _digest_folder(folder: Path) -> str:
+    """SHA-256 of the files in a folder and their names."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest_json([[str(f.relative_to(folder)), digest_file(f)["sha256"]] for f in files])
+
+
+def _about(contents: Contents, also: Mapping[str, str], run: Run) -> dict[str, Any]:
+    """What the manifests of a run's checkpoints tell beside their files."""
+    tokenizer = run.dir / "tokenizer"
+    return {
+        "code": code_version(),
+        "data": {name: noted(contents, also)[name] for name in ("train", "also")},
+        **({"tokenizer": _digest_folder(tokenizer)} if tokenizer.is_dir() else {}),
+    }
+
+
+def _note_start(
+    run: Run, engine: Engine, checkpoint: Checkpoint | None, changes: Sequence[str]
+) -> None:
+    """Write into the history that a run begins or goes on, and what was allowed to be another."""
+    step = checkpoint.step if checkpoint else 0
+    event = "continued" if checkpoint else "began"
+    facts = {"world_size": run.world_size, "engine": engine.name, "code": code_version()}
+    note(run.dir, event, step=step, **facts)
+    if changes:
+        note(run.dir, "data_changed", step=step, changes=changes)
 
 
 _PACKAGES = (

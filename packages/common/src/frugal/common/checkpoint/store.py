@@ -4,7 +4,8 @@
     ``tensors-00000-of-00002.safetensors``  float32 ``weight/<name>``, ``exp_avg/<name>``,
     ``exp_avg_sq/<name>`` (LARS: ``momentum/<name>``), ``ema/<name>`` of the parameters this writer
     owns, and ``buffer/<name>`` of buffers and frozen parameters;
-    ``state.json``  everything else, with size and checksum of every file.
+    ``state.json``  everything else, with size and checksum of every file;
+    ``manifest.json``  the SHA-256 of every file, and of what the run is made of (``manifest.py``).
 ``checkpoints/latest``  the name of the newest whole checkpoint.
 ``checkpoints/best.json``  the name of the one with the highest number of an evaluation, if wanted.
 
@@ -17,9 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from frugal.common.checkpoint.commit import (
+    BEST,
+    FORMAT,
+    aside_of,
+    checkpoint_name,
+    commit,
+    make_anew,
+    read_best,
+    remove_old,
+    sync_file,
+    whole_checkpoints,
+)
+from frugal.common.checkpoint.manifest import FILE as MANIFEST
+from frugal.common.checkpoint.manifest import check_manifest, digest_file, file_checksum
 from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, find_tensors
 from frugal.common.distributed import gather_objects
 from frugal.common.errors import InputError
@@ -38,9 +51,6 @@ from frugal.common.recipe import Recipe, from_json, load_recipe
 from frugal.common.run import Run
 
 _LOG = logging.getLogger("frugal")
-FORMAT = 1
-BEST = "best.json"
-"""Beside the checkpoints, names the one with the highest number of an evaluation."""
 MODEL_FILE = "model.json"
 """In a run directory: what of its model is no weight."""
 _READ_BACK = 1 << 24
@@ -130,15 +140,6 @@ def owners(sizes: Iterable[tuple[str, int]], world_size: int) -> dict[str, int]:
     return owner
 
 
-def file_checksum(path: Path) -> int:
-    """crc32 of a file's bytes."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
 class CheckpointStore:
     """The checkpoints of one run directory."""
 
@@ -146,6 +147,8 @@ class CheckpointStore:
         self.run = run
         self.keep = keep
         self.folder = run.dir / "checkpoints"
+        self.about: dict[str, Any] = {}
+        """What manifests tell of the run."""
 
     def save(
         self,
@@ -162,33 +165,25 @@ class CheckpointStore:
             gather: collects one JSON-ready value of every process, in rank order, on all of them.
         """
         rank, world_size = self.run.rank, self.run.world_size
-        final = self.folder / _name(state["step"])
-        aside = _aside(final)
+        final = self.folder / checkpoint_name(state["step"])
+        aside = aside_of(final)
         path = aside / f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
         try:
             # nobody writes before the folder is there
-            _refuse(gather(_attempt(_make_anew, aside) if self.run.is_main else ""), final)
+            _refuse(gather(_attempt(make_anew, aside) if self.run.is_main else ""), final)
             files = gather(_write_file(path, tensors))
             _refuse_failures(files, final)
             failure = ""
             if self.run.is_main:
-                failure = _attempt(_complete, aside, final, state, files)
+                failure = _attempt(commit, aside, final, state, files, self.about)
             _refuse(gather(failure), final)  # nobody trains on before the checkpoint counts
         except InputError:
             if self.run.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         if self.run.is_main:
-            self._remove_old()
+            remove_old(self.folder, keep=self.keep)
         return final
-
-    def _remove_old(self) -> None:
-        best = _read_best(self.folder)
-        for folder in self.whole()[: -self.keep]:
-            if folder.name != best.get("checkpoint"):
-                shutil.rmtree(folder, ignore_errors=True)
-        for leftover in self.folder.glob(".*.writing"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
     def note_best(self, step: int, number: str, value: float) -> bool:
         """Make the checkpoint of a step the best one if its value is higher than any before.
@@ -196,17 +191,17 @@ class CheckpointStore:
         Returns:
             Whether it is. One that another number chose gives way.
         """
-        before = _read_best(self.folder)
+        before = read_best(self.folder)
         beaten = before.get("number") != number or value > before["value"]
         if math.isnan(value) or not beaten:
             return False
-        best = {"checkpoint": _name(step), "number": number, "value": value}
+        best = {"checkpoint": checkpoint_name(step), "number": number, "value": value}
         write_file(self.folder / BEST, json.dumps(best) + "\n")
         return True
 
     def whole(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
-        return sorted(f for f in self.folder.glob("step_*") if (f / "state.json").exists())
+        return whole_checkpoints(self.folder)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint, or None where the run has none yet.
@@ -268,24 +263,19 @@ def _save_alone(
     folder: Path, step: int, names: Iterable[str], write: Callable[[Path], str]
 ) -> Path:
     """A checkpoint of one file without optimizer state; ``write`` says what went wrong."""
-    final = folder / _name(step)
-    aside = _aside(final)
+    final = folder / checkpoint_name(step)
+    aside = aside_of(final)
     path = aside / "tensors-00000-of-00001.safetensors"
     state = {"step": step, "weights_only": True}
     try:
-        _refuse([_attempt(_make_anew, aside)], final)
+        _refuse([_attempt(make_anew, aside)], final)
         files = [_entry(path, names, failure=write(path))]
         _refuse_failures(files, final)
-        _refuse([_attempt(_complete, aside, final, state, files)], final)
+        _refuse([_attempt(commit, aside, final, state, files, {})], final)
     except InputError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return final
-
-
-def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
 
 
 def _attempt(action: Callable[..., None], *arguments: Any) -> str:
@@ -297,29 +287,14 @@ def _attempt(action: Callable[..., None], *arguments: Any) -> str:
     return ""
 
 
-def _name(step: int) -> str:
-    """Of a checkpoint's folder."""
-    return f"step_{step:09d}"
-
-
-def _aside(final: Path) -> Path:
-    """Where a checkpoint is written before it is whole."""
-    return final.with_name(f".{final.name}.writing")
-
-
 def _write_file(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write one file of a checkpoint; its entry in ``state.json``, or what went wrong."""
     return _entry(path, tensors, failure=_write_tensors(path, tensors))
 
 
 def _entry(path: Path, names: Iterable[str], *, failure: str) -> dict[str, Any]:
-    return {
-        "name": path.name,
-        "tensors": sorted(names),
-        "failure": failure,
-        "bytes": 0 if failure else path.stat().st_size,
-        "crc32": 0 if failure else file_checksum(path),
-    }
+    digests = {} if failure else digest_file(path)
+    return {"name": path.name, "tensors": sorted(names), "failure": failure, **digests}
 
 
 def _refuse_failures(files: list[dict[str, Any]], final: Path) -> None:
@@ -335,21 +310,11 @@ def _refuse(failures: Iterable[str], final: Path) -> None:
         )
 
 
-def _complete(aside: Path, final: Path, state: dict[str, Any], files: list[dict[str, Any]]) -> None:
-    """Make a checkpoint whose files are written the newest one."""
-    whole = state | {"format": FORMAT, "files": files}
-    write_file(aside / "state.json", json.dumps(whole, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    _sync_folder(final.parent)
-    write_file(final.parent / "latest", final.name + "\n")
-
-
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write and read back; what went wrong, or nothing."""
     try:
         save_file(tensors, path)
-        _sync(path)
+        sync_file(path)
         for portion in _portions(tensors):
             # opened anew each time: what is read stays in memory until the file is closed
             with safe_open(path, framework="pt") as written:
@@ -384,28 +349,6 @@ def _parts(tensor: Tensor) -> list[Any]:
         return [...]
     rows = max(1, _READ_BACK * len(tensor) // tensor.nbytes)
     return [slice(first, first + rows) for first in range(0, len(tensor), rows)]
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _read_best(folder: Path) -> dict[str, Any]:
-    """What ``best.json`` says of a checkpoint that is still there; {} otherwise."""
-    try:
-        best = parse_json(read_bytes(folder / BEST))
-        name, value = best["checkpoint"], float(best["value"])
-        is_there = Path(name).name == name and (folder / name / "state.json").exists()
-        return best | {"value": value} if is_there else {}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        return {}
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -480,7 +423,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
         InputError: if there is none.
     """
     if path.name == BEST and path.is_file():
-        path = path.parent / _read_best(path.parent).get("checkpoint", BEST)
+        path = path.parent / read_best(path.parent).get("checkpoint", BEST)
     if (path / "state.json").exists():
         return open_checkpoint(path)
     for folder in (path / "checkpoints", path):
@@ -534,8 +477,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ) from None
     if state.get("format") != FORMAT:
         raise InputError(
-            f"{folder} is of checkpoint format {state.get('format')}, this version reads {FORMAT}"
+            f"{folder / 'state.json'} is of checkpoint format {state.get('format')}, this version "
+            f"reads {FORMAT}"
         )
+    if "manifest" in state or (folder / MANIFEST).exists():
+        check_manifest(folder)
+    else:  # of an earlier version
+        _check_files(folder, files)
+    return Checkpoint(folder, state)
+
+
+def _check_files(folder: Path, files: list[dict[str, Any]]) -> None:
+    """Compare the files of a checkpoint with what its ``state.json`` says of them."""
     for file in files:
         path = folder / file["name"]
         if not path.exists() or path.stat().st_size != file["bytes"]:
@@ -549,4 +502,3 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 f"{path} was altered after it was written (its checksum differs); remove {folder} "
                 "to continue from an older checkpoint"
             )
-    return Checkpoint(folder, state)

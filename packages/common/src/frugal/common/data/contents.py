@@ -6,7 +6,8 @@ Processes of a run compare it with one another, and a run that goes on with what
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from frugal.common.data.damage import shortened
 from frugal.common.data.samples import StringTable
 from frugal.common.data.sources import Source
 from frugal.common.data.stores.folder import FileList
-from frugal.common.distributed import place_in_world, require_same
+from frugal.common.data.stores.index import count_altered
+from frugal.common.distributed import gather_objects, place_in_world, require_same
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, write_json
 from frugal.common.run import Run
 
 FILE = "data.json"
-
+_SIZES = 1_000
+"""Images of a list or folder whose sizes are compared."""
+_READ_AGAIN = 16 << 30
+"""Bytes of shards at most that are read again because they were touched, before a run goes on."""
 
 Contents = Sequence[Sequence[Part]]
 """The parts of every entry of ``data.train``, in order."""
@@ -38,11 +43,12 @@ def contents_of(sources: Iterable[Source]) -> Contents:
 def _parts_of(source: Source) -> list[Part]:
     names = below_common_folder([shard.name for shard in source.shards])
     parts: list[Part] = []
-    for name, shard, digest in zip(names, source.shards, source.digests, strict=True):
+    listed = zip(names, source.shards, source.digests, source.stamps, strict=True)
+    for name, shard, digest, stamp in listed:
         if isinstance(shard, FileList):
             parts += _parts_of_list(name, shard)
         else:
-            parts.append(Part(name, shard.num_samples, digest))
+            parts.append(Part(name, shard.num_samples, digest, stamp, shard.name))
     return parts
 
 
@@ -50,14 +56,33 @@ def _parts_of_list(name: str, files: FileList) -> list[Part]:
     """A list as it is, or the class folders of a folder."""
     if files.labels is None or not files.class_folders:
         is_folder = Path(files.name).is_dir()
-        digest = digest_of(files.files, files.texts)
-        return [Part("." if is_folder else name, files.num_samples, digest)]
+        digest, stamp = digest_of(files.files, files.texts), _sizes(files, 0, len(files.files))
+        return [Part("." if is_folder else name, files.num_samples, digest, stamp)]
     ends = np.searchsorted(files.labels, np.arange(len(files.class_folders)), side="right").tolist()
     starts = [0, *ends[:-1]]
     return [
-        Part(f"{folder}/", end - start, digest_of(_rows(files.files, start, end)))
+        Part(
+            f"{folder}/",
+            end - start,
+            digest_of(_rows(files.files, start, end)),
+            _sizes(files, start, end),
+        )
         for folder, start, end in zip(files.class_folders, starts, ends, strict=True)
     ]
+
+
+def _sizes(files: FileList, start: int, end: int) -> str:
+    """A digest of the sizes of some files of a list, evenly spread: all of them would take long."""
+    most = max(1, _SIZES * (end - start) // max(1, len(files.files)))
+    step = max(1, -(-(end - start) // most))
+    found = hashlib.blake2b(digest_size=8)
+    for place in range(start, end, step):
+        try:
+            size = Path(files.base, files.files[place]).stat().st_size
+        except (OSError, ValueError):  # the latter for a NUL in its name
+            size = -1
+        found.update(f"{size} ".encode())
+    return found.hexdigest()
 
 
 def _rows(table: StringTable, start: int, end: int) -> StringTable:
@@ -89,7 +114,24 @@ def below_common_folder(names: Sequence[str]) -> list[str]:
     return [name[shared.rfind("/") + 1 :] for name in names]
 
 
-def keep_contents(run: Run, contents: Contents, *, goes_on: bool, allowed: bool) -> None:
+@dataclass(frozen=True)
+class _Kept:
+    """What the file of a run says of its data."""
+
+    contents: Contents
+    also: Mapping[str, str]
+    """Digests of what else decides about samples."""
+
+
+def keep_contents(
+    run: Run,
+    contents: Contents,
+    *,
+    goes_on: bool,
+    allowed: bool,
+    also: Mapping[str, str] | None = None,
+    changes: Sequence[str] = (),
+) -> list[str]:
     """Note what a run is trained on; refuse to go on with something else.
 
     Every process of a run must call this.
@@ -99,39 +141,104 @@ def keep_contents(run: Run, contents: Contents, *, goes_on: bool, allowed: bool)
         contents: what there is now.
         goes_on: whether the run continues from a checkpoint.
         allowed: go on nevertheless, and say what has changed.
+        also: digests of what else decides about samples, by what it is called; asked of the first
+            process alone.
+        changes: what is known to have changed besides, one phrase each; of the first process.
+
+    Returns:
+        What has changed and was allowed, one phrase each.
 
     Raises:
         InputError: if something was added, removed, renamed, replaced or put in another order
             since the run began, and that is not allowed.
     """
     path = run.dir / FILE
+    found: list[str] = []
     if goes_on and not path.exists():
         run.log.info("%s does not say what it was trained on; it is noted from now on", run.dir)
     elif goes_on:
-        found = _differences(_read(path), contents)
-        if not found:
-            return
-        if not allowed:
-            raise InputError(
-                f"the data of the run in {run.dir} have changed since it began ("
-                f"{'; '.join(found)}); restore them, choose another --run.dir, or go on with what "
-                "there is now with --run.allow-changed-data: samples then come in another order, "
-                "some of them again"
-            )
+        before = _read(path)
+        found = _differences(before.contents, contents)
+        # files are read again by one process, while the others wait
+        more = [*_touched(before.contents, contents, run), *changes] if run.is_main else []
+        more += [
+            f"what {name} names has changed"
+            for name, digest in (also or {}).items()
+            if before.also.get(name, digest) != digest
+        ]
+        found += gather_objects(more)[0]
+    if found and not allowed:
+        raise InputError(
+            f"the data of the run in {run.dir} have changed since it began ("
+            f"{'; '.join(found)}); restore them, choose another --run.dir, or go on with what "
+            "there is now with --run.allow-changed-data: samples then come in another order, "
+            "some of them again"
+        )
+    if found:
         run.log.warning("the data have changed since the run began: %s", "; ".join(found))
     if run.is_main:
-        rows = [[[p.name, p.samples, p.digest] for p in parts] for parts in contents]
-        write_json(path, {"train": rows})
+        write_json(path, noted(contents, also or {}))
+    return found
 
 
-def _read(path: Path) -> Contents:
-    rows: Any = read_json_object(path).get("train")
+def noted(contents: Contents, also: Mapping[str, str]) -> dict[str, Any]:
+    """What the file of a run says of its data."""
+    return {
+        "train": [[[p.name, p.samples, p.digest] for p in parts] for parts in contents],
+        "stamps": [[part.stamp for part in parts] for parts in contents],
+        "also": dict(also),
+    }
+
+
+def _read(path: Path) -> _Kept:
+    kept: Any = read_json_object(path)
+    rows = kept.get("train")
     try:
-        return [[Part(*part) for part in parts] for parts in rows]
-    except TypeError:
+        stamps = kept.get("stamps") or [[""] * len(parts) for parts in rows]
+        contents = [
+            [
+                Part(name, samples, digest, stamp)
+                for (name, samples, digest), stamp in zip(parts, stamps_of_entry, strict=True)
+            ]
+            for parts, stamps_of_entry in zip(rows, stamps, strict=True)
+        ]
+        return _Kept(contents, dict(kept.get("also", {})))
+    except (TypeError, ValueError):
         raise InputError(
             f"{path} does not say what the run was trained on; remove it to go on without comparing"
         ) from None
+
+
+def _touched(before: Contents, now: Contents, run: Run) -> list[str]:
+    """What has changed in files that are called and indexed as before, one phrase each."""
+    stamps = {
+        (entry, part): part.stamp
+        for entry, parts in enumerate(before)
+        for part in parts
+        if part.stamp
+    }
+    touched = [
+        part
+        for entry, parts in enumerate(now)
+        for part in parts
+        if part.stamp and stamps.get((entry, part), part.stamp) != part.stamp
+    ]
+    images = [f"{part.name} holds other images" for part in touched if not part.path]
+    shards = [part for part in touched if part.path]
+    size = sum(Path(part.path).stat().st_size for part in shards)
+    if size > _READ_AGAIN:
+        run.log.info(
+            "%d shards (%.0f GiB) were copied or touched since the run began: too much to be read "
+            "again now; a sample that is not the one that was indexed is left out when it comes",
+            len(shards),
+            size / 2**30,
+        )
+        return images
+    if shards:
+        run.log.info("reading %d shards again, which were touched since the run began", len(shards))
+    altered = {part.name: count_altered(Path(part.path)) for part in shards}
+    found = [f"{name} has {count} altered samples" for name, count in altered.items() if count]
+    return [f"{len(names)} changed ({shortened(names, 3)})" for names in (found, images) if names]
 
 
 def _differences(before: Contents, now: Contents) -> list[str]:

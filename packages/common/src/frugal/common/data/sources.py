@@ -89,6 +89,8 @@ class Source:
     """What is wrong with shards as a whole, one line each."""
     digests: list[str] = field(default_factory=list)
     """What tells the samples of a shard from others; empty for lists and folders."""
+    stamps: list[str] = field(default_factory=list)
+    """Of every shard as it lies on the disk; empty for lists and folders."""
     behind: list[str] = field(default_factory=list)
     """What lies behind the end of shards, one line each."""
     passed_over: PassedOver = field(default_factory=PassedOver)
@@ -139,6 +141,7 @@ def open_source(pattern: str, fields: Fields, files: Sequence[Path] | None = Non
         if not summary.num_samples:
             source.remarks.add(EMPTY, shard.name)
         source.digests.append(summary.digest)
+        source.stamps.append(summary.stamp)
         source.passed_over.update(summary.passed_over)
         source.remarks.update(summary.remarks)
     if not sum(source.counts):

@@ -15,7 +15,13 @@ import tyro
 
 from frugal.common.cli import read_options, run_politely
 from frugal.common.errors import InputError
-from frugal.common.report.collect import REQUIRED, collect_numbers, describe_data, find_stages
+from frugal.common.report.collect import (
+    REQUIRED,
+    collect_numbers,
+    describe_data,
+    describe_history,
+    find_stages,
+)
 from frugal.common.report.examples_of_model import examples_of_stages
 from frugal.common.report.page import Command, write_report
 from frugal.common.run import make_logger
@@ -47,7 +53,7 @@ def report(options: Options) -> None:
         numbers=numbers,
         stages=stages,
         examples=examples_of_stages(stages, count=options.examples),
-        about_data=describe_data(stages),
+        about_data=[*describe_data(stages), *describe_history(stages)],
         commands=commands,
         title=options.title or f"Report of {options.folder.resolve().name}",
         summary=f"Stages of the training: {', then '.join(stages)}." if len(stages) > 1 else "",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, read_json_object
+from frugal.common.history import read_history
 from frugal.common.recipe import Recipe, load_recipe
 
 _LOG = logging.getLogger("frugal")
@@ -175,3 +179,24 @@ def describe_data(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
     """Titles and HTML of what the data of every stage tells about itself."""
     recipes = {run_dir: load_recipe(run_dir / "recipe.json") for run_dir in stages.values()}
     return [part for run_dir, recipe in recipes.items() for part in recipe.data.report(run_dir)]
+
+
+_EVENTS = {"began": "began", "continued": "went on", "data_changed": "went on with other data"}
+
+
+def describe_history(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
+    """A title and HTML of when every stage began and went on, where one was interrupted."""
+    rows = [(name, line) for name, run_dir in stages.items() for line in read_history(run_dir)]
+    if all(line["event"] == "began" for _, line in rows):
+        return []
+    cells = Markup().join(
+        Markup("<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>\n").format(
+            name,
+            time.strftime("%Y-%m-%d %H:%M", time.gmtime(line.get("time", 0))),
+            f"{_EVENTS.get(line['event'], line['event'])} after step {line.get('step', 0)}",
+            "; ".join(line.get("changes", ())),
+        )
+        for name, line in rows
+    )
+    table = Markup('<div class="scroll"><table class="numbers">\n{}</table></div>').format(cells)
+    return [("Restarts", table)]

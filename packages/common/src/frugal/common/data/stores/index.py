@@ -51,6 +51,8 @@ class ShardSummary:
     """Members that belong to no sample."""
     remarks: PassedOver = field(default_factory=PassedOver)
     """What was done to samples that are not laid out as usual, by kind."""
+    stamp: str = ""
+    """Of the shard as it lies on the disk: another after every writing, whatever its times say."""
 
     def lines(self, shard: Path) -> list[str]:
         """What is wrong with the shard as a whole, and what lies behind its end."""
@@ -261,6 +263,7 @@ def read_summary(shard: Path) -> ShardSummary:
             metadata["digest"],
             _of_shard(shard, metadata["passed_over"]),
             _of_shard(shard, metadata["remarks"]),
+            _stamp(shard),
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise _unreadable(place, error, _rebuild(shard)) from None
@@ -271,6 +274,12 @@ def _count(digits: str) -> int:
     if not (digits.isdecimal() and len(digits) < 19):
         raise ValueError(f"{digits[:20]!r} is no number")
     return int(digits)
+
+
+def _stamp(shard: Path) -> str:
+    # the time of the last change of the inode (ctime) is nobody's to set
+    status = shard.stat()
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
 
 def _of_shard(shard: Path, encoded: str) -> PassedOver:
@@ -306,6 +315,24 @@ def _unreadable(place: Path, error: Exception, rebuild: str) -> InputError:
         error = found
     refuse_exhaustion(error)
     return InputError(f"the index {place} cannot be read ({reason_of(error)}); {rebuild}")
+
+
+def count_altered(shard: Path) -> int:
+    """Samples whose bytes are not those that were indexed; all of the shard is read.
+
+    Raises:
+        InputError: if there is no index, or it does not belong to the shard as it is now.
+    """
+    index = load_index(shard)
+    altered = set()
+    with shard.open("rb", buffering=0) as file:
+        for sample in np.flatnonzero(index.damage == 0).tolist():
+            for member in range(index.first_member[sample], index.first_member[sample + 1]):
+                try:
+                    index.read(file.fileno(), member)
+                except Damaged:
+                    altered.add(sample)
+    return len(altered)
 
 
 def load_earlier_index(shard: Path) -> ShardIndex | None:

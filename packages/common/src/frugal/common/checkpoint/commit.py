@@ -1,0 +1,112 @@
+"""From files that are written to the newest checkpoint of a run: nothing here needs torch.
+
+A checkpoint is written into a hidden folder; when every file is whole, ``state.json`` and the
+manifest are added, the folder is renamed, and only then ``latest`` points at it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from frugal.common.checkpoint.manifest import FILE as MANIFEST
+from frugal.common.checkpoint.manifest import digest_file, digest_json, write_manifest
+from frugal.common.files import parse_json, read_bytes, write_file
+
+FORMAT = 1
+BEST = "best.json"
+"""Beside the checkpoints, names the one with the highest number of an evaluation."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Of a checkpoint's folder."""
+    return f"step_{step:09d}"
+
+
+def aside_of(final: Path, attempt: str = "") -> Path:
+    """Where a checkpoint is written before it is whole, perhaps by one of several attempts."""
+    return final.with_name(f".{final.name}{attempt}.writing")
+
+
+def make_anew(folder: Path) -> None:
+    """An empty folder; what was in it is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def commit(
+    aside: Path,
+    final: Path,
+    state: Mapping[str, Any],
+    files: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+) -> None:
+    """Make a checkpoint whose files are written the newest one.
+
+    Args:
+        aside: the folder that they were written into.
+        final: the folder that they are to be found in.
+        state: everything that is no tensor.
+        files: name, tensors, bytes, crc32 and sha256 of every file.
+        about: what the manifest tells of the run.
+
+    Raises:
+        InputError: if a file cannot be written.
+        OSError: if a folder cannot be written.
+    """
+    whole = {**state, "format": FORMAT, "manifest": MANIFEST, "files": files}
+    write_file(aside / "state.json", json.dumps(whole, indent=1))
+    sha256 = {file["name"]: file["sha256"] for file in files}
+    sha256["state.json"] = digest_file(aside / "state.json")["sha256"]
+    recipe = {"recipe": digest_json(state["recipe"])} if "recipe" in state else {}
+    write_manifest(aside, sha256, {"format": FORMAT, **recipe, **about})
+    sync_folder(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    sync_folder(final.parent)
+    write_file(final.parent / "latest", final.name + "\n")
+
+
+def sync_file(path: Path) -> None:
+    """Have the disk hold the bytes of a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Have the disk hold the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first."""
+    return sorted(f for f in folder.glob("step_*") if (f / "state.json").exists())
+
+
+def read_best(folder: Path) -> dict[str, Any]:
+    """What ``best.json`` says of a checkpoint that is still there; {} otherwise."""
+    try:
+        best = parse_json(read_bytes(folder / BEST))
+        name, value = best["checkpoint"], float(best["value"])
+        is_there = Path(name).name == name and (folder / name / "state.json").exists()
+        return best | {"value": value} if is_there else {}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return {}
+
+
+def remove_old(folder: Path, *, keep: int) -> None:
+    """Remove all but the newest checkpoints and the best one, and what was left half written."""
+    best = read_best(folder)
+    for old in whole_checkpoints(folder)[:-keep]:
+        if old.name != best.get("checkpoint"):
+            shutil.rmtree(old, ignore_errors=True)
+    for leftover in folder.glob(".*.writing"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,144 @@
+"""Proof of what a checkpoint is: the SHA-256 of every file, and of what its run is made of.
+
+``manifest.json`` of a checkpoint holds, beside its format,
+    ``files``  bytes and SHA-256 of every other file, ``state.json`` included;
+    ``manifest``  SHA-256 of all the rest of it as JSON;
+    ``recipe``  SHA-256 of the recipe as JSON;
+    ``code``  the version of the package, and a SHA-256 over the sources of every installed method;
+    ``tokenizer``  SHA-256 of its files;
+    ``data``  what :func:`~frugal.common.data.contents.keep_contents` notes: every shard with its
+    samples and the digest of its index, and what else decides about samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import sys
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frugal.common.errors import InputError
+from frugal.common.files import read_json_object, write_file
+
+FILE = "manifest.json"
+_AT_ONCE = 1 << 22
+
+
+@dataclass
+class Digests:
+    """What tells the bytes of one file from others, taken while they pass."""
+
+    def __post_init__(self) -> None:
+        self.bytes = 0
+        self.crc32 = 0
+        self._sha256 = hashlib.sha256()
+
+    def update(self, block: bytes | memoryview) -> None:
+        """Go on with the next bytes."""
+        self.bytes += len(block)
+        self.crc32 = zlib.crc32(block, self.crc32)
+        self._sha256.update(block)
+
+    def to_json(self) -> dict[str, Any]:
+        """``bytes``, ``crc32`` and ``sha256``."""
+        return {"bytes": self.bytes, "crc32": self.crc32, "sha256": self._sha256.hexdigest()}
+
+
+def digest_file(path: Path) -> dict[str, Any]:
+    """``bytes``, ``crc32`` and ``sha256`` of a file, read once."""
+    found = Digests()
+    with path.open("rb") as file:
+        while block := file.read(_AT_ONCE):
+            found.update(block)
+    return found.to_json()
+
+
+def file_checksum(path: Path) -> int:
+    """crc32 of a file's bytes."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_AT_ONCE):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of JSON content, whatever the order of its keys."""
+    encoded = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(encoded).hexdigest()
+
+
+def source_folders() -> list[Path]:
+    """The folders that the namespace ``frugal`` is spread over: one of every installed package."""
+    return [Path(folder) for folder in sys.modules["frugal"].__path__]
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """The version of ``frugal-common``, and a SHA-256 over every source file of ``frugal``."""
+    try:
+        version = importlib.metadata.version("frugal-common")
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    sources = [(part, file) for part in source_folders() for file in part.rglob("*.py")]
+    found = hashlib.sha256()
+    for name, file in sorted((file.relative_to(part).as_posix(), file) for part, file in sources):
+        found.update(f"{name}\0".encode() + file.read_bytes())
+    return {"version": version, "sha256": found.hexdigest()}
+
+
+def write_manifest(folder: Path, sha256: Mapping[str, str], about: Mapping[str, Any]) -> None:
+    """Write the manifest of a checkpoint whose other files are complete.
+
+    Args:
+        folder: of the checkpoint.
+        sha256: of its files, by their names.
+        about: what else the manifest tells.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in sha256.items()
+    }
+    content = {"files": files, **about}
+    content["manifest"] = digest_json(content)
+    write_file(folder / FILE, json.dumps(content, indent=1))
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        InputError: naming the file that is missing, truncated or altered.
+    """
+    older = f"remove {folder} to continue from an older one"
+    try:
+        content = read_json_object(folder / FILE)
+        is_whole = content.pop("manifest", None) == digest_json(content)
+    except InputError:
+        is_whole = False
+    if not is_whole:
+        what = "was altered" if (folder / FILE).exists() else "is missing"
+        raise InputError(f"{folder / FILE} {what}: the checkpoint is damaged; {older}")
+    expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+    for name, (size, sha256) in expected.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            words = "is missing" if found is None else f"has {found} bytes"
+            raise InputError(
+                f"{path} {words} where {size} were written: the checkpoint is damaged; {older}"
+            )
+        if digest_file(path)["sha256"] != sha256:
+            raise InputError(
+                f"{path} was altered after it was written (its checksum differs); remove {folder} "
+                "to continue from an older checkpoint"
+            )

@@ -1,0 +1,62 @@
+"""What happened to a run: when it began and went on, and with what; one JSON object per line.
+
+``history.jsonl`` of a run directory is only ever added to. Every line has ``time`` (seconds since
+1970), ``event`` and ``step``; what else it has depends on the event:
+
+``began``, ``continued``  ``world_size``, ``engine``, ``code`` (the version and a digest of the
+    sources);
+``data_changed``  ``changes``: what was another than when the run began, and was allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from frugal.common.files import cannot_write, finite, parse_json
+
+FILE = "history.jsonl"
+
+
+def note(run_dir: Path, event: str, *, step: int, **facts: Any) -> None:
+    """Add a line to the history of a run; it is on the disk when this returns.
+
+    Args:
+        run_dir: of the run.
+        event: one word for what happened.
+        step: optimizer steps that were done then.
+        facts: what else is to be told (JSON).
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    line = finite({"time": round(time.time(), 3), "event": event, "step": step, **facts})
+    path = run_dir / FILE
+    try:
+        with path.open("ab+") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                file.write(b"\n")  # a crash has cut the last line
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's history, oldest first; one that was cut by a crash is left out."""
+    path = run_dir / FILE
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = parse_json(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("event"), str):
+            lines.append(line)
+    return lines

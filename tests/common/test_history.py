@@ -1,0 +1,28 @@
+"""A run's history is added to, whatever a crash has left of it."""
+
+from pathlib import Path
+
+import pytest
+
+from frugal.common.errors import InputError
+from frugal.common.history import FILE, note, read_history
+
+
+def test_what_happened_is_read_in_its_order_and_a_cut_line_costs_itself_alone(
+    tmp_path: Path,
+) -> None:
+    assert read_history(tmp_path) == []
+    note(tmp_path, "began", step=0, loss=float("nan"))
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"event": "contin')
+    note(tmp_path, "continued", step=7, changes=["1 new (a\u2028b.tar)"])
+    first, second = read_history(tmp_path)
+    assert (first["event"], first["step"], first["loss"]) == ("began", 0, None)
+    assert second["changes"] == ["1 new (a\u2028b.tar)"]
+    assert second["time"] >= first["time"] > 1.7e9
+
+
+def test_a_history_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(InputError, match=r"history\.jsonl cannot be written"):
+        note(tmp_path, "began", step=0)

@@ -1,0 +1,137 @@
+"""A run does not go on with other data than it was trained on, unless that is allowed and noted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from frugal.common.data.sources import build_index
+from frugal.common.history import read_history
+from support import ALONE, DDP, ROOT, command, newest, train
+
+VOCAB = ROOT / "tests" / "golden" / "runs_before" / "vocab.txt"
+WORDS = (
+    "--schedule.samples=72", "--run.save-every=1", "--run.keep=9", "--model.text.vocabulary=64",
+    "--data.tokenizer.entries=None",
+)  # fmt: skip
+RECIPE = "vit-b16-laion400m"
+"""Has a tokenizer whose vocabulary is a file."""
+
+
+@pytest.fixture(scope="module")
+def begun(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, a vocabulary, and a run of them that has a step left to do."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "data").mkdir()
+    for shard in sorted((scenes / "train").glob("*.tar"))[:3]:
+        shutil.copy(shard, folder / "data")
+    shutil.copy(VOCAB, folder / "vocab.txt")
+    train(ALONE, folder / "run", *words(folder), recipe=RECIPE)
+    shutil.rmtree(newest(folder / "run"))
+    return folder
+
+
+def words(folder: Path) -> tuple[str, ...]:
+    return (f"--data.train={folder / 'data'}", *WORDS, f"--data.tokenizer.vocab={folder}/vocab.txt")
+
+
+@pytest.fixture
+def place(begun: Path) -> Path:
+    """The same folder in the same place, whatever other tests did to it."""
+    kept = begun.with_name("kept")
+    if not kept.exists():
+        shutil.copytree(begun, kept)
+    shutil.rmtree(begun)
+    shutil.copytree(kept, begun)
+    return begun
+
+
+def caption_in_place(folder: Path) -> None:
+    shard = folder / "data" / "00001.tar"
+    before = shard.stat()
+    with tarfile.open(shard) as tar:
+        place = next(m.offset_data for m in tar if m.name.endswith(".txt"))
+    with shard.open("r+b") as file:
+        file.seek(place)
+        file.write(b"X")
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert shard.stat().st_mtime_ns == before.st_mtime_ns
+    assert shard.stat().st_size == before.st_size
+
+
+def replaced(folder: Path) -> None:
+    shutil.copy(folder / "data" / "00000.tar", folder / "data" / "00001.tar")
+    build_index(folder / "data" / "00001.tar", rebuild=True)
+
+
+def one_fewer(folder: Path) -> None:
+    (folder / "data" / "00002.tar").unlink()
+
+
+def vocabulary(folder: Path) -> None:
+    lines = (folder / "vocab.txt").read_text().splitlines()
+    lines[-1], lines[-2] = lines[-2], lines[-1]
+    (folder / "vocab.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence", "launcher"),
+    [
+        (caption_in_place, "00001.tar has 1 altered samples", DDP),
+        (replaced, "00001.tar holds other samples", ALONE),
+        (one_fewer, "1 gone (00002.tar)", DDP),
+        (vocabulary, "the tokenizer is another: it", ALONE),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_other_data_are_refused_by_name_or_noted_where_they_are_allowed(
+    change, sentence, launcher, place: Path
+) -> None:
+    change(place)
+    run = place / "run"
+    output = train(launcher, run, *words(place), expect=2, recipe=RECIPE)
+    assert sentence in output and "--run.allow-changed-data" in output
+    assert [line["event"] for line in read_history(run)] == ["began"]
+    assert not (run / "checkpoints" / "step_000000003").exists()
+    train(launcher, run, *words(place), "--run.allow-changed-data", recipe=RECIPE)
+    began, continued, changed = read_history(run)
+    assert (began["event"], began["step"], began["world_size"]) == ("began", 0, 1)
+    assert (continued["event"], continued["step"]) == ("continued", 2)
+    assert continued["code"] == began["code"] and len(began["code"]["sha256"]) == 64
+    assert changed["event"] == "data_changed" and sentence in "; ".join(changed["changes"])
+    assert newest(run).name.endswith("3")
+
+
+def test_checkpoints_tell_their_data_and_the_report_tells_the_restarts(place: Path) -> None:
+    run = place / "run"
+    replaced(place)
+    train(ALONE, run, *words(place), "--run.allow-changed-data", recipe=RECIPE)
+    manifest = json.loads((newest(run) / "manifest.json").read_text())
+    kept = json.loads((run / "data.json").read_text())
+    assert manifest["data"]["train"] == kept["train"] and len(kept["train"][0]) == 3
+    assert all(len(manifest[name]) == 64 for name in ("recipe", "tokenizer"))
+    before = json.loads((run / "checkpoints/step_000000002/manifest.json").read_text())
+    assert before["data"]["train"] != manifest["data"]["train"]
+    command("frugal.common.report", run)
+    page = (run / "report.html").read_text()
+    assert "Restarts" in page and "went on with other data after step 2" in page
+    assert "00001.tar holds other samples" in page
+
+
+def test_a_damaged_checkpoint_is_named_and_two_processes_go_on_from_the_one_before(
+    place: Path,
+) -> None:
+    run = place / "run"
+    (file,) = run.glob("checkpoints/step_000000002/*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    output = train(DDP, run, *words(place), recipe=RECIPE)
+    assert f"{file} was altered after it was written" in output
+    assert "taking" in output and "from step 1 of 3" in output
+    assert newest(run).name.endswith("3")
