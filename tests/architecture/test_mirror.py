@@ -11,6 +11,8 @@ from support import ROOT
 COMMON = ROOT / "packages/common/src/frugal/common"
 TESTS = ROOT / "tests"
 ELSEWHERE = {
+    "checkpoint/host_copy.py": "common/checkpoint/test_background.py",
+    "checkpoint/writer.py": "common/checkpoint/test_background.py",
     "checkpoint/commit.py": "common/checkpoint/test_store.py",
     "checkpoint/tensor_bytes.py": "common/weights/test_runs.py",
     "compare.py": "common/report/test_compare.py",

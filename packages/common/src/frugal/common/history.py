@@ -5,7 +5,8 @@
 
 ``began``, ``continued``  ``world_size``, ``engine``, ``code`` (the version and a digest of the
     sources);
-``data_changed``  ``changes``: what was another than when the run began, and was allowed.
+``data_changed``  ``changes``: what was another than when the run began, and was allowed;
+``checkpoint_lost``  ``reason``: why it could not be written, as the process that writes tells.
 """
 
 from __future__ import annotations

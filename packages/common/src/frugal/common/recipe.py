@@ -118,6 +118,9 @@ class RunOptions:
     allow_changed_data: bool = False
     """Go on with a run although its data or its tokenizer have changed since it began; other
     samples come then, and history.jsonl of the run tells so."""
+    max_failed_saves: Count = 60
+    """Attempts in a row at writing a checkpoint that may fail before the run stops at the next one.
+    They are a second apart at first, and a minute when it goes on: 60 take about an hour."""
     max_skipped: Count = 10
     """Steps in a row whose loss is not finite before the run stops; seen when a line is logged."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -149,8 +150,8 @@ def _is_launcher(pid: int) -> bool:
 def lock_run_dir(folder: Path, *, patience: float, log: logging.Logger) -> TextIOWrapper | None:
     """Keep a second run out of a run directory, for as long as what is returned stays open.
 
-    The processes of a run that lost its launcher still write their last checkpoint; they are
-    waited for.
+    The processes of a run that lost its launcher, and those that write its checkpoints, still write
+    the last one; they are waited for, as long as it grows.
 
     Args:
         folder: the run directory, which must exist.
@@ -173,7 +174,7 @@ def lock_run_dir(folder: Path, *, patience: float, log: logging.Logger) -> TextI
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not _is_being_saved(folder):
                 raise InputError(
                     f"{folder} is being trained by another process; stop that one first, or "
                     "choose another --run.dir"
@@ -186,3 +187,11 @@ def lock_run_dir(folder: Path, *, patience: float, log: logging.Logger) -> TextI
             return None
         else:
             return file
+
+
+def _is_being_saved(run_dir: Path) -> bool:
+    """Whether a file of a checkpoint that is not whole was written to within three minutes."""
+    files = list(run_dir.glob("checkpoints/.*.writing/*"))
+    with contextlib.suppress(OSError):  # it has become whole meanwhile
+        return any(time.time() - file.stat().st_mtime < 180 for file in files)
+    return True

@@ -150,6 +150,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         first_step=first_step,
     )
     training.load_state(state)
+    training.saves.lock = lock.fileno() if lock is not None else None
     _announce(recipe, run, engine, checkpoint)
     if not is_complete:
         train(training)
@@ -157,6 +158,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         raise InputError(training.damage.sentence())
     else:
         evaluate_if_missed(training)
+    training.saves.close()
     logger.close()
     engine.close()
     if lock is not None:

@@ -38,14 +38,14 @@ def make_anew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def commit(
+def make_whole(
     aside: Path,
     final: Path,
     state: Mapping[str, Any],
     files: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
 ) -> None:
-    """Make a checkpoint whose files are written the newest one.
+    """Make a checkpoint of files that are written, under its own name.
 
     Args:
         aside: the folder that they were written into.
@@ -68,6 +68,10 @@ def commit(
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     sync_folder(final.parent)
+
+
+def point_at(final: Path) -> None:
+    """Make a whole checkpoint the newest one; raises ``InputError`` if that cannot be written."""
     write_file(final.parent / "latest", final.name + "\n")
 
 

@@ -33,8 +33,9 @@ from frugal.common.checkpoint.commit import (
     FORMAT,
     aside_of,
     checkpoint_name,
-    commit,
     make_anew,
+    make_whole,
+    point_at,
     read_best,
     remove_old,
     sync_file,
@@ -175,7 +176,7 @@ class CheckpointStore:
             _refuse_failures(files, final)
             failure = ""
             if self.run.is_main:
-                failure = _attempt(commit, aside, final, state, files, self.about)
+                failure = _attempt(_complete, aside, final, state, files, self.about)
             _refuse(gather(failure), final)  # nobody trains on before the checkpoint counts
         except InputError:
             if self.run.is_main:
@@ -271,7 +272,7 @@ def _save_alone(
         _refuse([_attempt(make_anew, aside)], final)
         files = [_entry(path, names, failure=write(path))]
         _refuse_failures(files, final)
-        _refuse([_attempt(commit, aside, final, state, files, {})], final)
+        _refuse([_attempt(_complete, aside, final, state, files, {})], final)
     except InputError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -304,10 +305,25 @@ def _refuse_failures(files: list[dict[str, Any]], final: Path) -> None:
 def _refuse(failures: Iterable[str], final: Path) -> None:
     """Stop, on every process alike, if any of them failed."""
     if failed := [failure for failure in failures if failure]:
-        raise InputError(
-            f"the checkpoint of step {int(final.name.removeprefix('step_'))} could not be written "
-            f"to {final.parent}: {failed[0]}; older checkpoints are untouched"
-        )
+        raise InputError(f"{not_written(final, failed[0])}; older checkpoints are untouched")
+
+
+def not_written(final: Path, reason: str) -> str:
+    """The first half of a sentence about a checkpoint that failed."""
+    step = int(final.name.removeprefix("step_"))
+    return f"the checkpoint of step {step} could not be written to {final.parent}: {reason}"
+
+
+def _complete(
+    aside: Path,
+    final: Path,
+    state: dict[str, Any],
+    files: list[dict[str, Any]],
+    about: dict[str, Any],
+) -> None:
+    """Make a checkpoint whose files are written the newest one."""
+    make_whole(aside, final, state, files, about)
+    point_at(final)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:

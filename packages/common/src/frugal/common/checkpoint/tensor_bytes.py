@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,29 @@ def find_tensors(path: Path) -> dict[str, TensorBytes]:
     return found
 
 
+def file_header(tensors: Mapping[str, TensorBytes]) -> tuple[bytes, dict[str, int]]:
+    """How a safetensors file of these tensors begins, and where the bytes of each start in it.
+
+    Those that start first come first. It depends on what the tensors are alone.
+    """
+    # the largest elements first, so that all of them start at multiples of their size
+    names = sorted(tensors, key=lambda name: (-_element(tensors[name]), name))
+    header, starts, end = {}, {}, 0
+    for name in names:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [end, end + tensor.size],
+        }
+        starts[name] = end
+        end += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    text = len(text).to_bytes(8, "little") + text
+    return text, {name: len(text) + start for name, start in starts.items()}
+
+
 def copy_tensors(tensors: Mapping[str, TensorBytes], path: Path) -> str:
     """Write a safetensors file of these tensors under these names, and read it back.
 
@@ -90,37 +114,23 @@ def copy_tensors(tensors: Mapping[str, TensorBytes], path: Path) -> str:
     Returns:
         What went wrong, or nothing.
     """
-    # the largest elements first, so that all of them start at multiples of their size
-    names = sorted(tensors, key=lambda name: (-_element(tensors[name]), name))
-    header, end = {}, 0
-    for name in names:
-        tensor = tensors[name]
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": [end, end + tensor.size],
-        }
-        end += tensor.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNED)
+    header, starts = file_header(tensors)
     try:
         with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
+            file.write(header)
+            for name in starts:
                 for block in tensors[name].read():
                     file.write(block)
             file.flush()
             os.fsync(file.fileno())
         written = find_tensors(path)
-        different = [name for name in names if not tensors[name].equals(written[name])]
+        different = [name for name in starts if not tensors[name].equals(written[name])]
     except OSError as error:
         return f"{path.name}: {error}"
     return f"{path.name}: {different[0]} reads back differently" if different else ""
 
 
 def _element(tensor: TensorBytes) -> int:
-    """Bytes of one number; a tensor without any comes last."""
-    count = 1
-    for side in tensor.shape:
-        count *= side
-    return tensor.size // count if count else 0
+    """Bits of one number, as the name of its type says; what is called otherwise comes last."""
+    digits = re.search(r"\d+", tensor.dtype)
+    return int(digits[0]) if digits else 0

@@ -11,10 +11,12 @@ import math
 import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
+from frugal.common.checkpoint.background import BackgroundSaves
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.contracts import Batch, Stream
 from frugal.common.data.damage import DamageCounter, warning
@@ -23,7 +25,7 @@ from frugal.common.engine.engine import Engine
 from frugal.common.engine.evaluator import Evaluator
 from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.metrics import StepMetrics, Values, fetch
-from frugal.common.engine.saving import WeightAverage, collect
+from frugal.common.engine.saving import WeightAverage, collect, layout
 from frugal.common.engine.signals import StopSignal, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.errors import InputError, RunStopped
@@ -63,11 +65,13 @@ class Training:
     pending: list[StepMetrics] = field(default_factory=list)
     """Steps whose numbers are still on the device."""
     meter: Meter = field(init=False)
+    saves: BackgroundSaves = field(init=False)
     _logged_damage: tuple[int, int] = field(init=False)
     """Samples lost and repaired when the log last told of them."""
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.run.device)
+        self.saves = BackgroundSaves(self.store, max_failures=self.recipe.run.max_failed_saves)
         limit = self.recipe.data.max_damaged
         # a small data set is judged after one epoch
         patience = min(DamageCounter.patience, self.stream.epoch_samples)
@@ -136,13 +140,16 @@ class Training:
             "recipe": to_json(self.recipe),
         }
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint; every process calls this."""
+    def save(self, step: int, *, is_last: bool) -> None:
+        """Have a checkpoint written; every process calls this, and trains on.
+
+        ``is_last``: no other follows, and this waits until it is written.
+        """
         with self.meter.paused("checkpoint"):
             self.share_damage()
             state = self.state(step)
-            tensors = collect(self.engine, self.average)
-            self.store.save(tensors, state)
+            copy = partial(collect, self.engine, self.average)
+            self.saves.save(layout(self.engine, self.average), copy, state, is_last=is_last)
 
 
 def train(training: Training) -> None:
@@ -185,6 +192,7 @@ def train(training: Training) -> None:
                 sync_metrics(training)
             if logs:
                 _log_line(training, done, peak)
+                training.saves.poll()
             # a small run is judged at its end, though it may not have read enough before
             is_too_damaged = logs and (
                 damage.is_too_much or (done == recipe.steps and damage.was_too_much)
@@ -193,7 +201,7 @@ def train(training: Training) -> None:
                 with meter.paused("pictures"):
                     training.logger.draw_batch(engine.objective, micro_batches[0], done)
             if saves or is_too_damaged:
-                training.save(done)
+                training.save(done, is_last=is_last or is_too_damaged)
             if is_too_damaged:
                 remedy = f": the same command then continues from step {done}"
                 raise InputError(damage.sentence(remedy))
@@ -320,7 +328,7 @@ def _give_up(
     can_save = training.run.world_size == 1 and step > training.first_step
     if can_save and not (num_read and training.stream.state()):
         sync_metrics(training)
-        training.save(step)
+        training.save(step, is_last=True)
     newest = training.store.newest()
     where = f"the newest checkpoint is {newest.folder}" if newest else "there is no checkpoint yet"
     if isinstance(reason, InputError):
@@ -355,7 +363,9 @@ def evaluate(training: Training, step: int) -> None:
             f"run.best is {best!r}, which no evaluation of this run measures; choose from "
             f"{', '.join(numbers)}"
         )
-    if training.run.is_main and training.store.note_best(step, best, numbers[best]):
+    # only what is there can be the best one
+    is_there = training.run.is_main and training.saves.settle()
+    if is_there and training.store.note_best(step, best, numbers[best]):
         training.run.log.info("step %d is the best so far: %s %.4g", step, best, numbers[best])
 
 

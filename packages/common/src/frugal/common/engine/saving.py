@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -66,25 +66,49 @@ def ownership(engine: Engine) -> dict[str, int]:
     return owners(sizes, engine.run.world_size)
 
 
-def collect(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
-    """This process's share of what a checkpoint holds, on the CPU in float32."""
+def layout(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
+    """Tensors of the types and shapes of this process's share of a checkpoint, by ``kind/name``."""
     owner = ownership(engine)
-    owned: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for name, parameter in engine.trainable():
+        if owner[name] == engine.run.rank:
+            like = torch.empty(engine.whole_shape(parameter), dtype=torch.float32, device="meta")
+            found |= {f"{kind}/{name}": like for kind in engine.state_kinds}
+    for name, tensor in (average.owned if average else {}).items():
+        found[f"ema/{name}"] = tensor
+    if engine.run.is_main:
+        for name, parameter in engine.frozen():
+            shape = engine.whole_shape(parameter)
+            found[f"buffer/{name}"] = torch.empty(shape, dtype=parameter.dtype, device="meta")
+        for name, buffer in _persistent_buffers(engine):
+            found[f"buffer/{name}"] = buffer
+    return found
+
+
+@torch.no_grad()
+def collect(engine: Engine, average: WeightAverage | None, into: Mapping[str, Tensor]) -> None:
+    """Copy this process's share of a checkpoint; every process must call this.
+
+    Args:
+        engine: whose weights and moments are copied, as float32.
+        average: of the weights, where the run keeps one.
+        into: CPU tensors as :func:`layout` has them.
+    """
+
+    def keep(name: str, tensor: Tensor) -> None:
+        if name in into:
+            assert into[name].shape == tensor.shape, name
+            into[name].copy_(tensor)
+
     for name, parameter in engine.trainable():
         for kind in engine.state_kinds:
-            whole = engine.read(kind, parameter)  # every process takes part, the owner keeps it
-            if owner[name] == engine.run.rank:
-                owned[f"{kind}/{name}"] = whole.detach().to("cpu", torch.float32, copy=True)
+            keep(f"{kind}/{name}", engine.read(kind, parameter))  # every process takes part
     for name, tensor in (average.owned if average else {}).items():
-        owned[f"ema/{name}"] = tensor.cpu().clone()
+        keep(f"ema/{name}", tensor)
     for name, parameter in engine.frozen():
-        whole = engine.read("weight", parameter)
-        if engine.run.is_main:
-            owned[f"buffer/{name}"] = whole.to("cpu", copy=True)
-    if engine.run.is_main:
-        for name, buffer in _persistent_buffers(engine):
-            owned[f"buffer/{name}"] = buffer.detach().cpu().clone()
-    return owned
+        keep(f"buffer/{name}", engine.read("weight", parameter))
+    for name, buffer in _persistent_buffers(engine):
+        keep(f"buffer/{name}", buffer)
 
 
 def _persistent_buffers(engine: Engine) -> list[tuple[str, Tensor]]:

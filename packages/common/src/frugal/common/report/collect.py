@@ -181,7 +181,12 @@ def describe_data(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
     return [part for run_dir, recipe in recipes.items() for part in recipe.data.report(run_dir)]
 
 
-_EVENTS = {"began": "began", "continued": "went on", "data_changed": "went on with other data"}
+_EVENTS = {
+    "began": "began",
+    "continued": "went on",
+    "data_changed": "went on with other data",
+    "checkpoint_lost": "could not write the checkpoint",
+}
 
 
 def describe_history(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
@@ -194,7 +199,7 @@ def describe_history(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
             name,
             time.strftime("%Y-%m-%d %H:%M", time.gmtime(line.get("time", 0))),
             f"{_EVENTS.get(line['event'], line['event'])} after step {line.get('step', 0)}",
-            "; ".join(line.get("changes", ())),
+            "; ".join(filter(None, [*line.get("changes", ()), line.get("reason")])),
         )
         for name, line in rows
     )

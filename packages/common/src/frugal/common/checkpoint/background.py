@@ -1,0 +1,299 @@
+"""Checkpoints that are written beside training, by processes that outlive it.
+
+Every process of a run copies its share into memory that it has in common with a writer of its own
+(``writer.py``), and trains on. One checkpoint is written at a time; the next one waits for it. What
+cannot be written is tried again, while training goes on, until as many attempts in a row failed as
+the run allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from frugal.common.checkpoint.commit import aside_of, checkpoint_name
+from frugal.common.checkpoint.host_copy import HostCopy
+from frugal.common.checkpoint.manifest import source_folders
+from frugal.common.checkpoint.store import CheckpointStore, not_written
+from frugal.common.distributed import gather_objects
+from frugal.common.errors import InputError
+from frugal.common.files import reason_of
+
+_NOT_FOR_WRITERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What launchers and schedulers send to all processes to make a run save and end."""
+Fill = Callable[[Mapping[str, Tensor]], None]
+"""Copies what is to be saved into tensors of these names."""
+
+
+class _WriterProcess:
+    """The writer of one process of a run, and what it has told of what it writes."""
+
+    def __init__(self, copy: HostCopy, rank: int, world_size: int, lock: int | None) -> None:
+        # beside training it must start at once: without what site-packages bring along
+        folders = os.pathsep.join(str(part.parent) for part in source_folders())
+        # blocked signals stay so in what is started: the trainer alone decides when to end
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WRITERS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-S", "-m", "frugal.common.checkpoint.writer",
+                 str(copy.descriptor), str(rank), str(world_size)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": folders},
+                pass_fds=(copy.descriptor,) if lock is None else (copy.descriptor, lock),
+                start_new_session=True,  # what is sent to the trainer's group is not for it
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
+        self._buffer = b""
+        self.is_gone = False
+        """It was killed: nothing else ends it before its input does."""
+        self.state = ""
+        self.is_complete = False
+        self.reason = ""
+        """Why the newest attempt failed."""
+        self.failures = 0
+        """Attempts in a row."""
+
+    def begin(self, request: dict[str, Any]) -> None:
+        """Tell of a checkpoint that is to be copied."""
+        self.state, self.is_complete, self.reason, self.failures = "", False, "", 0
+        self.send({"do": "begin", **request})
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Ask for something."""
+        try:
+            self._input.write(json.dumps(request).encode() + b"\n")
+            self._input.flush()
+        except OSError:
+            self._end()
+
+    def poll(self, timeout: float | None = 0.0) -> dict[str, Any] | None:
+        """The next event; None if there is none within some seconds, or none ever."""
+        while b"\n" not in self._buffer:
+            if self.is_gone or not select.select([self._output], [], [], timeout)[0]:
+                return None
+            block = os.read(self._output.fileno(), 1 << 16)
+            if not block:
+                self._end()
+            self._buffer += block
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        event: dict[str, Any] = json.loads(line)
+        self.state = event["event"]
+        self.is_complete |= self.state == "complete"
+        self.reason = event.get("reason", self.reason)
+        self.failures = event.get("failures", self.failures)
+        return event
+
+    def _end(self) -> None:
+        self.is_gone = True
+        code = self._process.wait()
+        if self.state not in ("complete", "cancelled", "gave_up"):
+            self.state = "gave_up"
+            self.reason = f"the process that writes it ended (exit code {code})"
+            self.failures += 1
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        with contextlib.suppress(OSError):
+            self._input.close()
+        self._process.wait()
+        self._output.close()
+
+
+class BackgroundSaves:
+    """The checkpoints of a run while it trains; every process calls the same methods."""
+
+    def __init__(self, store: CheckpointStore, *, max_failures: int) -> None:
+        self._store = store
+        self._run = store.run
+        self._max_failures = max_failures
+        self._copy: HostCopy | None = None
+        self._writer: _WriterProcess | None = None
+        self._is_possible = True
+        """Whether there is memory that can be handed over."""
+        self._failed_saves = 0
+        """In a row, where they are written by the trainer itself."""
+        self._pending: Path | None = None
+        """The folder of what is being written."""
+        self.lock: int | None = None
+        """Descriptor of what keeps other runs out of the directory while anything is written."""
+
+    def save(
+        self, layout: Mapping[str, Tensor], fill: Fill, state: dict[str, Any], *, is_last: bool
+    ) -> None:
+        """Copy one checkpoint, and have it written; the one before is waited for.
+
+        Args:
+            layout: tensors of the names, types and shapes of this process's share.
+            fill: copies the share.
+            state: JSON-ready; holds ``step``.
+            is_last: no other follows: wait until it is written.
+
+        Raises:
+            InputError: if too many attempts in a row failed; with ``is_last`` also if it cannot be
+                written within a few attempts. Older checkpoints are untouched.
+        """
+        before = self._pending
+        if (reason := self._settle()) and before is not None:
+            words = not_written(before, reason)
+            self._run.log.warning("%s; that of step %d takes its place", words, state["step"])
+        if not self._prepare(layout):
+            self._save_here(layout, fill, state, is_last=is_last)
+            return
+        assert self._copy is not None and self._writer is not None
+        run, final = self._run, self._store.folder / checkpoint_name(state["step"])
+        attempt = gather_objects(uuid.uuid4().hex[:8] if run.is_main else "")[0]
+        self._pending = final
+        self._writer.begin(
+            {
+                "aside": str(aside_of(final, f".{attempt}").absolute()),
+                "final": str(final.absolute()),
+                "file": f"tensors-{run.rank:05d}-of-{run.world_size:05d}.safetensors",
+                "step": state["step"],
+                "tensors": sorted(layout),
+                "keep": self._store.keep,
+                "is_last": is_last,
+            }
+        )
+        fill(self._copy.tensors)
+        # only the first writer needs to know what is the same for all
+        common = {"state": state, "about": self._store.about} if run.is_main else {}
+        self._writer.send({"do": "write", **common})
+        if is_last and (reason := self._settle(is_last=True)):
+            raise InputError(f"{not_written(final, reason)}; older checkpoints are untouched")
+
+    def poll(self) -> None:
+        """Tell of attempts that failed since anybody looked; never waits."""
+        if self._writer is not None:
+            while (event := self._writer.poll()) is not None:
+                self._tell(event)
+
+    def settle(self) -> bool:
+        """Wait until what is being written is whole, or has failed once.
+
+        Only this process waits. Returns whether the checkpoint that was asked for last is there;
+        the first process knows.
+        """
+        self._wait_for("complete", "failed", "gave_up")
+        return self._pending is None or self._writer is None or self._writer.is_complete
+
+    def close(self) -> None:
+        """Let the writer end; it finishes what it writes."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _wait_for(self, *states: str) -> None:
+        writer = self._writer
+        self.poll()
+        while self._pending is not None and writer is not None and writer.state not in states:
+            if (event := writer.poll(timeout=None)) is not None:
+                self._tell(event)
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """Log that an attempt failed."""
+        if event["event"] == "failed" and "pause" in event and self._pending is not None:
+            self._run.log.warning(
+                "%s; training goes on, older checkpoints are untouched, and it is tried again in "
+                "%.0f s",
+                not_written(self._pending, event["reason"]),
+                event["pause"],
+            )
+
+    def _settle(self, *, is_last: bool = False) -> str:
+        """Wait until nothing is being written; why the checkpoint is not there, or nothing.
+
+        A checkpoint that has failed once is given up for what is to be written next; with
+        ``is_last`` the writers have a few attempts.
+
+        Raises:
+            InputError: if too many attempts in a row failed.
+        """
+        final, writer = self._pending, self._writer
+        if final is None or writer is None:
+            return ""
+        stopped = ("gave_up",) if is_last else ("failed", "gave_up")
+        self._wait_for("written", "complete", *stopped)
+        # where one has failed, the first process waits for its file in vain
+        if any(gather_objects(writer.state in stopped)):
+            self._cancel(writer)
+        elif self._run.is_main:
+            self._wait_for("complete", *stopped)
+            self._cancel(writer)
+        told = gather_objects((writer.is_complete, writer.reason, writer.failures))
+        self._pending = None
+        if told[0][0]:
+            return ""
+        reason = next((reason for _, reason, _ in told if reason), "a process ended")
+        failures = max(failures for _, _, failures in told)
+        if failures >= self._max_failures and not is_last:
+            raise InputError(self._too_many(final, reason, failures))
+        return reason
+
+    def _cancel(self, writer: _WriterProcess) -> None:
+        """Have it do nothing."""
+        if writer.state not in ("complete", "gave_up"):
+            writer.send({"do": "cancel"})
+            while writer.state != "cancelled" and not writer.is_gone:
+                writer.poll(timeout=None)
+
+    def _too_many(self, final: Path, reason: str, failures: int) -> str:
+        return (
+            f"{not_written(final, reason)}; older checkpoints are untouched. {failures} attempts "
+            f"in a row failed, and run.max_failed_saves is {self._max_failures}: make room or the "
+            "folder writable, and the same command goes on from the newest checkpoint"
+        )
+
+    def _prepare(self, layout: Mapping[str, Tensor]) -> bool:
+        """Have memory and a writer; False, on all processes, where one of them cannot."""
+        if not self._is_possible:
+            return False
+        problem = ""
+        try:
+            if self._copy is None or not self._copy.fits(layout):
+                self.close()
+                self._copy = HostCopy(layout)
+            if self._writer is None or self._writer.is_gone:
+                rank, world_size = self._run.rank, self._run.world_size
+                self._writer = _WriterProcess(self._copy, rank, world_size, self.lock)
+        except (OSError, MemoryError) as error:
+            problem = reason_of(error)
+        problems = [problem for problem in gather_objects(problem) if problem]
+        if problems:
+            self._is_possible = False
+            self.close()
+            self._run.log.warning("checkpoints are written while training waits: %s", problems[0])
+        return self._is_possible
+
+    def _save_here(
+        self, layout: Mapping[str, Tensor], fill: Fill, state: dict[str, Any], *, is_last: bool
+    ) -> None:
+        """Write a checkpoint while training waits."""
+        tensors = {
+            name: tensor.new_empty(tensor.shape, device="cpu") for name, tensor in layout.items()
+        }
+        fill(tensors)
+        try:
+            self._store.save(tensors, state)
+        except InputError as error:
+            self._failed_saves += 1
+            if is_last or self._failed_saves >= self._max_failures:
+                raise
+            self._run.log.warning("%s; training goes on", error)
+        else:
+            self._failed_saves = 0
