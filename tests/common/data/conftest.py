@@ -134,6 +134,7 @@ def open_stream(vocabulary: WordPiece) -> Callable[..., Any]:
         *train: Path | str,
         batch_size: int = 4,
         accumulate: int = 1,
+        virtual_processes: int | None = None,
         first_sample: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -152,7 +153,8 @@ def open_stream(vocabulary: WordPiece) -> Callable[..., Any]:
         captions = SimpleNamespace(length=length, vocabulary=vocabulary_size, pad_id=0)
         recipe = SimpleNamespace(
             batch_size=batch_size,
-            engine=SimpleNamespace(accumulate=accumulate),
+            engine=SimpleNamespace(accumulate=accumulate, virtual_processes=virtual_processes),
+            virtual_per_process=lambda world_size: (virtual_processes or world_size) // world_size,
             run=SimpleNamespace(seed=seed),
             model=SimpleNamespace(inputs=lambda: ModelInputs(height_width=size, captions=captions)),
             reduction=SimpleNamespace(text=Truncate()),

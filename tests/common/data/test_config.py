@@ -29,7 +29,8 @@ def open_images():
         data = ImageData(train=tuple(map(str, train)), **{"workers": 0} | options)
         recipe = SimpleNamespace(
             batch_size=batch_size,
-            engine=SimpleNamespace(accumulate=1),
+            engine=SimpleNamespace(accumulate=1, virtual_processes=None),
+            virtual_per_process=lambda world_size: 1,
             run=SimpleNamespace(seed=3),
             model=SimpleNamespace(
                 inputs=lambda: ModelInputs(height_width=SIZE, num_classes=num_classes)

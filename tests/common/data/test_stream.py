@@ -116,6 +116,27 @@ def test_ranks_workers_and_micro_batches_do_not_change_a_sample(
     assert parts == whole
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_virtual_processes_get_the_batches_that_processes_of_their_own_get(
+    tmp_path, write_pairs, open_stream, world_size
+):
+    write_pairs(tmp_path / "d", SHARDS)
+    options = {"batch_size": 12, "shuffle_shards": 2, "accumulate": 2}
+    virtual = 6 // world_size
+    for rank in range(world_size):
+        stream = open_stream(
+            tmp_path / "d", rank=rank, world_size=world_size, virtual_processes=6, **options
+        )
+        batches = take(stream, 4 * virtual)
+        for place in range(virtual):
+            own = open_stream(tmp_path / "d", rank=rank * virtual + place, world_size=6, **options)
+            found, expected = batches[place::virtual], take(own, 4)
+            assert [batch.keys for batch in found] == [batch.keys for batch in expected]
+            assert rows(found) == rows(expected)
+            shapes = [[batch.token_ids.shape for batch in part] for part in (found, expected)]
+            assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize("first_batch", [1, 2, 3, 7])
 def test_seeking_gives_what_replaying_gives(tmp_path, write_pairs, open_stream, first_batch):
     write_pairs(tmp_path / "d", SHARDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from frugal.common.contracts import Batch, Part, TrainedModel
+from frugal.common.data.stream import RankSlice
 from frugal.common.randomness import sample_generator
 from frugal.common.ranges import Count, Share, check_ranges
 from frugal.common.recipe import DataConfig, ModelInputs, Recipe
@@ -90,17 +92,14 @@ class SquareStream:
         self._inputs = recipe.model.inputs()
         assert recipe.reduction.text is not None  # the objective has seen to it
         self._reduction = recipe.reduction.text
-        self._rows = recipe.local_batch(run.world_size)
-        self._stride = self._rows * run.world_size
-        self._next = first_sample + run.rank * self._rows
+        self._slice = RankSlice.of(recipe, run, first_sample=first_sample)
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            numbers = range(self._next, self._next + self._rows)
+        for batch in itertools.count():
+            numbers = self._slice.numbers(batch).tolist()
             yield draw_batch(
                 numbers, seed=self._seed, inputs=self._inputs, reduction=self._reduction
             )
-            self._next += self._stride
 
     def state(self) -> dict[str, Any]:
         """Nothing: the sample number says everything."""

@@ -15,10 +15,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -395,8 +396,38 @@ Group = dist.ProcessGroup | None
 """Some of the processes; None stands for all of them."""
 
 
+class VirtualProcess(Protocol):
+    """One of several processes in whose place a thread of this one computes a step."""
+
+    rank: int
+    world_size: int
+
+    def exchange(self, local: Tensor) -> Tensor:
+        """(W, ...): the tensor that every virtual process gives, in the order of the ranks."""
+        ...
+
+
+_VIRTUAL: ContextVar[VirtualProcess | None] = ContextVar("virtual process", default=None)
+
+
+@contextlib.contextmanager
+def in_place_of(process: VirtualProcess) -> Iterator[None]:
+    """While open, this thread is a virtual process among all others, where no group is named."""
+    token = _VIRTUAL.set(process)
+    try:
+        yield
+    finally:
+        _VIRTUAL.reset(token)
+
+
+def _virtual(group: Group = None) -> VirtualProcess | None:
+    return _VIRTUAL.get() if group is None else None
+
+
 def place_in_world(group: Group = None) -> tuple[int, int]:
     """(rank, number of processes); (0, 1) where there is only this process."""
+    if (process := _virtual(group)) is not None:
+        return process.rank, process.world_size
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
@@ -450,6 +481,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, group: Group) -> Tensor:
         ctx.group = group
         ctx.shape = local.shape
+        if (process := _virtual(group)) is not None:
+            return process.exchange(local).flatten(0, 1)
         rows = place_in_world(group)[1] * len(local)
         whole = local.new_empty((rows, *local.shape[1:]))
         dist.all_gather_into_tensor(whole, local.contiguous(), group=group)
@@ -457,6 +490,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        if (process := _virtual(ctx.group)) is not None:
+            return _sum_in_order(process.exchange(gradient))[_own_rows(process, ctx.shape)], None
         local = gradient.new_empty(ctx.shape)
         dist.reduce_scatter_tensor(local, gradient.contiguous(), group=ctx.group)
         return local, None
@@ -480,16 +515,48 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
         del ctx
-        total = local.clone()
-        dist.all_reduce(total)
-        return total
+        return _all_reduced(local)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         del ctx
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+        return _all_reduced(gradient)
+
+
+def _all_reduced(local: Tensor) -> Tensor:
+    if (process := _virtual()) is not None:
+        return _sum_in_order(process.exchange(local))
+    total = local.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def _sum_in_order(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """The sum of rows, one added after the other."""
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total
+
+
+def _own_rows(process: VirtualProcess, shape: torch.Size) -> slice:
+    return slice(process.rank * shape[0], (process.rank + 1) * shape[0])
+
+
+def chained_sum(rows: Sequence[Tensor]) -> Tensor:
+    """The sum of the rows of this process and of all before it, one added after the other.
+
+    The last process has the sum of all; its bits do not depend on which process brings which rows.
+    """
+    rank, world_size = place_in_world()
+    if rank > 0:
+        before = torch.empty_like(rows[0])
+        dist.recv(before, src=rank - 1)
+        rows = [before, *rows]
+    total = _sum_in_order(rows)
+    if rank + 1 < world_size:
+        dist.send(total, dst=rank + 1)
+    return total
 
 
 def mean_over_processes(local: Tensor) -> Tensor:

@@ -109,6 +109,21 @@ def weight_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(stable_key(seed, "weights") >> 1)
 
 
+def random_states(device: torch.device) -> list[Tensor]:
+    """Where torch's generators stand, on the CPU and on a device."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Bring them back to where :func:`random_states` found them."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators on every device for what the model draws in one step."""
     torch.manual_seed(stable_key(seed, "model", step, rank) & 0x7FFFFFFFFFFFFFFF)

@@ -80,6 +80,9 @@ class EngineOptions:
     threads: Count | None = None
     """CPU threads of each process; without it the cores are divided among the processes, and a
     process that runs alone takes OMP_NUM_THREADS where that is set."""
+    virtual_processes: Count | None = None
+    """Compute every step as this many processes would, bit for bit, on any number of processes that
+    divides it; each has one CPU thread then, unless engine.threads is given."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "engine")
@@ -324,6 +327,7 @@ class Recipe:
                 f"batch_size {self.batch_size} does not divide into engine.accumulate = "
                 f"{self.engine.accumulate} micro-batches; choose a multiple"
             )
+        self._check_virtual_processes()
         if self.run.best is not None and not self.evaluation:
             raise InputError(
                 f"run.best is {self.run.best!r}, but this recipe evaluates nothing; leave it out"
@@ -342,6 +346,36 @@ class Recipe:
             )
         if self.reduction.text is not None and inputs.captions is not None:
             self.reduction.text.check_length(inputs.captions.length)
+
+    def _check_virtual_processes(self) -> None:
+        virtual, engine = self.engine.virtual_processes, self.engine
+        if virtual is None:
+            return
+        if self.batch_size % (engine.accumulate * virtual):
+            raise InputError(
+                f"batch_size {self.batch_size} does not divide among engine.virtual_processes = "
+                f"{virtual} with engine.accumulate = {engine.accumulate}; choose a multiple of "
+                f"{engine.accumulate * virtual}"
+            )
+        if engine.compile:
+            raise InputError(
+                "engine.virtual_processes promises the same bits, but what engine.compile makes of "
+                "a tower depends on the shapes that it has met; leave one of them out"
+            )
+
+    def virtual_per_process(self, world_size: int) -> int:
+        """Virtual processes that each process stands for: 1 but for ``engine.virtual_processes``.
+
+        Raises:
+            InputError: if the processes do not divide them.
+        """
+        virtual = self.engine.virtual_processes or world_size
+        if virtual % world_size:
+            raise InputError(
+                f"engine.virtual_processes = {virtual} does not divide among {world_size} "
+                "processes; start a number of them that divides it"
+            )
+        return virtual // world_size
 
     @property
     def steps(self) -> int:
@@ -593,7 +627,13 @@ _MAY_CHANGE = (
     "data.timeout_minutes",
 )
 """What a resumed run may do differently: none of it changes the samples or the mathematics."""
-_MUST_STAY = ("engine.accumulate", "engine.ema_decay", "run.seed", "run.start_from")
+_MUST_STAY = (
+    "engine.accumulate",
+    "engine.ema_decay",
+    "engine.virtual_processes",
+    "run.seed",
+    "run.start_from",
+)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -75,8 +75,9 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     assert folder is not None
     make_logger(launcher_ranks().rank)
     recipe = continued_recipe(recipe)
-    run = open_run(folder, recipe.engine.device, threads=recipe.engine.threads)
+    run = open_run(folder, recipe.engine.device, threads=_threads(recipe))
     recipe.local_batch(run.world_size)  # refuse before anything is written
+    recipe.virtual_per_process(run.world_size)
     recipe.check_trainable()
 
     store = CheckpointStore(run, keep=recipe.run.keep)
@@ -204,6 +205,14 @@ def continued_recipe(recipe: Recipe) -> Recipe:
             f"--run.dir, {remedy}"
         )
     return recipe
+
+
+def _threads(recipe: Recipe) -> int | None:
+    """CPU threads of each process, where it is not the machine that decides."""
+    if recipe.engine.virtual_processes is not None:
+        # matrix products add up otherwise on another number of threads
+        return recipe.engine.threads or 1
+    return recipe.engine.threads
 
 
 def make_engine(objective: Objective, recipe: Recipe, run: Run) -> Engine:

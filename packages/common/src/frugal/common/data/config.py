@@ -107,6 +107,12 @@ class StoredData(DataConfig):
             )
         transform = make_transform(self, recipe)
         rank_slice = RankSlice.of(recipe, run, first_sample=first_sample)
+        if self.resampled_samples is not None and recipe.engine.virtual_processes is not None:
+            raise InputError(
+                "data.resampled_samples draws other samples on another number of processes, so "
+                "that engine.virtual_processes cannot keep its promise; copy the shards to a disk, "
+                "or leave one of them out"
+            )
         if self.resampled_samples is not None:
             return _resampled(self, self.resampled_samples, run, transform, rank_slice, state)
         return _indexed(self, recipe, run, transform, rank_slice)

@@ -142,6 +142,8 @@ class RankSlice:
     """Samples of a micro-batch over all processes."""
     rank: int
     world_size: int
+    virtual: int = 1
+    """Virtual processes that this process reads for, one after the other in every micro-batch."""
 
     @classmethod
     def of(cls, recipe: Recipe, run: Run, *, first_sample: int) -> RankSlice:
@@ -151,18 +153,22 @@ class RankSlice:
             micro_batch=recipe.batch_size // recipe.engine.accumulate,
             rank=run.rank,
             world_size=run.world_size,
+            virtual=recipe.virtual_per_process(run.world_size),
         )
 
-    def numbers(self, micro_batch: int) -> np.ndarray:
+    def numbers(self, batch: int) -> np.ndarray:
         """(B,) int64: the contiguous part of a micro-batch that belongs to this process.
 
         Args:
-            micro_batch: counted from the first one of this stream.
+            batch: counted from the first one of this stream; with virtual processes every one of
+                them has a batch of its own in each micro-batch.
         """
         # Contiguous, in rank order: the ranks' parts side by side are the global micro-batch, and
         # the same sample is at the same place of it on any number of ranks.
-        local = self.micro_batch // self.world_size
-        first = self.first_sample + micro_batch * self.micro_batch + self.rank * local
+        micro_batch, virtual = divmod(batch, self.virtual)
+        local = self.micro_batch // (self.world_size * self.virtual)
+        place = self.rank * self.virtual + virtual
+        first = self.first_sample + micro_batch * self.micro_batch + place * local
         return np.arange(first, first + local, dtype=np.int64)
 
 
@@ -171,13 +177,13 @@ class _Numbers(Sampler[np.ndarray]):
 
     def __init__(self, rank_slice: RankSlice, micro_batches: int | None) -> None:
         self._rank_slice = rank_slice
-        self._micro_batches = micro_batches
+        self._batches = None if micro_batches is None else micro_batches * rank_slice.virtual
 
     def __iter__(self) -> Iterator[np.ndarray]:
         # numbers only: a loader process finds, reads and decodes what they stand for, and a resume
         # starts at another number without reading anything that came before
         endless = itertools.count()
-        return map(self._rank_slice.numbers, itertools.islice(endless, self._micro_batches))
+        return map(self._rank_slice.numbers, itertools.islice(endless, self._batches))
 
 
 class IndexedStream:

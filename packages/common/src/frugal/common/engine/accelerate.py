@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from frugal.common.contracts import Objective
 from frugal.common.engine.engine import Engine, check_world_size, fresh_moments
+from frugal.common.errors import InputError
 from frugal.common.optim.optimizers import set_learning_rate, skip_unless_finite
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -42,6 +43,11 @@ class AccelerateEngine(Engine):
                 )
         self.objective = self._accelerator.unwrap_model(self._wrapped)
         self.name = _name(self._accelerator)
+        if recipe.engine.virtual_processes is not None and self._sharded():
+            raise InputError(
+                "engine.virtual_processes adds whole gradients in order, but FSDP leaves each "
+                "process a part of every weight; leave FSDP or engine.virtual_processes out"
+            )
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,9 +60,7 @@ class AccelerateEngine(Engine):
 
     @override
     def backward(self, loss: Tensor) -> None:
-        if self._scale is not None:
-            loss = loss * self._scale.scale
-        loss.backward()
+        self.scaled(loss).backward()
 
     @override
     def _step(self, learning_rate: float) -> Tensor:
@@ -98,10 +102,13 @@ class AccelerateEngine(Engine):
     def moments(self) -> Iterable[dict[str, Tensor]]:
         return self._optimizer.state.values()
 
+    def _sharded(self) -> list[FSDPModule]:
+        return [m for m in self.objective.modules() if isinstance(m, FSDPModule)]
+
     @override
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        sharded = [m for m in self.objective.modules() if isinstance(m, FSDPModule)]
+        sharded = self._sharded()
         for module in sharded:
             module.unshard()
         yield

@@ -55,8 +55,9 @@ def _first_views(
         InputError: if the objective shows none.
     """
     stream = recipe.data.build(recipe, run, first_sample=0, state={}, engine=engine)
+    virtual = recipe.virtual_per_process(run.world_size)
     micro_batch = recipe.batch_size // recipe.engine.accumulate
-    missing = math.ceil(images / micro_batch)
+    missing = math.ceil(images / micro_batch) * virtual
     for batch in islice(stream, missing):
         missing -= 1
         valid = batch.valid
@@ -77,5 +78,5 @@ def _first_views(
             "reduction.image wants to look at %s images, of which the run does not have the last "
             "%s",
             f"{images:,}",
-            f"{missing * micro_batch:,}",
+            f"{missing * micro_batch // virtual:,}",
         )

@@ -71,6 +71,12 @@ class DeepSpeedEngine(Engine):
         )
         self._stage = self._engine.zero_optimization_stage()
         self.name = f"deepspeed zero{self._stage}"
+        if recipe.engine.virtual_processes is not None and self._stage > 0:
+            raise InputError(
+                "engine.virtual_processes hands whole gradients in, which DeepSpeed takes at ZeRO "
+                f"stage 0, but {recipe.engine.deepspeed_config} is of stage {self._stage}; give "
+                "a file of stage 0, or leave one of them out"
+            )
         if isinstance(optimizer, NormsOfWholeTensors) and self._stage > 0:
             optimizer.total = self._sum_of_parts
         self._create_moments(recipe.optimizer.moments)
@@ -92,7 +98,7 @@ class DeepSpeedEngine(Engine):
         loss = loss.clone()
         if self._scale is not None:
             if self._stage == 0:
-                loss = loss * self._scale.scale
+                loss = self.scaled(loss)
             else:
                 # a number of the host, which DeepSpeed compares; it has waited for it already
                 self._engine.optimizer.override_loss_scale(self._scale.scale.item())

@@ -55,6 +55,18 @@ class Engine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss."""
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """A loss as it goes backward: times the loss scale of float16 training."""
+        return loss if self._scale is None else loss * self._scale.scale
+
+    def set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Give every trainable parameter, in their order, the gradient of the next step.
+
+        They are whole and the same on every process, as of ``engine.virtual_processes``.
+        """
+        for (_, parameter), gradient in zip(self.trainable(), gradients, strict=True):
+            parameter.grad = gradient
+
     def step(self, learning_rate: float) -> Tensor:
         """Clip, update and clear the gradients; nothing is read on the host.
 

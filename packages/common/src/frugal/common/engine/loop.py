@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -24,13 +24,14 @@ from frugal.common.distributed import Vote, gather_objects
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.evaluator import Evaluator
 from frugal.common.engine.logger import MetricsLogger
-from frugal.common.engine.metrics import StepMetrics, Values, fetch
+from frugal.common.engine.metrics import StepMetrics, Values, fetch, weighted_means
 from frugal.common.engine.saving import WeightAverage, collect, layout
 from frugal.common.engine.signals import StopSignal, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
+from frugal.common.engine.virtual import VirtualTrainer, step_of_virtual_processes
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import write_json
-from frugal.common.objectives.gradient_cache import cached_backward
+from frugal.common.objectives.gradient_cache import Wrapper, cached_backward
 from frugal.common.randomness import seed_step
 from frugal.common.recipe import Recipe, to_json
 from frugal.common.run import Run
@@ -81,6 +82,11 @@ class Training:
 
     def _lost_and_repaired(self) -> tuple[int, int]:
         return self.damage.damaged + self.damage.lost, self.damage.repaired
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Of what steps report, over the processes."""
+        # virtual processes have told each other, and rounded once, in the order of their ranks
+        return self.engine.mean(values) if self.recipe.engine.virtual_processes is None else values
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -237,6 +243,46 @@ def train_step(
         What the step reports, which may not be computed yet.
     """
     learning_rate = _learning_rate(recipe, step)
+    if recipe.engine.virtual_processes is None:
+        names, means = _backward(engine, recipe, micro_batches)
+    else:
+
+        def compute(
+            trainer: VirtualTrainer, micro_batches: Sequence[Batch]
+        ) -> tuple[list[str], torch.Tensor]:
+            names, means = _backward(trainer, recipe, micro_batches)
+            return names, trainer.mean(means)
+
+        names, means = step_of_virtual_processes(engine, recipe, step, micro_batches, compute)
+    norm = engine.step(learning_rate)  # (), not finite where nothing was changed
+    # a skipped step must leave bounded and averaged weights too as they were, to the bit; whether
+    # it was skipped is decided on the device, as reading the norm here would end the run-ahead
+    stepped = norm.isfinite()
+    engine.clamp(engine.objective.bounds(), stepped=stepped)
+    if average is not None:
+        average.update(stepped)
+    return StepMetrics(
+        step=step + 1,
+        learning_rate=learning_rate,
+        names=names,
+        means=means,
+        norm=norm.float(),
+        keys=[key for batch in micro_batches for key in batch.keys],
+    )
+
+
+class _Trainer(Wrapper, Protocol):
+    """What forward and backward passes go through: an engine, or a virtual process of one."""
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over the processes of a small float tensor."""
+        ...
+
+
+def _backward(
+    engine: _Trainer, recipe: Recipe, micro_batches: Sequence[Batch]
+) -> tuple[list[str], torch.Tensor]:
+    """Forward and backward of every micro-batch; names and means of what the objective reported."""
     weights = _micro_batch_weights(engine, micro_batches)  # (M,)
     reported = []
     for number, batch in enumerate(micro_batches):
@@ -250,17 +296,7 @@ def train_step(
                 engine.backward(loss * weights[number])
             metrics = metrics | {"loss": loss.detach()}
         reported.append(metrics)
-    norm = engine.step(learning_rate)  # (), not finite where nothing was changed
-    # a skipped step must leave bounded and averaged weights too as they were, to the bit; whether
-    # it was skipped is decided on the device, as reading the norm here would end the run-ahead
-    stepped = norm.isfinite()
-    engine.clamp(engine.objective.bounds(), stepped=stepped)
-    if average is not None:
-        average.update(stepped)
-    keys = [key for batch in micro_batches for key in batch.keys]
-    return StepMetrics.of(
-        reported, weights, step=step + 1, learning_rate=learning_rate, norm=norm, keys=keys
-    )
+    return weighted_means(reported, weights)
 
 
 def _learning_rate(recipe: Recipe, step: int) -> float:
@@ -270,7 +306,7 @@ def _learning_rate(recipe: Recipe, step: int) -> float:
     )
 
 
-def _micro_batch_weights(engine: Engine, micro_batches: list[Batch]) -> torch.Tensor:
+def _micro_batch_weights(engine: _Trainer, micro_batches: Sequence[Batch]) -> torch.Tensor:
     """(M,) float64: the share of each micro-batch in all that counts, over all processes.
 
     So what counts weighs the same in a micro-batch with damaged samples as in one without.
@@ -289,22 +325,32 @@ def _read_step(
 ) -> list[Batch]:
     """The micro-batches of a step, on the device.
 
+    Of every micro-batch there are as many in a row as this process stands for virtual processes.
+
     Raises:
-        InputError: if there is no data.
+        InputError: if there is no data, or not in batches for virtual processes.
         RunStopped: if this process was asked to stop while it waited for data.
     """
-    accumulate = training.recipe.engine.accumulate
+    recipe, world_size = training.recipe, training.run.world_size
+    needed = recipe.engine.accumulate * recipe.virtual_per_process(world_size)
     micro_batches: list[Batch] = []
     try:
         with stop_signal.interrupts(), training.meter.waiting():
-            for batch in itertools.islice(batches, accumulate):
+            for batch in itertools.islice(batches, needed):
                 micro_batches.append(batch)
-        if len(micro_batches) < accumulate:
+        if len(micro_batches) < needed:
             raise InputError(
                 "the training data ended before the run; look at what data.train names"
             )
     except (InputError, WaitInterrupted) as reason:
         _give_up(training, step, stop_signal, reason, num_read=len(micro_batches))
+    samples = recipe.local_batch(world_size) // recipe.virtual_per_process(world_size)
+    if recipe.engine.virtual_processes and len(micro_batches[0]) != samples:
+        raise InputError(
+            f"{type(recipe.data).__name__} gives a process {len(micro_batches[0])} samples at a "
+            f"time, where each of engine.virtual_processes = {recipe.engine.virtual_processes} has "
+            f"{samples}: this data knows of no virtual processes; leave them out"
+        )
     return [batch.to(training.run.device) for batch in micro_batches]
 
 
@@ -383,7 +429,7 @@ def sync_metrics(training: Training) -> None:
         RunStopped: if the gradient was not finite for ``run.max_skipped`` steps in a row.
     """
     pending, training.pending = training.pending, []
-    for metrics, values in zip(pending, fetch(pending, training.engine.mean), strict=True):
+    for metrics, values in zip(pending, fetch(pending, training.mean), strict=True):
         if not math.isfinite(values["gradient_norm"]):
             _count_skipped(training, metrics, values["loss"])
             # what is not finite is no part of any mean

@@ -27,31 +27,17 @@ class StepMetrics:
     keys: list[str]
     """Where the samples of this process come from."""
 
-    @classmethod
-    def of(
-        cls,
-        reported: list[dict[str, Tensor]],
-        weights: Tensor,
-        *,
-        step: int,
-        learning_rate: float,
-        norm: Tensor,
-        keys: list[str],
-    ) -> StepMetrics:
-        """The weighted means of what each of M micro-batches reported, scalars of the same names.
 
-        ``weights``, (M,), add up to 1.
-        """
-        names = sorted(reported[0])
-        rows = [torch.stack([values[name].float() for name in names]) for values in reported]
-        return cls(
-            step=step,
-            learning_rate=learning_rate,
-            names=names,
-            means=weights.to(torch.float32) @ torch.stack(rows),
-            norm=norm.float(),
-            keys=keys,
-        )
+def weighted_means(
+    reported: Sequence[dict[str, Tensor]], weights: Tensor
+) -> tuple[list[str], Tensor]:
+    """Names, and (N,) float32 the weighted means of what each of M micro-batches reported.
+
+    ``weights``, (M,), add up to 1; every micro-batch reports scalars of the same names.
+    """
+    names = sorted(reported[0])
+    rows = [torch.stack([values[name].float() for name in names]) for values in reported]
+    return names, weights.to(torch.float32) @ torch.stack(rows)
 
 
 def fetch(pending: Sequence[StepMetrics], mean: Callable[[Tensor], Tensor]) -> list[Values]:

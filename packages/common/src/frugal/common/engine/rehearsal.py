@@ -33,7 +33,7 @@ def rehearse(engine: Engine, recipe: Recipe, run: Run) -> None:
     Raises:
         InputError: if reductions, objective, model and batch do not go with each other.
     """
-    local = recipe.local_batch(run.world_size)
+    local = recipe.local_batch(run.world_size) // recipe.virtual_per_process(run.world_size)
     count = min(local, 2 + local % 2)  # few, but odd where a batch is: some objectives need pairs
     batch = _made_up(recipe, first=run.rank * count, count=count)
     if batch is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from frugal.common.contracts import Batch, Objective
 from frugal.common.objectives.contrastive import ContrastiveObjective, Encoded
+from frugal.common.randomness import random_states, set_random_states
 
 
 class Wrapper(Protocol):
@@ -59,7 +60,7 @@ def cached_backward(
     # without gradients no activation stays: of a chunk only its (B, E) features do
     with torch.no_grad():
         for part in parts:
-            states.append(_random_states(batch.images.device))
+            states.append(random_states(batch.images.device))
             # through the wrapper here too: ZeRO-3 and FSDP make weights whole in this call alone
             pieces.append(wrapper.forward(part, encode_only=True))
     objective = wrapper.objective
@@ -72,7 +73,7 @@ def cached_backward(
     for number, (part, state) in enumerate(zip(parts, states, strict=True)):
         is_last = number == len(parts) - 1
         gradients = _gradients(encoded, starts[number], len(part), with_scale=is_last)
-        _replay(batch.images.device, state)
+        set_random_states(batch.images.device, state)
         # chunks add up on their process; only the last one of a step is exchanged
         with wrapper.accumulating(last=last and is_last):
             wrapper.backward(wrapper.forward(part, gradients=gradients))
@@ -115,16 +116,3 @@ def _gradients(encoded: Encoded, start: int, count: int, *, with_scale: bool) ->
         patches=encoded.patches[rows],
         text_tokens=encoded.text_tokens[rows],
     )
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _replay(device: torch.device, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

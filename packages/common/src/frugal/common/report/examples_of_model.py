@@ -105,7 +105,7 @@ def draw_batch(objective: Objective, recipe: Recipe, run: Run) -> Examples:
     data = recipe.data
     if data.workers:
         data = replace(data, workers=0)  # type: ignore[type-var]
-    engine = replace(recipe.engine, accumulate=1)
+    engine = replace(recipe.engine, accumulate=1, virtual_processes=None)
     few = replace(recipe, batch_size=_DRAWN, engine=engine, data=data)
     stream = few.data.build(few, run, first_sample=0, state={}, engine=None)
     with evaluating(objective):
