@@ -80,6 +80,9 @@ class EngineOptions:
     threads: Count | None = None
     """CPU threads of each process; without it the cores are divided among the processes, and a
     process that runs alone takes OMP_NUM_THREADS where that is set."""
+    deterministic: bool = False
+    """Compute with deterministic kernels alone, so that two runs on the same GPUs end in the same
+    bits; refused for what has none. Its cost is not measured."""
     virtual_processes: Count | None = None
     """Compute every step as this many processes would, bit for bit, on any number of processes that
     divides it; each has one CPU thread then, unless engine.threads is given."""
@@ -328,6 +331,11 @@ class Recipe:
                 f"{self.engine.accumulate} micro-batches; choose a multiple"
             )
         self._check_virtual_processes()
+        if self.engine.deterministic and self.engine.compile:
+            raise InputError(
+                "engine.deterministic wants the same kernels in every run, but engine.compile "
+                "chooses some by the time that they take; leave one of them out"
+            )
         if self.run.best is not None and not self.evaluation:
             raise InputError(
                 f"run.best is {self.run.best!r}, but this recipe evaluates nothing; leave it out"

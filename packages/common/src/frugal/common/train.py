@@ -30,6 +30,10 @@ from frugal.common.data.contents import Contents, keep_contents, noted
 from frugal.common.data.tokenizers import load_tokenizer, token_difference
 from frugal.common.distributed import barrier, gather_objects, launcher_ranks
 from frugal.common.engine.calibration import calibrate_reduction
+from frugal.common.engine.deterministic import (
+    make_deterministic,
+    naming_what_is_not_deterministic,
+)
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.evaluator import Evaluator, last_evaluated
 from frugal.common.engine.logger import MetricsLogger
@@ -59,6 +63,7 @@ def main(recipes: Recipes, *, method: str, script: str = "train") -> None:
     run_politely(command)
 
 
+@naming_what_is_not_deterministic()
 def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     """Train a recipe to its end, from the start or from where its run directory left off.
 
@@ -78,6 +83,8 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     run = open_run(folder, recipe.engine.device, threads=_threads(recipe))
     recipe.local_batch(run.world_size)  # refuse before anything is written
     recipe.virtual_per_process(run.world_size)
+    if recipe.engine.deterministic:
+        make_deterministic(run.log)
     recipe.check_trainable()
 
     store = CheckpointStore(run, keep=recipe.run.keep)

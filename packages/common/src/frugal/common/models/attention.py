@@ -17,13 +17,13 @@ the pooled token, packed    keys padded; torch, one query, key mask    the same
 
 "torch" is ``scaled_dot_product_attention``; on a CPU it computes bfloat16 and float16 in float32.
 xformers has a kernel where a tiny forward and backward pass ran, tried once for every device,
-dtype and head width. The pooled token is the one that the pooling reads: a tower that pools the
-class token, the end of text, the first or the last slot computes nothing else in its last block.
-Padding is masked in dense text towers with ``pad_mask``; tokens are packed by image reductions
-that keep another number of patches of every image and by text towers with ``packed``. MILAN's
-decoder and teacher attend to dense tokens; the importance that the teacher gives to patches is
-one row of its last attention, computed apart. Towers of timm and transformers have their own
-attention.
+dtype and head width, and is left out by ``engine.deterministic``. The pooled token is the one that
+the pooling reads: a tower that pools the class token, the end of text, the first or the last slot
+computes nothing else in its last block. Padding is masked in dense text towers with ``pad_mask``;
+tokens are packed by image reductions that keep another number of patches of every image and by
+text towers with ``packed``. MILAN's decoder and teacher attend to dense tokens; the importance that
+the teacher gives to patches is one row of its last attention, computed apart. Towers of timm and
+transformers have their own attention.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _xformers_runs(device: str, dtype: torch.dtype, head_width: int) -> bool:
 
 
 def _use_xformers(device: str, dtype: torch.dtype, head_width: int) -> bool:
-    return device != "cpu" and _xformers_runs(device, dtype, head_width)
+    if device == "cpu" or torch.are_deterministic_algorithms_enabled():
+        return False  # xformers adds gradients in any order
+    return _xformers_runs(device, dtype, head_width)
 
 
 # A compiled tower would otherwise break its graph at the try above, once in every block. This is
