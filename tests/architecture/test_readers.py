@@ -64,7 +64,7 @@ SAFE: dict[str, str] = {
     "common/checkpoint/background.py": "what the writer that it started says",
     "common/checkpoint/commit.py": "syncs what was written here",
     "common/checkpoint/manifest.py": "digests in blocks, and the sources of this package",
-    "common/checkpoint/writer.py": "what the trainer that started it says, and what it wrote itself",
+    "common/checkpoint/writer.py": "what its trainer says, and what it wrote itself",
     "common/history.py": "line by line with parse_json",
     "common/engine/engine.py": "/proc",
     "common/run.py": "/proc",

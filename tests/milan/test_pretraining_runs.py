@@ -1,6 +1,7 @@
 """Pretraining as users start it: several processes, interruptions, mistakes."""
 
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from frugal.common.checkpoint.store import find_checkpoint, load_weights, save_weights
 from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
 from frugal.common.errors import InputError
@@ -73,6 +75,28 @@ def test_a_run_learns_and_says_what_it_sees(pretrained: Path) -> None:
     encoder = read_encoder(pretrained)
     assert encoder.missing() == [] and {"decoder.mask_token"} <= encoder.rest.keys()
     assert torch.isfinite(encoder.build().forward_tokens(torch.zeros(1, 3, 32, 32))).all()
+
+
+def test_a_run_does_not_go_on_with_a_teacher_of_other_weights(
+    pretrained: Path, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    run, teacher = tmp_path / "run", tmp_path / "teacher"
+    source = words[0].partition("=")[2]
+    shutil.copytree(source, teacher)
+    given = (f"--objective.teacher.source={teacher}", *words[1:])
+    train(ALONE, run, *given, "--run.save-every=2", "--run.keep=20", **PRETRAIN)
+    for folder in (run / "checkpoints").glob("step_*"):
+        if int(folder.name.removeprefix("step_")) > 2:
+            shutil.rmtree(folder)
+    (run / "checkpoints" / "latest").write_text("step_000000002\n")
+    shutil.rmtree(teacher)
+    weights = load_weights(find_checkpoint(Path(source)))
+    other = {name: tensor + 0.1 for name, tensor in weights.items()}
+    shutil.copytree(source, teacher, ignore=shutil.ignore_patterns("checkpoints"))
+    save_weights(teacher / "checkpoints", other, step=1)
+    said = train(ALONE, run, *given, "--run.save-every=2", expect=2, **PRETRAIN)
+    assert "what objective.teacher names has changed" in said
+    train(ALONE, run, *given, "--run.save-every=2", "--run.allow-changed-data", **PRETRAIN)
 
 
 @pytest.mark.parametrize(

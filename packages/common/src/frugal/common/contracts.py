@@ -268,6 +268,13 @@ class Objective(nn.Module):
         if source is not None:
             start.take_all(self, source)
 
+    def also_read(self) -> dict[str, str]:
+        """Digests of what decides about the loss and is in no checkpoint, such as a teacher.
+
+        By the field that names it; a run does not go on where one is another.
+        """
+        return {}
+
     def patch_view(self, batch: Batch) -> tuple[PatchView, NoiseSource] | None:
         """What the image reduction sees of a batch, and where it gets its random numbers.
 

@@ -121,7 +121,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     last_step = last_evaluated(recipe, run)
     also, changes = dict[str, str](), list[str]()
     if not is_complete:
-        also = recipe.data.also_read() if run.is_main else {}
+        also = recipe.data.also_read() | objective.also_read() if run.is_main else {}
         changes = keep_contents(
             run,
             stream.contents,

@@ -153,6 +153,11 @@ class Reconstruction(Objective):
         return (self.model.image, self.model.decoder, *teachers)
 
     @override
+    def also_read(self) -> dict[str, str]:
+        """A digest of the teacher's weights, where there is one."""
+        return self.target.also_read()
+
+    @override
     def patch_view(self, batch: Batch) -> tuple[PatchView, SampleNoise]:
         """What the image reduction sees of a batch, and where it gets its random numbers."""
         return self._view(batch, self.target.of(batch.images))

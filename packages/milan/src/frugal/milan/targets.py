@@ -49,6 +49,10 @@ class Target(Protocol):
         """Forward FLOPs of computing the target of one image."""
         ...
 
+    def also_read(self) -> dict[str, str]:
+        """See :meth:`frugal.common.contracts.Objective.also_read`."""
+        ...
+
 
 class FeatureTarget:
     """The tokens of a teacher, all of them (arXiv:2208.06049, section 3.1)."""
@@ -75,6 +79,10 @@ class FeatureTarget:
     def flops(self) -> float:
         """Forward FLOPs of the teacher on one image."""
         return self.teacher.flops()
+
+    def also_read(self) -> dict[str, str]:
+        """A digest of the teacher."""
+        return {"objective.teacher": self.teacher.digest}
 
 
 class PixelTarget:
@@ -103,6 +111,10 @@ class PixelTarget:
     def flops(self) -> float:
         """0: pixels are there already."""
         return 0.0
+
+    def also_read(self) -> dict[str, str]:
+        """Nothing: pixels are in the data."""
+        return {}
 
 
 def pixel_target(pixels: Tensor, *, normalize_patches: bool) -> Tensor:

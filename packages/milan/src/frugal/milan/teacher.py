@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from frugal.common.errors import InputError
+from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.models.attention import Attention
 from frugal.common.models.blocks import Activation, Block
 from frugal.common.models.flops import image_flops
@@ -74,6 +75,8 @@ class FrozenTeacher:
             pixels_std: of the same.
         """
         self.tower = stored.build().eval().requires_grad_(False)
+        self.digest = weights_digest(self.tower)
+        """SHA-256 of its weights as they were read."""
         self._given = (pixels_mean, pixels_std)
         self._dtype: torch.dtype | None = None
         self.checkpoint_activations = False

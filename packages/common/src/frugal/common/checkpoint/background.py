@@ -41,7 +41,7 @@ class _WriterProcess:
 
     def __init__(self, copy: HostCopy, rank: int, world_size: int, lock: int | None) -> None:
         # beside training it must start at once: without what site-packages bring along
-        folders = os.pathsep.join(str(part.parent) for part in source_folders())
+        folders = os.pathsep.join(str(part.parents[1]) for part in source_folders())
         # blocked signals stay so in what is started: the trainer alone decides when to end
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WRITERS)
         try:

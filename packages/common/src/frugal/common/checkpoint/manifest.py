@@ -15,8 +15,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
-import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,8 +75,15 @@ def digest_json(value: Any) -> str:
 
 
 def source_folders() -> list[Path]:
-    """The folders that the namespace ``frugal`` is spread over: one of every installed package."""
-    return [Path(folder) for folder in sys.modules["frugal"].__path__]
+    """The folders ``frugal/common``, ``frugal/flip`` and so on of all installed packages.
+
+    The namespace itself names no folder where packages are installed to be edited.
+    """
+    installed = (each.name.lower() for each in importlib.metadata.distributions() if each.name)
+    names = {name[7:].replace("-", "_") for name in installed if name.startswith("frugal-")}
+    specs = [importlib.util.find_spec(f"frugal.{name}") for name in sorted(names | {"common"})]
+    places = [spec.submodule_search_locations or [] for spec in specs if spec is not None]
+    return [Path(place) for found in places for place in found if Path(place).is_dir()]
 
 
 @functools.cache
@@ -88,7 +95,7 @@ def code_version() -> dict[str, str]:
         version = "unknown"
     sources = [(part, file) for part in source_folders() for file in part.rglob("*.py")]
     found = hashlib.sha256()
-    for name, file in sorted((file.relative_to(part).as_posix(), file) for part, file in sources):
+    for name, file in sorted((f"{part.name}/{f.relative_to(part)}", f) for part, f in sources):
         found.update(f"{name}\0".encode() + file.read_bytes())
     return {"version": version, "sha256": found.hexdigest()}
 

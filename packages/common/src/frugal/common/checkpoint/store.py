@@ -483,8 +483,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         _refuse_strange(state, files)
     except FileNotFoundError:
         raise InputError(
-            f"{folder / 'state.json'} is not there, which is written last, so that this is no whole "
-            "checkpoint; use an older checkpoint"
+            f"{folder / 'state.json'} is not there, which is written last, so that this is no "
+            "whole checkpoint; use an older checkpoint"
         ) from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else reason_of(error)
