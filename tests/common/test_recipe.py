@@ -166,6 +166,39 @@ def test_a_refused_value_is_named_with_its_file(tmp_path: Path) -> None:
     assert str(refused.value) == f"{path}: run.log_every is '48', must be a number"
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("model", "image", "image_size"), [32, 32, 32]),
+        (("model", "image", "mean"), [0.5]),
+        (("evaluation",), {}),
+        (("data", "train"), "data/scenes/train"),
+        (("batch_size",), True),
+        (("run", "interpolate"), "yes"),
+        (("schedule",), to_json(demo().optimizer)),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_value_of_another_type_is_refused_with_its_file_and_field(
+    path: tuple[str, ...], value: object, tmp_path: Path
+) -> None:
+    saved = to_json(read("demo"))
+    part = saved
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(saved))
+    with pytest.raises(InputError, match=f"recipe.json has .* as {path[-1]} of .*, which is no "):
+        load_recipe(file)
+
+
+def test_two_evaluations_of_one_name_are_refused() -> None:
+    recipe = demo()
+    with pytest.raises(InputError, match="two evaluations of this recipe are called"):
+        replace(recipe, evaluation=(*recipe.evaluation, recipe.evaluation[0]))
+
+
 def test_a_recipe_of_another_program_is_not_imported(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({"type": "os.system"}))

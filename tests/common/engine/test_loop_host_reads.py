@@ -19,6 +19,7 @@ from frugal.common.engine.evaluator import Evaluator
 from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.loop import Training, train
 from frugal.common.engine.saving import WeightAverage
+from frugal.common.engine.watchdog import Watchdog
 from frugal.common.optim.optimizers import LARS, skip_unless_finite
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run, make_logger
@@ -92,6 +93,7 @@ def watched_training(
     logger = UndrawnLogger(run, first_step=0, steps=recipe.steps)
     average = WeightAverage(engine, 0.9)
     return Training(
+        watchdog=Watchdog(run, minutes=None),
         recipe=recipe,
         run=run,
         engine=engine,

@@ -340,6 +340,23 @@ def _open_store(ranks: Ranks, limit: float) -> dist.Store:
     return store
 
 
+def connect_to_store(*, timeout: float) -> dist.Store:
+    """A connection of one's own to where the processes of a run have met.
+
+    Args:
+        timeout: seconds that one of its calls waits at most.
+    """
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=timeout),
+    )
+    # torchrun keeps it when it starts processes that failed once more
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"frugal/attempt_{attempt}", store)
+
+
 class _Meeting:
     """The place where processes meet, and who has come."""
 
@@ -608,6 +625,7 @@ def require_same(
     what: str,
     *,
     words: str = "",
+    remedy: str = "give every machine the same files under the same path",
     gather: Callable[[Any], list[Any]] = gather_objects,
 ) -> None:
     """Refuse to work on something that the processes see differently.
@@ -616,6 +634,7 @@ def require_same(
         value: compared; equal where the processes see the same.
         what: it stands for, such as ``data of the evaluation 'a'``.
         words: what a person is told of it.
+        remedy: what to do about it.
         gather: collects the value of every process, in rank order, on all of them.
 
     Raises:
@@ -634,8 +653,7 @@ def require_same(
     raise InputError(
         f"the {what} is not the same everywhere: process {listed} of {len(found)} "
         f"{'sees' if len(odd) == 1 else 'see'} another copy than process 0 ({numbers}; process "
-        f"{odd[0]} is on {odd_host}, process 0 on {first_host}); give every machine the same files "
-        "under the same path"
+        f"{odd[0]} is on {odd_host}, process 0 on {first_host}); {remedy}"
     )
 
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import tyro
 from torch import Tensor, nn
+from typeguard import TypeCheckError, check_type
 
 from frugal.common.contracts import (
     ColorChange,
@@ -37,6 +38,7 @@ from frugal.common.old_names import FIELDS, TYPES, VALUES
 from frugal.common.ranges import (
     Count,
     OpenShare,
+    Positive,
     Range,
     Seed,
     check_ranges,
@@ -127,6 +129,9 @@ class RunOptions:
     max_failed_saves: Count = 60
     """Attempts in a row at writing a checkpoint that may fail before the run stops at the next one.
     They are a second apart at first, and a minute when it goes on: 60 take about an hour."""
+    stall_minutes: Positive | None = 30.0
+    """How long one of several processes may give no sign of life, or stay behind the others, before
+    all of them end and name it; None waits for ever."""
     max_skipped: Count = 10
     """Steps in a row whose loss is not finite before the run stops; seen when a line is logged."""
 
@@ -336,6 +341,12 @@ class Recipe:
                 "engine.deterministic wants the same kernels in every run, but engine.compile "
                 "chooses some by the time that they take; leave one of them out"
             )
+        names = [task.name for task in self.evaluation]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise InputError(
+                f"two evaluations of this recipe are called {min(twice)!r}, whose numbers would "
+                "take each other's place; give one of them another name"
+            )
         if self.run.best is not None and not self.evaluation:
             raise InputError(
                 f"run.best is {self.run.best!r}, but this recipe evaluates nothing; leave it out"
@@ -543,7 +554,7 @@ def from_json(value: Any, *, source: str = "the recipe") -> Any:
                 f"({reason_of(error)})"
             ) from None
     try:
-        return kind(**arguments)
+        part = kind(**arguments)
     except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
         raise InputError(
             f"{source} describes no {value['type']} that can be ({reason_of(error)}); correct it"
@@ -554,6 +565,25 @@ def from_json(value: Any, *, source: str = "the recipe") -> Any:
         raise InputError(
             f"{source} does not describe a whole {value['type']}: it lacks {lacking}"
         ) from None
+    _refuse_other_types(part, hints, source=source)
+    return part
+
+
+def _refuse_other_types(part: Any, hints: Mapping[str, Any], *, source: str) -> None:
+    """Refuse a part that a file describes with values of other types than its fields have."""
+    for item in dataclasses.fields(part):
+        value, hint = getattr(part, item.name), hints[item.name]
+        wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else None
+        try:
+            check_type(value, hint)
+            is_other = isinstance(value, bool) and hint in (int, float)
+        except TypeCheckError:
+            is_other = True
+        if is_other:
+            raise InputError(
+                f"{source} has {value!r} as {item.name} of {type(part).__name__}, which is no "
+                f"{wanted or str(hint).replace('typing.', '')}; correct it"
+            )
 
 
 def _has_no_default(field: dataclasses.Field[Any]) -> bool:

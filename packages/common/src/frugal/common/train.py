@@ -28,7 +28,7 @@ from frugal.common.cli import Recipes, read_command_line, run_politely
 from frugal.common.contracts import Objective
 from frugal.common.data.contents import Contents, keep_contents, noted
 from frugal.common.data.tokenizers import load_tokenizer, token_difference
-from frugal.common.distributed import barrier, gather_objects, launcher_ranks
+from frugal.common.distributed import barrier, gather_objects, launcher_ranks, require_same
 from frugal.common.engine.calibration import calibrate_reduction
 from frugal.common.engine.deterministic import (
     make_deterministic,
@@ -40,6 +40,7 @@ from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.loop import Training, evaluate_if_missed, train
 from frugal.common.engine.rehearsal import rehearse
 from frugal.common.engine.saving import WeightAverage, restore
+from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError
 from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.files import read_json_object, write_json
@@ -93,6 +94,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         source = start or recipe.run.start_from
         init_from(objective, source, interpolate=recipe.run.interpolate, log=run.log)
     engine = make_engine(objective, recipe, run)
+    _require_same_run(recipe)
     average = None
     if recipe.engine.ema_decay is not None:
         average = WeightAverage(engine, recipe.engine.ema_decay)
@@ -156,6 +158,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         average=average,
         evaluator=evaluator,
         first_step=first_step,
+        watchdog=Watchdog(run, minutes=recipe.run.stall_minutes),
     )
     training.load_state(state)
     training.saves.lock = lock.fileno() if lock is not None else None
@@ -167,6 +170,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     else:
         evaluate_if_missed(training)
     training.saves.close()
+    training.watchdog.close()
     logger.close()
     engine.close()
     if lock is not None:
@@ -237,6 +241,18 @@ def make_engine(objective: Objective, recipe: Recipe, run: Run) -> Engine:
     from frugal.common.engine.accelerate import AccelerateEngine
 
     return AccelerateEngine(objective, recipe, run)
+
+
+def _require_same_run(recipe: Recipe) -> None:
+    """Refuse processes that were started with other words, or that run other code."""
+    require_same(
+        digest_json(to_json(recipe)), "recipe", remedy="start all of them with the same command"
+    )
+    require_same(
+        code_version()["sha256"],
+        "code of Frugal",
+        remedy="install the same version of its packages on every machine",
+    )
 
 
 def _lock_existing(run: Run) -> TextIOWrapper | None:

@@ -29,6 +29,7 @@ from frugal.common.engine.saving import WeightAverage, collect, layout
 from frugal.common.engine.signals import StopSignal, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.engine.virtual import VirtualTrainer, step_of_virtual_processes
+from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import write_json
 from frugal.common.objectives.gradient_cache import Wrapper, cached_backward
@@ -53,6 +54,7 @@ class Training:
     average: WeightAverage | None
     evaluator: Evaluator
     first_step: int
+    watchdog: Watchdog
     seconds: float = 0.0
     """Spent on steps before this process started."""
     skipped_steps: int = 0
@@ -177,7 +179,9 @@ def train(training: Training) -> None:
         for step in range(training.first_step, recipe.steps):
             # anew for every step: a resumed run drops out what it would have dropped out
             seed_step(recipe.run.seed, step, run.rank)
+            training.watchdog.wait_for_data(step + 1)
             micro_batches = _read_step(training, step, batches, stop_signal)
+            training.watchdog.compute(step + 1)
             # every process hears the same answer, so that all of them stop after the same step
             stops = vote.any(yes=stop_signal.asked)
             training.count_damage(micro_batches)
@@ -207,6 +211,7 @@ def train(training: Training) -> None:
                 with meter.paused("pictures"):
                     training.logger.draw_batch(engine.objective, micro_batches[0], done)
             if saves or is_too_damaged:
+                training.watchdog.note(f"saving step {done}")
                 training.save(done, is_last=is_last or is_too_damaged)
             if is_too_damaged:
                 remedy = f": the same command then continues from step {done}"
@@ -219,6 +224,7 @@ def train(training: Training) -> None:
                 )
             # behind the checkpoint, so that nothing is lost where an evaluation fails or is killed
             if evaluates:
+                training.watchdog.note(f"evaluating step {done}")
                 evaluate(training, done)
     _log_seconds(training)
 

@@ -1,0 +1,136 @@
+"""Whether the other processes of a run still live and go on, and what each did last.
+
+A collective waits for whoever does not come, without a word of who that is. So every process tells
+the others what it does, and a thread beside the training looks at what they tell. Where one gives
+no sign of life, or stays behind the others, for longer than a run allows, every process names it
+and ends; the same command then continues from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import NoReturn
+
+from frugal.common.distributed import connect_to_store
+from frugal.common.run import Run
+
+_BEAT = 5.0
+"""Seconds between two looks, at most."""
+
+
+@dataclass
+class _Seen:
+    """What was last heard of a process, and when it was news."""
+
+    beats: int
+    position: int
+    doing: str
+    host: str
+    alive_at: float
+    moved_at: float
+
+
+class Watchdog:
+    """Tells what this process does, and ends it where another one is gone or stuck."""
+
+    def __init__(self, run: Run, *, minutes: float | None) -> None:
+        """Begin, where there are other processes.
+
+        Args:
+            run: this process.
+            minutes: without a sign of life, or behind the others; None never ends anything.
+        """
+        self._run = run
+        self._limit = 0.0 if minutes is None else 60 * minutes
+        self._doing = "starting"
+        self._position = 0
+        self._closed = threading.Event()
+        self._seen: dict[int, _Seen] = {}
+        self._answered_at = time.monotonic()
+        if minutes is not None and run.world_size > 1:
+            # apart: what talks to a process that stands still hangs
+            for work in (self._talk, self._judge):
+                threading.Thread(target=work, daemon=True).start()
+
+    def wait_for_data(self, step: int) -> None:
+        """Note that the data of a step are waited for."""
+        self._position, self._doing = 2 * step, f"waiting for the data of step {step}"
+
+    def compute(self, step: int) -> None:
+        """Note that a step is computed."""
+        self._position, self._doing = 2 * step + 1, f"computing step {step}"
+
+    def note(self, doing: str) -> None:
+        """Note what is done between two steps; all processes may do it for as long as it takes."""
+        self._doing = doing
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+
+    @property
+    def _pause(self) -> float:
+        return min(_BEAT, self._limit / 5)
+
+    def _talk(self) -> None:
+        """Tell what this process does, and hear what the others do."""
+        store = connect_to_store(timeout=self._limit)
+        beats = 0
+        while not self._closed.wait(self._pause):
+            beats += 1
+            told = [beats, self._position, self._doing, socket.gethostname()]
+            try:
+                store.set(f"alive/{self._run.rank}", json.dumps(told))
+                for rank in range(self._run.world_size):
+                    if store.check([f"alive/{rank}"]):
+                        self._hear(rank, *json.loads(store.get(f"alive/{rank}")))
+            except Exception:  # noqa: BLE001 - the process that keeps the store is gone
+                continue
+            self._answered_at = time.monotonic()
+
+    def _hear(self, rank: int, beats: int, position: int, doing: str, host: str) -> None:
+        now, last = time.monotonic(), self._seen.get(rank)
+        alive_at = now if last is None or last.beats != beats else last.alive_at
+        moved_at = now if last is None or last.position != position else last.moved_at
+        self._seen[rank] = _Seen(beats, position, doing, host, alive_at, moved_at)
+
+    def _judge(self) -> None:
+        """End this process where another one is gone or stuck."""
+        while not self._closed.wait(self._pause):
+            fault = self._fault()
+            if fault and not self._closed.is_set():
+                self._end(fault)
+
+    def _fault(self) -> str:
+        """Which process is gone or stuck, in words; "" where none is."""
+        now, seen = time.monotonic(), dict(self._seen)
+        if now - self._answered_at > self._limit:
+            last = f"; what it did last was {seen[0].doing}" if 0 in seen else ""
+            return f"process 0, which keeps the meeting place, does not answer{last}"
+        first = max((one.position for one in seen.values()), default=0)
+        for rank, one in seen.items():
+            named = f"process {rank} of {self._run.world_size} (on {one.host})"
+            if now - one.alive_at > self._limit:
+                return (
+                    f"{named} has given no sign of life for {now - one.alive_at:.0f} seconds; what "
+                    f"it did last was {one.doing}"
+                )
+            if one.position < first and now - one.moved_at > self._limit:
+                return (
+                    f"{named} has been {one.doing} for {now - one.moved_at:.0f} seconds, while "
+                    "others wait for it"
+                )
+        return ""
+
+    def _end(self, fault: str) -> NoReturn:
+        self._run.log.error(
+            "%s; this process ends (--run.stall-minutes), and the same command continues from the "
+            "last checkpoint", fault,
+        )  # fmt: skip
+        # the main thread waits in a collective, which nothing else can end
+        os._exit(1)

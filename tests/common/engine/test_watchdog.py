@@ -1,0 +1,64 @@
+"""A process that is gone or stuck is named, and the others end instead of waiting for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from support import DDP, log_of, start, wait_for_step, zero
+
+SHORT = ("--schedule.samples=240000", "--run.save-every=5", "--run.stall-minutes=0.06")
+
+
+@pytest.mark.parametrize("launcher", [DDP, zero(2)], ids=lambda launcher: launcher.name)
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_stands_still_is_named_with_what_it_did_last(
+    launcher, stopped: int, scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", *SHORT)
+    process = start(launcher, run, *words)
+    wait_for_step(process, run, 6)
+    os.kill(process.pids[stopped], signal.SIGSTOP)
+    begun = time.monotonic()
+    assert process.wait(timeout=60) in (1, -9)  # a launcher kills the one that stands still
+    assert time.monotonic() - begun < 30
+    said = log_of(run).read_text()
+    if stopped == 1:
+        assert "process 1 of 2 (on " in said
+        assert "has given no sign of life for" in said or "while others wait for it" in said
+        assert "step" in said.partition("process 1 of 2")[2]
+    else:  # it keeps the meeting place
+        assert "process 0" in said
+    # nothing is lost: the same command goes on
+    process = start(launcher, run, words[0], SHORT[0])
+    wait_for_step(process, run, 8)
+    process.send_signal(signal.SIGKILL)
+
+
+def test_a_slow_process_is_waited_for(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", "--run.stall-minutes=0.2")
+    process = start(DDP, run, *words, "--schedule.samples=2400")
+    wait_for_step(process, run, 3)
+    for _ in range(3):
+        os.kill(process.pids[1], signal.SIGSTOP)
+        time.sleep(2)
+        os.kill(process.pids[1], signal.SIGCONT)
+    assert process.wait(timeout=120) == 0
+
+
+def test_processes_that_were_started_with_other_words_are_refused(
+    scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(DDP, run, f"--data.train={scenes / 'train'}", "--run.seed={rank}")
+    assert process.wait(timeout=120) == 2
+    said = log_of(run).read_text()
+    assert "the recipe is not the same everywhere: process 1 of 2 sees another copy than" in said
+    assert "start all of them with the same command" in said
+    assert not (run / "recipe.json").exists()
