@@ -54,6 +54,7 @@ LAYERS = [
         "evaluate",
         "export",
         "import_weights",
+        "replay",
     ),
 ]
 """Folders, and modules on their own that stand lower than the others of their folder."""

@@ -53,7 +53,7 @@ from frugal.common.data.stores.tfrecord import index_records
 from frugal.common.data.tokenizers import HuggingFace, load_tokenizer
 from frugal.common.data.word_pieces import read_entries
 from frugal.common.engine.deepspeed import read_config
-from frugal.common.engine.logger import _drop_after
+from frugal.common.engine.logger import _keep_steps
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import load_sample_results
 from frugal.common.evaluation.class_names import held_out_classes
@@ -154,8 +154,8 @@ TEXT_READERS: dict[str, Reader] = {
     "numbers of an evaluation": ("zero_shot.json", _parent(
         lambda folder: read_facts(folder, "zero_shot"))),
     "logged metrics": ("metrics.jsonl", _parent(read_metrics)),
-    "metrics of a resumed run": ("metrics.jsonl", lambda file: _drop_after(
-        file, 3, logging.getLogger("frugal"))),
+    "metrics of a resumed run": ("metrics.jsonl", lambda file: _keep_steps(
+        file, 0, 3, logging.getLogger("frugal"))),
     "caption list": ("captions.csv", lambda file: open_list(file, Fields())),
     "index of weights": ("w.safetensors.index.json", read_weights),
     "settings of open_clip": ("open_clip_config.json", _parent(load_model)),
@@ -409,7 +409,7 @@ def test_lines_of_the_metrics_that_are_none_are_counted(
     assert len(read_metrics(tmp_path)) == 2
     assert "metrics.jsonl: 2 lines are no JSON and are left out" in caplog.text
     caplog.clear()
-    _drop_after(tmp_path / "metrics.jsonl", 5, logging.getLogger("frugal"))
+    _keep_steps(tmp_path / "metrics.jsonl", 0, 5, logging.getLogger("frugal"))
     assert (tmp_path / "metrics.jsonl").read_bytes() == 2 * good
     assert "2 lines are no JSON of a step and are left out" in caplog.text
 

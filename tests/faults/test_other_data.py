@@ -96,10 +96,14 @@ def test_other_data_are_refused_by_name_or_noted_where_they_are_allowed(
     run = place / "run"
     output = train(launcher, run, *words(place), expect=2, recipe=RECIPE)
     assert sentence in output and "--run.allow-changed-data" in output
-    assert [line["event"] for line in read_history(run)] == ["began"]
+    assert [line["event"] for line in read_history(run)] == ["began", "ended"]
     assert not (run / "checkpoints" / "step_000000003").exists()
     train(launcher, run, *words(place), "--run.allow-changed-data", recipe=RECIPE)
-    began, continued, changed = read_history(run)
+    began, ended, continued, changed, last = read_history(run)
+    assert [(line["event"], line["step"]) for line in (ended, last)] == [
+        ("ended", 3),
+        ("ended", 3),
+    ]
     assert (began["event"], began["step"], began["world_size"]) == ("began", 0, 1)
     assert (continued["event"], continued["step"]) == ("continued", 2)
     assert continued["code"] == began["code"] and len(began["code"]["sha256"]) == 64

@@ -122,6 +122,23 @@ def test_the_next_checkpoint_waits_for_the_one_before(tmp_path: Path) -> None:
     saves.close()
 
 
+def test_a_run_that_goes_back_finds_what_it_had_begun_to_write_and_drops_what_is_later(
+    tmp_path: Path,
+) -> None:
+    saves, store = saves_in(tmp_path, keep=3), saves_in(tmp_path)._store
+    for step in (10, 20, 30):
+        save(saves, step, numbers=LARGE if step == 30 else 15)
+    assert not store.holds(30)
+    saves.finish()
+    assert store.holds(30) and not leftovers(tmp_path)
+    store.drop_after(10)
+    assert newest_step(tmp_path) == 10
+    assert not store.holds(20) and not store.holds(30)
+    save(saves, 20, is_last=True)
+    assert newest_step(tmp_path) == 20
+    saves.close()
+
+
 def test_a_trainer_that_is_killed_right_after_the_copy_loses_nothing_and_is_waited_for(
     tmp_path: Path,
 ) -> None:

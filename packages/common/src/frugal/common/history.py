@@ -4,7 +4,14 @@
 1970), ``event`` and ``step``; what else it has depends on the event:
 
 ``began``, ``continued``  ``world_size``, ``engine``, ``code`` (the version and a digest of the
-    sources);
+    sources), ``since`` (when the first process was started), ``seconds`` (of steps before),
+    ``before`` (of the last log line of the process before: ``step``, ``time``,
+    ``session_seconds``);
+``ended``  ``session_seconds``: what the first process spent its time on, by name; a process that is
+    killed has no such line;
+``rewind``  ``to``, ``left_out``, ``lost_seconds``: the step of the checkpoint that the run went
+    back to, the steps (counted from 1) whose samples it does not train on, what was spent on the
+    steps that are done again;
 ``data_changed``  ``changes``: what was another than when the run began, and was allowed;
 ``checkpoint_lost``  ``reason``: why it could not be written, as the process that writes tells.
 """

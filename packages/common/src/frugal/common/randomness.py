@@ -30,7 +30,7 @@ def stable_key(*words: int | str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _mix(state: Tensor) -> Tensor:
+def mix(state: Tensor) -> Tensor:
     """The output function of splitmix64, on int64 with wrap-around."""
     for shift, multiplier in ((30, _MULTIPLIER_1), (27, _MULTIPLIER_2), (31, None)):
         # int64 shifts are arithmetic: the mask makes them logical
@@ -52,8 +52,8 @@ def uniform_noise(key: int, sample_numbers: Tensor, count: int) -> Tensor:
         (B, count) float32 on the device of ``sample_numbers``; bit-identical on every device.
     """
     counter = torch.arange(1, count + 1, device=sample_numbers.device)  # (count,)
-    row = _mix((sample_numbers + 1) * _GOLDEN_RATIO + key)  # (B,)
-    bits = _mix(row[:, None] + counter * _GOLDEN_RATIO)  # (B, count)
+    row = mix((sample_numbers + 1) * _GOLDEN_RATIO + key)  # (B,)
+    bits = mix(row[:, None] + counter * _GOLDEN_RATIO)  # (B, count)
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) / float(1 << 24)
 
 

@@ -134,6 +134,12 @@ class RunOptions:
     all of them end and name it; None waits for ever."""
     max_skipped: Count = 10
     """Steps in a row whose loss is not finite before the run stops; seen when a line is logged."""
+    on_divergence: Literal["stop", "skip", "rewind"] = "stop"
+    """What comes after run.max-skipped of them. stop: end the run. skip: go on, without them.
+    rewind: go back to the last good checkpoint and do not train on their samples."""
+    digests: bool = False
+    """Note 64-bit digests of the samples and the gradient of every step, by which
+    frugal.common.replay tells whether a step can be repeated bit for bit."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "run")

@@ -64,6 +64,17 @@ def open_run(folder: Path, device: str, *, threads: int | None = None) -> Run:
     return Run(folder, rank, world_size, local_rank, chosen, log)
 
 
+def process_began() -> float:
+    """When this process was started, as :func:`time.time` counts; now where that is not known."""
+    try:
+        # the name of the program, in brackets, may hold anything
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - (uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return time.time()
+
+
 def _threads(processes: int) -> int:
     """The cores divided among the processes of this machine; alone, what OMP_NUM_THREADS says.
 

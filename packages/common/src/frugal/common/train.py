@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from frugal.common.checkpoint.store import (
     recipe_of_run,
 )
 from frugal.common.cli import Recipes, read_command_line, run_politely
-from frugal.common.contracts import Objective
+from frugal.common.contracts import Objective, Stream
 from frugal.common.data.contents import Contents, keep_contents, noted
 from frugal.common.data.tokenizers import load_tokenizer, token_difference
 from frugal.common.distributed import barrier, gather_objects, launcher_ranks, require_same
@@ -36,7 +37,7 @@ from frugal.common.engine.deterministic import (
 )
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.evaluator import Evaluator, last_evaluated
-from frugal.common.engine.logger import MetricsLogger
+from frugal.common.engine.logger import MetricsLogger, last_line
 from frugal.common.engine.loop import Training, evaluate_if_missed, train
 from frugal.common.engine.rehearsal import rehearse
 from frugal.common.engine.saving import WeightAverage, restore
@@ -48,7 +49,14 @@ from frugal.common.history import note
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe, difference, recipe_if_whole, to_json, with_calibrated
-from frugal.common.run import Run, join, lock_run_dir, make_logger, open_run
+from frugal.common.run import (
+    Run,
+    join,
+    lock_run_dir,
+    make_logger,
+    open_run,
+    process_began,
+)
 from frugal.common.weights.runs import bundle_of, write_description
 
 
@@ -111,13 +119,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     state: dict[str, Any] = checkpoint.state if checkpoint else {}
     first_step = state.get("step", 0)
     is_complete = first_step >= recipe.steps
-    stream = recipe.data.build(
-        recipe,
-        run,
-        first_sample=first_step * recipe.batch_size,
-        state=_stream_state(recipe, run, state.get("stream", [])),
-        engine=engine,
-    )
+    stream = _open_stream(recipe, run, engine, checkpoint)
     _warn_of_repeated_samples(recipe, run, stream.epoch_samples)
     # the recipe that is there tells on which data it was evaluated, until it is replaced below
     last_step = last_evaluated(recipe, run)
@@ -143,6 +145,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         lock = lock_run_dir(run.dir, patience=0.0, log=run.log)
     if run.is_main and not is_complete:
         _note_start(run, engine, checkpoint, changes)
+    barrier()  # what the history says is read by all
     logger = MetricsLogger(run, first_step=first_step, steps=recipe.steps)
     logger.text("recipe", "```json\n" + json.dumps(to_json(recipe), indent=2) + "\n```")
     evaluator = Evaluator(
@@ -159,6 +162,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         evaluator=evaluator,
         first_step=first_step,
         watchdog=Watchdog(run, minutes=recipe.run.stall_minutes),
+        reopen=partial(_open_stream, recipe, run, engine),
     )
     training.load_state(state)
     training.saves.lock = lock.fileno() if lock is not None else None
@@ -273,7 +277,19 @@ def _newest_of_all(store: CheckpointStore) -> Checkpoint | None:
     return newest
 
 
-def _stream_state(recipe: Recipe, run: Run, saved: list[dict[str, Any]]) -> dict[str, Any]:
+def _open_stream(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Stream:
+    """The micro-batches of this process behind a checkpoint, or from the beginning."""
+    state: dict[str, Any] = checkpoint.state if checkpoint else {}
+    return recipe.data.build(
+        recipe,
+        run,
+        first_sample=state.get("step", 0) * recipe.batch_size,
+        state=stream_state(recipe, run, state.get("stream", [])),
+        engine=engine,
+    )
+
+
+def stream_state(recipe: Recipe, run: Run, saved: list[dict[str, Any]]) -> dict[str, Any]:
     """What the stream of this process continues from, of what each process of a run saved."""
     if recipe.data.shared_state and saved:
         return saved[0]
@@ -302,7 +318,7 @@ def _write_run_files(
     """
     if not run.is_main:
         return
-    write_json(run.dir / "environment.json", _environment(run, engine))
+    write_json(run.dir / "environment.json", environment_of(run, engine))
     if trains or not (run.dir / "tokenizer").exists():
         recipe.data.save_tokenizer(run.dir / "tokenizer")
     path = run.dir / "recipe.json"
@@ -344,10 +360,21 @@ def _about(contents: Contents, also: Mapping[str, str], run: Run) -> dict[str, A
 def _note_start(
     run: Run, engine: Engine, checkpoint: Checkpoint | None, changes: Sequence[str]
 ) -> None:
-    """Write into the history that a run begins or goes on, and what was allowed to be another."""
+    """Write into the history that a run begins or goes on, and what was allowed to be another.
+
+    The lines of steps that are taken again are dropped from the log afterwards.
+    """
     step = checkpoint.step if checkpoint else 0
     event = "continued" if checkpoint else "began"
-    facts = {"world_size": run.world_size, "engine": engine.name, "code": code_version()}
+    last = last_line(run.dir) or {}
+    facts = {
+        "world_size": run.world_size,
+        "engine": engine.name,
+        "code": code_version(),
+        "since": round(process_began(), 3),
+        "seconds": checkpoint.state.get("seconds", 0.0) if checkpoint else 0.0,
+        "before": {n: last[n] for n in ("step", "time", "session_seconds") if n in last},
+    }
     note(run.dir, event, step=step, **facts)
     if changes:
         note(run.dir, "data_changed", step=step, changes=changes)
@@ -360,7 +387,8 @@ _PACKAGES = (
 """Whose versions a run directory tells."""
 
 
-def _environment(run: Run, engine: Engine) -> dict[str, Any]:
+def environment_of(run: Run, engine: Engine) -> dict[str, Any]:
+    """What a run is computed by: versions, code, device, threads, processes."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -372,6 +400,7 @@ def _environment(run: Run, engine: Engine) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "packages": versions,
+        "code": code_version()["sha256"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads_per_process": torch.get_num_threads(),
         "world_size": run.world_size,

@@ -192,6 +192,16 @@ class BackgroundSaves:
         self._wait_for("complete", "failed", "gave_up")
         return self._pending is None or self._writer is None or self._writer.is_complete
 
+    def finish(self) -> None:
+        """Wait until nothing is being written; every process calls this.
+
+        Raises:
+            InputError: if too many attempts in a row failed.
+        """
+        final = self._pending
+        if (reason := self._settle()) and final is not None:
+            self._run.log.warning("%s", not_written(final, reason))
+
     def close(self) -> None:
         """Let the writer end; it finishes what it writes."""
         if self._writer is not None:

@@ -186,6 +186,20 @@ class CheckpointStore:
             remove_old(self.folder, keep=self.keep)
         return final
 
+    def holds(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there, and complete."""
+        return any(folder.name == checkpoint_name(step) for folder in self.whole())
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which a run that goes back takes once more.
+
+        Nothing may be being written.
+        """
+        point_at(self.folder / checkpoint_name(step))
+        for folder in self.whole():
+            if folder.name > checkpoint_name(step):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def note_best(self, step: int, number: str, value: float) -> bool:
         """Make the checkpoint of a step the best one if its value is higher than any before.
 

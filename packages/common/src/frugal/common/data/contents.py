@@ -190,6 +190,22 @@ def noted(contents: Contents, also: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def differences_since(folder: Path, contents: Contents, run: Run) -> list[str]:
+    """What has changed of the data since a run began, one phrase each; empty where it noted none.
+
+    Args:
+        folder: the run directory.
+        contents: what there is now.
+        run: this process; only the first one of a run reads again what was touched.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return []
+    before = _read(path).contents
+    touched = _touched(before, contents, run) if run.is_main else []
+    return [*_differences(before, contents), *touched]
+
+
 def _read(path: Path) -> _Kept:
     kept: Any = read_json_object(path)
     rows = kept.get("train")

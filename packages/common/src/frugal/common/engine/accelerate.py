@@ -12,10 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from typing_extensions import override
 
 from frugal.common.contracts import Objective
-from frugal.common.engine.engine import Engine, check_world_size, fresh_moments
+from frugal.common.engine.engine import Engine, GradientPart, check_world_size, fresh_moments
 from frugal.common.errors import InputError
 from frugal.common.optim.optimizers import set_learning_rate, skip_unless_finite
 from frugal.common.recipe import Recipe
@@ -61,6 +62,21 @@ class AccelerateEngine(Engine):
     @override
     def backward(self, loss: Tensor) -> None:
         self.scaled(loss).backward()
+
+    @override
+    def gradient_parts(self) -> Iterator[GradientPart]:
+        if not any(isinstance(parameter, DTensor) for _, parameter in self.trainable()):
+            yield from self._shared_gradients()
+            return
+        for number, (_, parameter) in enumerate(self.trainable()):
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                _, offset = compute_local_shape_and_global_offset(
+                    gradient.shape, gradient.device_mesh, gradient.placements
+                )
+                # FSDP2 cuts the first dimension
+                row = gradient.numel() // max(len(gradient), 1) if gradient.ndim else 1
+                yield GradientPart(number, offset[0] * row, gradient.to_local())
 
     @override
     def _step(self, learning_rate: float) -> Tensor:

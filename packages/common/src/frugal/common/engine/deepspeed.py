@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_grad,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -31,7 +32,7 @@ from typing_extensions import override
 
 from frugal.common.contracts import NormsOfWholeTensors, Objective
 from frugal.common.distributed import free_port, place_in_world, sum_over_processes
-from frugal.common.engine.engine import Engine, check_world_size, fresh_moments
+from frugal.common.engine.engine import Engine, GradientPart, check_world_size, fresh_moments
 from frugal.common.errors import InputError
 from frugal.common.files import read_text, reason_of
 from frugal.common.optim.optimizers import set_learning_rate, skip_unless_finite
@@ -103,6 +104,24 @@ class DeepSpeedEngine(Engine):
                 # a number of the host, which DeepSpeed compares; it has waited for it already
                 self._engine.optimizer.override_loss_scale(self._scale.scale.item())
         self._engine.backward(loss, scale_wrt_gas=False)
+
+    @override
+    def gradient_parts(self) -> Iterator[GradientPart]:
+        if self._stage == 0:
+            yield from self._shared_gradients()
+            return
+        parameter: Any
+        for number, (_, parameter) in enumerate(self.trainable()):
+            if self._stage == 3:
+                part = safe_get_local_grad(parameter)
+                start = self.run.rank * part.numel()
+                # what fills the last part up is no gradient
+                part = part[: max(self.whole_shape(parameter).numel() - start, 0)]
+                yield GradientPart(number, start, part)
+            elif (held := parameter._hp_mapping) is not None:
+                # DeepSpeed has a name for the whole gradient alone, which it gathers
+                gradient = held.get_lp_grad_fragment(parameter._index_in_param_group)
+                yield GradientPart(number, held.lp_fragment_address.start, gradient)
 
     @override
     def _step(self, learning_rate: float) -> Tensor:

@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,18 @@ from frugal.common.distributed import launcher_ranks, leave_process_group, mean_
 from frugal.common.errors import InputError
 from frugal.common.recipe import EngineOptions, Recipe
 from frugal.common.run import Run
+
+
+@dataclass(frozen=True)
+class GradientPart:
+    """A part of the gradient of one parameter, on this process."""
+
+    parameter: int
+    """Its place in :meth:`Engine.trainable`."""
+    start: int
+    """Place of the first element in the flat parameter."""
+    values: Tensor
+    """float32 of any shape."""
 
 
 class Engine(ABC):
@@ -84,6 +97,26 @@ class Engine(ABC):
     @abstractmethod
     def _step(self, learning_rate: float) -> Tensor:
         """The same without what both engines count."""
+
+    @abstractmethod
+    def gradient_parts(self) -> Iterator[GradientPart]:
+        """The summed gradient, between the last :meth:`backward` and :meth:`step`.
+
+        Over all processes every element comes once, and on each of them a parameter once at most.
+        Under float16 the loss scale is still in it.
+        """
+
+    def _shared_gradients(self) -> Iterator[GradientPart]:
+        """The same where every process holds all of it: each gives some whole parameters."""
+        sizes = [parameter.numel() for _, parameter in self.trainable()]
+        total, before = max(sum(sizes), 1), 0
+        for number, (_, parameter) in enumerate(self.trainable()):
+            if (
+                before * self.run.world_size // total == self.run.rank
+                and parameter.grad is not None
+            ):
+                yield GradientPart(number, 0, parameter.grad)
+            before += sizes[number]
 
     @abstractmethod
     def read(self, kind: str, parameter: nn.Parameter) -> Tensor:

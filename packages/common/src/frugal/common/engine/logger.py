@@ -8,7 +8,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from frugal.common.contracts import Batch, Objective
+from frugal.common.engine.digests import StepDigests, to_hex
 from frugal.common.errors import InputError
 from frugal.common.files import finite, parse_json, reason_of, write_file
 from frugal.common.run import Run
@@ -64,6 +65,23 @@ class _Log:
             )
 
 
+METRICS = "metrics.jsonl"
+"""In a run directory: the numbers of every log line."""
+
+
+def last_line(folder: Path) -> dict[str, Any] | None:
+    """The last whole line that a run logged."""
+    path = folder / METRICS
+    for text in reversed(path.read_bytes().split(b"\n") if path.is_file() else []):
+        try:
+            line = parse_json(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            return line
+    return None
+
+
 class MetricsLogger:
     """Writes the same scalars everywhere, on the main process; silent on the others."""
 
@@ -74,12 +92,13 @@ class MetricsLogger:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path, folder = run.dir / "metrics.jsonl", run.dir / "tensorboard"
+        path, folder = run.dir / METRICS, run.dir / "tensorboard"
 
-        def open_lines() -> Any:
-            _drop_after(path, first_step, run.log)
+        def open_lines(step: int = first_step) -> Any:
+            _keep_steps(path, 0, step, run.log)
             return path.open("a", buffering=1)
 
+        self._open_lines = lambda step: _Log(path, run.log, lambda: open_lines(step))
         _quiet_writer_threads()
         self._lines = _Log(path, run.log, open_lines)
         # a resumed run draws over what it had drawn beyond its checkpoint
@@ -99,6 +118,13 @@ class MetricsLogger:
         """One step is done."""
         if self._main:
             self._bar.update()
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps, which come once more."""
+        if self._main:
+            self._lines.write(lambda lines: lines.close())
+            self._lines = self._open_lines(step)
+            self._bar.n = step
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Log one line: to the file, to tensorboard and to the screen."""
@@ -162,6 +188,74 @@ class MetricsLogger:
             self._board.write(lambda board: board.close())
 
 
+DIGESTS = "digests.jsonl"
+"""In a run directory: a line with two digests for every step."""
+DETAILED_DIGESTS = "digests_of_parts.jsonl"
+"""The same by parameter and by sample, as far back as the oldest checkpoint that is kept."""
+
+
+class DigestLog:
+    """Writes the digests of every step, on the main process. Training goes on where it cannot."""
+
+    def __init__(self, run: Run, *, engine: str, first_step: int) -> None:
+        self._folder = run.dir
+        self._log = run.log
+        self._head = {"processes": run.world_size, "engine": engine}
+        self._writes = run.is_main
+        self._do(lambda: self._keep(0, first_step))
+
+    def write(self, steps: Iterable[StepDigests]) -> None:
+        """Note some steps."""
+        steps = list(steps)
+        self._append(
+            DIGESTS,
+            [
+                {"step": s.step, "gradient": s.gradient, "samples": s.batch, **self._head}
+                for s in steps
+            ],
+        )
+        parts = [
+            {"step": s.step, "parameters": to_hex(s.parameters), "samples": to_hex(s.samples)}
+            for s in steps
+        ]
+        self._append(DETAILED_DIGESTS, parts)
+
+    def write_weights(self, step: int, digests: np.ndarray) -> None:
+        """Note the weights (P,) uint64 that a checkpoint holds."""
+        self._append(DETAILED_DIGESTS, [{"step": step, "weights": to_hex(digests)}])
+
+    def forget_parts_before(self, step: int) -> None:
+        """Drop the parts of steps that no checkpoint leads to any more."""
+        self._do(lambda: _keep_steps(self._folder / DETAILED_DIGESTS, step, math.inf, self._log))
+
+    def rewind(self, step: int) -> None:
+        """Drop what was noted of later steps."""
+        self._do(lambda: self._keep(0, step))
+
+    def _keep(self, first: float, last: float) -> None:
+        for name in (DIGESTS, DETAILED_DIGESTS):
+            _keep_steps(self._folder / name, first, last, self._log)
+
+    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        def append() -> None:
+            with (self._folder / name).open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+        self._do(append)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        if not self._writes:
+            return
+        try:
+            action()
+        except (OSError, InputError) as error:
+            self._writes = False
+            self._log.warning(
+                "the digests of steps are not written any more (%s); training goes on without them",
+                reason_of(error),
+            )
+
+
 def _draw_scalars(board: Any, step: int, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
@@ -179,21 +273,22 @@ def _number(name: str, value: float) -> str:
     return f"{value:.4f}" if name.endswith("loss") else f"{value:.1%}"
 
 
-def _drop_after(path: Path, step: int, log: logging.Logger) -> None:
-    """Remove the lines of steps that a resumed run will take again."""
+def _keep_steps(path: Path, first: float, last: float, log: logging.Logger) -> None:
+    """Remove the lines of steps that are not between two, such as those to be taken again."""
     if not path.is_file():
         return
     kept, unreadable = [], 0
-    lines = path.read_bytes().split(b"\n")
-    for line in lines:
+    content = path.read_bytes()
+    for line in content.split(b"\n"):
         try:
-            if parse_json(line)["step"] <= step:
-                kept.append(line)
+            if first <= parse_json(line)["step"] <= last:
+                kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             unreadable += bool(line.strip())
     if unreadable:  # such as the line that a crash cut in two
         log.warning("%s: %d lines are no JSON of a step and are left out", path, unreadable)
-    write_file(path, b"".join(line + b"\n" for line in kept))
+    if (left := b"".join(kept)) != content:
+        write_file(path, left)
 
 
 def _clock(seconds: float) -> str:

@@ -9,33 +9,46 @@ from __future__ import annotations
 import itertools
 import math
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from frugal.common.checkpoint.background import BackgroundSaves
-from frugal.common.checkpoint.store import CheckpointStore
+from frugal.common.checkpoint.store import Checkpoint, CheckpointStore
 from frugal.common.contracts import Batch, Stream
 from frugal.common.data.damage import DamageCounter, warning
 from frugal.common.distributed import Vote, gather_objects
+from frugal.common.engine.digests import digest_step, fetch_digests, weight_digests
+from frugal.common.engine.divergence import (
+    REWIND,
+    Diverged,
+    last_good,
+    left_out_steps,
+    steps_in_row,
+    steps_to_leave_out,
+)
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.evaluator import Evaluator
-from frugal.common.engine.logger import MetricsLogger
+from frugal.common.engine.logger import DigestLog, MetricsLogger
 from frugal.common.engine.metrics import StepMetrics, Values, fetch, weighted_means
-from frugal.common.engine.saving import WeightAverage, collect, layout
+from frugal.common.engine.saving import WeightAverage, collect, layout, restore
 from frugal.common.engine.signals import StopSignal, WaitInterrupted
 from frugal.common.engine.throughput import Meter, matmul_peak
 from frugal.common.engine.virtual import VirtualTrainer, step_of_virtual_processes
 from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import write_json
+from frugal.common.history import note, read_history
 from frugal.common.objectives.gradient_cache import Wrapper, cached_backward
 from frugal.common.randomness import seed_step
 from frugal.common.recipe import Recipe, to_json
-from frugal.common.run import Run
+from frugal.common.run import Run, process_began
 
 _GRACE = 10.0
 """Seconds that data may still come in after one of several processes was asked to stop."""
@@ -55,6 +68,10 @@ class Training:
     evaluator: Evaluator
     first_step: int
     watchdog: Watchdog
+    reopen: Callable[[Checkpoint], Stream] | None = None
+    """The stream from a checkpoint on, for a run that goes back to one."""
+    left_out: set[int] = field(init=False)
+    """Steps, counted from 1, whose samples are read and not trained on."""
     seconds: float = 0.0
     """Spent on steps before this process started."""
     skipped_steps: int = 0
@@ -69,18 +86,31 @@ class Training:
     """Steps whose numbers are still on the device."""
     meter: Meter = field(init=False)
     saves: BackgroundSaves = field(init=False)
+    done: int = field(init=False)
+    """Steps of the run."""
+    starting: float = field(init=False)
+    """Seconds from the start of this process to its first step."""
+    digest_log: DigestLog | None = field(init=False)
     _logged_damage: tuple[int, int] = field(init=False)
     """Samples lost and repaired when the log last told of them."""
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.run.device)
         self.saves = BackgroundSaves(self.store, max_failures=self.recipe.run.max_failed_saves)
+        self.done = self.first_step
+        self.starting = max(time.time() - process_began(), 0.0)
+        self.left_out = left_out_steps(gather_objects(read_history(self.run.dir))[0])
         limit = self.recipe.data.max_damaged
         # a small data set is judged after one epoch
         patience = min(DamageCounter.patience, self.stream.epoch_samples)
         self.damage = DamageCounter(limit, patience=patience)
         self.local_damage = DamageCounter(limit)
         self._logged_damage = self._lost_and_repaired()
+        self.digest_log = None
+        if self.recipe.run.digests:
+            self.digest_log = DigestLog(
+                self.run, engine=self.engine.name, first_step=self.first_step
+            )
 
     def _lost_and_repaired(self) -> tuple[int, int]:
         return self.damage.damaged + self.damage.lost, self.damage.repaired
@@ -106,8 +136,8 @@ class Training:
         counted = replace(self.local_damage)
         self.local_damage.clear()
         for part in gather_objects(counted):
-            for note in self.damage.add_counter(part):
-                self.run.log.warning("%s", warning(note, self.source_names))
+            for new in self.damage.add_counter(part):
+                self.run.log.warning("%s", warning(new, self.source_names))
 
     def log_damage(self, step: int) -> None:
         """Log how much is damaged, wherever that has grown, and what is repaired by powers of ten.
@@ -122,6 +152,22 @@ class Training:
         else:
             return
         self._logged_damage = lost, repaired
+
+    def spent(self) -> dict[str, float]:
+        """What this process has spent its seconds on so far."""
+        return {
+            name: round(seconds, 3)
+            for name, seconds in {"starting": self.starting, **self.meter.spent()}.items()
+        }
+
+    def note_end(self) -> None:
+        """Note that this process ends, and what it spent its time on."""
+        if not self.run.is_main:
+            return
+        try:
+            note(self.run.dir, "ended", step=self.done, session_seconds=self.spent())
+        except InputError as error:
+            self.run.log.warning("%s", error)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on counting where :meth:`state` was taken; an empty one leaves everything at zero."""
@@ -148,6 +194,11 @@ class Training:
             "recipe": to_json(self.recipe),
         }
 
+    def is_unsure_after(self, step: int) -> bool:
+        """Whether a run that may go back has not seen a finite gradient in its last step."""
+        may_go_back = self.recipe.run.on_divergence == "rewind"
+        return may_go_back and (self.skipped_in_row > 0 or step in self.left_out)
+
     def save(self, step: int, *, is_last: bool) -> None:
         """Have a checkpoint written; every process calls this, and trains on.
 
@@ -156,8 +207,21 @@ class Training:
         with self.meter.paused("checkpoint"):
             self.share_damage()
             state = self.state(step)
-            copy = partial(collect, self.engine, self.average)
+            copy = partial(self._copy, step)
             self.saves.save(layout(self.engine, self.average), copy, state, is_last=is_last)
+            kept = self.store.whole()[-self.recipe.run.keep :]
+            if self.digest_log is not None and len(kept) == self.recipe.run.keep:
+                self.digest_log.forget_parts_before(int(kept[0].name.removeprefix("step_")))
+
+    def _copy(self, step: int, into: Mapping[str, Tensor]) -> None:
+        """Copy a checkpoint, and note the digests of its weights before anybody writes them."""
+        collect(self.engine, self.average, into)
+        if self.digest_log is None:
+            return
+        names = [f"weight/{name}" for name, _ in self.engine.trainable()]
+        digests = sum(gather_objects(weight_digests(into, names)))
+        assert isinstance(digests, np.ndarray)
+        self.digest_log.write_weights(step, digests)
 
 
 def train(training: Training) -> None:
@@ -167,66 +231,96 @@ def train(training: Training) -> None:
         RunStopped: after SIGTERM or SIGINT, with a checkpoint written; or when the loss was not
             finite for ``run.max_skipped`` steps in a row.
     """
-    recipe, run, meter = training.recipe, training.run, training.meter
-    engine, damage = training.engine, training.damage
+    try:
+        _train(training)
+    finally:
+        training.note_end()
+    _log_seconds(training)
+
+
+def _train(training: Training) -> None:
+    recipe, run, meter, engine = training.recipe, training.run, training.meter, training.engine
     evaluate_if_missed(training)
     with meter.paused("peak"):
         peak = matmul_peak(run.device, engine.dtype)
-    batches = iter(training.stream)
     vote = Vote(run.device)
     # alone there is nobody to stop together with
     with StopSignal(grace=0.0 if run.world_size == 1 else _GRACE) as stop_signal:
-        for step in range(training.first_step, recipe.steps):
-            # anew for every step: a resumed run drops out what it would have dropped out
-            seed_step(recipe.run.seed, step, run.rank)
-            training.watchdog.wait_for_data(step + 1)
-            micro_batches = _read_step(training, step, batches, stop_signal)
-            training.watchdog.compute(step + 1)
-            # every process hears the same answer, so that all of them stop after the same step
-            stops = vote.any(yes=stop_signal.asked)
-            training.count_damage(micro_batches)
+        first_step = training.first_step
+        while first_step < recipe.steps:
+            try:
+                _take_steps(training, first_step, vote, stop_signal, peak)
+                break
+            except Diverged as found:
+                diverged = found.step
+            # behind the handler, which would keep the old stream open
+            first_step = _rewind(training, diverged)
+
+
+def _take_steps(
+    training: Training, first_step: int, vote: Vote, stop_signal: StopSignal, peak: float
+) -> None:
+    """Take every step from one on, as :func:`train`; ``peak`` is the FLOP/s of a process at best.
+
+    Raises:
+        Diverged: where the run is to go back.
+    """
+    recipe, run, meter = training.recipe, training.run, training.meter
+    engine, damage = training.engine, training.damage
+    batches = iter(training.stream)
+    for step in range(first_step, recipe.steps):
+        # anew for every step: a resumed run drops out what it would have dropped out
+        seed_step(recipe.run.seed, step, run.rank)
+        training.watchdog.wait_for_data(step + 1)
+        micro_batches = _read_step(training, step, batches, stop_signal)
+        training.watchdog.compute(step + 1)
+        # every process hears the same answer, so that all of them stop after the same step
+        stops = vote.any(yes=stop_signal.asked)
+        training.count_damage(micro_batches)
+        if step + 1 not in training.left_out:
             # on the device the step has only begun when this returns
             training.pending.append(
                 train_step(engine, recipe, step, micro_batches, training.average)
             )
-            training.logger.advance()
-            done = step + 1
-            is_last = done == recipe.steps or stops
-            logs = done % recipe.run.log_every == 0 or is_last
-            evaluates = _is_evaluated(recipe, done)
-            saves = done % recipe.run.save_every == 0 or is_last
-            # whichever of them turns out to be the best has to be there
-            saves = saves or (evaluates and recipe.run.best is not None)
-            # also before saving: a checkpoint tells how many steps were skipped
-            if logs or saves or evaluates:
-                sync_metrics(training)
-            if logs:
-                _log_line(training, done, peak)
-                training.saves.poll()
-            # a small run is judged at its end, though it may not have read enough before
-            is_too_damaged = logs and (
-                damage.is_too_much or (done == recipe.steps and damage.was_too_much)
+        training.logger.advance()
+        done = training.done = step + 1
+        is_last = done == recipe.steps or stops
+        logs = done % recipe.run.log_every == 0 or is_last
+        evaluates = _is_evaluated(recipe, done)
+        saves = done % recipe.run.save_every == 0 or is_last
+        # whichever of them turns out to be the best has to be there
+        saves = saves or (evaluates and recipe.run.best is not None)
+        # also before saving: a checkpoint tells how many steps were skipped
+        if logs or saves or evaluates:
+            sync_metrics(training)
+        # amid steps that are not finite, or are left out, it would displace one to go back to
+        saves = saves and (is_last or not training.is_unsure_after(done))
+        if logs:
+            _log_line(training, done, peak)
+            training.saves.poll()
+        # a small run is judged at its end, though it may not have read enough before
+        is_too_damaged = logs and (
+            damage.is_too_much or (done == recipe.steps and damage.was_too_much)
+        )
+        if done % recipe.run.picture_every == 0 or step == 0:
+            with meter.paused("pictures"):
+                training.logger.draw_batch(engine.objective, micro_batches[0], done)
+        if saves or is_too_damaged:
+            training.watchdog.note(f"saving step {done}")
+            training.save(done, is_last=is_last or is_too_damaged)
+        if is_too_damaged:
+            remedy = f": the same command then continues from step {done}"
+            raise InputError(damage.sentence(remedy))
+        if stops and done < recipe.steps:
+            raise RunStopped(
+                f"stopped by {stop_signal.name} after step {done}, with a checkpoint in "
+                f"{training.store.folder}; the same command continues from there",
+                exit_code=stop_signal.exit_code,
             )
-            if done % recipe.run.picture_every == 0 or step == 0:
-                with meter.paused("pictures"):
-                    training.logger.draw_batch(engine.objective, micro_batches[0], done)
-            if saves or is_too_damaged:
-                training.watchdog.note(f"saving step {done}")
-                training.save(done, is_last=is_last or is_too_damaged)
-            if is_too_damaged:
-                remedy = f": the same command then continues from step {done}"
-                raise InputError(damage.sentence(remedy))
-            if stops and done < recipe.steps:
-                raise RunStopped(
-                    f"stopped by {stop_signal.name} after step {done}, with a checkpoint in "
-                    f"{training.store.folder}; the same command continues from there",
-                    exit_code=stop_signal.exit_code,
-                )
-            # behind the checkpoint, so that nothing is lost where an evaluation fails or is killed
-            if evaluates:
-                training.watchdog.note(f"evaluating step {done}")
-                evaluate(training, done)
-    _log_seconds(training)
+        # behind the checkpoint, so that nothing is lost where an evaluation fails or is killed
+        if evaluates:
+            training.watchdog.note(f"evaluating step {done}")
+            evaluate(training, done)
 
 
 def train_step(
@@ -260,6 +354,9 @@ def train_step(
             return names, trainer.mean(means)
 
         names, means = step_of_virtual_processes(engine, recipe, step, micro_batches, compute)
+    digests = None
+    if recipe.run.digests:
+        digests = digest_step(engine, step + 1, micro_batches, recipe.engine.accumulate)
     norm = engine.step(learning_rate)  # (), not finite where nothing was changed
     # a skipped step must leave bounded and averaged weights too as they were, to the bit; whether
     # it was skipped is decided on the device, as reading the norm here would end the run-ahead
@@ -274,6 +371,7 @@ def train_step(
         means=means,
         norm=norm.float(),
         keys=[key for batch in micro_batches for key in batch.keys],
+        digests=digests,
     )
 
 
@@ -416,7 +514,7 @@ def evaluate(training: Training, step: int) -> None:
             f"{', '.join(numbers)}"
         )
     # only what is there can be the best one
-    is_there = training.run.is_main and training.saves.settle()
+    is_there = training.run.is_main and training.saves.settle() and training.store.holds(step)
     if is_there and training.store.note_best(step, best, numbers[best]):
         training.run.log.info("step %d is the best so far: %s %.4g", step, best, numbers[best])
 
@@ -433,9 +531,14 @@ def sync_metrics(training: Training) -> None:
 
     Raises:
         RunStopped: if the gradient was not finite for ``run.max_skipped`` steps in a row.
+        Diverged: the same, where the run is to go back.
     """
     pending, training.pending = training.pending, []
-    for metrics, values in zip(pending, fetch(pending, training.mean), strict=True):
+    rows = fetch(pending, training.mean)
+    if training.digest_log is not None:
+        digests = [metrics.digests for metrics in pending if metrics.digests is not None]
+        training.digest_log.write(fetch_digests(digests))
+    for metrics, values in zip(pending, rows, strict=True):
         if not math.isfinite(values["gradient_norm"]):
             _count_skipped(training, metrics, values["loss"])
             # what is not finite is no part of any mean
@@ -452,7 +555,8 @@ def _count_skipped(training: Training, metrics: StepMetrics, loss: float) -> Non
     training.skipped_steps += 1
     training.skipped_in_row += 1
     training.run.log.warning("step %d skipped: loss %s, the gradient is not finite", step, loss)
-    if training.skipped_in_row < training.recipe.run.max_skipped:
+    options = training.recipe.run
+    if training.skipped_in_row < options.max_skipped or options.on_divergence == "skip":
         return
     rate = metrics.learning_rate
     keys = [key for keys_of_rank in gather_objects(metrics.keys) for key in keys_of_rank]
@@ -462,6 +566,14 @@ def _count_skipped(training: Training, metrics: StepMetrics, loss: float) -> Non
             write_json(listing, {"step": step, "learning_rate": rate, "keys": keys})
         except InputError as error:
             training.run.log.warning("%s", error)
+    if options.digests:
+        training.run.log.warning(
+            "python -m frugal.common.replay %s --step %d computes that step again",
+            training.run.dir,
+            step,
+        )
+    if options.on_divergence == "rewind":
+        raise Diverged(step)
     raise RunStopped(
         f"the loss was not finite for {training.skipped_in_row} steps in a row up to step "
         f"{step}, at a learning rate of {rate:.3g}, on the samples {', '.join(keys[:4])} "
@@ -470,13 +582,71 @@ def _count_skipped(training: Training, metrics: StepMetrics, loss: float) -> Non
     )
 
 
+def _rewind(training: Training, diverged: int) -> int:
+    """Go back to the last good checkpoint and leave out what led the run astray.
+
+    Every process calls this, after the same step.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        RunStopped: if there is no such checkpoint.
+    """
+    run = training.run
+    with training.meter.paused("checkpoint"):
+        training.saves.finish()  # what is being written may be what there is to go back to
+    history = gather_objects(read_history(run.dir))[0]
+    not_finite = steps_in_row(diverged, training.skipped_in_row, training.left_out)
+    checkpoint = last_good(training.store, before=not_finite[0], left_out=training.left_out)
+    words = f"the loss was not finite for {training.skipped_in_row} steps in a row up to step"
+    if checkpoint is None:
+        raise RunStopped(
+            f"{words} {diverged}, and there is no checkpoint to go back to that a finite step "
+            "followed; lower the learning rate or run.save-every, raise run.keep, or look at the "
+            "samples (not_finite.json)",
+            exit_code=1,
+        )
+    step = checkpoint.step
+    left_out = steps_to_leave_out(history, to=step, not_finite=not_finite)
+    with training.meter.paused("rewind"):
+        lost = training.seconds + training.meter.seconds - checkpoint.state["seconds"]
+        if run.is_main:
+            # first: whoever is killed in between goes back once more, to the same place
+            training.store.drop_after(step)
+            facts = {"to": step, "left_out": left_out, "lost_seconds": round(lost, 3)}
+            note(run.dir, REWIND, step=diverged, **facts)
+        restore(training.engine, checkpoint, training.average)
+        seconds = training.seconds
+        training.load_state(checkpoint.state)
+        training.seconds = seconds  # they were spent
+        training.local_damage.clear()
+        training.pending.clear()
+        training.left_out |= set(left_out)
+        assert training.reopen is not None
+        training.stream = training.reopen(checkpoint)
+        training.logger.rewind(step)
+        if training.digest_log is not None:
+            training.digest_log.rewind(step)
+    training.meter.take()  # the next line is of what comes from here on
+    run.log.warning(
+        "%s %d: going back to the checkpoint of step %d, without the samples of %d steps (%d to "
+        "%d)",
+        words, diverged, step, len(left_out), left_out[0], left_out[-1],
+    )  # fmt: skip
+    return step
+
+
 def _log_line(training: Training, step: int, peak: float) -> None:
     """Log what happened since the last line; every process calls this after a sync.
 
     ``peak`` is the FLOP/s of one process at best.
     """
     recipe, run = training.recipe, training.run
+    has_steps = training.meter.num_steps > 0
     interval = training.meter.take()
+    if not has_steps:  # every step since the last line was left out
+        return
     means, step_seconds = interval.means, interval.step_seconds
     training.share_damage()
     training.log_damage(step)
@@ -497,6 +667,7 @@ def _log_line(training: Training, step: int, peak: float) -> None:
             "memory_bytes": _peak_memory(run),
             "eta_seconds": (recipe.steps - step) * step_seconds,
             "skipped_steps": training.skipped_steps,
+            "session_seconds": training.spent(),
             **{f"seconds/{name}": seconds for name, seconds in interval.pauses.items()},
             **training.stream.scalars(),
             "read_samples": damage.read,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from frugal.common.engine.digests import PendingDigests
+
 Values = dict[str, float]
 
 
@@ -26,6 +28,8 @@ class StepMetrics:
     """(): norm of the gradient, on every process alike; not finite where the step was skipped."""
     keys: list[str]
     """Where the samples of this process come from."""
+    digests: PendingDigests | None = None
+    """Of its samples and its gradient, where they are wanted."""
 
 
 def weighted_means(

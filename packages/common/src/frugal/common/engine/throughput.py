@@ -68,6 +68,7 @@ class Meter:
         self._pause_begun: float | None = None
         self.paused_seconds: dict[str, float] = {}
         """Since the beginning, by name."""
+        self._waited_before = 0.0
         self._clear()
 
     @property
@@ -75,6 +76,19 @@ class Meter:
         """Spent on steps since the beginning."""
         now = self._clock() if self._pause_begun is None else self._pause_begun
         return now - self._begun - sum(self.paused_seconds.values())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps since the last :meth:`take`."""
+        return self._steps
+
+    def spent(self) -> dict[str, float]:
+        """Seconds since the beginning: of steps, of waiting for data up to :meth:`take`, of pauses.
+
+        They add up to all that has passed.
+        """
+        waiting = min(self._waited_before, self.seconds)
+        return {"steps": self.seconds - waiting, "waiting": waiting, **self.paused_seconds}
 
     def _clear(self) -> None:
         self._pauses: dict[str, float] = {}
@@ -127,8 +141,9 @@ class Meter:
         for before, behind in self._idle:
             behind.synchronize()
             self._waited += before.elapsed_time(behind) / 1000
+        self._waited_before += self._waited
         elapsed = self._clock() - self._start - sum(self._pauses.values())
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        line = Line(means, elapsed / self._steps, self._waited / elapsed, self._pauses)
+        line = Line(means, elapsed / max(self._steps, 1), self._waited / elapsed, self._pauses)
         self._clear()
         return line

@@ -186,12 +186,18 @@ _EVENTS = {
     "continued": "went on",
     "data_changed": "went on with other data",
     "checkpoint_lost": "could not write the checkpoint",
+    "rewind": "diverged and went back",
 }
 
 
 def describe_history(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
     """A title and HTML of when every stage began and went on, where one was interrupted."""
-    rows = [(name, line) for name, run_dir in stages.items() for line in read_history(run_dir)]
+    rows = [
+        (name, line)
+        for name, run_dir in stages.items()
+        for line in read_history(run_dir)
+        if line["event"] != "ended"
+    ]
     if all(line["event"] == "began" for _, line in rows):
         return []
     cells = Markup().join(
@@ -199,9 +205,18 @@ def describe_history(stages: Mapping[str, Path]) -> list[tuple[str, str]]:
             name,
             time.strftime("%Y-%m-%d %H:%M", time.gmtime(line.get("time", 0))),
             f"{_EVENTS.get(line['event'], line['event'])} after step {line.get('step', 0)}",
-            "; ".join(filter(None, [*line.get("changes", ()), line.get("reason")])),
+            "; ".join(
+                filter(None, [*line.get("changes", ()), line.get("reason"), _way_back(line)])
+            ),
         )
         for name, line in rows
     )
     table = Markup('<div class="scroll"><table class="numbers">\n{}</table></div>').format(cells)
     return [("Restarts", table)]
+
+
+def _way_back(line: Mapping[str, Any]) -> str:
+    """Where a run went that had diverged."""
+    if line["event"] != "rewind":
+        return ""
+    return f"to step {line.get('to')}, without the samples of {len(line.get('left_out', ()))} steps"

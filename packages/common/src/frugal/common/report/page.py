@@ -18,6 +18,7 @@ from frugal.common.evaluation.sugarcrepe import KINDS, PARTS
 from frugal.common.files import finite, write_file, write_json
 from frugal.common.report.collect import REQUIRED, read_metrics
 from frugal.common.report.examples import ClassRecall, Examples
+from frugal.common.report.goodput import NAMES, time_spent
 from frugal.common.report.plots import data_uri, learning_curves, short_number
 
 _NONE = "\N{EN DASH}"
@@ -77,6 +78,7 @@ def write_report(
         stages=stages,
         charts=learning_curves(logged) if any(logged.values()) else None,
         damage=_damage(logged),
+        goodput=_goodput(stages),
         about_data=[(name, Markup(html)) for name, html in about_data],
         examples=examples,
         grid=_as_grid(examples.classes),
@@ -212,6 +214,20 @@ def _damage(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str
             for reason, count in counts.items() if isinstance(counts, dict) else ():
                 share = f" of {read:,} read" if kind == "damaged" and read else ""
                 rows.append((name, kind.replace("_", " "), reason, f"{count:,}{share}"))
+    return rows
+
+
+def _goodput(stages: Mapping[str, Path]) -> list[tuple[str, ...]]:
+    """Rows of what every stage spent its time on, with the share of its whole."""
+    rows: list[tuple[str, ...]] = []
+    for name, run_dir in stages.items():
+        spent = time_spent(run_dir) or {}
+        total = sum(spent.values())
+        rows += [
+            (name, NAMES[what], duration(seconds), percent(seconds / total))
+            for what, seconds in spent.items()
+            if round(seconds, 1) > 0
+        ]
     return rows
 
 

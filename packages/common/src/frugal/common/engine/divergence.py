@@ -1,0 +1,90 @@
+"""What is done where a run has diverged: stop, go on, or go back and leave samples out.
+
+A step without a finite gradient changes nothing. Where many come in a row, the weights were led
+astray before. A run that goes back takes up the last good checkpoint, and does not train on the
+samples of the steps that were not finite; if it then diverges once more, on none of the samples
+since that checkpoint. The steps keep their numbers, so that all others see the samples and the
+learning rate that they would have seen. What was decided stands in the history of the run: whoever
+continues it leaves out the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from frugal.common.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
+from frugal.common.distributed import gather_objects
+
+REWIND = "rewind"
+"""The event in the history of a run; see :mod:`frugal.common.history`."""
+
+
+class Diverged(Exception):  # noqa: N818 - a turn, not an error
+    """Too many steps in a row had no finite gradient; raised on all processes after the same."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+        """The last of them."""
+
+
+def _rewinds(history: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of the run that is there; one that began anew in its directory knows none."""
+    found: list[Mapping[str, Any]] = []
+    for event in history:
+        if event["event"] == "began":
+            found = []
+        elif event["event"] == REWIND:
+            found.append(event)
+    return found
+
+
+def left_out_steps(history: Iterable[Mapping[str, Any]]) -> set[int]:
+    """The steps of a run, counted from 1, whose samples are read and not trained on."""
+    return {step for event in _rewinds(history) for step in event["left_out"]}
+
+
+def steps_in_row(last: int, count: int, left_out: set[int]) -> list[int]:
+    """The last ``count`` steps up to one that were taken, in order."""
+    found: list[int] = []
+    while len(found) < count and last > 0:
+        if last not in left_out:
+            found.append(last)
+        last -= 1
+    return found[::-1]
+
+
+def steps_to_leave_out(
+    history: Sequence[Mapping[str, Any]], *, to: int, not_finite: Sequence[int]
+) -> list[int]:
+    """What a run leaves out that goes back to the checkpoint of a step.
+
+    Args:
+        history: of the run.
+        to: the step of the checkpoint.
+        not_finite: the steps in a row, in order.
+    """
+    if all(event["to"] != to for event in _rewinds(history)):
+        return list(not_finite)
+    return list(range(to + 1, not_finite[-1] + 1))
+
+
+def last_good(store: CheckpointStore, *, before: int, left_out: set[int]) -> Checkpoint | None:
+    """The newest checkpoint whose weights are known to be sound; every process calls this.
+
+    They are where a step behind it had a finite gradient.
+
+    Args:
+        store: of the run.
+        before: the first step in a row that had none.
+        left_out: steps that were not taken.
+    """
+    name = None
+    for folder in reversed(store.whole() if store.run.is_main else []):
+        first = int(folder.name.removeprefix("step_")) + 1
+        if any(step not in left_out for step in range(first, before)):
+            name = folder.name
+            break
+    name = gather_objects(name)[0]
+    return None if name is None else open_checkpoint(store.folder / name)

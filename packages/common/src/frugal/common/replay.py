@@ -1,0 +1,440 @@
+"""Recompute steps of a run, and say whether they come out bit for bit as they did.
+
+``torchrun --nproc_per_node 2 -m frugal.common.replay RUN --step 1234`` restores the newest
+checkpoint before a step, takes the steps up to it once more, and compares the digests of samples,
+gradients and weights with those that ``--run.digests`` has noted. Where they differ it says from
+which step on, in which samples or parameters, and what that can come from. Nothing is written into
+the run directory. Exit code 0: they agree; 1: they do not.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+from typing import Any
+
+import numpy as np
+import tyro
+
+from frugal.common.checkpoint.init_from import init_from
+from frugal.common.checkpoint.store import Checkpoint, open_checkpoint
+from frugal.common.cli import command_words, run_politely
+from frugal.common.data.contents import differences_since
+from frugal.common.distributed import gather_objects, launcher_ranks
+from frugal.common.engine.calibration import calibrate_reduction
+from frugal.common.engine.digests import StepDigests, digest, fetch_digests, from_hex
+from frugal.common.engine.divergence import left_out_steps
+from frugal.common.engine.logger import DETAILED_DIGESTS, DIGESTS
+from frugal.common.engine.loop import train_step
+from frugal.common.engine.metrics import fetch
+from frugal.common.engine.saving import restore
+from frugal.common.errors import InputError, RunStopped
+from frugal.common.files import parse_json, read_json_object
+from frugal.common.history import read_history
+from frugal.common.randomness import seed_step
+from frugal.common.recipe import Recipe, difference, from_json, load_recipe, recipe_if_whole
+from frugal.common.run import Run, make_logger, open_run
+from frugal.common.train import environment_of, make_engine, stream_state
+
+_SHOWN = 8
+"""Names of parameters or samples that are listed."""
+_NOT_READ = ("checkpoints", "tensorboard", "evaluation", "*.jsonl", ".lock", "report.*")
+"""What lies in a run directory and no step is computed from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Recompute steps of a run and compare them with what its digests say."""
+
+    run: tyro.conf.Positional[Path]
+    """A run directory, of a run with --run.digests."""
+    step: int
+    """The last step to recompute, counted as in the log. The checkpoint before it is restored."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a run noted of its steps, by the number of the step."""
+
+    steps: dict[int, dict[str, Any]]
+    """Digests of all samples and of the gradient, number of processes, engine."""
+    parts: dict[int, dict[str, np.ndarray]]
+    """(P,) ``parameters``, (P,) ``weights`` and (G,) ``samples`` uint64, where they are kept."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Noted:
+        """What is in a run directory; lines that are cut or altered beyond reading are left out."""
+        steps = {line["step"]: line for line in _lines(folder / DIGESTS) if "gradient" in line}
+        parts: dict[int, dict[str, np.ndarray]] = {}
+        for line in _lines(folder / DETAILED_DIGESTS):
+            of_step = parts.setdefault(line.pop("step"), {})
+            for name, digits in line.items():
+                try:
+                    of_step[name] = from_hex(digits)
+                except (ValueError, TypeError):
+                    continue
+        return cls(steps, parts)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = parse_json(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """One step, taken once more."""
+
+    digests: StepDigests
+    weights: np.ndarray | None
+    """(P,) uint64 of the weights after it, where the run noted those."""
+    keys: list[str]
+    """Of the samples, in the order of the batch."""
+    loss: float
+    gradient_norm: float
+
+
+class Replay:
+    """A part of a run that can be computed again and again."""
+
+    def __init__(self, folder: Path, last: int, run: Run) -> None:
+        """Build the parts of a run and find the checkpoint to begin with.
+
+        Args:
+            folder: the run directory.
+            last: the step to end with.
+            run: this process, in a directory of its own.
+
+        Raises:
+            InputError: if there is nothing to begin with, or the run was computed otherwise.
+        """
+        self.noted = Noted.read(folder)
+        self.run, self.last = run, last
+        self.left_out = left_out_steps(read_history(folder)) - {last}
+        self.end: Recomputed | None = None
+        """The last step, once it was computed."""
+        self.checkpoint = _checkpoint_before(folder, last)
+        self.first = self.checkpoint.step if self.checkpoint else 0
+        self.recipe = _recipe_of(folder, self.checkpoint, run)
+        if not 1 <= last <= self.recipe.steps:
+            raise InputError(f"--step is {last}, and {folder} has steps 1 to {self.recipe.steps}")
+        self._check_noted(folder)
+        objective = self.recipe.objective.build(self.recipe)
+        if self.checkpoint is None:
+            source, interpolate = self.recipe.run.start_from, self.recipe.run.interpolate
+            init_from(objective, source, interpolate=interpolate, log=run.log)
+        self.engine = make_engine(objective, self.recipe, run)
+        self._check_engine()
+        self.names = [name for name, _ in self.engine.trainable()]
+        self.contents: Any = ()
+        """Of the data, once a step was computed."""
+        self._is_used = False
+
+    def _check_noted(self, folder: Path) -> None:
+        if not any(self.first < step <= self.last for step in self.noted.steps):
+            raise InputError(
+                f"{folder} has no digests of steps {self.first + 1} to {self.last} to compare "
+                f"with ({DIGESTS}); they are noted with --run.digests"
+            )
+        if self.recipe.engine.virtual_processes is not None:
+            return  # the same bits on any number of processes
+        processes = {line.get("processes") for line in self.compared.values()}
+        if processes != {self.run.world_size}:
+            known = sorted(number for number in processes if isinstance(number, int))
+            raise InputError(
+                f"steps {self.first + 1} to {self.last} were taken by {known[0] if known else '?'} "
+                f"processes, and here {self.run.world_size} would add up in another order; start "
+                "this command with a launcher of as many, as torchrun --nproc_per_node "
+                f"{known[0] if known else 'N'} -m frugal.common.replay"
+            )
+
+    def _check_engine(self) -> None:
+        if self.recipe.engine.virtual_processes is not None:
+            return  # and on every engine that can do it
+        engines = {str(line.get("engine")) for line in self.compared.values()}
+        if engines != {self.engine.name}:
+            raise InputError(
+                f"steps {self.first + 1} to {self.last} were taken by {' and '.join(engines)}, "
+                f"and the recipe of the newest checkpoint makes it {self.engine.name}; choose a "
+                "step after the last change of the engine"
+            )
+
+    @property
+    def compared(self) -> dict[int, dict[str, Any]]:
+        """What the run noted of the steps that are recomputed."""
+        steps = range(self.first + 1, self.last + 1)
+        return {step: self.noted.steps[step] for step in steps if step in self.noted.steps}
+
+    def begin(self) -> None:
+        """Put the weights of the checkpoint back; those of an initialization come once."""
+        if self.checkpoint is not None:
+            restore(self.engine, self.checkpoint, None)
+            self.recipe = calibrate_reduction(self.recipe, self.run, self.engine, self.checkpoint)
+        elif self._is_used:
+            raise AssertionError("an initialization is not there twice")
+        else:
+            self.recipe = calibrate_reduction(self.recipe, self.run, self.engine, None)
+        self._is_used = True
+
+    @property
+    def can_begin_again(self) -> bool:
+        """Whether the steps can be computed a second time."""
+        return self.checkpoint is not None
+
+    def weights(self) -> np.ndarray:
+        """(P,) uint64 of the weights as they are; every process calls this."""
+        found = [digest(self.engine.read("weight", p).float()) for _, p in self.engine.trainable()]
+        return np.array([int(value) for value in found], np.int64).view(np.uint64)
+
+    def steps(self) -> Iterator[Recomputed]:
+        """Take the steps from the checkpoint on; every process goes through all of them."""
+        recipe, run, engine = self.recipe, self.run, self.engine
+        saved = self.checkpoint.state.get("stream", []) if self.checkpoint else []
+        stream = recipe.data.build(
+            recipe,
+            run,
+            first_sample=self.first * recipe.batch_size,
+            state=stream_state(recipe, run, saved),
+            engine=engine,
+        )
+        self.contents = stream.contents
+        batches, count = iter(stream), recipe.virtual_per_process(run.world_size)
+        for step in range(self.first, self.last):
+            seed_step(recipe.run.seed, step, run.rank)
+            micro_batches = [
+                batch.to(run.device) for batch in islice(batches, recipe.engine.accumulate * count)
+            ]
+            if step + 1 in self.left_out:
+                continue
+            metrics = train_step(engine, recipe, step, micro_batches)
+            values = fetch([metrics], engine.mean)[0]
+            assert metrics.digests is not None
+            has_weights = "weights" in self.noted.parts.get(step + 1, {})
+            self.end = Recomputed(
+                digests=fetch_digests([metrics.digests])[0],
+                weights=self.weights() if has_weights else None,
+                keys=_in_order([batch.keys for batch in micro_batches], count),
+                loss=values["loss"],
+                gradient_norm=values["gradient_norm"],
+            )
+            yield self.end
+
+
+def _in_order(keys: list[list[str]], count: int) -> list[str]:
+    """The keys of a step in the order of the batch, from those of each micro-batch here.
+
+    Of every micro-batch there are ``count`` in a row, of as many virtual processes.
+    """
+    rows = [keys[first : first + count] for first in range(0, len(keys), count)]
+    of_ranks = gather_objects([[key for part in row for key in part] for row in rows])
+    return [
+        key for micro_batch in zip(*of_ranks, strict=True) for part in micro_batch for key in part
+    ]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place where a replay and its run differ."""
+
+    step: int
+    what: str
+    """``weights before``, ``samples``, ``gradient`` or ``weights``."""
+    places: list[int] | None
+    """Which parameters or groups of samples; None where the run did not keep them."""
+    recomputed: Recomputed | None
+
+
+def compare(replayed: Replay) -> Difference | None:
+    """Take the steps of a replay until one differs from what the run noted."""
+    noted = replayed.noted
+    replayed.begin()
+    before = noted.parts.get(replayed.first, {}).get("weights")
+    if before is not None and (places := _places(before, replayed.weights())):
+        return Difference(replayed.first, "weights before", places, None)
+    for found in replayed.steps():
+        step = found.digests.step
+        line, parts = noted.steps.get(step), noted.parts.get(step, {})
+        if line is None:
+            continue
+        if line.get("samples") != found.digests.batch:
+            places = _places(parts.get("samples"), found.digests.samples)
+            return Difference(step, "samples", places, found)
+        if line.get("gradient") != found.digests.gradient:
+            places = _places(parts.get("parameters"), found.digests.parameters)
+            return Difference(step, "gradient", places, found)
+        if found.weights is not None and (places := _places(parts.get("weights"), found.weights)):
+            return Difference(step, "weights", places, found)
+    return None
+
+
+def _places(before: np.ndarray | None, now: np.ndarray) -> list[int] | None:
+    """Where two rows of digests differ; None where the first is not known."""
+    if before is None or before.shape != now.shape:
+        return None
+    return np.flatnonzero(before != now).tolist()
+
+
+def explain(replayed: Replay, found: Difference, folder: Path) -> list[str]:
+    """What a difference is and what it can come from, line by line; every process calls this."""
+    changes = _changes(folder, replayed)
+    if found.what == "samples":
+        return _explain_samples(replayed, found, folder)
+    if found.what == "weights before":
+        return [
+            f"the weights of the checkpoint of step {found.step} are not those that the run had "
+            f"when it saved them: {_named(found.places, replayed.names)}",
+            "it was the machine: the file, or the memory it was written from, was altered",
+        ]
+    where = f"the weights after step {found.step} differ"
+    if found.what == "gradient":
+        where = f"step {found.step} has another gradient from the same samples"
+    lines = [f"{where}: {_named(found.places, replayed.names)}"]
+    lines += [f"changed since the run: {change}" for change in changes]
+    if changes:
+        return [*lines, "it was the code, the recipe or another machine, as listed"]
+    if not replayed.can_begin_again:
+        return [*lines, "it was the machine: samples, code and recipe are the same"]
+    again = compare(replayed)
+    first = found.recomputed.digests.parameters if found.recomputed else None
+    second = again.recomputed.digests.parameters if again and again.recomputed else None
+    if again is None or first is None or second is None or again.step != found.step:
+        return [*lines, "computed a second time it came out otherwise: this machine is not exact"]
+    if places := _places(first, second):
+        return [
+            *lines,
+            "computed a second time it came out otherwise again: this machine does not repeat "
+            f"itself ({_named(places, replayed.names)})",
+        ]
+    return [
+        *lines,
+        "computed a second time it came out as now, and samples, code and recipe are the same: it "
+        "was the machine of the run, or one that computes otherwise than this one",
+    ]
+
+
+def _explain_samples(replayed: Replay, found: Difference, folder: Path) -> list[str]:
+    recomputed = found.recomputed
+    assert recomputed is not None
+    which = "which of them was not kept"
+    if found.places is not None:
+        groups = np.array_split(np.array(recomputed.keys), len(recomputed.digests.samples))
+        keys = [str(key) for place in found.places for key in groups[place]]
+        more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+        which = f"{', '.join(keys[:_SHOWN])}{more}"
+    changes = differences_since(folder, replayed.contents, replayed.run)
+    return [
+        f"step {found.step} has other samples: {which}",
+        *(f"changed since the run: {change}" for change in changes),
+        "it was the data",
+    ]
+
+
+def _named(places: list[int] | None, names: list[str]) -> str:
+    if places is None:
+        return "which parameters was not kept"
+    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    listed = ", ".join(names[place] for place in places[:_SHOWN])
+    return f"{len(places)} of {len(names)} parameters from {listed}{more}"
+
+
+def _changes(folder: Path, replayed: Replay) -> list[str]:
+    """What of recipe, code and machine is another than the run says; empty where nothing is."""
+    now = _flat(environment_of(replayed.run, replayed.engine))
+    before = _flat(read_json_object(folder / "environment.json"))
+    free = {"command"}
+    if replayed.recipe.engine.virtual_processes is not None:
+        free |= {"world_size", "engine"}
+    lines = [
+        f"{name} was {before[name]} and is {now[name]}"
+        for name in now
+        if name in before and name not in free and before[name] != now[name]
+    ]
+    saved = recipe_if_whole(folder / "recipe.json")
+    return lines + (difference(replayed.recipe, saved) if saved else [])
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    packages = environment.get("packages", {})
+    return {name: value for name, value in environment.items() if name != "packages"} | packages
+
+
+def _checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
+    """The newest checkpoint from which a step is still to come; None for the run's beginning."""
+    folders = sorted((folder / "checkpoints").glob("step_*"), reverse=True)
+    for candidate in folders:
+        number = candidate.name.removeprefix("step_")
+        if number.isdecimal() and int(number) < step and (candidate / "state.json").exists():
+            return open_checkpoint(candidate)
+    return None
+
+
+def _recipe_of(folder: Path, checkpoint: Checkpoint | None, run: Run) -> Recipe:
+    """The recipe of the steps behind a checkpoint, as a run in a directory of this process."""
+    if checkpoint is None:
+        found = load_recipe(folder / "recipe.json")
+    else:
+        found = from_json(checkpoint.state["recipe"], source=str(checkpoint.folder / "state.json"))
+    assert isinstance(found, Recipe)
+    return replace(found, run=replace(found.run, dir=run.dir, digests=True))
+
+
+def replay(options: Options) -> None:
+    """Compute, compare, and tell.
+
+    Raises:
+        RunStopped: with exit code 1 where something differs.
+    """
+    make_logger(launcher_ranks().rank)
+    if not (options.run / "recipe.json").is_file():
+        raise InputError(f"{options.run} holds no run (recipe.json); give a run directory")
+    environment = read_json_object(options.run / "environment.json")
+    with tempfile.TemporaryDirectory() as aside:
+        copytree(options.run, aside, ignore=ignore_patterns(*_NOT_READ), dirs_exist_ok=True)
+        device = "cpu" if environment.get("device") == "cpu" else "auto"
+        run = open_run(Path(aside), device, threads=environment.get("threads_per_process"))
+        replayed = Replay(options.run, options.step, run)
+        found = compare(replayed)
+        lines = [] if found is None else explain(replayed, found, options.run)
+        replayed.engine.close()
+    if found is not None:
+        raise RunStopped("; ".join(lines), exit_code=1)
+    if run.is_main:
+        sys.stdout.write(
+            f"steps {replayed.first + 1} to {replayed.last} agree: samples and gradients of "
+            f"{len(replayed.compared)} steps are the same, bit for bit\n{_end_of(replayed)}"
+        )
+
+
+def _end_of(replayed: Replay) -> str:
+    """What there is to say of the last step, if it is what a run stopped or went back for."""
+    end = replayed.end
+    if end is None or math.isfinite(end.gradient_norm):
+        return ""
+    shown = ", ".join(end.keys[:_SHOWN])
+    return f"step {replayed.last} has loss {end.loss} and no finite gradient, on {shown}\n"
+
+
+def main() -> None:
+    """The body of ``python -m frugal.common.replay``."""
+    run_politely(
+        lambda: replay(
+            tyro.cli(Options, args=command_words(), prog="python -m frugal.common.replay")
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

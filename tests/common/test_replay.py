@@ -1,0 +1,217 @@
+"""Steps of real runs, computed again: whether they agree, and if not where and why."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from forks import fork
+from frugal.common.checkpoint.manifest import digest_file, write_manifest
+from support import ALONE, DDP, ROOT, Launcher, train, zero
+
+WORDS = (
+    "--schedule.samples=240", "--run.digests", "--run.save-every=4", "--run.keep=9",
+    "--run.log-every=3",
+)  # fmt: skip
+"""Ten steps with checkpoints after 4, 8 and 10."""
+SPOILED = "model.image.blocks.0.mlp.fc2.weight"
+SPOIL = """
+import sys
+import frugal.common.engine.loop as loop
+from frugal.common.train import main
+from frugal.flip.recipes import RECIPES
+import torch
+
+honest = loop.digest_step
+
+
+def spoiled(engine, step, batches, micro_batches):
+    if step == 7:
+        gradient = engine.objective.get_parameter("{parameter}").grad
+        gradient.view(torch.int32).view(-1)[3] ^= 1 << 20
+    return honest(engine, step, batches, micro_batches)
+
+
+loop.digest_step = spoiled
+main(RECIPES, method="flip")
+"""
+"""FLIP on a machine whose memory flips one bit of one gradient in step 7."""
+
+
+def replay(launcher: Launcher, run: Path, step: int, *, expect: int = 0) -> str:
+    """What it says."""
+    log = run.parent / "replay.log"
+    process = fork(
+        "frugal.common.replay", [str(run), f"--step={step}"], log=log, cwd=ROOT,
+        environments=launcher.environments(),
+    )  # fmt: skip
+    code = process.wait(timeout=300)
+    assert code == expect, log.read_text()[-4000:]
+    return log.read_text()
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(scope="module")
+def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("replayed") / "run"
+    train(ALONE, run, f"--data.train={scenes / 'train'}", *WORDS)
+    return run
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def alter(file: Path, step: int, change: Callable[[dict], None]) -> None:
+    """Change what a line says of a step."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        if line["step"] == step:
+            change(line)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(("step", "first"), [(8, 5), (3, 1)])
+def test_an_undisturbed_run_is_repeated_bit_for_bit(step: int, first: int, finished: Path) -> None:
+    before = bytes_of(finished)
+    assert f"steps {first} to {step} agree" in replay(ALONE, finished, step)
+    assert bytes_of(finished) == before, "nothing is written into the run directory"
+
+
+def test_several_processes_repeat_a_run_of_as_many(scenes: Path, tmp_path: Path) -> None:
+    run, launcher = tmp_path / "run", zero(2)
+    words = ("--engine.ema-decay=0.9", "--engine.accumulate=2")
+    train(launcher, run, f"--data.train={scenes / 'train'}", *WORDS, *words)
+    assert "steps 5 to 7 agree" in replay(launcher, run, 7)
+    said = replay(ALONE, run, 7, expect=2)
+    assert "taken by 2 processes" in said and "--nproc_per_node 2" in said
+
+
+def test_with_virtual_processes_one_repeats_a_run_of_two(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("--engine.virtual-processes=2", "--engine.accumulate=2")
+    train(DDP, run, f"--data.train={scenes / 'train'}", *WORDS, *words)
+    alter(run / "digests.jsonl", 7, lambda line: line.update(gradient="0" * 16))
+    said = replay(ALONE, run, 7, expect=1)
+    assert "step 7 has another gradient" in said, "those of steps 5 and 6 are the same"
+    # neither the number of processes nor the engine can be the reason
+    assert "it was the machine of the run" in said
+
+
+def test_engines_and_stages_note_the_same_digests(scenes: Path, tmp_path: Path) -> None:
+    # of two processes: the sum of two numbers does not depend on their order
+    noted = []
+    for launcher in (DDP, zero(0), zero(1), zero(3)):
+        run = tmp_path / launcher.name
+        train(launcher, run, f"--data.train={scenes / 'train'}", *WORDS, "--schedule.samples=48")
+        lines = [json.loads(line) for line in (run / "digests.jsonl").open()]
+        noted.append([(line["step"], line["gradient"], line["samples"]) for line in lines])
+    assert noted[0] == noted[1] == noted[2] == noted[3]
+    assert [step for step, _, _ in noted[0]] == [1, 2]
+
+
+def test_a_digest_that_was_altered_is_found(copy: Path) -> None:
+    alter(copy / "digests.jsonl", 7, lambda line: line.update(gradient="0" * 16))
+    said = replay(ALONE, copy, 8, expect=1)
+    assert "step 7 has another gradient from the same samples" in said
+    assert "0 of 38 parameters" in said  # by parameter nothing was altered
+
+
+def test_a_flipped_bit_is_found_in_its_step_and_parameter(scenes: Path, tmp_path: Path) -> None:
+    run, script = tmp_path / "run", tmp_path / "spoiled.py"
+    script.write_text(SPOIL.replace("{parameter}", SPOILED))
+    train(ALONE, run, f"--data.train={scenes / 'train'}", *WORDS, module=str(script))
+    assert "steps 5 to 6 agree" in replay(ALONE, run, 6)
+    said = replay(ALONE, run, 8, expect=1)
+    assert (
+        f"step 7 has another gradient from the same samples: 1 of 38 parameters from {SPOILED}"
+        in said
+    )
+    assert "it was the machine of the run" in said
+    environment = json.loads((run / "environment.json").read_text())
+    environment["packages"]["torch"] = "1.0"
+    (run / "environment.json").write_text(json.dumps(environment))
+    said = replay(ALONE, run, 7, expect=1)
+    assert (
+        "torch was 1.0 and is" in said and "it was the code, the recipe or another machine" in said
+    )
+
+
+def test_a_weight_that_was_altered_in_the_checkpoint_is_named(copy: Path) -> None:
+    folder = copy / "checkpoints" / "step_000000004"
+    state = json.loads((folder / "state.json").read_text())
+    (entry,) = state["files"]
+    file = folder / entry["name"]
+    tensors = load_file(file)
+    tensors[f"weight/{SPOILED}"][1, 2] += 1e-6
+    save_file(tensors, file)
+    entry |= digest_file(file)
+    (folder / "state.json").write_text(json.dumps(state))
+    sha256 = {f.name: digest_file(f)["sha256"] for f in (folder / "state.json", file)}
+    write_manifest(folder, sha256, {})
+    said = replay(ALONE, copy, 7, expect=1)
+    assert f"1 of 38 parameters from {SPOILED}" in said
+    assert "weights of the checkpoint of step 4" in said
+
+
+def test_a_sample_that_was_changed_is_named(scenes: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(scenes / "train", data)
+    train(ALONE, run, f"--data.train={data}", *WORDS, "--run.save-every=1000")
+    shard = sorted(data.glob("*.tar"))[1]
+    key = brighten(shard, number=5)
+    # every sample comes once in the first seven steps, and a key says once of which step
+    said = replay(ALONE, run, 7, expect=1)
+    assert f"has other samples: {shard}/{key};" in said and "it was the data" in said
+
+
+def brighten(shard: Path, *, number: int) -> str:
+    """Change one image of a shard; the key of its sample."""
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    images = [i for i, (member, _) in enumerate(members) if member.name.endswith((".jpg", ".png"))]
+    member, content = members[images[number]]
+    image = Image.open(io.BytesIO(content))
+    file = io.BytesIO()
+    image.point(lambda value: 255 - value).save(file, format=image.format)
+    member.size = len(file.getvalue())
+    members[images[number]] = (member, file.getvalue())
+    with tarfile.open(shard, "w") as tar:
+        for member, content in members:
+            tar.addfile(member, io.BytesIO(content))
+    return members[images[number]][0].name.rpartition(".")[0]
+
+
+def test_the_step_that_a_run_stopped_for_is_computed_again(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    spoiled = (
+        "--optimizer.learning-rate=1e30", "--optimizer.clip-norm=None",
+        "--schedule.warmup-samples=0", "--run.max-skipped=3",
+    )  # fmt: skip
+    output = train(ALONE, run, f"--data.train={scenes / 'train'}", *WORDS, *spoiled, expect=1)
+    dump = json.loads((run / "not_finite.json").read_text())
+    assert f"python -m frugal.common.replay {run} --step {dump['step']}" in output
+    said = replay(ALONE, run, dump["step"])
+    assert f"step {dump['step']} has loss nan and no finite gradient, on {dump['keys'][0]}" in said
+
+
+def test_what_cannot_be_replayed_is_refused(copy: Path, alone: Path) -> None:
+    assert "steps 1 to 10" in replay(ALONE, copy, 11, expect=2)
+    assert "--run.digests" in replay(
+        ALONE, Path(shutil.copytree(alone, copy.parent / "a")), 7, expect=2
+    )
+    assert "holds no run (recipe.json)" in replay(ALONE, copy / "tokenizer", 7, expect=2)
