@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from frugal.common.distributed import connect_to_store
+from frugal.common.files import parse_json
 from frugal.common.run import Run
 
 _BEAT = 5.0
@@ -88,7 +89,7 @@ class Watchdog:
                 store.set(f"alive/{self._run.rank}", json.dumps(told))
                 for rank in range(self._run.world_size):
                     if store.check([f"alive/{rank}"]):
-                        self._hear(rank, *json.loads(store.get(f"alive/{rank}")))
+                        self._hear(rank, *parse_json(store.get(f"alive/{rank}")))
             except Exception:  # noqa: BLE001 - the process that keeps the store is gone
                 continue
             self._answered_at = time.monotonic()
