@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import random
+import re
 import shutil
 import signal
 import socket
@@ -317,7 +318,8 @@ def _finish_with_kills(
         if left := attempt.left_running():
             tally.faults.append(f"{run}: {len(left)} processes left after {moment}: {victim}")
         said = attempt.said()
-        if "Traceback" in said and victim == "loader":
+        # torchrun tells of a process that failed by a stack trace of its own
+        if re.search(r'File ".*/frugal/', said) and victim == "loader":
             tally.faults.append(f"{run}: a stack trace after {moment}: {victim}")
         if attempt.launcher.returncode == 0:
             return
