@@ -11,11 +11,14 @@ import pytest
 
 from support import DDP, log_of, start, wait_for_step, zero
 
-SHORT = ("--schedule.samples=240000", "--run.save-every=5", "--run.stall-minutes=0.06")
+SHORT = ("--schedule.samples=240000", "--run.save-every=5", "--run.stall-minutes=0.15")
 
 
-@pytest.mark.parametrize("launcher", [DDP, zero(2)], ids=lambda launcher: launcher.name)
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize(
+    ("launcher", "stopped"),
+    [(DDP, 0), (DDP, 1), (zero(2), 1)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_a_process_that_stands_still_is_named_with_what_it_did_last(
     launcher, stopped: int, scenes: Path, tmp_path: Path
 ) -> None:
