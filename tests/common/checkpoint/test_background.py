@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -218,6 +219,22 @@ def test_a_writer_that_was_killed_is_told_and_replaced(
     assert newest_step(tmp_path) == 30
     told = "the process that writes it ended (exit code -9); that of step 30 takes its place"
     assert told in caplog.text or (tmp_path / "checkpoints/step_000000020").is_dir()
+    saves.close()
+    assert not leftovers(tmp_path)
+
+
+def test_where_writers_do_not_start_the_trainer_writes_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    saves = saves_in(tmp_path)
+    save(saves, 10, is_last=True)
+    assert newest_step(tmp_path) == 10
+    for step in (20, 30, 40):
+        save(saves, step)
+    saves.finish()
+    assert newest_step(tmp_path) == 40
+    assert caplog.text.count("training waits: processes that write them end") == 1
     saves.close()
     assert not leftovers(tmp_path)
 

@@ -126,6 +126,8 @@ class BackgroundSaves:
         self._writer: _WriterProcess | None = None
         self._is_possible = True
         """Whether there is memory that can be handed over."""
+        self._lost_writers = 0
+        """Checkpoints in a row for which a writer, on whichever process, ended by itself."""
         self._failed_saves = 0
         """In a row, where they are written by the trainer itself."""
         self._pending: Path | None = None
@@ -175,6 +177,12 @@ class BackgroundSaves:
         common = {"state": state, "about": self._store.about} if run.is_main else {}
         self._writer.send({"do": "write", **common})
         if is_last and (reason := self._settle(is_last=True)):
+            if self._lost_writers:  # what ended them need not keep the trainer from writing
+                self._run.log.warning(
+                    "%s; it is written while training waits", not_written(final, reason)
+                )
+                self._save_here(layout, fill, state, is_last=True)
+                return
             raise InputError(f"{not_written(final, reason)}; older checkpoints are untouched")
 
     def poll(self) -> None:
@@ -245,12 +253,19 @@ class BackgroundSaves:
         elif self._run.is_main:
             self._wait_for("complete", *stopped)
             self._cancel(writer)
-        told = gather_objects((writer.is_complete, writer.reason, writer.failures))
+        told = gather_objects((writer.is_complete, writer.reason, writer.failures, writer.is_gone))
         self._pending = None
+        is_lost = any(is_gone for *_, is_gone in told)
+        self._lost_writers = self._lost_writers + 1 if is_lost else 0
+        if self._lost_writers > 1:
+            self._is_possible = False
+            self._run.log.warning(
+                "checkpoints are written while training waits: processes that write them end"
+            )
         if told[0][0]:
             return ""
-        reason = next((reason for _, reason, _ in told if reason), "a process ended")
-        failures = max(failures for _, _, failures in told)
+        reason = next((reason for _, reason, *_ in told if reason), "a process ended")
+        failures = max(failures for _, _, failures, _ in told)
         if failures >= self._max_failures and not is_last:
             raise InputError(self._too_many(final, reason, failures))
         return reason
