@@ -180,6 +180,18 @@ def test_the_configuration_is_named_where_transformers_cannot_build_it(
     assert sentence.startswith(f"the config.json of {clip_folder} describes no model of transf")
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_settings_that_the_weights_do_not_bear_out_are_refused_before_anything_is_built(
+    part: str, clip_folder: Path
+) -> None:
+    file = clip_folder / "config.json"
+    config = json.loads(file.read_text())
+    config[part]["num_hidden_layers"] = 10**8
+    file.write_text(json.dumps(config))
+    assert "says that num_hidden_layers is 100000000" in refusal(load_model, clip_folder)
+
+
 def test_a_model_without_its_tokenizer_is_told_what_to_copy(clip_folder: Path) -> None:
     for file in [*clip_folder.glob("tokenizer*"), *clip_folder.glob("vocab*")]:
         file.unlink()

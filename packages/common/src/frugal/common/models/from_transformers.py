@@ -54,6 +54,8 @@ def load_model(name: Path | str, *, config: Any = None, way_out: str) -> tuple[A
                 **given,
             )
     except Exception as error:  # noqa: BLE001 - files raise errors of every kind
+        if config is not None:
+            _refuse_unbuildable(config, Path(name))
         raise InputError(
             f"the weights of {name} cannot be loaded: {reason_of(error)}; {way_out}"
         ) from None
@@ -102,6 +104,26 @@ def _shapes(path: Path) -> list[Sequence[int]]:
         return [tensor.shape for tensor in content.values() if isinstance(tensor, torch.Tensor)]
     with safe_open(path, framework="pt") as file:
         return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+
+
+def _refuse_unbuildable(config: Any, folder: Path) -> None:
+    """Say that it is the settings, where no model can be made of them."""
+    from transformers import AutoModel
+
+    try:
+        with torch.device("meta"):
+            AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - transformers raises of all kinds
+        raise no_model_of_transformers(folder, error) from None
+
+
+def no_model_of_transformers(folder: Path, error: Exception) -> InputError:
+    """What is told of settings that transformers makes no model of."""
+    reason = reason_of(error, last_line=True)
+    return InputError(
+        f"the config.json of {folder} describes no model of transformers ({reason}); copy it again "
+        "(models that bring their own code are not run)"
+    )
 
 
 def _refuse_whole_numbers(folder: Path) -> None:

@@ -139,15 +139,13 @@ def _read(
     classes = len(state["head.weight"]) if "head.weight" in state else 0
     try:
         with torch.device("meta"):
-            # bare first: other kinds do not know these arguments
-            _refuse_other_kinds(timm.create_model(name), name)
             model: Any = timm.create_model(name, num_classes=classes, **args)
         usual: Any = model.pretrained_cfg
-    except InputError:
-        raise
     except Exception as error:  # noqa: BLE001 - an unknown name, an option of another version
+        _refuse_other_kinds(_bare(name), name)  # which may not know these arguments
         reason = reason_of(error, last_line=True)
         raise InputError(f"timm cannot build {name!r} as a vision transformer: {reason}") from None
+    _refuse_other_kinds(model, name)
     if what := misfit(state, model.state_dict()):
         raise InputError(f"{path} does not hold timm's {name}: {what}")
     model.load_state_dict(state, strict=True, assign=True)
@@ -163,10 +161,22 @@ def _read(
     return encoder
 
 
+def _bare(name: str) -> Any:
+    """The model of a name without weights and options; None where timm makes none."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name)
+    except Exception:  # noqa: BLE001 - told by who asked for one with options
+        return None
+
+
 def _refuse_other_kinds(model: Any, name: str) -> None:
+    """Refuse what is a model, but no plain vision transformer."""
     from timm.models.vision_transformer import VisionTransformer
 
-    if not isinstance(model, VisionTransformer):
+    if model is not None and not isinstance(model, VisionTransformer):
         raise InputError(
             f"timm's {name} is none of its plain vision transformers, which alone can be read"
         )

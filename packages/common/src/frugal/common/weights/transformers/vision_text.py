@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object, reason_of
+from frugal.common.files import read_json_object
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.models.from_transformers import load_model
+from frugal.common.models.from_transformers import load_model, no_model_of_transformers
 from frugal.common.models.in_words import some
 from frugal.common.models.preprocess import Preparation, of_transformers, transformers_file
 from frugal.common.models.pretrained import TimmImage, TransformersImage, TransformersText
@@ -157,18 +157,12 @@ def _text_masked(model: Any, token_ids: Tensor, lengths: Tensor) -> Any:
 
 
 def _model(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - transformers raises of all kinds
-        reason = reason_of(error, last_line=True)
-        raise InputError(
-            f"the config.json of {folder} describes no model of transformers ({reason}); copy it "
-            "again (models that bring their own code are not run)"
-        ) from None
+        raise no_model_of_transformers(folder, error) from None
     check_whole(weights_in(folder, WEIGHT_FILES))
     model, missing = load_model(folder, config=config, way_out="copy them again")
     if missing:
