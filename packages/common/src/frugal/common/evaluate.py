@@ -15,6 +15,7 @@ from frugal.common.cli import (
     run_politely,
 )
 from frugal.common.contracts import EvaluationTask
+from frugal.common.data.contents import also_noted
 from frugal.common.distributed import leave_process_group
 from frugal.common.errors import InputError
 from frugal.common.evaluation.cli import Options, chosen_tasks, chosen_trainings, transfer_tasks
@@ -25,7 +26,7 @@ from frugal.common.evaluation.task import FolderEvaluation
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe
 from frugal.common.run import join, open_run
-from frugal.common.train import read_start, train_recipe
+from frugal.common.train import START_FROM, train_recipe
 from frugal.common.transfer.tasks import TransferTask
 from frugal.common.weights.libraries import is_run
 from frugal.common.weights.load import load_model
@@ -111,7 +112,7 @@ def _refuse_other_start(recipe: Recipe, bundle: ModelBundle) -> None:
     """
     folder = recipe.run.dir
     assert folder is not None
-    before = read_start(folder)
+    before = also_noted(folder).get(START_FROM)
     if before is not None and before != weights_digest(bundle.model):
         raise InputError(
             f"{folder} holds what was trained on top of other weights than those of "

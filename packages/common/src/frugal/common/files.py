@@ -205,6 +205,25 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file that holds one per line, and how many of its lines are no JSON.
+
+    A crash may have cut the last line in two. Where there is no file there are no lines.
+    """
+    if not path.is_file():
+        return [], 0
+    lines, unreadable = [], 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = parse_json(text)
+        except ValueError:
+            unreadable += bool(text.strip())
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines, unreadable
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object that a file holds.
 

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from frugal.common.files import cannot_write, finite, parse_json
+from frugal.common.files import cannot_write, finite, read_json_lines
 
 FILE = "history.jsonl"
 
@@ -56,15 +56,5 @@ def note(run_dir: Path, event: str, *, step: int, **facts: Any) -> None:
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's history, oldest first; one that was cut by a crash is left out."""
-    path = run_dir / FILE
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = parse_json(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("event"), str):
-            lines.append(line)
-    return lines
+    lines, _ = read_json_lines(run_dir / FILE)
+    return [line for line in lines if isinstance(line.get("event"), str)]

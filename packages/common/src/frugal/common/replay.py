@@ -35,7 +35,7 @@ from frugal.common.engine.loop import train_step
 from frugal.common.engine.metrics import fetch
 from frugal.common.engine.saving import restore
 from frugal.common.errors import InputError, RunStopped
-from frugal.common.files import parse_json, read_json_object
+from frugal.common.files import read_json_lines, read_json_object
 from frugal.common.history import read_history
 from frugal.common.randomness import seed_step
 from frugal.common.recipe import Recipe, difference, from_json, load_recipe, recipe_if_whole
@@ -82,16 +82,8 @@ class Noted:
         return cls(steps, parts)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = parse_json(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            yield line
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [line for line in read_json_lines(path)[0] if isinstance(line.get("step"), int)]
 
 
 @dataclass(frozen=True)

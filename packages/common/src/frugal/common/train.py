@@ -44,7 +44,7 @@ from frugal.common.engine.saving import WeightAverage, restore
 from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError
 from frugal.common.evaluation.provenance import weights_digest
-from frugal.common.files import read_json_object, write_json
+from frugal.common.files import write_json
 from frugal.common.history import note
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
@@ -125,7 +125,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     last_step = last_evaluated(recipe, run)
     also, changes = dict[str, str](), list[str]()
     if not is_complete:
-        also = recipe.data.also_read() | objective.also_read() if run.is_main else {}
+        also = _also_read(recipe, objective, start) if run.is_main else {}
         changes = keep_contents(
             run,
             stream.contents,
@@ -136,8 +136,6 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         )
 
     _write_run_files(recipe, run, engine, begins=checkpoint is None, trains=not is_complete)
-    if start is not None and checkpoint is None and run.is_main:
-        write_json(run.dir / _START, {"weights_sha256": weights_digest(start.model)})
     if run.is_main and not is_complete:
         store.about = _about(stream.contents, also, run)
     # a new run has a directory to lock only now that its files are written
@@ -181,14 +179,14 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         lock.close()
 
 
-_START = "start.json"
-"""In a run directory: what its first weights were, where they were handed over."""
+def _also_read(recipe: Recipe, objective: Objective, start: ModelBundle | None) -> dict[str, str]:
+    """Digests of what decides about a run beside its data, by the field that names it."""
+    handed = {} if start is None else {START_FROM: weights_digest(start.model)}
+    return recipe.data.also_read() | objective.also_read() | handed
 
 
-def read_start(folder: Path) -> str | None:
-    """SHA-256 of the model that a run was handed to start from; None where it was not."""
-    file = folder / _START
-    return read_json_object(file).get("weights_sha256") if file.exists() else None
+START_FROM = "run.start_from"
+"""What the weights that a run was handed to start from are noted as, where they were."""
 
 
 def continued_recipe(recipe: Recipe) -> Recipe:

@@ -215,6 +215,9 @@ class BackgroundSaves:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
 
     def _wait_for(self, *states: str) -> None:
         writer = self._writer

@@ -181,6 +181,12 @@ def keep_contents(
     return found
 
 
+def also_noted(run_dir: Path) -> Mapping[str, str]:
+    """Digests of what else decides about a run, by what it is called, as the run noted them."""
+    path = run_dir / FILE
+    return _read(path).also if path.exists() else {}
+
+
 def noted(contents: Contents, also: Mapping[str, str]) -> dict[str, Any]:
     """What the file of a run says of its data."""
     return {

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.errors import InputError
-from frugal.common.files import parse_json, read_json_object
+from frugal.common.files import read_json_lines, read_json_object
 from frugal.common.history import read_history
 from frugal.common.recipe import Recipe, load_recipe
 
@@ -36,20 +36,10 @@ REQUIRED = (
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl`` in order; says how many are none and left out."""
     path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    lines, unreadable = [], 0
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = parse_json(text)
-        except ValueError:  # such as the line that a crash cut in two
-            unreadable += bool(text.strip())
-            continue
-        if isinstance(line, dict) and isinstance(line.get("samples"), (int, float)):
-            lines.append(line)
+    lines, unreadable = read_json_lines(path)
     if unreadable:
         _LOG.warning("%s: %d lines are no JSON and are left out", path, unreadable)
-    return lines
+    return [line for line in lines if isinstance(line.get("samples"), (int, float))]
 
 
 def find_stages(folder: Path) -> dict[str, Path]:
