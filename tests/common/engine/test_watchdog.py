@@ -26,6 +26,7 @@ def test_a_process_that_stands_still_is_named_with_what_it_did_last(
     words = (f"--data.train={scenes / 'train'}", *SHORT)
     process = start(launcher, run, *words)
     wait_for_step(process, run, 6)
+    time.sleep(4)  # what a process does is told every 1.8 s here
     os.kill(process.pids[stopped], signal.SIGSTOP)
     begun = time.monotonic()
     assert process.wait(timeout=60) in (1, -9)  # a launcher kills the one that stands still
@@ -41,6 +42,17 @@ def test_a_process_that_stands_still_is_named_with_what_it_did_last(
     process = start(launcher, run, words[0], SHORT[0])
     wait_for_step(process, run, 8)
     process.send_signal(signal.SIGKILL)
+
+
+def test_a_process_that_stands_still_before_it_told_anything_is_named_too(
+    scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(DDP, run, f"--data.train={scenes / 'train'}", *SHORT)
+    wait_for_step(process, run, 1)
+    os.kill(process.pids[1], signal.SIGSTOP)
+    assert process.wait(timeout=60) in (1, -9)
+    assert "process 1 of 2" in log_of(run).read_text()
 
 
 def test_a_slow_process_is_waited_for(scenes: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from frugal.common.distributed import connect_to_store
-from frugal.common.files import parse_json
+from frugal.common.files import parse_json, reason_of
 from frugal.common.run import Run
 
 _BEAT = 5.0
@@ -52,7 +52,7 @@ class Watchdog:
         self._position = 0
         self._closed = threading.Event()
         self._seen: dict[int, _Seen] = {}
-        self._answered_at = time.monotonic()
+        self._begun = self._answered_at = time.monotonic()
         if minutes is not None and run.world_size > 1:
             # apart: what talks to a process that stands still hangs
             for work in (self._talk, self._judge):
@@ -80,9 +80,14 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Tell what this process does, and hear what the others do."""
-        store = connect_to_store(timeout=self._limit)
+        try:
+            store = connect_to_store(timeout=self._limit)
+        except Exception as error:  # noqa: BLE001 - a run goes on without
+            self._run.log.warning("no process is watched for standing still: %s", reason_of(error))
+            self.close()
+            return
         beats = 0
-        while not self._closed.wait(self._pause):
+        while not self._closed.is_set():
             beats += 1
             told = [beats, self._position, self._doing, socket.gethostname()]
             try:
@@ -90,9 +95,10 @@ class Watchdog:
                 for rank in range(self._run.world_size):
                     if store.check([f"alive/{rank}"]):
                         self._hear(rank, *parse_json(store.get(f"alive/{rank}")))
-            except Exception:  # noqa: BLE001 - the process that keeps the store is gone
-                continue
-            self._answered_at = time.monotonic()
+                self._answered_at = time.monotonic()
+            except Exception:  # noqa: BLE001 - its keeper is gone: see _fault
+                pass
+            self._closed.wait(self._pause)
 
     def _hear(self, rank: int, beats: int, position: int, doing: str, host: str) -> None:
         now, last = time.monotonic(), self._seen.get(rank)
@@ -114,8 +120,13 @@ class Watchdog:
             last = f"; what it did last was {seen[0].doing}" if 0 in seen else ""
             return f"process 0, which keeps the meeting place, does not answer{last}"
         first = max((one.position for one in seen.values()), default=0)
-        for rank, one in seen.items():
-            named = f"process {rank} of {self._run.world_size} (on {one.host})"
+        for rank in range(self._run.world_size):
+            one, named = seen.get(rank), f"process {rank} of {self._run.world_size}"
+            if one is None:
+                if now - self._begun > self._limit:
+                    return f"{named} has told nothing since this one began to train"
+                continue
+            named += f" (on {one.host})"
             if now - one.alive_at > self._limit:
                 return (
                     f"{named} has given no sign of life for {now - one.alive_at:.0f} seconds; what "
