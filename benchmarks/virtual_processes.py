@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> None:
 
     from frugal.common.contracts import Batch
     from frugal.common.distributed import gather_objects
-    from frugal.common.engine.loop import train_step
+    from frugal.common.engine.step import train_step
     from frugal.common.recipe import EngineOptions
     from frugal.common.run import open_run
     from frugal.common.train import make_engine

@@ -41,6 +41,8 @@ ELSEWHERE = {
     "engine/metrics.py": "common/engine/test_logger.py",
     "engine/rehearsal.py": "faults/test_bad_input.py",
     "engine/saving.py": "faults/test_crash_and_resume.py",
+    "engine/step.py": "distributed/test_engines_agree.py",
+    "engine/training.py": "faults/test_crash_and_resume.py",
     "engine/signals.py": "faults/test_crash_and_resume.py",
     "errors.py": "faults/test_bad_input.py",
     "evaluation/class_names.py": "common/evaluation/test_zero_shot.py",

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 
 from frugal.cit.objective import LockedContrastive
 from frugal.cluster_masking.masking import ClusterMasking
-from frugal.common.engine.loop import train_step
 from frugal.common.engine.rehearsal import _made_up, rehearse
+from frugal.common.engine.step import train_step
 from frugal.common.errors import InputError
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower

@@ -26,12 +26,12 @@ WORDS = (
 SPOILED = "model.image.blocks.0.mlp.fc2.weight"
 SPOIL = """
 import sys
-import frugal.common.engine.loop as loop
+import frugal.common.engine.step as step_module
 from frugal.common.train import main
 from frugal.flip.recipes import RECIPES
 import torch
 
-honest = loop.digest_step
+honest = step_module.digest_step
 
 
 def spoiled(engine, step, batches, micro_batches):
@@ -41,7 +41,7 @@ def spoiled(engine, step, batches, micro_batches):
     return honest(engine, step, batches, micro_batches)
 
 
-loop.digest_step = spoiled
+step_module.digest_step = spoiled
 main(RECIPES, method="flip")
 """
 """FLIP on a machine whose memory flips one bit of one gradient in step 7."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from frugal.cit.objective import LockedContrastive
 from frugal.common.contracts import Batch
-from frugal.common.engine.loop import train_step
 from frugal.common.engine.metrics import fetch
+from frugal.common.engine.step import train_step
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
 from frugal.common.recipe import EngineOptions, Recipe

@@ -17,8 +17,9 @@ from frugal.common.contracts import Batch, Objective
 from frugal.common.engine.accelerate import AccelerateEngine
 from frugal.common.engine.evaluator import Evaluator
 from frugal.common.engine.logger import MetricsLogger
-from frugal.common.engine.loop import Training, train
+from frugal.common.engine.loop import train
 from frugal.common.engine.saving import WeightAverage
+from frugal.common.engine.training import Training
 from frugal.common.engine.watchdog import Watchdog
 from frugal.common.optim.optimizers import LARS, skip_unless_finite
 from frugal.common.recipe import Recipe

@@ -22,9 +22,10 @@ from torch import nn
 from frugal.common.contracts import Batch, Objective
 from frugal.common.distributed import gather, place_in_world, sum_over_processes
 from frugal.common.engine.engine import Engine
-from frugal.common.engine.loop import Training, _read_step
+from frugal.common.engine.loop import _read_step
 from frugal.common.engine.signals import StopSignal
 from frugal.common.engine.throughput import Meter
+from frugal.common.engine.training import Training
 from frugal.common.engine.virtual import VirtualTrainer, step_of_virtual_processes
 from frugal.common.errors import InputError
 from frugal.common.models.vit import ImageTower

@@ -31,9 +31,9 @@ from frugal.common.engine.calibration import calibrate_reduction
 from frugal.common.engine.digests import StepDigests, digest, fetch_digests, from_hex
 from frugal.common.engine.divergence import left_out_steps
 from frugal.common.engine.logger import DETAILED_DIGESTS, DIGESTS
-from frugal.common.engine.loop import train_step
 from frugal.common.engine.metrics import fetch
 from frugal.common.engine.saving import restore
+from frugal.common.engine.step import train_step
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import read_json_lines, read_json_object
 from frugal.common.history import read_history

@@ -38,9 +38,10 @@ from frugal.common.engine.deterministic import (
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.evaluator import Evaluator, last_evaluated
 from frugal.common.engine.logger import MetricsLogger, last_line
-from frugal.common.engine.loop import Training, evaluate_if_missed, train
+from frugal.common.engine.loop import evaluate_if_missed, train
 from frugal.common.engine.rehearsal import rehearse
 from frugal.common.engine.saving import WeightAverage, restore
+from frugal.common.engine.training import Training
 from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError
 from frugal.common.evaluation.provenance import weights_digest
