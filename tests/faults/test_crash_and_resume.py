@@ -5,6 +5,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support import (
@@ -14,6 +15,7 @@ from support import (
     deepspeed,
     kill_at_step,
     largest_difference,
+    log_of,
     losses,
     metrics,
     saved_tensors,
@@ -149,3 +151,22 @@ def test_a_finished_run_is_left_alone(alone: Path, scenes: Path, tmp_path: Path)
     output = train(ALONE, run, f"--data.train={scenes / 'train'}", "--engine.ema-decay=0.9")
     assert "complete (20 steps)" in output
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == before
+
+
+@pytest.mark.parametrize("launcher", [DDP, zero(2)], ids=lambda launcher: launcher.name)
+def test_processes_of_which_one_loses_a_loader_process_save_together(
+    launcher: Launcher, undisturbed_long: Path, scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", *LONG, "--run.save-every=1000")
+    process = start(launcher, run, *words, "--data.workers=1")
+    wait_for_step(process, run, 5)
+    mine = psutil.Process(process.pid)
+    # a loader process is a fork of the one that trains, and has its command line
+    (loader,) = [child for child in mine.children() if child.cmdline() == mine.cmdline()]
+    loader.kill()
+    assert process.wait(timeout=120) == 2
+    said = log_of(run).read_text()
+    assert "process 0: loader process 1 of 1" in said and "was ended by SIGKILL" in said
+    assert "with a checkpoint" in said and "Traceback" not in said
+    check_saved_and_continue(launcher, run, undisturbed_long, words)

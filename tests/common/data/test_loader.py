@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from frugal.common.data import loader as loader_module
 from frugal.common.data.damage import DamageCounter, Damaged, note_of, warning
@@ -180,6 +180,21 @@ def test_a_loader_process_that_is_killed_is_one_sentence() -> None:
     sentence = rf"loader process 2 of 2 \(pid {victim.pid}\) was ended by SIGKILL.*workers 0"
     with pytest.raises(InputError, match=sentence):
         list(rows)
+
+
+def test_the_rest_comes_from_this_process_where_that_is_asked_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    numbers = Numbers(lambda row: time.sleep(row > 4 and get_worker_info() is not None))
+    rows = iter(Loader(numbers, sampler=range(9), workers=2, finishes_alone=True))
+    first = next(rows)
+    children = sorted(psutil.Process().children(), key=lambda child: child.pid)
+    [child for child in children if child.status() != psutil.STATUS_ZOMBIE][-1].kill()
+    rest = list(rows)
+    assert [row["row"] for row in (first, *rest)] == list(range(9))
+    assert all(row["images"].eq(row["row"]).all() for row in rest)
+    assert "ends" not in first and "was ended by SIGKILL" in rest[-1]["ends"]
+    assert "reading in this process until the run ends" in caplog.text
 
 
 class StartingWith:

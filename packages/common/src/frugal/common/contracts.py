@@ -59,6 +59,8 @@ class Batch:
     repaired, of the kind ``repaired``."""
     sources: dict[int, int] = field(default_factory=dict)
     """Valid samples by entry of ``data.train``; empty where there is one."""
+    ends: str = ""
+    """Why the run is to end after one of the next steps, with a checkpoint; usually nothing."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device`` (without waiting, from pinned memory)."""
@@ -71,7 +73,7 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Samples ``start`` to ``stop`` of this batch; damage stays with the whole."""
-        whole: dict[str, Any] = {"damage": {}, "damage_notes": [], "sources": {}}
+        whole: dict[str, Any] = {"damage": {}, "damage_notes": [], "sources": {}, "ends": ""}
         part: dict[str, Any] = {
             name: value[start:stop]
             for name, value in vars(self).items()

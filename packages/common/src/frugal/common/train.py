@@ -167,6 +167,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     training.saves.lock = lock.fileno() if lock is not None else None
     _announce(recipe, run, engine, checkpoint)
     if not is_complete:
+        training.prepare_saves()
         train(training)
     elif training.damage.was_too_much:
         raise InputError(training.damage.sentence())

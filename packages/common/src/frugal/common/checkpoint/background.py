@@ -135,6 +135,34 @@ class BackgroundSaves:
         self.lock: int | None = None
         """Descriptor of what keeps other runs out of the directory while anything is written."""
 
+    def prepare(self, layout: Mapping[str, Tensor]) -> bool:
+        """Have memory and a writer, so that the first checkpoint need not wait for them.
+
+        Args:
+            layout: tensors of the names, types and shapes of this process's share.
+
+        Returns:
+            False, on all processes, where one of them cannot; then training waits for checkpoints.
+        """
+        if not self._is_possible:
+            return False
+        problem = ""
+        try:
+            if self._copy is None or not self._copy.fits(layout):
+                self.close()
+                self._copy = HostCopy(layout)
+            if self._writer is None or self._writer.is_gone:
+                rank, world_size = self._run.rank, self._run.world_size
+                self._writer = _WriterProcess(self._copy, rank, world_size, self.lock)
+        except (OSError, MemoryError) as error:
+            problem = reason_of(error)
+        problems = [problem for problem in gather_objects(problem) if problem]
+        if problems:
+            self._is_possible = False
+            self.close()
+            self._run.log.warning("checkpoints are written while training waits: %s", problems[0])
+        return self._is_possible
+
     def save(
         self, layout: Mapping[str, Tensor], fill: Fill, state: dict[str, Any], *, is_last: bool
     ) -> None:
@@ -154,7 +182,7 @@ class BackgroundSaves:
         if (reason := self._settle()) and before is not None:
             words = not_written(before, reason)
             self._run.log.warning("%s; that of step %d takes its place", words, state["step"])
-        if not self._prepare(layout):
+        if not self.prepare(layout):
             self._save_here(layout, fill, state, is_last=is_last)
             return
         assert self._copy is not None and self._writer is not None
@@ -286,27 +314,6 @@ class BackgroundSaves:
             f"in a row failed, and run.max_failed_saves is {self._max_failures}: make room or the "
             "folder writable, and the same command goes on from the newest checkpoint"
         )
-
-    def _prepare(self, layout: Mapping[str, Tensor]) -> bool:
-        """Have memory and a writer; False, on all processes, where one of them cannot."""
-        if not self._is_possible:
-            return False
-        problem = ""
-        try:
-            if self._copy is None or not self._copy.fits(layout):
-                self.close()
-                self._copy = HostCopy(layout)
-            if self._writer is None or self._writer.is_gone:
-                rank, world_size = self._run.rank, self._run.world_size
-                self._writer = _WriterProcess(self._copy, rank, world_size, self.lock)
-        except (OSError, MemoryError) as error:
-            problem = reason_of(error)
-        problems = [problem for problem in gather_objects(problem) if problem]
-        if problems:
-            self._is_possible = False
-            self.close()
-            self._run.log.warning("checkpoints are written while training waits: %s", problems[0])
-        return self._is_possible
 
     def _save_here(
         self, layout: Mapping[str, Tensor], fill: Fill, state: dict[str, Any], *, is_last: bool

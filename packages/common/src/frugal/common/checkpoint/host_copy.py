@@ -65,7 +65,8 @@ class HostCopy:
         try:
             # now, instead of being killed later where it is not there
             os.posix_fallocate(self.descriptor, 0, self.size)
-            self._memory = mmap.mmap(self.descriptor, self.size)
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # else the first copy waits for every page
+            self._memory = mmap.mmap(self.descriptor, self.size, flags=flags)
         except OSError:
             os.close(self.descriptor)
             raise

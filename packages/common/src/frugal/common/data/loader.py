@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import multiprocessing.queues
@@ -58,6 +59,7 @@ class Loader:
         workers: int,
         pin_memory: bool = False,
         limit: float = WAIT,
+        finishes_alone: bool = False,
     ) -> None:
         """Prepare; nothing is read before the iteration begins.
 
@@ -67,7 +69,12 @@ class Loader:
             workers: loader processes; 0 reads in this process.
             pin_memory: put the tensors where a GPU can fetch them.
             limit: seconds to wait for an item.
+            finishes_alone: where a loader process has ended, make the items that are still to come
+                in this process, each with the reason as ``ends``, instead of raising; for a
+                sampler that gives the same items whenever it is asked.
         """
+        self._finishes_alone = finishes_alone
+        self._sampler = sampler
         self._workers = workers
         self._pin_memory = pin_memory
         self._limit = limit
@@ -122,6 +129,7 @@ class Loader:
         self, items: Iterator[dict[str, Any]], processes: list[BaseProcess]
     ) -> Iterator[dict[str, Any]]:
         started, next_warning = time.monotonic(), _FIRST_WARNING
+        num_given = 0
         while True:
             try:
                 fields = next(items)
@@ -130,7 +138,13 @@ class Loader:
             except (RuntimeError, OSError, EOFError) as error:
                 if not processes:
                     raise
-                _explain(error, processes)
+                try:
+                    _explain(error, processes)
+                except InputError as reason:
+                    if not self._finishes_alone:
+                        raise
+                    yield from self._rest(num_given, str(reason))
+                    return
                 waited = time.monotonic() - started
                 if waited > self._limit + 30:  # a reader that knows what it waits for says it first
                     raise InputError(
@@ -148,7 +162,16 @@ class Loader:
                     next_warning *= 2
                 continue
             yield fields
+            num_given += 1
             started, next_warning = time.monotonic(), _FIRST_WARNING
+
+    def _rest(self, num_given: int, reason: str) -> Iterator[dict[str, Any]]:
+        """The items after the first ones, made in this process."""
+        # as an error: every process says it, since the others do not know
+        logging.getLogger("frugal").error("%s; reading in this process until the run ends", reason)
+        assert self._sampler is not None
+        for item in itertools.islice(self._sampler, num_given, None):
+            yield self.dataset[item] | {"ends": reason}
 
 
 def _unchanged(fields: Any) -> Any:

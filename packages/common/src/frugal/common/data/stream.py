@@ -221,6 +221,8 @@ class IndexedStream:
             workers=workers,
             pin_memory=pin_memory,
             limit=limit,
+            # the others wait in the middle of the step, and only together can they save
+            finishes_alone=rank_slice.world_size > 1,
         )
 
     def __iter__(self) -> Iterator[Batch]:

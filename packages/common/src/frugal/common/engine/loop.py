@@ -84,7 +84,7 @@ def _take_steps(
     """
     recipe, run, meter = training.recipe, training.run, training.meter
     engine, damage = training.engine, training.damage
-    batches = iter(training.stream)
+    batches, ending = iter(training.stream), ""
     for step in range(first_step, recipe.steps):
         # anew for every step: a resumed run drops out what it would have dropped out
         seed_step(recipe.run.seed, step, run.rank)
@@ -92,7 +92,8 @@ def _take_steps(
         micro_batches = _read_step(training, step, batches, stop_signal)
         training.watchdog.compute(step + 1)
         # every process hears the same answer, so that all of them stop after the same step
-        stops = vote.any(yes=stop_signal.asked)
+        ending = ending or next((batch.ends for batch in micro_batches if batch.ends), "")
+        stops = vote.any(yes=stop_signal.asked or bool(ending))
         training.count_damage(micro_batches)
         if step + 1 not in training.left_out:
             # on the device the step has only begun when this returns
@@ -129,11 +130,7 @@ def _take_steps(
             remedy = f": the same command then continues from step {done}"
             raise InputError(damage.sentence(remedy))
         if stops and done < recipe.steps:
-            raise RunStopped(
-                f"stopped by {stop_signal.name} after step {done}, with a checkpoint in "
-                f"{training.store.folder}; the same command continues from there",
-                exit_code=stop_signal.exit_code,
-            )
+            _stop(training, done, stop_signal, ending)
         # behind the checkpoint, so that nothing is lost where an evaluation fails or is killed
         if evaluates:
             training.watchdog.note(f"evaluating step {done}")
@@ -205,6 +202,29 @@ def _give_up(
         f"same command {goes_on}",
         exit_code=stop_signal.exit_code,
     ) from None
+
+
+def _stop(training: Training, step: int, stop_signal: StopSignal, ending: str) -> NoReturn:
+    """End a run that was saved; every process calls this, after the same step.
+
+    Args:
+        training: what ends.
+        step: that was taken last.
+        stop_signal: what was asked of this process.
+        ending: why the data of this process ends; usually nothing.
+
+    Raises:
+        InputError: where the data of a process ends.
+        RunStopped: otherwise.
+    """
+    words = (
+        f"after step {step}, with a checkpoint in {training.store.folder}; the same command "
+        "continues from there"
+    )
+    for rank, reason in enumerate(gather_objects(ending)):
+        if reason:
+            raise InputError(f"process {rank}: {reason} (the run stopped {words})")
+    raise RunStopped(f"stopped by {stop_signal.name} {words}", exit_code=stop_signal.exit_code)
 
 
 def _is_evaluated(recipe: Recipe, step: int) -> bool:

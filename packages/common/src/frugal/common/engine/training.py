@@ -179,6 +179,10 @@ class Training:
         may_go_back = self.recipe.run.on_divergence == "rewind"
         return may_go_back and (self.skipped_in_row > 0 or step in self.left_out)
 
+    def prepare_saves(self) -> None:
+        """Take the memory that checkpoints are copied into; every process calls this."""
+        self.saves.prepare(layout(self.engine, self.average))
+
     def save(self, step: int, *, is_last: bool) -> None:
         """Have a checkpoint written; every process calls this, and trains on.
 
