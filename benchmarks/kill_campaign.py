@@ -43,7 +43,8 @@ SMALL = (
     "--model.image.width=32", "--model.image.depth=1", "--model.image.heads=2",
     "--model.image.mlp-width=64", "--engine.precision=float32", "--engine.device=cpu",
     f"--batch-size={BATCH}", f"--schedule.samples={STEPS * BATCH}",
-    "--schedule.warmup-samples=32", "--run.log-every=1", "--run.save-every=4", "--data.workers=1",
+    "--schedule.warmup-samples=32", "--run.log-every=1", "--run.save-every=4", "--run.digests",
+    "--data.workers=1",
 )  # fmt: skip
 WORDS_OF_TEXTS = (
     "--model.text.width=32", "--model.text.depth=1", "--model.text.heads=2",
