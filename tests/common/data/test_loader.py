@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -296,6 +298,31 @@ def test_loader_processes_hear_that_they_may_end_before_they_are_killed() -> Non
     with loader_module._ended_afterwards(items, processes):
         pass
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+ENDS_BADLY = """
+import sys
+from frugal.common.data.loader import Loader
+
+sys.path.insert(0, {tests!r})
+from test_loader import Numbers
+
+rows = iter(Loader(Numbers(), sampler=range(99), workers=1))
+kept = next(rows), rows
+raise KeyError("nobody expected this")
+"""
+"""A process that ends with a stack trace, whose loader is there up to the interpreter's end."""
+
+
+def test_a_process_that_ends_with_an_error_does_not_wait_for_its_loader() -> None:
+    code = ENDS_BADLY.format(tests=str(Path(__file__).parent))
+    path = os.pathsep.join(sys.path)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": path}, check=False,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert "KeyError: 'nobody expected this'" in process.stderr
 
 
 def test_too_many_open_files_are_no_damage(tmp_path, write_pairs, open_stream) -> None:

@@ -67,6 +67,78 @@ def test_a_slow_process_is_waited_for(scenes: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=120) == 0
 
 
+FAULTY = """
+import os
+import time
+
+import frugal.common.engine.evaluator as evaluator
+import frugal.common.engine.loop as loop
+from frugal.common.distributed import barrier
+from frugal.common.train import main
+from frugal.flip.recipes import RECIPES
+
+step_of, evaluate = loop.train_step, evaluator.Evaluator.evaluate
+
+
+def endless(engine, recipe, step, micro_batches, average=None):
+    while step == {endless} and engine.run.rank == 1:
+        pass
+    return step_of(engine, recipe, step, micro_batches, average)
+
+
+def slow(self, step):
+    time.sleep({seconds})
+    barrier()
+    return evaluate(self, step)
+
+
+loop.train_step, evaluator.Evaluator.evaluate = endless, slow
+main(RECIPES, method="flip")
+"""
+"""FLIP with a process that computes without end in a step, or with evaluations that take long."""
+
+
+def faulty(folder: Path, *, endless: int = -1, seconds: float = 0.0) -> str:
+    path = folder / "faulty.py"
+    path.write_text(FAULTY.format(endless=endless, seconds=seconds))
+    return str(path)
+
+
+def test_an_evaluation_that_takes_longer_is_waited_for(scenes: Path, tmp_path: Path) -> None:
+    module, run = faulty(tmp_path, seconds=8), tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", "--run.evaluate-every=3")
+    words += ("--schedule.samples=216", "--run.stall-minutes=0.08")
+    process = start(DDP, run, *words, module=module)
+    assert process.wait(timeout=120) == 0, log_of(run).read_text()
+
+
+def test_a_process_that_computes_without_end_is_named_with_its_line(
+    scenes: Path, tmp_path: Path
+) -> None:
+    module, run = faulty(tmp_path, endless=4), tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", "--run.stall-minutes=0.1")
+    process = start(DDP, run, *words, module=module)
+    assert process.wait(timeout=60) in (1, -9)
+    said = log_of(run).read_text()
+    assert "no process has come further than computing step 5" in said
+    assert "faulty.py (endless)" in said.partition("process 1 (on ")[2]
+
+
+def test_a_run_that_is_suspended_with_all_of_its_processes_goes_on(
+    scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", "--run.stall-minutes=0.08")
+    process = start(DDP, run, *words, "--schedule.samples=4800")
+    wait_for_step(process, run, 3)
+    time.sleep(2)  # each has told what it does
+    for sent, seconds in ((signal.SIGSTOP, 8), (signal.SIGCONT, 0)):
+        for pid in process.pids:
+            os.kill(pid, sent)
+        time.sleep(seconds)
+    assert process.wait(timeout=120) == 0, log_of(run).read_text()
+
+
 def test_processes_that_were_started_with_other_words_are_refused(
     scenes: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ import tyro
 
 from frugal.common.checkpoint.init_from import init_from
 from frugal.common.checkpoint.store import Checkpoint, open_checkpoint
-from frugal.common.cli import command_words, run_politely
+from frugal.common.cli import command_words, run_politely, without_local_rank
 from frugal.common.data.contents import differences_since
 from frugal.common.distributed import gather_objects, launcher_ranks
 from frugal.common.engine.calibration import calibrate_reduction
@@ -423,7 +423,11 @@ def main() -> None:
     """The body of ``python -m frugal.common.replay``."""
     run_politely(
         lambda: replay(
-            tyro.cli(Options, args=command_words(), prog="python -m frugal.common.replay")
+            tyro.cli(
+                Options,
+                args=without_local_rank(command_words()),
+                prog="python -m frugal.common.replay",
+            )
         )
     )
 

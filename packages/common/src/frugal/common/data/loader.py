@@ -231,6 +231,9 @@ def _shut_down(items: Iterator[Any], processes: list[BaseProcess]) -> None:
     sets the event then waits for ever. So those that listen are let go first; and where one was
     killed from outside, nobody but a thread that is left behind waits for it.
     """
+    if sys.is_finalizing():  # after an error that nobody expected; no thread begins any more
+        _kill(processes)
+        return
     stop = getattr(items, "_shutdown_workers", None)
     if stop is None:  # of an iteration in this process
         return

@@ -3,7 +3,9 @@
 A collective waits for whoever does not come, without a word of who that is. So every process tells
 the others what it does, and a thread beside the training looks at what they tell. Where one gives
 no sign of life, or stays behind the others, for longer than a run allows, every process names it
-and ends; the same command then continues from the last checkpoint.
+and ends; the same command then continues from the last checkpoint. So they do where all are in the
+same step, and one does not leave its line of the program: somebody waits there for a process that
+computes without end, and the lines of all of them tell which.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from frugal.common.distributed import connect_to_store
@@ -22,6 +26,9 @@ from frugal.common.run import Run
 
 _BEAT = 5.0
 """Seconds between two looks, at most."""
+_COMPUTING = "computing step"
+_LISTED = 8
+"""Processes whose lines are told."""
 
 
 @dataclass
@@ -31,9 +38,37 @@ class _Seen:
     beats: int
     position: int
     doing: str
+    line: str
+    """Of the program, that its main thread was in; "" between two steps."""
     host: str
     alive_at: float
     moved_at: float
+    """When its position was another."""
+    left_line_at: float
+    """When its position or its line was another."""
+
+
+class _AwakeTime:
+    """Seconds that this process was awake; threads may ask at once.
+
+    A cluster suspends a run, and a shell stops it, with all of its processes. When they go on, none
+    of them has told anything for as long, and none is at fault.
+    """
+
+    def __init__(self, most: float) -> None:
+        """Begin; of the time between two calls of :meth:`now`, ``most`` seconds count at most."""
+        self._most = most
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+        self._seconds = 0.0
+
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        with self._lock:
+            now = time.monotonic()
+            self._seconds += min(now - self._last, self._most)
+            self._last = now
+            return self._seconds
 
 
 class Watchdog:
@@ -52,7 +87,10 @@ class Watchdog:
         self._position = 0
         self._closed = threading.Event()
         self._seen: dict[int, _Seen] = {}
-        self._begun = self._answered_at = time.monotonic()
+        self._behind: dict[int, tuple[int, float]] = {}
+        """Positions that others have left, by process, and since when that is known."""
+        self._clock = _AwakeTime(2 * self._pause)
+        self._begun = self._answered_at = self._clock.now()
         if minutes is not None and run.world_size > 1:
             # apart: what talks to a process that stands still hangs
             for work in (self._talk, self._judge):
@@ -64,7 +102,7 @@ class Watchdog:
 
     def compute(self, step: int) -> None:
         """Note that a step is computed."""
-        self._position, self._doing = 2 * step + 1, f"computing step {step}"
+        self._position, self._doing = 2 * step + 1, f"{_COMPUTING} {step}"
 
     def note(self, doing: str) -> None:
         """Note what is done between two steps; all processes may do it for as long as it takes."""
@@ -89,22 +127,34 @@ class Watchdog:
         beats = 0
         while not self._closed.is_set():
             beats += 1
-            told = [beats, self._position, self._doing, socket.gethostname()]
+            told = [beats, self._position, self._doing, self._line(), socket.gethostname()]
             try:
                 store.set(f"alive/{self._run.rank}", json.dumps(told))
                 for rank in range(self._run.world_size):
                     if store.check([f"alive/{rank}"]):
                         self._hear(rank, *parse_json(store.get(f"alive/{rank}")))
-                self._answered_at = time.monotonic()
+                self._answered_at = self._clock.now()
             except Exception:  # noqa: BLE001 - its keeper is gone: see _fault
                 pass
             self._closed.wait(self._pause)
 
-    def _hear(self, rank: int, beats: int, position: int, doing: str, host: str) -> None:
-        now, last = time.monotonic(), self._seen.get(rank)
+    def _line(self) -> str:
+        """What the main thread is in, of a step that is computed."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        if frame is None or not self._doing.startswith(_COMPUTING):
+            return ""
+        path = "/".join(Path(frame.f_code.co_filename).parts[-2:])
+        return f"line {frame.f_lineno} of {path} ({frame.f_code.co_name})"
+
+    def _hear(self, rank: int, beats: int, position: int, doing: str, line: str, host: str) -> None:
+        now, last = self._clock.now(), self._seen.get(rank)
         alive_at = now if last is None or last.beats != beats else last.alive_at
         moved_at = now if last is None or last.position != position else last.moved_at
-        self._seen[rank] = _Seen(beats, position, doing, host, alive_at, moved_at)
+        is_there = last is not None and (last.position, last.line) == (position, line)
+        left_line_at = last.left_line_at if last is not None and is_there else now
+        self._seen[rank] = _Seen(
+            beats, position, doing, line, host, alive_at, moved_at, left_line_at
+        )
 
     def _judge(self) -> None:
         """End this process where another one is gone or stuck."""
@@ -115,7 +165,7 @@ class Watchdog:
 
     def _fault(self) -> str:
         """Which process is gone or stuck, in words; "" where none is."""
-        now, seen = time.monotonic(), dict(self._seen)
+        now, seen = self._clock.now(), dict(self._seen)
         if now - self._answered_at > self._limit:
             last = f"; what it did last was {seen[0].doing}" if 0 in seen else ""
             return f"process 0, which keeps the meeting place, does not answer{last}"
@@ -132,12 +182,43 @@ class Watchdog:
                     f"{named} has given no sign of life for {now - one.alive_at:.0f} seconds; what "
                     f"it did last was {one.doing}"
                 )
-            if one.position < first and now - one.moved_at > self._limit:
+            if self._stayed_behind(rank, one, first, now) > self._limit:
                 return (
                     f"{named} has been {one.doing} for {now - one.moved_at:.0f} seconds, while "
                     "others wait for it"
                 )
-        return ""
+        return self._standstill(seen, now)
+
+    def _stayed_behind(self, rank: int, one: _Seen, first: int, now: float) -> float:
+        """Seconds for which others have been further than a process that did not move.
+
+        What it did before, as an evaluation, may have taken all of them as long as it takes.
+        """
+        if one.position == first:
+            self._behind.pop(rank, None)
+            return 0.0
+        if self._behind.get(rank, (None, now))[0] != one.position:
+            self._behind[rank] = one.position, now
+        return now - self._behind[rank][1]
+
+    def _standstill(self, seen: dict[int, _Seen], now: float) -> str:
+        """That nobody gets out of a step, in words, and where they are; "" where it goes on."""
+        everybody = [seen[rank] for rank in sorted(seen)]
+        if len(everybody) < self._run.world_size or len({one.position for one in everybody}) > 1:
+            return ""
+        # a step may be long, and goes from line to line then
+        waited = max(now - one.left_line_at if one.line else 0.0 for one in everybody)
+        if waited <= self._limit:
+            return ""
+        lines = [
+            f"process {rank} (on {one.host}) in {one.line or one.doing}"
+            for rank, one in enumerate(everybody[:_LISTED])
+        ]
+        more = ", and others" if len(everybody) > _LISTED else ""
+        return (
+            f"no process has come further than {everybody[0].doing} for {waited:.0f} seconds: "
+            f"{', '.join(lines)}{more}"
+        )
 
     def _end(self, fault: str) -> NoReturn:
         self._run.log.error(
