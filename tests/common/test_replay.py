@@ -50,8 +50,9 @@ main(RECIPES, method="flip")
 def replay(launcher: Launcher, run: Path, step: int, *, expect: int = 0) -> str:
     """What it says."""
     log = run.parent / "replay.log"
+    words = [str(run), f"--step={step}", "--local_rank=0"]  # which deepspeed adds
     process = fork(
-        "frugal.common.replay", [str(run), f"--step={step}"], log=log, cwd=ROOT,
+        "frugal.common.replay", words, log=log, cwd=ROOT,
         environments=launcher.environments(),
     )  # fmt: skip
     code = process.wait(timeout=300)
@@ -194,6 +195,30 @@ def brighten(shard: Path, *, number: int) -> str:
         for member, content in members:
             tar.addfile(member, io.BytesIO(content))
     return members[images[number]][0].name.rpartition(".")[0]
+
+
+def test_other_weights_to_start_from_are_named(
+    scenes: Path, finished: Path, tmp_path: Path
+) -> None:
+    run, source = tmp_path / "run", Path(shutil.copytree(finished, tmp_path / "source"))
+    words = (*WORDS, "--schedule.samples=72", f"--run.start-from={source}")
+    train(ALONE, run, f"--data.train={scenes / 'train'}", *words)
+    assert "steps 1 to 2 agree" in replay(ALONE, run, 2)
+    (source / "checkpoints" / "latest").write_text("step_000000004\n")
+    said = replay(ALONE, run, 2, expect=1)
+    assert f"it was what run.start_from names ({source}): it holds other weights" in said
+
+
+def test_the_code_that_took_a_step_is_compared_and_not_that_of_the_last_start(copy: Path) -> None:
+    history = copy / "history.jsonl"
+    began = json.loads(history.read_text().splitlines()[0])
+    alter(copy / "digests.jsonl", 7, lambda line: line.update(gradient="0" * 16))
+    earlier = began | {"environment": began["environment"] | {"code": "of yesterday"}}
+    later = began | {"event": "continued", "step": 8}
+    history.write_text(json.dumps(earlier) + "\n" + json.dumps(later) + "\n")
+    said = replay(ALONE, copy, 7, expect=1)
+    assert "code was of yesterday and is" in said
+    assert "it was the code, the recipe or another machine" in said
 
 
 def test_the_step_that_a_run_stopped_for_is_computed_again(scenes: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from frugal.common.engine.divergence import left_out_steps, steps_in_row, steps_to_leave_out
 from frugal.common.report.collect import describe_history
@@ -81,6 +82,23 @@ def test_killed_after_going_back_a_run_ends_as_one_that_was_not(
     assert "going back to the checkpoint of step 8, without the samples of 3 steps" in output
     assert [line["step"] for line in metrics(run)] == [5, 10, 15, 20, 24]
     expect_the_same_of_a_killed_run(zero(1), run, words, module)
+
+
+def test_after_going_back_twice_nothing_is_told_twice(scenes: Path, tmp_path: Path) -> None:
+    module, run = script(tmp_path, bad=set(), astray=9), tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", *WORDS, "--run.on-divergence=rewind")
+    train(ALONE, run, *words, module=module)
+    assert [to for _, to, _ in rewinds(run)] == [8, 8]
+    events = [json.loads(line) for line in (run / "history.jsonl").open()]
+    lost = [event["lost_seconds"] for event in events if event["event"] == "rewind"]
+    spent = [metrics(run)[-1]["session_seconds"][name] for name in ("steps", "waiting")]
+    kept = json.loads((run / "checkpoints" / "step_000000024" / "state.json").read_text())
+    assert kept["lost_seconds"] == pytest.approx(sum(lost), abs=0.01)
+    assert sum(lost) < sum(spent)
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    drawn = [event.step for event in board.Scalars("loss")]
+    assert drawn == [line["step"] for line in metrics(run)]
 
 
 def test_a_step_that_is_skipped_and_one_that_is_left_out_change_nothing(

@@ -89,3 +89,20 @@ def test_every_second_is_told_once(tmp_path: Path) -> None:
             "between": 40.0 + 38.0, "other": 6.0 + 13.0,
         }
     )  # fmt: skip
+
+
+def test_what_was_lost_by_going_back_and_then_killed_is_told_once(tmp_path: Path) -> None:
+    # the checkpoint of step 4 after 10 s; back to it after 20 s; killed after 35 s
+    events = [
+        {"event": "began", "time": 1.0, "since": 0.0, "step": 0, "seconds": 0.0, "before": {}},
+        {"event": "rewind", "time": 22.0, "step": 8, "lost_seconds": 10.0},
+        {
+            "event": "continued", "time": 41.0, "since": 40.0, "step": 4, "seconds": 10.0,
+            "lost_seconds": 0.0,
+            "before": {"step": 9, "time": 36.0, "session_seconds": {"starting": 1.0, "steps": 35}},
+        },
+    ]  # fmt: skip
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    spent = time_spent(tmp_path)
+    assert spent is not None
+    assert (spent["steps"], spent["again"], spent["between"]) == (10.0, 25.0, 4.0)

@@ -25,10 +25,16 @@ import tyro
 from frugal.common.checkpoint.init_from import init_from
 from frugal.common.checkpoint.store import Checkpoint, open_checkpoint
 from frugal.common.cli import command_words, run_politely, without_local_rank
-from frugal.common.data.contents import differences_since
+from frugal.common.data.contents import also_noted, changed_besides, differences_since
 from frugal.common.distributed import gather_objects, launcher_ranks
 from frugal.common.engine.calibration import calibrate_reduction
-from frugal.common.engine.digests import StepDigests, digest, fetch_digests, from_hex
+from frugal.common.engine.digests import (
+    StepDigests,
+    current_weight_digests,
+    digest_all,
+    fetch_digests,
+    from_hex,
+)
 from frugal.common.engine.divergence import left_out_steps
 from frugal.common.engine.logger import DETAILED_DIGESTS, DIGESTS
 from frugal.common.engine.metrics import fetch
@@ -115,7 +121,8 @@ class Replay:
         """
         self.noted = Noted.read(folder)
         self.run, self.last = run, last
-        self.left_out = left_out_steps(read_history(folder)) - {last}
+        self.history = read_history(folder)
+        self.left_out = left_out_steps(self.history) - {last}
         self.end: Recomputed | None = None
         """The last step, once it was computed."""
         self.checkpoint = _checkpoint_before(folder, last)
@@ -188,8 +195,7 @@ class Replay:
 
     def weights(self) -> np.ndarray:
         """(P,) uint64 of the weights as they are; every process calls this."""
-        found = [digest(self.engine.read("weight", p).float()) for _, p in self.engine.trainable()]
-        return np.array([int(value) for value in found], np.int64).view(np.uint64)
+        return current_weight_digests(self.engine)
 
     def steps(self) -> Iterator[Recomputed]:
         """Take the steps from the checkpoint on; every process goes through all of them."""
@@ -243,7 +249,7 @@ class Difference:
 
     step: int
     what: str
-    """``weights before``, ``samples``, ``gradient`` or ``weights``."""
+    """``start``, ``weights before``, ``samples``, ``gradient`` or ``weights``."""
     places: list[int] | None
     """Which parameters or groups of samples; None where the run did not keep them."""
     recomputed: Recomputed | None
@@ -256,6 +262,9 @@ def compare(replayed: Replay) -> Difference | None:
     before = noted.parts.get(replayed.first, {}).get("weights")
     if before is not None and (places := _places(before, replayed.weights())):
         return Difference(replayed.first, "weights before", places, None)
+    began = _start_of(replayed.history, 1).get("weights")
+    if replayed.checkpoint is None and began and began != digest_all(replayed.weights()):
+        return Difference(0, "start", None, None)
     for found in replayed.steps():
         step = found.digests.step
         line, parts = noted.steps.get(step), noted.parts.get(step, {})
@@ -281,9 +290,11 @@ def _places(before: np.ndarray | None, now: np.ndarray) -> list[int] | None:
 
 def explain(replayed: Replay, found: Difference, folder: Path) -> list[str]:
     """What a difference is and what it can come from, line by line; every process calls this."""
-    changes = _changes(folder, replayed)
+    changes = _changes(folder, replayed, max(found.step, 1))
     if found.what == "samples":
-        return _explain_samples(replayed, found, folder)
+        return _explain_samples(replayed, found, folder, changes)
+    if found.what == "start":
+        return _explain_start(replayed, changes)
     if found.what == "weights before":
         return [
             f"the weights of the checkpoint of step {found.step} are not those that the run had "
@@ -317,7 +328,21 @@ def explain(replayed: Replay, found: Difference, folder: Path) -> list[str]:
     ]
 
 
-def _explain_samples(replayed: Replay, found: Difference, folder: Path) -> list[str]:
+def _explain_start(replayed: Replay, changes: list[str]) -> list[str]:
+    lines = [
+        "the weights that the run began with are others than now",
+        *(f"changed since the run: {change}" for change in changes),
+    ]
+    if changes:
+        return [*lines, "it was the code, the recipe or another machine, as listed"]
+    if (source := replayed.recipe.run.start_from) is not None:
+        return [*lines, f"it was what run.start_from names ({source}): it holds other weights"]
+    return [*lines, "it was the machine: code and recipe are the same"]
+
+
+def _explain_samples(
+    replayed: Replay, found: Difference, folder: Path, others: list[str]
+) -> list[str]:
     recomputed = found.recomputed
     assert recomputed is not None
     which = "which of them was not kept"
@@ -327,10 +352,18 @@ def _explain_samples(replayed: Replay, found: Difference, folder: Path) -> list[
         more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
         which = f"{', '.join(keys[:_SHOWN])}{more}"
     changes = differences_since(folder, replayed.contents, replayed.run)
+    cause = "it was the data"
+    if not changes and others:
+        cause = "it was the code, the recipe or another machine, as listed"
+    elif not changes:
+        cause = (
+            "no name, size or index of the data has changed, and neither have code and recipe: it "
+            "was the bytes that the storage gave, or the machine"
+        )
     return [
         f"step {found.step} has other samples: {which}",
-        *(f"changed since the run: {change}" for change in changes),
-        "it was the data",
+        *(f"changed since the run: {change}" for change in [*changes, *others]),
+        cause,
     ]
 
 
@@ -342,10 +375,29 @@ def _named(places: list[int] | None, names: list[str]) -> str:
     return f"{len(places)} of {len(names)} parameters from {listed}{more}"
 
 
-def _changes(folder: Path, replayed: Replay) -> list[str]:
-    """What of recipe, code and machine is another than the run says; empty where nothing is."""
+def _start_of(history: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """What the history says of the process that took a step for good; {} where it does not."""
+    starts = [event for event in history if event["event"] in ("began", "continued")]
+    return next((event for event in reversed(starts) if event["step"] < step), {})
+
+
+def _environment_at(folder: Path, history: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    """By what a step was computed: the file of a run tells of the last process alone."""
+    environment = read_json_object(folder / "environment.json")
+    if _start_of(history, step) == _start_of(history, sys.maxsize):
+        return environment
+    start = _start_of(history, step)
+    earlier = start.get("environment")
+    if isinstance(earlier, dict):
+        return earlier
+    code = start.get("code")
+    return environment | ({"code": code.get("sha256")} if isinstance(code, dict) else {})
+
+
+def _changes(folder: Path, replayed: Replay, step: int) -> list[str]:
+    """What of recipe, code and machine is another than at a step; empty where nothing is."""
     now = _flat(environment_of(replayed.run, replayed.engine))
-    before = _flat(read_json_object(folder / "environment.json"))
+    before = _flat(_environment_at(folder, replayed.history, step))
     free = {"command"}
     if replayed.recipe.engine.virtual_processes is not None:
         free |= {"world_size", "engine"}
@@ -355,7 +407,9 @@ def _changes(folder: Path, replayed: Replay) -> list[str]:
         if name in before and name not in free and before[name] != now[name]
     ]
     saved = recipe_if_whole(folder / "recipe.json")
-    return lines + (difference(replayed.recipe, saved) if saved else [])
+    lines += difference(replayed.recipe, saved) if saved else []
+    also = replayed.recipe.data.also_read() | replayed.engine.objective.also_read()
+    return lines + changed_besides(also_noted(folder), also)
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from frugal.common.engine.deterministic import (
     make_deterministic,
     naming_what_is_not_deterministic,
 )
+from frugal.common.engine.digests import current_weight_digests, digest_all
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.evaluator import Evaluator, last_evaluated
 from frugal.common.engine.logger import MetricsLogger, last_line
@@ -142,8 +143,11 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     # a new run has a directory to lock only now that its files are written
     if run.is_main and lock is None:
         lock = lock_run_dir(run.dir, patience=0.0, log=run.log)
+    weights = ""
+    if recipe.run.digests and checkpoint is None:
+        weights = digest_all(current_weight_digests(engine))
     if run.is_main and not is_complete:
-        _note_start(run, engine, checkpoint, changes)
+        _note_start(run, engine, checkpoint, changes, weights)
     barrier()  # what the history says is read by all
     logger = MetricsLogger(run, first_step=first_step, steps=recipe.steps)
     logger.text("recipe", "```json\n" + json.dumps(to_json(recipe), indent=2) + "\n```")
@@ -313,12 +317,13 @@ def _write_run_files(
 ) -> None:
     """recipe.json, model.json, environment.json and the tokenizer.
 
-    A run that goes on keeps its recipe, and a complete one its tokenizer; what one left that never
-    wrote a checkpoint is replaced.
+    A run that goes on keeps its recipe, and a complete one its tokenizer and its environment; what
+    one left that never wrote a checkpoint is replaced.
     """
     if not run.is_main:
         return
-    write_json(run.dir / "environment.json", environment_of(run, engine))
+    if trains or not (run.dir / "environment.json").exists():
+        write_json(run.dir / "environment.json", environment_of(run, engine))
     if trains or not (run.dir / "tokenizer").exists():
         recipe.data.save_tokenizer(run.dir / "tokenizer")
     path = run.dir / "recipe.json"
@@ -358,12 +363,18 @@ def _about(contents: Contents, also: Mapping[str, str], run: Run) -> dict[str, A
 
 
 def _note_start(
-    run: Run, engine: Engine, checkpoint: Checkpoint | None, changes: Sequence[str]
+    run: Run,
+    engine: Engine,
+    checkpoint: Checkpoint | None,
+    changes: Sequence[str],
+    weights: str,
 ) -> None:
     """Write into the history that a run begins or goes on, and what was allowed to be another.
 
-    The lines of steps that are taken again are dropped from the log afterwards.
+    The lines of steps that are taken again are dropped from the log afterwards. ``weights`` is a
+    digest of those that it begins with, or empty.
     """
+    state: Mapping[str, Any] = checkpoint.state if checkpoint else {}
     step = checkpoint.step if checkpoint else 0
     event = "continued" if checkpoint else "began"
     last = last_line(run.dir) or {}
@@ -372,8 +383,11 @@ def _note_start(
         "engine": engine.name,
         "code": code_version(),
         "since": round(process_began(), 3),
-        "seconds": checkpoint.state.get("seconds", 0.0) if checkpoint else 0.0,
+        "seconds": state.get("seconds", 0.0),
+        "lost_seconds": state.get("lost_seconds", 0.0),
         "before": {n: last[n] for n in ("step", "time", "session_seconds") if n in last},
+        "environment": environment_of(run, engine),
+        **({"weights": weights} if weights else {}),
     }
     note(run.dir, event, step=step, **facts)
     if changes:
@@ -382,7 +396,7 @@ def _note_start(
 
 _PACKAGES = (
     "torch", "deepspeed", "accelerate", "transformers", "timm", "open_clip_torch", "xformers",
-    "webdataset", "safetensors", "frugal-common",
+    "webdataset", "safetensors", "frugal-common", "pillow", "numpy",
 )  # fmt: skip
 """Whose versions a run directory tells."""
 

@@ -193,9 +193,12 @@ class CheckpointStore:
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints of later steps, which a run that goes back takes once more.
 
-        Nothing may be being written.
+        If the best one is among them, the best is found anew: a later checkpoint of that name
+        holds other weights. Nothing may be being written.
         """
         point_at(self.folder / checkpoint_name(step))
+        if read_best(self.folder).get("checkpoint", "") > checkpoint_name(step):
+            (self.folder / BEST).unlink(missing_ok=True)
         for folder in self.whole():
             if folder.name > checkpoint_name(step):
                 shutil.rmtree(folder, ignore_errors=True)

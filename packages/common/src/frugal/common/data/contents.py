@@ -161,11 +161,7 @@ def keep_contents(
         found = _differences(before.contents, contents)
         # files are read again by one process, while the others wait
         more = [*_touched(before.contents, contents, run), *changes] if run.is_main else []
-        more += [
-            f"what {name} names has changed"
-            for name, digest in (also or {}).items()
-            if before.also.get(name, digest) != digest
-        ]
+        more += changed_besides(before.also, also or {})
         found += gather_objects(more)[0]
     if found and not allowed:
         raise InputError(
@@ -210,6 +206,15 @@ def differences_since(folder: Path, contents: Contents, run: Run) -> list[str]:
     before = _read(path).contents
     touched = _touched(before, contents, run) if run.is_main else []
     return [*_differences(before, contents), *touched]
+
+
+def changed_besides(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What else decides about a run and has another digest than before, one phrase each."""
+    return [
+        f"what {name} names has changed"
+        for name, digest in now.items()
+        if before.get(name, digest) != digest
+    ]
 
 
 def _read(path: Path) -> _Kept:

@@ -169,8 +169,8 @@ def fetch_digests(pending: Sequence[PendingDigests]) -> list[StepDigests]:
                 step=step.step,
                 parameters=of_parameters,
                 samples=np.array([group.sum(dtype=np.uint64) for group in groups]),
-                gradient=_hash(of_parameters),
-                batch=_hash(of_samples),
+                gradient=digest_all(of_parameters),
+                batch=digest_all(of_samples),
             )
         )
     return found
@@ -183,11 +183,18 @@ def weight_digests(tensors: Mapping[str, Tensor], names: Sequence[str]) -> np.nd
     return _on_host(torch.stack(parts))
 
 
+def current_weight_digests(engine: Engine) -> np.ndarray:
+    """(P,) uint64 of an engine's weights as they are; every process calls this."""
+    found = [digest(engine.read("weight", p).float()) for _, p in engine.trainable()]
+    return np.array([int(value) for value in found], np.int64).view(np.uint64)
+
+
 def _on_host(digests: Tensor) -> np.ndarray:
     return digests.cpu().numpy().view(np.uint64)
 
 
-def _hash(digests: np.ndarray) -> str:
+def digest_all(digests: np.ndarray) -> str:
+    """64 bits of all of them, as 16 digits."""
     return hashlib.blake2b(digests.astype("<u8").tobytes(), digest_size=8).hexdigest()
 
 

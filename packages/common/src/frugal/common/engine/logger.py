@@ -102,9 +102,10 @@ class MetricsLogger:
         _quiet_writer_threads()
         self._lines = _Log(path, run.log, open_lines)
         # a resumed run draws over what it had drawn beyond its checkpoint
-        self._board = _Log(
-            folder, run.log, lambda: SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._open_board = lambda step: _Log(
+            folder, run.log, lambda: SummaryWriter(str(folder), purge_step=step + 1)
         )
+        self._board = self._open_board(first_step)
         self._steps = steps
         self._bar = tqdm(
             total=steps,
@@ -120,10 +121,11 @@ class MetricsLogger:
             self._bar.update()
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of later steps, which come once more."""
+        """Drop the lines and curves of later steps, which come once more."""
         if self._main:
-            self._lines.write(lambda lines: lines.close())
-            self._lines = self._open_lines(step)
+            for log in (self._lines, self._board):
+                log.write(lambda opened: opened.close())
+            self._lines, self._board = self._open_lines(step), self._open_board(step)
             self._bar.n = step
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:

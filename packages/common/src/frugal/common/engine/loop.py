@@ -346,16 +346,19 @@ def _rewind(training: Training, diverged: int) -> int:
     step = checkpoint.step
     left_out = steps_to_leave_out(history, to=step, not_finite=not_finite)
     with training.meter.paused("rewind"):
-        lost = training.seconds + training.meter.seconds - checkpoint.state["seconds"]
+        # what was lost since then is told already
+        lost_before, seconds = training.lost_seconds, training.seconds
+        lost = seconds + training.meter.seconds - checkpoint.state["seconds"]
+        lost -= lost_before - checkpoint.state.get("lost_seconds", 0.0)
         if run.is_main:
             # first: whoever is killed in between goes back once more, to the same place
             training.store.drop_after(step)
             facts = {"to": step, "left_out": left_out, "lost_seconds": round(lost, 3)}
             note(run.dir, REWIND, step=diverged, **facts)
         restore(training.engine, checkpoint, training.average)
-        seconds = training.seconds
         training.load_state(checkpoint.state)
-        training.seconds = seconds  # they were spent
+        # they were spent
+        training.seconds, training.lost_seconds = seconds, lost_before + lost
         training.local_damage.clear()
         training.pending.clear()
         training.left_out |= set(left_out)

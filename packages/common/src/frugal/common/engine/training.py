@@ -54,6 +54,8 @@ class Training:
     """Steps, counted from 1, whose samples are read and not trained on."""
     seconds: float = 0.0
     """Spent on steps before this process started."""
+    lost_seconds: float = 0.0
+    """Of all those spent, on steps that were done again after the run went back."""
     skipped_steps: int = 0
     skipped_in_row: int = 0
     damage: DamageCounter = field(init=False)
@@ -152,6 +154,7 @@ class Training:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on counting where :meth:`state` was taken; an empty one leaves everything at zero."""
         self.seconds = state.get("seconds", 0.0)
+        self.lost_seconds = state.get("lost_seconds", 0.0)
         self.skipped_steps = state.get("skipped_steps", 0)
         self.skipped_in_row = state.get("skipped_in_row", 0)
         self.damage.load_state(state.get("damage", {}))
@@ -169,6 +172,7 @@ class Training:
             "stream": gather_objects(self.stream.state()),
             "loss_scale": self.engine.scale_state(),
             "seconds": self.seconds + self.meter.seconds,
+            "lost_seconds": self.lost_seconds,
             "engine": self.engine.name,
             "world_size": self.run.world_size,
             "recipe": to_json(self.recipe),

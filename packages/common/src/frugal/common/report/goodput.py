@@ -81,9 +81,12 @@ def _add_session(
 ) -> None:
     """Add what one process did in ``wall`` seconds."""
     working = seconds.get("steps", 0.0) + seconds.get("waiting", 0.0)
-    again = sum(event.get("lost_seconds", 0.0) for event in events)
+    again = sum(event.get("lost_seconds", 0.0) for event in events[1:])
     if following is not None:  # it continues from a checkpoint, which tells the seconds before it
-        again += max(events[0]["seconds"] + working - following["seconds"], 0.0)
+        behind = max(events[0]["seconds"] + working - following["seconds"], 0.0)
+        # some of what was lost by going back is behind it too, and to be told once
+        before = following.get("lost_seconds", again) - events[0].get("lost_seconds", 0.0)
+        again = behind + max(before, 0.0)
     again = min(again, working)
     kept = 1 - again / working if working else 1.0
     known = {name: seconds.get(name, 0.0) for name in ("checkpoint", "evaluation", "starting")}
