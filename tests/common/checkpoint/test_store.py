@@ -259,3 +259,13 @@ def test_a_folder_that_cannot_be_made_stops_every_process_alike(tmp_path: Path) 
     with pytest.raises(InputError, match="could not be written"):
         store_in(tmp_path).save(tensors(1), {"step": 1}, gather=gather)
     assert len(asked) == 1  # the others are told instead of left waiting
+
+
+def test_going_back_forgets_a_best_checkpoint_that_is_dropped(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    for step in (4, 8):
+        save(store, step)
+    assert store.note_best(8, "top1", 0.5)
+    store.drop_after(4)
+    save(store, 8)  # of other weights now
+    assert store.note_best(8, "top1", 0.4)

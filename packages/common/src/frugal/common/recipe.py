@@ -130,8 +130,8 @@ class RunOptions:
     """Attempts in a row at writing a checkpoint that may fail before the run stops at the next one.
     They are a second apart at first, and a minute when it goes on: 60 take about an hour."""
     stall_minutes: Positive | None = 30.0
-    """How long one of several processes may give no sign of life, or stay behind the others, before
-    all of them end and name it; None waits for ever."""
+    """How long one of several processes may give no sign of life, stay behind the others, or be in
+    one line of a step, before all of them end and name it; None waits for ever."""
     max_skipped: Count = 10
     """Steps in a row whose loss is not finite before the run stops; seen when a line is logged."""
     on_divergence: Literal["stop", "skip", "rewind"] = "stop"
