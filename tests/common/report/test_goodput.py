@@ -106,3 +106,18 @@ def test_what_was_lost_by_going_back_and_then_killed_is_told_once(tmp_path: Path
     spent = time_spent(tmp_path)
     assert spent is not None
     assert (spent["steps"], spent["again"], spent["between"]) == (10.0, 25.0, 4.0)
+
+
+def test_a_clock_that_was_set_back_takes_no_time_away(tmp_path: Path) -> None:
+    events = [
+        {"event": "began", "time": 101.0, "since": 100.0, "step": 0, "seconds": 0.0, "before": {}},
+        {
+            "event": "continued", "time": 51.0, "since": 50.0, "step": 4, "seconds": 10.0,
+            "before": {"step": 4, "time": 111.0, "session_seconds": {"starting": 1, "steps": 10}},
+        },
+        {"event": "ended", "time": 30.0, "session_seconds": {"starting": 1.0, "steps": 9.0}},
+    ]  # fmt: skip
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    spent = time_spent(tmp_path)
+    assert spent is not None and min(spent.values()) >= 0.0
+    assert spent["steps"] >= 10.0

@@ -39,7 +39,8 @@ def time_spent(run_dir: Path) -> dict[str, float] | None:
         seen, seconds = _last_seen(events, following, lines)
         _add_session(spent, events, following, seen - events[0]["since"], seconds)
         if following is not None:
-            spent["between"] += following["since"] - seen
+            # another machine, or a clock that was set, may tell an earlier time
+            spent["between"] += max(following["since"] - seen, 0.0)
     return spent
 
 
@@ -94,4 +95,4 @@ def _add_session(
     known["again"] = again
     for name, share in known.items():
         spent[name] += share
-    spent["other"] += wall - sum(known.values())
+    spent["other"] += max(wall - sum(known.values()), 0.0)
