@@ -70,6 +70,11 @@ def test_the_command_reports_on_the_stages_of_a_run(scenes: Path, tmp_path: Path
     assert "How patches are chosen" not in page.text  # its masking draws nothing
     assert len(page.all("svg")) == 4
 
+    command(REPORT, tmp_path, *words, "--out", tmp_path / "elsewhere" / "page")
+    for name in ("report.html", "report.json"):
+        elsewhere = tmp_path / "elsewhere" / "page" / name
+        assert elsewhere.read_bytes() == (tmp_path / name).read_bytes()
+
 
 def test_a_run_that_was_given_no_data_to_measure_is_reported_on(
     scenes: Path, tmp_path: Path

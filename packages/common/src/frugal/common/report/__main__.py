@@ -1,8 +1,8 @@
 """One self-contained HTML page about a finished run, and the same numbers as JSON.
 
-``python -m frugal.common.report runs/demo`` writes ``report.html`` and ``report.json`` there, for
-a run directory or for a folder that holds the run directories of several stages. The page needs
-no network and no script.
+``python -m frugal.common.report runs/demo`` writes ``report.html`` and ``report.json`` there, or
+into ``--out``, for a run directory or for a folder that holds the run directories of several
+stages. The page needs no network and no script.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Options:
     """Write report.html and report.json about a finished run, or about the stages of one."""
 
     folder: tyro.conf.Positional[Path]
-    """A run directory, or a folder that holds one per stage; the report goes there."""
+    """A run directory, or a folder that holds one per stage."""
+    out: Path | None = None
+    """Folder that the report goes to; by default the one that it is about."""
     next: tuple[str, ...] = ()
     """What to type next, each as 'purpose: command'."""
     examples: int = 12
@@ -49,7 +51,7 @@ def report(options: Options) -> None:
     numbers = collect_numbers(stages)
     commands = [Command(*entry.partition(": ")[::2]) for entry in options.next]
     path = write_report(
-        options.folder,
+        options.out or options.folder,
         numbers=numbers,
         stages=stages,
         examples=examples_of_stages(stages, count=options.examples),
