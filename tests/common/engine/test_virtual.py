@@ -28,6 +28,7 @@ from frugal.common.engine.throughput import Meter
 from frugal.common.engine.training import Training
 from frugal.common.engine.virtual import VirtualTrainer, step_of_virtual_processes
 from frugal.common.errors import InputError
+from frugal.common.files import read_json_lines
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_timm
 from frugal.common.recipe import EngineOptions
@@ -37,6 +38,7 @@ from frugal.common.scenes.writing import write
 from frugal.common.transfer.classifier import ClassifierConfig
 from frugal.flip.recipes import RECIPES
 from support import (
+    ROOT,
     TINY,
     Launcher,
     kill_at_step,
@@ -92,7 +94,8 @@ TRAIN, FOUR = "--data.train={scenes}/train", "--schedule.samples=96"
 LABELED = ("--data.train={scenes}/zero_shot/train", "--evaluation.0.data={scenes}")
 CASES = {
     "flip": Case(
-        "frugal.flip.train", (TRAIN, FOUR, DROPPED, "--engine.ema-decay=0.9"), others=(4, 2)
+        "frugal.flip.train", (TRAIN, FOUR, DROPPED, "--engine.ema-decay=0.9", "--run.digests"),
+        others=(4, 2),
     ),
     "clipa in micro-batches and chunks": Case(
         "frugal.clipa.train",
@@ -167,8 +170,15 @@ def numbers(run: Path) -> list[dict]:
     ]
 
 
+def digests(run: Path) -> list[tuple[int, str, str]]:
+    """Of the samples and the gradient of every step, where a run notes them."""
+    lines = read_json_lines(run / "digests.jsonl")[0]
+    return [(line["step"], line["samples"], line["gradient"]) for line in lines]
+
+
 def check_equal(run: Path, expected: Path) -> None:
-    """Weights, moments, averages, buffers and all logged numbers, to the bit."""
+    """Weights, moments, averages, buffers, digests and all logged numbers, to the bit."""
+    assert digests(run) == digests(expected)
     left, right = saved_tensors(run), saved_tensors(expected)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
@@ -215,6 +225,36 @@ def test_they_train_what_as_many_processes_train_under_either_engine(
     assert losses(tmp_path / "deepspeed") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
 
 
+def test_zero_stages_that_share_moments_end_in_the_same_bits(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    flip, one = CASES["flip"], tmp_path / "one"
+    flip.train(zero(1, processes=1), one, folders)
+    assert len(digests(one)) == 4
+    for launcher in (zero(1, processes=2), zero(2, processes=4)):
+        run = tmp_path / launcher.name.replace(" ", "")
+        if launcher.processes == 2:
+            up_to(2, one, run)
+        flip.train(launcher, run, folders)
+        check_equal(run, one)
+    flip.train(processes(1), tmp_path / "accelerate", folders)
+    left, right = saved_tensors(tmp_path / "accelerate"), saved_tensors(one)
+    assert largest_difference(left, right, ("weight", "ema")) < 1e-6
+    assert losses(one) == pytest.approx(losses(tmp_path / "accelerate"), abs=1e-6)
+
+
+def test_zero_stages_skip_the_same_steps(scenes: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for launcher, run in ((zero(1, processes=1), one), (zero(2, processes=2), two)):
+        train(
+            launcher, run, f"--data.train={scenes / 'train'}", VIRTUAL, "--schedule.samples=192",
+            "--engine.precision=float16", "--optimizer.learning-rate=1e3",
+            "--schedule.warmup-samples=0", "--run.max-skipped=1000",
+        )  # fmt: skip
+    assert 0 < metrics(one)[-1]["skipped_steps"] < 8
+    check_equal(two, one)
+
+
 def test_curating_and_killed_again_and_again_on_other_numbers_of_processes(
     scenes: Path, tmp_path: Path
 ) -> None:
@@ -244,7 +284,17 @@ def test_curating_and_killed_again_and_again_on_other_numbers_of_processes(
             [VIRTUAL, "--data.resampled-samples=100"],
             "data.resampled_samples .* engine.virtual_processes",
         ),
-        (zero(2, processes=1), [VIRTUAL], r"ZeRO stage 0, but .*zero2.json is of stage 2"),
+        (zero(3, processes=1), [VIRTUAL], r"zero3.json is of stage 3, .* no process holds whole"),
+        (
+            zero(2, processes=1),
+            [VIRTUAL, f"--engine.deepspeed-config={ROOT / 'ds_configs' / 'zero2_offload.json'}"],
+            r"zero2_offload.json offloads the optimizer",
+        ),
+        (
+            zero(1, processes=1),
+            [VIRTUAL, "--optimizer=frugal.common.optim.optimizers.LARS"],
+            "LARS adds norms up over the processes at ZeRO stage 1",
+        ),
     ],
 )
 def test_what_cannot_be_promised_is_refused_in_a_sentence(

@@ -22,6 +22,7 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_grad,
     safe_set_full_fp32_param,
+    safe_set_full_grad,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
@@ -35,7 +36,11 @@ from frugal.common.distributed import free_port, place_in_world, sum_over_proces
 from frugal.common.engine.engine import Engine, GradientPart, check_world_size, fresh_moments
 from frugal.common.errors import InputError
 from frugal.common.files import read_text, reason_of
-from frugal.common.optim.optimizers import set_learning_rate, skip_unless_finite
+from frugal.common.optim.optimizers import (
+    leave_out_fused_kernels,
+    set_learning_rate,
+    skip_unless_finite,
+)
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
@@ -64,6 +69,8 @@ class DeepSpeedEngine(Engine):
         config = fill_config(recipe.engine.deepspeed_config, recipe, run.world_size)
         self._clip_norm = recipe.optimizer.clip_norm
         optimizer = recipe.optimizer.build(objective)
+        if recipe.engine.virtual_processes is not None and config["zero_optimization"]["stage"]:
+            leave_out_fused_kernels(optimizer)
         self._engine, _, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
@@ -72,13 +79,14 @@ class DeepSpeedEngine(Engine):
         )
         self._stage = self._engine.zero_optimization_stage()
         self.name = f"deepspeed zero{self._stage}"
-        if recipe.engine.virtual_processes is not None and self._stage > 0:
-            raise InputError(
-                "engine.virtual_processes hands whole gradients in, which DeepSpeed takes at ZeRO "
-                f"stage 0, but {recipe.engine.deepspeed_config} is of stage {self._stage}; give "
-                "a file of stage 0, or leave one of them out"
-            )
+        self._has_whole_gradients = self._stage == 0 or recipe.engine.virtual_processes is not None
         if isinstance(optimizer, NormsOfWholeTensors) and self._stage > 0:
+            if self._has_whole_gradients:
+                raise InputError(
+                    f"engine.virtual_processes: {type(recipe.optimizer).__name__} adds norms up "
+                    f"over the processes at ZeRO stage {self._stage}, in an order that depends on "
+                    "their number; give a file of stage 0, or leave virtual processes out"
+                )
             optimizer.total = self._sum_of_parts
         self._create_moments(recipe.optimizer.moments)
 
@@ -107,7 +115,7 @@ class DeepSpeedEngine(Engine):
 
     @override
     def gradient_parts(self) -> Iterator[GradientPart]:
-        if self._stage == 0:
+        if self._has_whole_gradients:
             yield from self._shared_gradients()
             return
         parameter: Any
@@ -126,10 +134,18 @@ class DeepSpeedEngine(Engine):
     @override
     def _step(self, learning_rate: float) -> Tensor:
         set_learning_rate(self._engine.optimizer, learning_rate)
-        return self._step_whole() if self._stage == 0 else self._step_zero()
+        norm = self._clip() if self._has_whole_gradients else None
+        if norm is None:
+            return self._step_zero()
+        if self._stage == 0:
+            skip_unless_finite(self._engine.optimizer, norm)
+            self._engine.step()
+            return norm
+        self._hand_in(norm)
+        return norm.where(self._step_zero().isfinite(), torch.nan)
 
-    def _step_whole(self) -> Tensor:
-        """Stage 0: gradients are whole on every process and the optimizer is torch's own."""
+    def _clip(self) -> Tensor:
+        """The norm of gradients that are whole on every process, which are clipped."""
         parameters = [p for _, p in self.trainable() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self._scale is not None:
@@ -137,9 +153,26 @@ class DeepSpeedEngine(Engine):
         norm = nn.utils.get_total_norm(gradients)
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-        skip_unless_finite(self._engine.optimizer, norm)
-        self._engine.step()
         return norm
+
+    def _hand_in(self, norm: Tensor) -> None:
+        """Stages 1 and 2: give every process its part of gradients that are whole, as they are.
+
+        Where their norm (), is not finite, none of them is, so that DeepSpeed skips the step.
+        """
+        whole = [(parameter, parameter.grad) for _, parameter in self.trainable()]
+        for parameter, _ in whole:
+            parameter.grad = None
+        # DeepSpeed makes room for gradients in a backward pass alone: here one of zeros
+        with self.accumulating(last=True):
+            self._engine.backward(
+                torch.stack([(parameter * 0.0).sum() for parameter, _ in whole]).sum(),
+                scale_wrt_gas=False,
+            )
+        for parameter, gradient in whole:
+            if gradient is not None:
+                safe_set_full_grad(parameter, gradient.where(norm.isfinite(), torch.nan))
+        self._engine.optimizer.override_loss_scale(1.0)
 
     def _step_zero(self) -> Tensor:
         """Stages 1 to 3: DeepSpeed clips, and skips a step without finite norm everywhere."""
@@ -352,6 +385,9 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
                 f"the DeepSpeed file {path} has {name!r}, which {reason}; remove it from the file"
             )
     stage = _check_names(config, path)
+    is_whole = stage == 0 or recipe.engine.virtual_processes is not None
+    if is_whole and stage:
+        _check_whole(config, path, stage)
     backwards = backwards_per_step(recipe, world_size)
     per_backward = max(recipe.batch_size // (world_size * backwards), 1)
     decided = {
@@ -376,13 +412,34 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
             "train_batch_size": per_backward * backwards * world_size,
             "train_micro_batch_size_per_gpu": per_backward,
             "gradient_accumulation_steps": backwards,
-            # at stage 0 gradients are clipped here: DeepSpeed's own clipping waits for the device
-            "gradient_clipping": decided["gradient_clipping"] if stage else 0.0,
+            # gradients that are whole are clipped here: at stage 0 DeepSpeed's own clipping waits
+            # for the device, and of virtual processes its norm depends on their number
+            "gradient_clipping": 0.0 if is_whole else decided["gradient_clipping"],
             # with offloading too the optimizer is the recipe's: DeepSpeed's own has other moments
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**62,
         }
+    )
+
+
+def _check_whole(config: dict[str, Any], path: Path, stage: int) -> None:
+    """Refuse what does not take gradients that are whole, as those of virtual processes are.
+
+    Raises:
+        InputError: naming what the file says and what to do.
+    """
+    zero = config["zero_optimization"]
+    offload = zero.get("offload_optimizer") or {}
+    if stage == 3:
+        reason = "is of stage 3, where no process holds whole weights"
+    elif zero.get("cpu_offload") or offload.get("device", "none") != "none":
+        reason = "offloads the optimizer, which takes them from backward passes alone"
+    else:
+        return
+    raise InputError(
+        f"engine.virtual_processes hands whole gradients in, but {path} {reason}; give another "
+        "file, as of stage 0 to 2, or leave one of them out"
     )
 
 

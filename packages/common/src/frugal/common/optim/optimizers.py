@@ -279,6 +279,16 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate * group["lr_scale"]
 
 
+def leave_out_fused_kernels(optimizer: Any) -> None:
+    """Have an optimizer step every number alike, wherever a tensor is cut.
+
+    On CPUs torch's fused kernels compute what does not fill a register in another precision.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            group["fused"], group["foreach"] = False, True
+
+
 def skip_unless_finite(optimizer: Any, norm: Tensor) -> None:
     """Have the next step change nothing if the norm (), of its gradients is not finite.
 
