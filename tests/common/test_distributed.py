@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,7 @@ from frugal.common.distributed import (
     resolve_ranks,
 )
 from frugal.common.errors import InputError
-from support import ROOT, environment
+from support import DDP, FLIP, ROOT, TINY, environment
 
 LOG = logging.getLogger("test")
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -117,6 +118,23 @@ def test_who_does_not_come_is_named_with_the_place_and_waited_for_with_a_limit(
     who = r"2 of the 3 processes (1, 2)" if rank == 0 else "process 0, which keeps"
     assert who in str(refused.value)
     assert f"waiting for {who}" in caplog.text and f"127.0.0.1:{port}" in caplog.text
+
+
+def test_a_run_and_an_evaluation_wait_as_long_as_they_are_told(
+    alone: Path, scenes: Path, tmp_path: Path
+) -> None:
+    missed = [DDP.environments()[1]]
+    for module, words in {
+        FLIP: ("demo", *TINY, f"--data.train={scenes / 'train'}", f"--run.dir={tmp_path / 'run'}",
+               "--run.rendezvous-minutes=0.02"),
+        "frugal.common.evaluate": (f"--checkpoint={alone}", f"--data={scenes}", "--device=cpu",
+                                   "--rendezvous-minutes=0.02"),
+    }.items():  # fmt: skip
+        log = tmp_path / "log"
+        assert fork(module, words, log=log, cwd=ROOT, environments=missed).wait(timeout=60) == 2
+        said = log.read_text()
+        assert "waited for process 0, which keeps" in said and "for 1 seconds" in said
+        log.unlink()
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from frugal.common.errors import InputError
 
-MEETING = 600.0
-"""Seconds in which all processes of a run must have come."""
+MEETING = 10.0
+"""Minutes in which all processes of a run must have come."""
 _VOICE = 60.0
 """Seconds after which it is said who is waited for; then after twice as many, and so on."""
 
@@ -267,7 +267,7 @@ def free_port() -> int:
 
 
 def init_process_group(
-    ranks: Ranks, backend: str, log: logging.Logger, *, limit: float = MEETING
+    ranks: Ranks, backend: str, log: logging.Logger, *, limit: float = 60 * MEETING
 ) -> None:
     """Bring up ``torch.distributed`` with all processes; it says for whom it waits, and where.
 

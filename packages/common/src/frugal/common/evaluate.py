@@ -24,6 +24,7 @@ from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.evaluation.remote import as_url, fetch
 from frugal.common.evaluation.task import FolderEvaluation
 from frugal.common.models.bundle import ModelBundle
+from frugal.common.ranges import check_ranges
 from frugal.common.recipe import Recipe
 from frugal.common.run import join, open_run
 from frugal.common.train import START_FROM, train_recipe
@@ -35,6 +36,7 @@ from frugal.common.weights.runs import recipe_if_any
 
 def evaluate(options: Options) -> None:
     """Measure, write one JSON file per task, and print a table."""
+    check_ranges(options)
     run = open_run(_folder(options), options.device)
     bundle = load_model(options.checkpoint, name=options.model, weights_key=options.weights_key)
     if options.precision is not None:
@@ -50,7 +52,7 @@ def evaluate(options: Options) -> None:
         task.folder()
     if tasks:
         bundle.model.to(run.device)
-        join(run)
+        join(run, minutes=options.rendezvous_minutes)
         measure_all(tasks, bundle, run, options, own, url)
     leave_process_group()
     for evaluation, recipe in trainings:

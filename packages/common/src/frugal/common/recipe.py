@@ -31,6 +31,7 @@ from frugal.common.contracts import (
     Stream,
     TrainedModel,
 )
+from frugal.common.distributed import MEETING
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, read_bytes, reason_of
 from frugal.common.models.bundle import TokenizerSource
@@ -129,6 +130,9 @@ class RunOptions:
     max_failed_saves: Count = 60
     """Attempts in a row at writing a checkpoint that may fail before the run stops at the next one.
     They are a second apart at first, and a minute when it goes on: 60 take about an hour."""
+    rendezvous_minutes: Positive = MEETING
+    """How long a process waits at the start for all others to come, before it ends and says who is
+    missing."""
     stall_minutes: Positive | None = 30.0
     """How long one of several processes may give no sign of life, stay behind the others, or be in
     one line of a step, before all of them end and name it; None waits for ever."""

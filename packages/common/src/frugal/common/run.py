@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from frugal.common.distributed import (
+    MEETING,
     Ranks,
     init_process_group,
     launcher_ranks,
@@ -102,8 +103,12 @@ def _device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(run: Run) -> None:
+def join(run: Run, *, minutes: float = MEETING) -> None:
     """Meet the other processes of a run, where there are any; Accelerate and DeepSpeed join them.
+
+    Args:
+        run: this process.
+        minutes: to wait for them.
 
     Raises:
         InputError: if some do not come.
@@ -112,7 +117,8 @@ def join(run: Run) -> None:
     shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if run.device.type == "cuda" and shards:
         backend = "cuda:nccl,cpu:gloo"  # as Accelerate has it, where parts may be on the host
-    init_process_group(Ranks(run.rank, run.world_size, run.local_rank), backend, run.log)
+    ranks = Ranks(run.rank, run.world_size, run.local_rank)
+    init_process_group(ranks, backend, run.log, limit=60 * minutes)
 
 
 def make_logger(rank: int) -> logging.Logger:

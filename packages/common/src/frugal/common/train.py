@@ -240,7 +240,7 @@ def make_engine(objective: Objective, recipe: Recipe, run: Run) -> Engine:
     Raises:
         InputError: if some processes do not come.
     """
-    join(run)
+    join(run, minutes=recipe.run.rendezvous_minutes)
     # each takes longer to import than torch, and only one is used
     if recipe.engine.deepspeed_config is not None:
         from frugal.common.engine.deepspeed import DeepSpeedEngine

@@ -15,6 +15,7 @@ from frugal.common.data.benchmark_layout import (
     has_class_names,
     holds_class_folders,
 )
+from frugal.common.distributed import MEETING
 from frugal.common.errors import InputError
 from frugal.common.evaluation.class_names import SUBSETS
 from frugal.common.evaluation.compositional import Compositional
@@ -27,6 +28,7 @@ from frugal.common.evaluation.task_labels import TASKS
 from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.vit import ImageTower
+from frugal.common.ranges import Positive
 
 _Kind = ZeroShot | Retrieval | Compositional | LinearProbe
 KINDS: dict[str, type[_Kind]] = {
@@ -132,6 +134,8 @@ class Options:
     csv: Path | None = None
     """A table with clip_benchmark's columns that every task adds a row to; by default results.csv
     in --out."""
+    rendezvous_minutes: Positive = MEETING
+    """How long a process waits at the start for all others to come, before it ends."""
     batch_size: int = 256
     """Images, or texts, per process at a time."""
     workers: int = 2
