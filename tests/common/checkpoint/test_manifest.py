@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from frugal.common.checkpoint.manifest import code_version
-from frugal.common.checkpoint.store import CheckpointStore
+from frugal.common.checkpoint.manifest import code_version, digest_json
+from frugal.common.checkpoint.store import CheckpointStore, open_checkpoint
 from frugal.common.errors import InputError
 from frugal.common.run import Run
 from support import alter_state
@@ -90,3 +90,40 @@ def test_the_version_of_the_code_is_that_of_its_sources() -> None:
     version = code_version()
     assert version["version"] != "unknown"
     assert len(version["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        None, 3, [], {}, {"state.json": None}, {"state.json": {}}, {"state.json": "a"},
+        "without the state", "without the tensors", "with one elsewhere",
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_whose_own_digest_is_right_is_refused_where_it_tells_nothing(
+    tmp_path: Path, files: object
+) -> None:
+    folder = save(store_in(tmp_path), 10)
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["manifest"]
+    entries = content["files"]
+    if files == "without the state":
+        files = {name: entries[name] for name in entries if name != "state.json"}
+    elif files == "without the tensors":
+        files = {"state.json": entries["state.json"]}
+    elif files == "with one elsewhere":
+        files = entries | {"../latest": {"bytes": 15, "sha256": "0"}}
+    content["files"] = files
+    if files is None:
+        del content["files"]
+    content["manifest"] = digest_json(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"manifest\.json was altered"):
+        open_checkpoint(folder)
+
+
+def test_a_checkpoint_without_weights_is_none(tmp_path: Path) -> None:
+    folder = save(store_in(tmp_path), 10)
+    alter_state(folder, files=[])
+    with pytest.raises(InputError, match="it names no weights"):
+        open_checkpoint(folder)

@@ -19,6 +19,7 @@ from frugal.common.checkpoint.store import (
     CheckpointStore,
     find_checkpoint,
     load_weights,
+    open_checkpoint,
     owners,
     save_weights,
 )
@@ -269,3 +270,53 @@ def test_going_back_forgets_a_best_checkpoint_that_is_dropped(tmp_path: Path) ->
     store.drop_after(4)
     save(store, 8)  # of other weights now
     assert store.note_best(8, "top1", 0.4)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_written_last_stays_though_later_checkpoints_are_damaged(
+    tmp_path: Path, keep: int
+) -> None:
+    store = store_in(tmp_path, keep=3)
+    for step in (10, 20, 30):
+        damaged = save(store, step) / "tensors-00000-of-00001.safetensors"
+        if step > 10:
+            damaged.write_bytes(damaged.read_bytes()[:-1])
+    store = store_in(tmp_path, keep=keep)
+    for step in (11, 12):  # of a run that went on from step 10
+        save(store, step)
+        newest = store.newest()
+        assert newest is not None and newest.step == step
+    assert len([f for f in store.whole() if f.name < "step_000000020"]) == keep
+    save(store, 20)  # what is taken once more takes the place of what is damaged
+    newest = store.newest()
+    assert newest is not None and newest.step == 20
+
+
+@pytest.mark.parametrize("change", ["remove_old", "replace", "drop_after"])
+def test_who_is_killed_while_a_checkpoint_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_in(tmp_path, keep=1)
+    save(store, 10)
+    killed_at: list[str] = []
+
+    def unlink_one_and_die(folder: Path, **_: Any) -> None:
+        if Path(folder).is_dir():
+            next(iter(Path(folder).iterdir())).unlink()
+            killed_at.append(Path(folder).name)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if change == "drop_after":
+            save(store_in(tmp_path, keep=3), 20)
+        patch.setattr(shutil, "rmtree", unlink_one_and_die)
+        if change == "drop_after":
+            store.drop_after(10)
+        save(store, 10 if change == "replace" else 20)
+    assert killed_at
+    folders = [folder for folder in store.folder.glob("step_*") if folder.is_dir()]
+    assert folders
+    for folder in folders:
+        assert open_checkpoint(folder).folder == folder
+    save(store, 30)
+    assert sorted(f.name for f in store.folder.iterdir()) == ["latest", "step_000000030"]

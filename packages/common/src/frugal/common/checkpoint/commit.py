@@ -6,6 +6,7 @@ manifest are added, the folder is renamed, and only then ``latest`` points at it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -65,9 +66,11 @@ def make_whole(
     recipe = {"recipe": digest_json(state["recipe"])} if "recipe" in state else {}
     write_manifest(aside, sha256, {"format": FORMAT, **recipe, **about})
     sync_folder(aside)
-    shutil.rmtree(final, ignore_errors=True)
+    # what a run that went on from an earlier checkpoint takes once more; removing it takes long
+    replaced = _put_aside(final)
     aside.rename(final)
     sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def point_at(final: Path) -> None:
@@ -106,11 +109,34 @@ def read_best(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def remove_old(folder: Path, *, keep: int) -> None:
-    """Remove all but the newest checkpoints and the best one, and what was left half written."""
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; who is killed meanwhile leaves no half of it under its name."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(_put_aside(checkpoint))
+
+
+def _put_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint's name away, if it is there; :func:`remove_old` removes the rest."""
+    old = aside_of(checkpoint, ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        checkpoint.rename(old)
+    if old.is_symlink():  # what is elsewhere is not ours to remove
+        old.unlink()
+    return old
+
+
+def remove_old(newest: Path, *, keep: int) -> None:
+    """Remove what stands before a checkpoint that was written, and what was left half written.
+
+    The last ``keep`` of those up to it stay, and the best one. Later ones stay too: they are
+    damaged, or a run went on from an earlier one, and will take them once more.
+    """
+    folder = newest.parent
     best = read_best(folder)
-    for old in whole_checkpoints(folder)[:-keep]:
+    before = [found for found in whole_checkpoints(folder) if found.name <= newest.name]
+    for old in before[:-keep]:
         if old.name != best.get("checkpoint"):
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
     for leftover in folder.glob(".*.writing"):
         shutil.rmtree(leftover, ignore_errors=True)

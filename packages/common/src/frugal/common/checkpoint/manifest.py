@@ -18,7 +18,7 @@ import importlib.metadata
 import importlib.util
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,22 +120,21 @@ def write_manifest(folder: Path, sha256: Mapping[str, str], about: Mapping[str, 
     write_file(folder / FILE, json.dumps(content, indent=1))
 
 
-def check_manifest(folder: Path) -> None:
+def check_manifest(folder: Path, *, files: Iterable[str] = ()) -> None:
     """Compare every file of a checkpoint with its manifest.
+
+    Args:
+        folder: of the checkpoint.
+        files: that the manifest must tell of.
 
     Raises:
         InputError: naming the file that is missing, truncated or altered.
     """
     older = f"remove {folder} to continue from an older one"
-    try:
-        content = read_json_object(folder / FILE)
-        is_whole = content.pop("manifest", None) == digest_json(content)
-    except InputError:
-        is_whole = False
-    if not is_whole:
+    expected = _expected(folder / FILE)
+    if expected is None:
         what = "was altered" if (folder / FILE).exists() else "is missing"
         raise InputError(f"{folder / FILE} {what}: the checkpoint is damaged; {older}")
-    expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
     for name, (size, sha256) in expected.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
@@ -149,3 +148,17 @@ def check_manifest(folder: Path) -> None:
                 f"{path} was altered after it was written (its checksum differs); remove {folder} "
                 "to continue from an older checkpoint"
             )
+    if untold := sorted(set(files) - expected.keys()):
+        raise InputError(f"{folder / FILE} was altered: it tells nothing of {untold[0]}; {older}")
+
+
+def _expected(path: Path) -> dict[str, tuple[int, str]] | None:
+    """Bytes and SHA-256 of files by their names; None where a manifest is not as it was written."""
+    try:
+        content: dict[str, Any] = read_json_object(path)
+        is_whole = content.pop("manifest", None) == digest_json(content)
+        files = content["files"].items()
+        found = {name: (entry["bytes"], entry["sha256"]) for name, entry in files}
+    except (InputError, KeyError, TypeError, AttributeError):
+        return None
+    return found if is_whole and all(Path(name).name == name for name in found) else None

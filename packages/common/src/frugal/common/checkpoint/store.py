@@ -37,6 +37,7 @@ from frugal.common.checkpoint.commit import (
     make_whole,
     point_at,
     read_best,
+    remove,
     remove_old,
     sync_file,
     whole_checkpoints,
@@ -183,7 +184,7 @@ class CheckpointStore:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         if self.run.is_main:
-            remove_old(self.folder, keep=self.keep)
+            remove_old(final, keep=self.keep)
         return final
 
     def holds(self, step: int) -> bool:
@@ -201,7 +202,7 @@ class CheckpointStore:
             (self.folder / BEST).unlink(missing_ok=True)
         for folder in self.whole():
             if folder.name > checkpoint_name(step):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
 
     def note_best(self, step: int, number: str, value: float) -> bool:
         """Make the checkpoint of a step the best one if its value is higher than any before.
@@ -486,6 +487,8 @@ def _refuse_strange(state: dict[str, Any], files: Any) -> None:
             raise ValueError(f"it does not say how long {name} is")
         if not (isinstance(tensors, list) and all(isinstance(each, str) for each in tensors)):
             raise ValueError(f"it does not say what {name} holds")
+    if not any(name.startswith("weight/") for file in files for name in file["tensors"]):
+        raise ValueError("it names no weights")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -514,7 +517,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"reads {FORMAT}"
         )
     if "manifest" in state or (folder / MANIFEST).exists():
-        check_manifest(folder)
+        check_manifest(folder, files=["state.json", *(file["name"] for file in files)])
     else:  # of an earlier version
         _check_files(folder, files)
     return Checkpoint(folder, state)

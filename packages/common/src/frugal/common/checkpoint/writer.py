@@ -235,7 +235,7 @@ class Writer:
             make_whole(aside, final, job["state"], self._entries, job["about"])
             self._is_renamed = True
         point_at(final)
-        remove_old(final.parent, keep=job["keep"])
+        remove_old(final, keep=job["keep"])
 
     def _entry_of(self, rank: int, aside: Path) -> dict[str, Any]:
         path = aside / _entry_name(rank)

@@ -189,7 +189,9 @@ def _give_up(
         RunStopped: if this process was asked to stop.
     """
     can_save = training.run.world_size == 1 and step > training.first_step
-    if can_save and not (num_read and training.stream.state()):
+    is_readable = not (num_read and training.stream.state())
+    # written once more, the newest checkpoint would be gone for a moment
+    if can_save and is_readable and not training.has_saved(step):
         sync_metrics(training)
         training.save(step, is_last=True)
     newest = training.store.newest()

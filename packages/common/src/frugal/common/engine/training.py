@@ -70,6 +70,8 @@ class Training:
     saves: BackgroundSaves = field(init=False)
     done: int = field(init=False)
     """Steps of the run."""
+    _saved: int | None = None
+    """The step whose checkpoint was asked for last."""
     starting: float = field(init=False)
     """Seconds from the start of this process to its first step."""
     digest_log: DigestLog | None = field(init=False)
@@ -197,9 +199,14 @@ class Training:
             state = self.state(step)
             copy = partial(self._copy, step)
             self.saves.save(layout(self.engine, self.average), copy, state, is_last=is_last)
+            self._saved = step
             kept = self.store.whole()[-self.recipe.run.keep :]
             if self.digest_log is not None and len(kept) == self.recipe.run.keep:
                 self.digest_log.forget_parts_before(int(kept[0].name.removeprefix("step_")))
+
+    def has_saved(self, step: int) -> bool:
+        """Whether a step's checkpoint is there; asked of a run of one process."""
+        return self._saved == step and self.saves.settle() and self.store.holds(step)
 
     def _copy(self, step: int, into: Mapping[str, Tensor]) -> None:
         """Copy a checkpoint, and note the digests of its weights before anybody writes them."""
