@@ -111,6 +111,29 @@ def test_other_data_are_refused_by_name_or_noted_where_they_are_allowed(
     assert newest(run).name.endswith("3")
 
 
+def test_data_that_moved_as_a_whole_are_the_same(place: Path) -> None:
+    run, there = place / "run", place / "another disk"
+    there.mkdir()
+    (place / "data").rename(there / "data")
+    moved = f"--data.train={there}/data/{{00000..00002}}.tar"
+    kept = (run / "data.json").read_bytes()
+    (run / "data.json").unlink()  # nothing to compare them with
+    output = train(ALONE, run, *words(place), moved, expect=2, recipe=RECIPE)
+    assert "data.train was" in output
+    (run / "data.json").write_bytes(kept)
+    train(ALONE, run, *words(place), moved, recipe=RECIPE)
+    assert [line["event"] for line in read_history(run)][2:] == ["continued", "ended"]
+    assert str(there) in (run / "recipe.json").read_text()
+
+
+def test_what_is_gone_is_noticed_though_the_notes_are_gone_too(place: Path) -> None:
+    run = place / "run"
+    one_fewer(place)
+    (run / "data.json").unlink()
+    output = train(ALONE, run, *words(place), expect=2, recipe=RECIPE)
+    assert "taking what the checkpoint says" in output and "1 gone (00002.tar)" in output
+
+
 def test_checkpoints_tell_their_data_and_the_report_tells_the_restarts(place: Path) -> None:
     run = place / "run"
     replaced(place)

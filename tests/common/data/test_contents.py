@@ -9,7 +9,15 @@ from types import SimpleNamespace
 import pytest
 
 from frugal.common.data import contents
-from frugal.common.data.contents import FILE, below_common_folder, keep_contents, streamed_contents
+from frugal.common.data.contents import (
+    FILE,
+    below_common_folder,
+    check_contents,
+    is_known_by_content,
+    note_contents,
+    noted,
+    streamed_contents,
+)
 from frugal.common.data.sources import build_index
 from frugal.common.errors import InputError
 
@@ -20,11 +28,12 @@ def run(tmp_path):
 
 
 def begin(run, stream):
-    keep_contents(run, stream.contents, goes_on=False, allowed=False)
+    note_contents(run, stream.contents, {})
 
 
-def go_on(run, stream, *, allowed=False):
-    keep_contents(run, stream.contents, goes_on=True, allowed=allowed)
+def go_on(run, stream, *, allowed=False, told=None):
+    check_contents(run, stream.contents, told=told, allowed=allowed)
+    note_contents(run, stream.contents, {})
 
 
 def add(folder, write_pairs):
@@ -133,11 +142,11 @@ def test_images_of_another_size_are_found_in_lists_and_folders(
 def test_what_else_decides_about_samples_is_compared_too(tmp_path, run, write_pairs, open_stream):
     write_pairs(tmp_path / "d", [3])
     parts = open_stream(tmp_path / "d").contents
-    keep_contents(run, parts, goes_on=False, allowed=False, also={"data.metadata": "1"})
-    keep_contents(run, parts, goes_on=True, allowed=False, also={"data.metadata": "1"})
+    note_contents(run, parts, {"data.metadata": "1"})
+    assert not check_contents(run, parts, told=None, allowed=False, also={"data.metadata": "1"})
     with pytest.raises(InputError, match="the tokenizer is another; what data"):
-        keep_contents(
-            run, parts, goes_on=True, allowed=False, also={"data.metadata": "2"},
+        check_contents(
+            run, parts, told=None, allowed=False, also={"data.metadata": "2"},
             changes=["the tokenizer is another"],
         )  # fmt: skip
 
@@ -161,6 +170,37 @@ def test_data_may_move_as_a_whole(tmp_path, run, write_pairs, open_stream):
     go_on(run, open_stream(tmp_path / "b" / "y"))
     with pytest.raises(InputError, match="in another order"):
         go_on(run, open_stream(tmp_path / "b/y/{00001,00000}.tar"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b'{"train": 3}', b'{"train": [[3]]}'])
+def test_where_the_notes_are_gone_or_damaged_the_checkpoint_tells(
+    content, tmp_path, run, write_pairs, open_stream, caplog
+):
+    write_pairs(tmp_path / "d", [3, 4])
+    before = open_stream(tmp_path / "d").contents
+    run.dir.mkdir()
+    if content is not None:
+        (run.dir / FILE).write_bytes(content)
+        with pytest.raises(InputError, match=r"data\.json"):
+            go_on(run, open_stream(tmp_path / "d"))
+    told = json.loads(json.dumps(noted(before, {})))
+    remove(tmp_path / "d", write_pairs)
+    with pytest.raises(InputError, match=r"1 gone \(00001.tar\)"):
+        go_on(run, open_stream(tmp_path / "d"), told=told)
+    assert "taking what the checkpoint says" in caplog.text
+
+
+def test_only_what_is_noted_by_content_is_known_wherever_it_lies(
+    tmp_path, run, write_pairs, open_stream
+):
+    assert not is_known_by_content(run.dir)
+    write_pairs(tmp_path / "d", [3, 3])
+    begin(run, open_stream(f"pipe:cat {tmp_path}/d/{{00000..00001}}.tar", resampled_samples=6))
+    assert not is_known_by_content(run.dir)
+    begin(run, open_stream(tmp_path / "d"))
+    assert is_known_by_content(run.dir)
+    (run.dir / FILE).write_text("{")
+    assert not is_known_by_content(run.dir)
 
 
 def test_rows_of_lists_and_class_folders_are_compared(tmp_path, run, make_picture, open_stream):

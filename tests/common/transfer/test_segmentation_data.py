@@ -13,7 +13,7 @@ import segment_cases as cases
 import torch
 from PIL import Image
 
-from frugal.common.data.contents import keep_contents
+from frugal.common.data.contents import check_contents, note_contents
 from frugal.common.data.damage import Damaged
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
@@ -388,8 +388,8 @@ def test_pictures_that_changed_behind_a_run_are_noticed(tmp_path: Path) -> None:
     for name in ("a", "b"):
         cases.write_pair(folder, name, np.zeros((9, 9, 3), np.uint8), np.ones((9, 9), np.uint8))
     run = replace(cases.HERE, dir=tmp_path / "run")
-    keep_contents(run, stream(folder).contents, goes_on=False, allowed=False)
-    keep_contents(run, stream(folder).contents, goes_on=True, allowed=False)
+    note_contents(run, stream(folder).contents, {})
+    check_contents(run, stream(folder).contents, told=None, allowed=False)
     cases.write_pair(folder, "c", np.zeros((9, 9, 3), np.uint8), np.ones((9, 9), np.uint8))
     with pytest.raises(InputError, match="had 2 samples and has 3"):
-        keep_contents(run, stream(folder).contents, goes_on=True, allowed=False)
+        check_contents(run, stream(folder).contents, told=None, allowed=False)

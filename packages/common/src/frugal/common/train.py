@@ -18,7 +18,12 @@ from typing import Any
 import torch
 
 from frugal.common.checkpoint.init_from import init_from
-from frugal.common.checkpoint.manifest import code_version, digest_file, digest_json
+from frugal.common.checkpoint.manifest import (
+    code_version,
+    digest_file,
+    digest_json,
+    read_manifest,
+)
 from frugal.common.checkpoint.store import (
     Checkpoint,
     CheckpointStore,
@@ -27,7 +32,13 @@ from frugal.common.checkpoint.store import (
 )
 from frugal.common.cli import Recipes, read_command_line, run_politely
 from frugal.common.contracts import Objective, Stream
-from frugal.common.data.contents import Contents, keep_contents, noted
+from frugal.common.data.contents import (
+    Contents,
+    check_contents,
+    is_known_by_content,
+    note_contents,
+    noted,
+)
 from frugal.common.data.tokenizers import load_tokenizer, token_difference
 from frugal.common.distributed import barrier, gather_objects, launcher_ranks, require_same
 from frugal.common.engine.calibration import calibrate_reduction
@@ -128,13 +139,14 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     also, changes = dict[str, str](), list[str]()
     if not is_complete:
         also = _also_read(recipe, objective, start) if run.is_main else {}
-        changes = keep_contents(
+    if not is_complete and checkpoint is not None:
+        changes = check_contents(
             run,
             stream.contents,
-            goes_on=checkpoint is not None,
+            told=read_manifest(checkpoint.folder).get("data"),
             allowed=recipe.run.allow_changed_data,
             also=also,
-            changes=_tokenizer_changes(recipe, run) if checkpoint and run.is_main else (),
+            changes=_tokenizer_changes(recipe, run) if run.is_main else (),
         )
 
     _write_run_files(recipe, run, engine, begins=checkpoint is None, trains=not is_complete)
@@ -148,6 +160,8 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         weights = digest_all(current_weight_digests(engine))
     if run.is_main and not is_complete:
         _note_start(run, engine, checkpoint, changes, weights)
+        # behind the history: who is killed in between is asked about a change once more
+        note_contents(run, stream.contents, also)
     barrier()  # what the history says is read by all
     logger = MetricsLogger(run, first_step=first_step, steps=recipe.steps)
     logger.text("recipe", "```json\n" + json.dumps(to_json(recipe), indent=2) + "\n```")
@@ -214,6 +228,8 @@ def continued_recipe(recipe: Recipe) -> Recipe:
         return recipe
     recipe = with_calibrated(recipe, before)
     changes = difference(before, recipe)
+    if is_known_by_content(folder):  # which is compared, wherever the data lie now
+        changes = [change for change in changes if not change.startswith("data.train was ")]
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         remedy = "or give the same recipe to continue that run"
@@ -317,8 +333,8 @@ def _write_run_files(
 ) -> None:
     """recipe.json, model.json, environment.json and the tokenizer.
 
-    A run that goes on keeps its recipe, and a complete one its tokenizer and its environment; what
-    one left that never wrote a checkpoint is replaced.
+    A run that goes on keeps its recipe but for where its data lie, and a complete one its tokenizer
+    and its environment; what one left that never wrote a checkpoint is replaced.
     """
     if not run.is_main:
         return
@@ -327,7 +343,8 @@ def _write_run_files(
     if trains or not (run.dir / "tokenizer").exists():
         recipe.data.save_tokenizer(run.dir / "tokenizer")
     path = run.dir / "recipe.json"
-    if begins or recipe_if_whole(path) is None:
+    kept = None if begins else recipe_if_whole(path)
+    if kept is None or (trains and difference(kept, recipe)):
         write_json(path, to_json(recipe))
         write_description(bundle_of(engine.objective.model, recipe), run.dir)
 

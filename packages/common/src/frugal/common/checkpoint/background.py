@@ -132,6 +132,8 @@ class BackgroundSaves:
         """In a row, where they are written by the trainer itself."""
         self._pending: Path | None = None
         """The folder of what is being written."""
+        self._is_last = False
+        """Whether no other checkpoint follows that one."""
         self.lock: int | None = None
         """Descriptor of what keeps other runs out of the directory while anything is written."""
 
@@ -188,7 +190,7 @@ class BackgroundSaves:
         assert self._copy is not None and self._writer is not None
         run, final = self._run, self._store.folder / checkpoint_name(state["step"])
         attempt = gather_objects(uuid.uuid4().hex[:8] if run.is_main else "")[0]
-        self._pending = final
+        self._pending, self._is_last = final, is_last
         self._writer.begin(
             {
                 "aside": str(aside_of(final, f".{attempt}").absolute()),
@@ -258,9 +260,9 @@ class BackgroundSaves:
         """Log that an attempt failed."""
         if event["event"] == "failed" and "pause" in event and self._pending is not None:
             self._run.log.warning(
-                "%s; training goes on, older checkpoints are untouched, and it is tried again in "
-                "%.0f s",
+                "%s; %solder checkpoints are untouched, and it is tried again in %.0f s",
                 not_written(self._pending, event["reason"]),
+                "" if self._is_last else "training goes on, ",
                 event["pause"],
             )
 

@@ -6,7 +6,7 @@
     ``recipe``  SHA-256 of the recipe as JSON;
     ``code``  the version of the package, and a SHA-256 over the sources of every installed method;
     ``tokenizer``  SHA-256 of its files;
-    ``data``  what :func:`~frugal.common.data.contents.keep_contents` notes: every shard with its
+    ``data``  what :func:`~frugal.common.data.contents.note_contents` notes: every shard with its
     samples and the digest of its index, and what else decides about samples.
 """
 
@@ -118,6 +118,12 @@ def write_manifest(folder: Path, sha256: Mapping[str, str], about: Mapping[str, 
     content = {"files": files, **about}
     content["manifest"] = digest_json(content)
     write_file(folder / FILE, json.dumps(content, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of a checkpoint that was verified says; {} where it has none."""
+    path = folder / FILE
+    return read_json_object(path) if path.exists() else {}
 
 
 def check_manifest(folder: Path, *, files: Iterable[str] = ()) -> None:

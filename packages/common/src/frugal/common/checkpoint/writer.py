@@ -178,7 +178,9 @@ class Writer:
         pause = min(_LONGEST_PAUSE, 2.0 ** min(self._failures if before is None else before, 10))
         self._failures += 1
         self._next_attempt = time.monotonic() + pause
-        self._tell("failed", reason=self._reason, failures=self._failures, pause=pause)
+        goes_on = before is None or before + 1 < LAST_ATTEMPTS
+        again = {"pause": pause} if goes_on else {}
+        self._tell("failed", reason=self._reason, failures=self._failures, **again)
 
     def _write_share(self, job: dict[str, Any]) -> None:
         """Write the file of this process, read it back, and put the entry beside it."""

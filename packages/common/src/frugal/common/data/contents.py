@@ -123,23 +123,23 @@ class _Kept:
     """Digests of what else decides about samples."""
 
 
-def keep_contents(
+def check_contents(
     run: Run,
     contents: Contents,
     *,
-    goes_on: bool,
+    told: Mapping[str, Any] | None,
     allowed: bool,
     also: Mapping[str, str] | None = None,
     changes: Sequence[str] = (),
 ) -> list[str]:
-    """Note what a run is trained on; refuse to go on with something else.
+    """Refuse to go on with something else than a run was trained on.
 
     Every process of a run must call this.
 
     Args:
-        run: whose directory it is noted in.
+        run: whose directory says what it was trained on.
         contents: what there is now.
-        goes_on: whether the run continues from a checkpoint.
+        told: what the checkpoint says that the run goes on from, for where the directory is silent.
         allowed: go on nevertheless, and say what has changed.
         also: digests of what else decides about samples, by what it is called; asked of the first
             process alone.
@@ -152,17 +152,15 @@ def keep_contents(
         InputError: if something was added, removed, renamed, replaced or put in another order
             since the run began, and that is not allowed.
     """
-    path = run.dir / FILE
-    found: list[str] = []
-    if goes_on and not path.exists():
+    before = _before(run, told)
+    if before is None:
         run.log.info("%s does not say what it was trained on; it is noted from now on", run.dir)
-    elif goes_on:
-        before = _read(path)
-        found = _differences(before.contents, contents)
-        # files are read again by one process, while the others wait
-        more = [*_touched(before.contents, contents, run), *changes] if run.is_main else []
-        more += changed_besides(before.also, also or {})
-        found += gather_objects(more)[0]
+        return []
+    found = _differences(before.contents, contents)
+    # files are read again by one process, while the others wait
+    more = [*_touched(before.contents, contents, run), *changes] if run.is_main else []
+    more += changed_besides(before.also, also or {})
+    found += gather_objects(more)[0]
     if found and not allowed:
         raise InputError(
             f"the data of the run in {run.dir} have changed since it began ("
@@ -172,9 +170,43 @@ def keep_contents(
         )
     if found:
         run.log.warning("the data have changed since the run began: %s", "; ".join(found))
-    if run.is_main:
-        write_json(path, noted(contents, also or {}))
     return found
+
+
+def note_contents(run: Run, contents: Contents, also: Mapping[str, str]) -> None:
+    """Note in the directory of a run what it is trained on; the first process calls this.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    write_json(run.dir / FILE, noted(contents, also))
+
+
+def is_known_by_content(run_dir: Path) -> bool:
+    """Whether a run noted of all its data what tells them from others wherever they lie."""
+    path = run_dir / FILE
+    try:
+        parts = [part for entry in _read(path).contents for part in entry] if path.exists() else []
+    except InputError:  # told by who compares
+        return False
+    return bool(parts) and all(part.digest and part.stamp for part in parts)
+
+
+def _before(run: Run, told: Mapping[str, Any] | None) -> _Kept | None:
+    """What a run was trained on, as its directory says, or else its checkpoint."""
+    path = run.dir / FILE
+    try:
+        if path.exists():
+            return _read(path)
+        problem = f"{path} is not there"
+    except InputError as error:
+        if told is None:
+            raise
+        problem = str(error)
+    if told is None:
+        return None
+    run.log.warning("%s: taking what the checkpoint says of the data", problem)
+    return _parse(told, path)
 
 
 def also_noted(run_dir: Path) -> Mapping[str, str]:
@@ -218,8 +250,11 @@ def changed_besides(before: Mapping[str, str], now: Mapping[str, str]) -> list[s
 
 
 def _read(path: Path) -> _Kept:
-    kept: Any = read_json_object(path)
-    rows = kept.get("train")
+    return _parse(read_json_object(path), path)
+
+
+def _parse(kept: Mapping[str, Any], path: Path) -> _Kept:
+    rows: Any = kept.get("train")
     try:
         stamps = kept.get("stamps") or [[""] * len(parts) for parts in rows]
         contents = [
@@ -232,7 +267,7 @@ def _read(path: Path) -> _Kept:
         return _Kept(contents, dict(kept.get("also", {})))
     except (TypeError, ValueError):
         raise InputError(
-            f"{path} does not say what the run was trained on; remove it to go on without comparing"
+            f"{path} does not say what the run was trained on; remove it to go on without it"
         ) from None
 
 
