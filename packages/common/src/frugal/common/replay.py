@@ -44,7 +44,7 @@ from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import read_json_lines, read_json_object
 from frugal.common.history import read_history
 from frugal.common.randomness import seed_step
-from frugal.common.recipe import Recipe, difference, from_json, load_recipe, recipe_if_whole
+from frugal.common.recipe import Recipe, difference, load_recipe, recipe_if_whole
 from frugal.common.run import Run, make_logger, open_run
 from frugal.common.train import environment_of, make_engine, stream_state
 
@@ -435,11 +435,7 @@ def _checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
 
 def _recipe_of(folder: Path, checkpoint: Checkpoint | None, run: Run) -> Recipe:
     """The recipe of the steps behind a checkpoint, as a run in a directory of this process."""
-    if checkpoint is None:
-        found = load_recipe(folder / "recipe.json")
-    else:
-        found = from_json(checkpoint.state["recipe"], source=str(checkpoint.folder / "state.json"))
-    assert isinstance(found, Recipe)
+    found = load_recipe(folder / "recipe.json") if checkpoint is None else checkpoint.recipe()
     return replace(found, run=replace(found.run, dir=run.dir, digests=True))
 
 

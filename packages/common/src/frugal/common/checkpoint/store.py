@@ -44,6 +44,7 @@ from frugal.common.checkpoint.commit import (
 )
 from frugal.common.checkpoint.manifest import FILE as MANIFEST
 from frugal.common.checkpoint.manifest import check_manifest, digest_file, file_checksum
+from frugal.common.checkpoint.state import TO_CONTINUE, refuse_strange
 from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, find_tensors
 from frugal.common.distributed import gather_objects
 from frugal.common.errors import InputError
@@ -70,6 +71,30 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps taken, skipped ones included."""
         return self.state["step"]
+
+    def recipe(self) -> Recipe:
+        """The recipe that was trained up to here.
+
+        Raises:
+            InputError: if it holds none, or none that can be read.
+        """
+        source = str(self.folder / "state.json")
+        found = from_json(self.state.get("recipe"), source=source)
+        if not isinstance(found, Recipe):
+            raise InputError(f"{source} does not hold a recipe; use an older checkpoint")
+        return found
+
+    def refuse_to_continue(self) -> None:
+        """Refuse a checkpoint that lacks what a run goes on with.
+
+        Raises:
+            InputError: naming what is not there.
+        """
+        if lacking := [name for name in TO_CONTINUE if name not in self.state]:
+            raise InputError(
+                f"{self.folder / 'state.json'} has no {lacking[0]}, without which no run can go "
+                "on; use an older checkpoint, or give it with --run.start-from"
+            )
 
     def names(self) -> set[str]:
         """``kind/name`` of every tensor."""
@@ -445,7 +470,7 @@ def recipe_of_run(folder: Path) -> Recipe | None:
         if newest is None or "recipe" not in newest.state:
             raise
         _LOG.warning("%s: taking the recipe of %s", error, newest.folder)
-        return from_json(newest.state["recipe"], source=str(newest.folder / "state.json"))
+        return newest.recipe()
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -471,26 +496,6 @@ def find_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _refuse_strange(state: dict[str, Any], files: Any) -> None:
-    """Refuse a ``state.json`` whose parts are of other kinds than are written.
-
-    Raises:
-        ValueError, KeyError, TypeError: with what is wrong.
-    """
-    if type(state["step"]) is not int or state["step"] < 0:
-        raise ValueError(f"its step is {str(state['step'])[:40]!r}")
-    for file in files:
-        name, tensors = file["name"], file["tensors"]
-        if Path(name).name != name:
-            raise ValueError(f"it names the file {name!r}, which does not lie beside it")
-        if type(file["bytes"]) is not int or type(file["crc32"]) is not int:
-            raise ValueError(f"it does not say how long {name} is")
-        if not (isinstance(tensors, list) and all(isinstance(each, str) for each in tensors)):
-            raise ValueError(f"it does not say what {name} holds")
-    if not any(name.startswith("weight/") for file in files for name in file["tensors"]):
-        raise ValueError("it names no weights")
-
-
 def open_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint, with the presence, size and checksum of every file verified.
 
@@ -500,7 +505,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = parse_json(read_bytes(folder / "state.json"))
         files = state["files"]
-        _refuse_strange(state, files)
+        refuse_strange(state, files)
     except FileNotFoundError:
         raise InputError(
             f"{folder / 'state.json'} is not there, which is written last, so that this is no "

@@ -15,7 +15,7 @@ from frugal.common.distributed import gather_objects
 from frugal.common.engine.engine import Engine
 from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
-from frugal.common.recipe import Recipe, from_json, with_calibrated
+from frugal.common.recipe import Recipe, with_calibrated
 from frugal.common.reduction.image import PatchView
 from frugal.common.run import Run
 
@@ -31,8 +31,7 @@ def calibrate_reduction(
         InputError: if the reduction wants images that the objective cannot show.
     """
     if checkpoint is not None:
-        source = str(checkpoint.folder / "state.json")
-        recipe = with_calibrated(recipe, from_json(checkpoint.state["recipe"], source=source))
+        recipe = with_calibrated(recipe, checkpoint.recipe())
     image = recipe.reduction.image
     if not image.calibrated:
         return recipe

@@ -141,6 +141,7 @@ def check_names(checkpoint: Checkpoint, engine: Engine) -> None:
 
 def restore(engine: Engine, checkpoint: Checkpoint, average: WeightAverage | None) -> None:
     """Put a checkpoint back into an engine, whatever wrote it."""
+    checkpoint.refuse_to_continue()
     check_names(checkpoint, engine)
     read = checkpoint.reader()
     engine.set_updates(checkpoint.state["updates"])
