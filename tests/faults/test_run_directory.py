@@ -11,11 +11,12 @@ import torch
 from forks import fork
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.errors import InputError
-from frugal.common.recipe import Recipe, to_json
-from frugal.common.run import Run
-from frugal.common.train import continued_recipe
+from frugal.common.history import read_history
+from frugal.common.recipe import Recipe, load_recipe, to_json
+from frugal.common.run import Run, lock_run_dir
+from frugal.common.train import continued_recipe, train_recipe
 from frugal.flip.recipes import RECIPES
-from support import DDP, ROOT
+from support import ALONE, DDP, ROOT, newest, train
 
 
 @pytest.fixture
@@ -95,3 +96,42 @@ def test_a_process_that_sees_other_data_is_named(tmp_path: Path) -> None:
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("error")]
     assert "process 1 of 2 sees another copy than process 0 (6 samples in 1 shards" in line
     assert "where there are 5 samples in 1 shards" in line and "process 1 is on" in line
+
+
+@pytest.mark.parametrize(
+    ("moment", "goes_on", "refusal"),
+    [
+        ("_require_same_run", False, r"another recipe \(run.seed was 1 and is now 2\)"),
+        ("rehearse", False, "has trained a run in .* while this one was starting"),
+        ("rehearse", True, "is being trained by another process"),
+    ],
+)
+def test_of_two_that_start_at_once_one_trains_and_the_other_changes_nothing(
+    moment: str,
+    goes_on: bool,
+    refusal: str,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other one does all that it does while this one is at a moment of its start."""
+    run = tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", "--schedule.samples=72")
+    locks = []
+
+    def other(*_: object) -> None:
+        train(ALONE, run, *words, "--run.seed=1")
+        if goes_on:
+            locks.append(lock_run_dir(run, patience=0.0, log=logging.getLogger("test")))
+
+    said = train(ALONE, tmp_path / "alike", *words, "--run.seed=2")
+    assert "step 3 of 3" in said
+    recipe = load_recipe(tmp_path / "alike" / "recipe.json")
+    recipe = replace(recipe, run=replace(recipe.run, dir=run))
+    monkeypatch.setattr(f"frugal.common.train.{moment}", other)
+    with pytest.raises(InputError, match=refusal):
+        train_recipe(recipe)
+    assert load_recipe(run / "recipe.json").run.seed == 1
+    assert [line["event"] for line in read_history(run)] == ["began", "ended"]
+    assert newest(run).name == "step_000000003"
+    assert all(lock is not None for lock in locks)

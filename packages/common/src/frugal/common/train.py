@@ -57,7 +57,7 @@ from frugal.common.engine.training import Training
 from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError
 from frugal.common.evaluation.provenance import weights_digest
-from frugal.common.files import write_json
+from frugal.common.files import cannot_write, write_json
 from frugal.common.history import note
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
@@ -123,6 +123,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     lock = _lock_existing(run)
     checkpoint = _newest_of_all(store)
     if checkpoint is not None:
+        continued_recipe(recipe)  # once more: another process may have begun it meanwhile
         restore(engine, checkpoint, average)
     recipe = calibrate_reduction(recipe, run, engine, checkpoint)
     if checkpoint is None:
@@ -149,12 +150,11 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
             changes=_tokenizer_changes(recipe, run) if run.is_main else (),
         )
 
+    if run.is_main and lock is None:  # of a new run, which is to be written from here on
+        lock = _lock_new(store, begins=checkpoint is None)
     _write_run_files(recipe, run, engine, begins=checkpoint is None, trains=not is_complete)
     if run.is_main and not is_complete:
         store.about = _about(stream.contents, also, run)
-    # a new run has a directory to lock only now that its files are written
-    if run.is_main and lock is None:
-        lock = lock_run_dir(run.dir, patience=0.0, log=run.log)
     weights = ""
     if recipe.run.digests and checkpoint is None:
         weights = digest_all(current_weight_digests(engine))
@@ -285,6 +285,26 @@ def _lock_existing(run: Run) -> TextIOWrapper | None:
     if run.is_main and run.dir.exists():
         lock = lock_run_dir(run.dir, patience=120.0, log=run.log)
     barrier()
+    return lock
+
+
+def _lock_new(store: CheckpointStore, *, begins: bool) -> TextIOWrapper | None:
+    """Make the directory of a new run, and keep others out of it before anything is written.
+
+    Raises:
+        InputError: if it cannot be made, or if another process has begun a run there meanwhile.
+    """
+    folder, log = store.run.dir, store.run.log
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    lock = lock_run_dir(folder, patience=0.0, log=log)
+    if begins and store.whole():
+        raise InputError(
+            f"another process has trained a run in {folder} while this one was starting; choose "
+            "another --run.dir, or give the same command again to continue that run"
+        )
     return lock
 
 
