@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from forks import fork
 from frugal.common.data import contents
 from frugal.common.data.contents import (
     FILE,
@@ -20,6 +21,7 @@ from frugal.common.data.contents import (
 )
 from frugal.common.data.sources import build_index
 from frugal.common.errors import InputError
+from support import DDP, ROOT
 
 
 @pytest.fixture
@@ -245,6 +247,33 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_noted(
     assert "does not say what it was trained on" in caplog.text
     ((entry,),) = json.loads((run.dir / FILE).read_text())["train"]
     assert entry[:2] == ["00000.tar", 3] and entry[2]
+
+
+GO_ON = """
+import sys, time
+from pathlib import Path
+from frugal.common.data.contents import check_contents, note_contents
+from frugal.common.distributed import barrier
+from frugal.common.run import join, open_run
+
+run = open_run(Path(sys.argv[1]), "cpu")
+join(run)
+time.sleep(2 * run.rank)  # the first process is ready to note the data before the other one looks
+check_contents(run, [], told=None, allowed=False)
+if run.is_main:
+    note_contents(run, [], {})
+barrier()
+"""
+
+
+def test_processes_agree_on_whether_a_run_of_an_earlier_version_noted_its_data(tmp_path):
+    script, log = tmp_path / "go_on.py", tmp_path / "log"
+    script.write_text(GO_ON)
+    (tmp_path / "run").mkdir()
+    words, environments = [str(tmp_path / "run")], DDP.environments()
+    processes = fork(str(script), words, log=log, cwd=ROOT, environments=environments)
+    assert processes.wait(timeout=60) == 0, log.read_text()
+    assert (tmp_path / "run" / FILE).exists()
 
 
 def test_names_are_those_below_the_folder_that_all_lie_in():

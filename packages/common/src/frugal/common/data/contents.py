@@ -153,9 +153,11 @@ def check_contents(
             since the run began, and that is not allowed.
     """
     before = _before(run, told)
-    if before is None:
+    # as the first process sees it, and after all have looked: it writes the file before long
+    if gather_objects(before is None)[0]:
         run.log.info("%s does not say what it was trained on; it is noted from now on", run.dir)
         return []
+    before = before or _Kept(contents, {})
     found = _differences(before.contents, contents)
     # files are read again by one process, while the others wait
     more = [*_touched(before.contents, contents, run), *changes] if run.is_main else []
