@@ -94,6 +94,20 @@ def test_what_was_trained_on_top_of_other_weights_is_not_measured_again(
     assert len(refusal.splitlines()) == 1
 
 
+def test_what_was_trained_before_is_measured_as_this_command_says(
+    pretrained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = words(pretrained, scenes, out, "milan-linear-probe")
+    command(EVALUATE, *given)
+    log = (out / "milan_linear_probe" / "metrics.jsonl").read_bytes()
+    for share in (0.5, 1.0):
+        command(EVALUATE, *given, f"evaluation.0.crop.share={share}")
+        measured = json.loads((out / "milan_linear_probe.json").read_text())
+        assert measured["milan_linear_probe_settings"]["crop"]["share"] == share
+    assert (out / "milan_linear_probe" / "metrics.jsonl").read_bytes() == log
+
+
 def test_a_model_of_another_library_is_trained_on_with_its_own_pixels(
     scenes: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +189,12 @@ def test_a_segmenter_is_trained_and_measured(
         ),
         (lambda w: w.__setitem__(3, "/nowhere"), "give a folder with images to train on in train/"),
         (lambda w: w.__setitem__(w.index("milan-finetune"), "linear-probe"), "add one to --tasks"),
+        (lambda w: w.extend(["model.image.width", "48"]), "has '48', which changes no field of"),
+        (
+            lambda w: w.append("data.train=it's"),
+            """has "data.train=it's", which changes no field""",
+        ),
+        (lambda w: w.append("run.start-from=runs/x"), "gives run.start-from, but milan-finetune"),
     ],
 )
 def test_what_cannot_be_trained_is_one_sentence(

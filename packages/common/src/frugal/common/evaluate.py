@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from frugal.common.checkpoint.store import find_checkpoint
@@ -34,19 +35,25 @@ from frugal.common.weights.load import load_model
 from frugal.common.weights.runs import recipe_if_any
 
 
-def evaluate(options: Options) -> None:
-    """Measure, write one JSON file per task, and print a table."""
+def evaluate(options: Options, *, own: tuple[EvaluationTask, ...] | None = None) -> None:
+    """Measure, write one JSON file per task, and print a table.
+
+    Args:
+        options: of the command line.
+        own: what the run measures itself on, where that is not as its recipe.json says.
+    """
     check_ranges(options)
     run = open_run(_folder(options), options.device)
     bundle = load_model(options.checkpoint, name=options.model, weights_key=options.weights_key)
     if options.precision is not None:
         bundle = replace(bundle, precision=options.precision)
     options, url = _with_data(options)
-    own = _own_tasks(options)
+    own = _own_tasks(options) if own is None else own
     tasks = chosen_tasks(options, bundle, own)
-    trainings = [_training(word, options, run.dir) for word in chosen_trainings(options)]
-    for _, recipe in trainings:
-        _refuse_other_start(recipe, bundle)
+    out = options.out or run.dir / "evaluation"
+    trainings = [_training(word, options, out) for word in chosen_trainings(options)]
+    for training in trainings:
+        _refuse_other_start(training.recipe, bundle)
     start = copy.deepcopy(bundle) if trainings else bundle  # as it was loaded, on the CPU
     for task in tasks:
         task.folder()
@@ -55,8 +62,8 @@ def evaluate(options: Options) -> None:
         join(run, minutes=options.rendezvous_minutes)
         measure_all(tasks, bundle, run, options, own, url)
     leave_process_group()
-    for evaluation, recipe in trainings:
-        _train_and_measure(evaluation, recipe, start, options)
+    for training in trainings:
+        _train_and_measure(training, start, replace(options, out=out))
 
 
 def _folder(options: Options) -> Path:
@@ -74,11 +81,22 @@ def _own_tasks(options: Options) -> tuple[EvaluationTask, ...]:
     return () if recipe is None else recipe.evaluation
 
 
-def _training(word: str, options: Options, folder: Path) -> tuple[str, Recipe]:
-    """What a task trains on top of the tower of a model, and the evaluation that measures it.
+@dataclass(frozen=True)
+class _Training:
+    """What a task trains on top of the tower of a model, and the evaluation that measures it."""
+
+    word: str
+    """Of the task."""
+    evaluation: str
+    """The name of one of the recipe's."""
+    recipe: Recipe
+
+
+def _training(word: str, options: Options, out: Path) -> _Training:
+    """What the command line asks a task to train.
 
     Raises:
-        InputError: if a recipe or data is not named, or not there.
+        InputError: if a recipe or data is not named, or not there, or cannot be changed so.
     """
     task: TransferTask = transfer_tasks()[word].load()
     if options.transfer.recipe is None:
@@ -88,22 +106,49 @@ def _training(word: str, options: Options, folder: Path) -> tuple[str, Recipe]:
         )
     if options.data is None:
         raise InputError(f"{word} needs --data: a folder to train and to measure on")
-    out = options.out or folder / "evaluation"
     recipe = named_recipe(task.recipes, options.transfer.recipe)
-    recipe = task.on(recipe, options.checkpoint, options.data, out / word.replace("-", "_"))
+    recipe = task.on(recipe, options.checkpoint, options.data, out / _name(word))
     recipe = replace(recipe, engine=replace(recipe.engine, device=options.device))
     changes = [word for given in options.transfer.changes for word in _as_flag(given)]
     called = (
         f"python -m frugal.common.evaluate --tasks {word} --transfer.recipe "
         f"{options.transfer.recipe} --transfer.changes"
     )
-    return task.evaluation, overridden(recipe, changes, program=called)
+    changed = overridden(recipe, changes, program=called)
+    if changed.run.start_from != recipe.run.start_from:
+        raise InputError(
+            f"--transfer.changes gives run.start-from, but {word} trains on top of what "
+            f"--checkpoint names, {options.checkpoint}; leave it out, or give another --checkpoint"
+        )
+    return _Training(word, task.evaluation, changed)
+
+
+def _name(word: str) -> str:
+    """What the numbers and the run directory of a task are called."""
+    return word.replace("-", "_")
+
+
+_AS_CHANGES = 'NAME=VALUE without dashes, such as batch-size=512 or "model.image.mean=0.5 0.5 0.5"'
 
 
 def _as_flag(change: str) -> list[str]:
-    """``model.image.mean=0.5 0.5 0.5`` as the words of a command line."""
-    name, _, value = change.removeprefix("--").partition("=")
-    return [f"--{name}", *shlex.split(value)]
+    """``model.image.mean=0.5 0.5 0.5`` as the words of a command line.
+
+    Raises:
+        InputError: if it is neither that nor the name of a field that is turned on or off.
+    """
+    name, equals, value = change.removeprefix("--").partition("=")
+    try:
+        if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or not (
+            equals or "." in name or name == "help"
+        ):
+            raise ValueError
+        return [f"--{name}", *shlex.split(value)]
+    except ValueError:  # also of quotes that are not closed
+        raise InputError(
+            f"--transfer.changes has {change!r}, which changes no field of a recipe; write each "
+            f"change as {_AS_CHANGES}"
+        ) from None
 
 
 def _refuse_other_start(recipe: Recipe, bundle: ModelBundle) -> None:
@@ -122,14 +167,16 @@ def _refuse_other_start(recipe: Recipe, bundle: ModelBundle) -> None:
         )
 
 
-def _train_and_measure(
-    evaluation: str, recipe: Recipe, start: ModelBundle, options: Options
-) -> None:
-    """Train on top of the tower, or go on where that was interrupted, then measure the best."""
+def _train_and_measure(training: _Training, start: ModelBundle, options: Options) -> None:
+    """Train on top of the tower, or go on where that was interrupted, then measure the best.
+
+    As this command says, also what was trained by an earlier one, whose recipe is kept.
+    """
+    recipe = training.recipe
     try:
         train_recipe(recipe, start=start)
     except InputError as error:
-        hint = "; a flag of the recipe goes behind --transfer.changes, without its dashes"
+        hint = f"; a flag of the recipe goes behind --transfer.changes as {_AS_CHANGES}"
         raise InputError(f"{error}{hint if ' --' in str(error) else ''}") from None
     folder = recipe.run.dir
     assert folder is not None
@@ -140,15 +187,16 @@ def _train_and_measure(
         Options(
             checkpoint=best if best.is_file() else folder,
             data=measured.data,
-            tasks=(evaluation,),
-            name=options.name or folder.name,
-            out=folder.parent,
+            tasks=(training.evaluation,),
+            name=options.name or _name(training.word),
+            out=options.out,
             csv=options.csv,
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,
             precision=options.precision,
-        )
+        ),
+        own=recipe.evaluation,
     )
 
 
