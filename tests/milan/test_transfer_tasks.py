@@ -156,6 +156,40 @@ def test_on_two_processes_it_trains_and_measures_the_same(
     assert numbers(two / "milan_linear_probe.json") == pytest.approx(expected, rel=1e-5)
 
 
+SLOW_BEST = """
+import time
+from frugal.common import evaluate as program
+from frugal.common.checkpoint.store import CheckpointStore
+
+note_best, evaluate = CheckpointStore.note_best, program.evaluate
+
+
+def slowly(*given):  # as on a slow disk
+    time.sleep(2)
+    return note_best(*given)
+
+
+def told(options, **more):
+    print("measures", options.checkpoint.name, flush=True)
+    evaluate(options, **more)
+
+
+CheckpointStore.note_best, program.evaluate = slowly, told
+program.main()
+"""
+
+
+def test_every_process_measures_the_checkpoint_that_the_first_one_found_best(
+    pretrained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    script, log = tmp_path / "slow_best.py", tmp_path / "log"
+    script.write_text(SLOW_BEST)
+    given = words(pretrained, scenes, tmp_path / "out", "milan-linear-probe")
+    processes = fork(str(script), given, log=log, cwd=ROOT, environments=DDP.environments())
+    assert processes.wait(timeout=300) == 0, log.read_text()
+    assert log.read_text().count("measures best.json") == 2
+
+
 def test_a_segmenter_is_trained_and_measured(
     pretrained: Path, pretraining_words: tuple[str, ...], tmp_path: Path
 ) -> None:

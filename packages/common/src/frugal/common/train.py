@@ -192,6 +192,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     else:
         evaluate_if_missed(training)
     training.saves.close()
+    barrier()  # what the first process wrote last, such as which checkpoint is best, is there
     training.watchdog.close()
     logger.close()
     engine.close()
