@@ -191,6 +191,7 @@ def _train_and_measure(training: _Training, start: ModelBundle, options: Options
             name=options.name or _name(training.word),
             out=options.out,
             csv=options.csv,
+            rendezvous_minutes=options.rendezvous_minutes,
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,
