@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
@@ -33,7 +33,7 @@ from frugal.cluster_masking.threshold_search import LEAST_PATCHES, search
 from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Count, OpenShare, Positive, Range, check_ranges
-from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
+from frugal.common.reduction.image import Gather, ImageReduction, KeptPatches, PatchView
 
 _DRAWN_DISTANCES = (1.5, 1.0, 0.5)
 """Distances from 1 of the thresholds that are drawn, as shares of that of the one in use."""
@@ -185,7 +185,7 @@ class ClusterMasking(ImageReduction):
         self,
         batches: Iterable[tuple[PatchView, NoiseSource]],
         *,
-        gather: Callable[[Any], list[Any]],
+        gather: Gather,
         log: logging.Logger,
     ) -> ClusterMasking:
         """The same with the threshold that masks the target ratio of some images on average.
@@ -195,7 +195,7 @@ class ClusterMasking(ImageReduction):
 
         Args:
             batches: images of this process, with the noise that they have in training.
-            gather: collects one JSON-ready value of every process, in rank order, on all of them.
+            gather: of the processes.
             log: told what was found.
 
         Raises:

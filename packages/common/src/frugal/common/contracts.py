@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from frugal.common.data.damage import DamageNote
+from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
 from frugal.common.evaluation.bootstrap import SampleResults
 from frugal.common.models.bundle import ModelBundle, TokenizerSource
@@ -344,6 +345,8 @@ class EvaluationTask(ABC):
     """Of the file that the numbers go to."""
     data: Path | None = None
     """What is measured on, as it was given."""
+    crop: CenterCrop | None = None
+    """Which part of an image the model sees, of a task that cuts images."""
 
     def check_classes(self, trained: Sequence[str]) -> None:
         """Refuse data with class folders that training does not have; calls for no model.

@@ -34,7 +34,7 @@ from frugal.common.contracts import (
 from frugal.common.distributed import MEETING
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, read_bytes, reason_of
-from frugal.common.models.bundle import TokenizerSource
+from frugal.common.models.bundle import ImageSpec, TextSpec, TokenizerSource
 from frugal.common.old_names import FIELDS, TYPES, VALUES
 from frugal.common.ranges import (
     Count,
@@ -188,7 +188,13 @@ class ModelConfig(ABC):
     ``initial_logit_bias`` is that of logits with a bias, as the sigmoid loss wants it; else None.
     """
 
+    image: ImageSpec
+    """The image tower, which every model has."""
     initial_logit_bias: float | None = None
+
+    def text_tower(self) -> TextSpec | None:
+        """The text tower, of a model that embeds captions too."""
+        return None
 
     @abstractmethod
     def inputs(self) -> ModelInputs:
@@ -250,7 +256,7 @@ class DataConfig(ABC):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """What the numbers of sources in batches stand for; () where there is one source."""
+        """Where the samples are, as given; batches tell it by number. () where they are drawn."""
         return ()
 
     @property

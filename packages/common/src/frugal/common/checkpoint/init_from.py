@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ from frugal.common.models.same_function import advice, differences, refuse_other
 from frugal.common.models.text import TextTower, TextTransformer
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.models.weight_names import State
-from frugal.common.recipe import Recipe, from_json, load_recipe
+from frugal.common.recipe import ModelConfig, Recipe, from_json, load_recipe
 from frugal.common.weights.files import without_prefix
 from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.libraries import is_run
@@ -215,8 +215,16 @@ def _of_description(about: Mapping[str, Any], source: str) -> tuple[object, Toke
 # A whole objective
 
 
+@runtime_checkable
+class _Configured(Protocol):
+    """A model that knows what it was built from."""
+
+    config: object
+
+
 def _init_whole(objective: Objective, weights: _Weights, start: Initializer) -> None:
-    here: object | None = getattr(objective.model, "config", None)
+    model = objective.model
+    here = model.config if isinstance(model, _Configured) else None
     is_known = weights.config is not None and here is not None
     unlike = differences(weights.config, here, part="model") if is_known else []
     # the recipe of another method's run makes no model of this one
@@ -372,7 +380,7 @@ def init_text(
     """
     is_foreign = source.is_dir() and not is_run(source)
     whole = _of_bundle(load_model(source)) if is_foreign else _of_run(source, start.log)
-    config: object = getattr(whole.config, "text", None)
+    config = whole.config.text_tower() if isinstance(whole.config, ModelConfig) else None
     if not isinstance(config, TextTower):
         raise InputError(
             f"the model of {source} has no text tower that is one of this library; give another one"

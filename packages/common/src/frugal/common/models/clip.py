@@ -50,6 +50,11 @@ class DualEncoderConfig(ModelConfig):
             captions=self.text,
         )
 
+    @override
+    def text_tower(self) -> TextTower:
+        """That of captions."""
+        return self.text
+
     def build(self, generator: torch.Generator | None = None) -> DualEncoder:
         """The model, on the CPU in float32, with weights drawn from ``generator`` (or seed 0)."""
         return build(self, generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from frugal.common.data.transforms import CenterCrop
+from frugal.common.models.bundle import ModelBundle, TextSpec
 from frugal.common.models.preprocess import describe
 
 _FACTS = {
@@ -17,27 +17,20 @@ _FACTS = {
 }
 
 
-def in_words(model: Any, crop: CenterCrop | None = None, *, told_by: str = "") -> str:
-    """One line about the towers of a recipe's model, and about how images are prepared for it.
-
-    Args:
-        model: what a recipe calls so; its ``image`` and ``text`` where it has them.
-        crop: how an image is cut and resized; None where that is not known.
-        told_by: see :class:`frugal.common.models.preprocess.Preparation`.
-    """
-    text = getattr(model, "text", None)
-    parts = [f"text tower: {', '.join(_facts(text))}"] if text is not None else []
-    image = getattr(model, "image", None)
-    if image is not None:
-        parts.insert(0, f"image tower: {describe(image, crop, told_by=told_by)}")
+def in_words(bundle: ModelBundle) -> str:
+    """One line about the towers of a model, and about how images are prepared for it."""
+    image = describe(bundle.image, bundle.transform, told_by=bundle.told_by)
+    parts = [f"image tower: {image}"]
+    if bundle.text is not None:
+        parts.append(f"text tower: {', '.join(_facts(bundle.text))}")
     return "; ".join(parts)
 
 
-def _facts(tower: Any) -> Iterable[str]:
+def _facts(tower: TextSpec) -> Iterable[str]:
+    settings = vars(tower)  # a configuration, ours or another library's
     for name, words in _FACTS.items():
-        value = getattr(tower, name, None)
-        if value is not None:
-            yield f"{words} {shown(value)}"
+        if settings.get(name) is not None:
+            yield f"{words} {shown(settings[name])}"
 
 
 def shown(value: Any) -> str:

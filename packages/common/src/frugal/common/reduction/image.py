@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,15 @@ from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
 
 Channels = tuple[float, float, float]
+ValueT = TypeVar("ValueT")
+
+
+class Gather(Protocol):
+    """Collects what processes know."""
+
+    def __call__(self, value: ValueT, /) -> list[ValueT]:
+        """One JSON-ready value of every process, in rank order, on all of them."""
+        ...
 
 
 class PatchedTower(Protocol):
@@ -62,9 +71,20 @@ class PatchView:
     """(B, N) not negative: how much every patch matters, where the objective knows."""
 
     @classmethod
-    def of(cls, images: Tensor, tower: PatchedTower, **more: Any) -> PatchView:
-        """The images as a tower takes them; ``more`` are other fields."""
-        return cls(images, tower.patch_size, mean=tower.mean, std=tower.std, **more)
+    def of(
+        cls,
+        images: Tensor,
+        tower: PatchedTower,
+        *,
+        embed: Callable[[], Tensor] | None = None,
+        progress: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> PatchView:
+        """The images as a tower takes them, with what else is known of them."""
+        return cls(
+            images, tower.patch_size, mean=tower.mean, std=tower.std,
+            embed=embed, progress=progress, importance=importance,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         height, width = self.images.shape[2:]
@@ -244,14 +264,14 @@ class ImageReduction(ABC):
         self,
         batches: Iterable[tuple[PatchView, NoiseSource]],
         *,
-        gather: Callable[[Any], list[Any]],
+        gather: Gather,
         log: logging.Logger,
     ) -> Self:
         """The same with every calibrated field filled in, alike on every process.
 
         Args:
             batches: images of this process, with the noise that they have in training.
-            gather: collects one JSON-ready value of every process, in rank order, on all of them.
+            gather: of the processes.
             log: told what was found.
         """
         del batches, gather, log

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from frugal.common.contracts import Part, Stream, TrainedModel
 from frugal.common.data.contents import check_same_data, digest_of
@@ -194,6 +195,12 @@ class SegmentationData(DataConfig):
     """Fraction of damaged samples at which the run stops."""
     workers: CountOrZero = 4
     """Loader processes per process of the run; 0 loads in the process itself."""
+
+    @property
+    @override
+    def source_names(self) -> tuple[str, ...]:
+        """The entries of ``train``."""
+        return self.train
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")

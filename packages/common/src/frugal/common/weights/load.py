@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -52,9 +51,7 @@ def load_model(
 
 def describe(bundle: ModelBundle) -> str:
     """What was read, in words."""
-    config: Any = bundle.config
-    state = bundle.model.state_dict()
-    how = in_words(config, bundle.transform, told_by=bundle.told_by)
+    config, state, how = bundle.config, bundle.model.state_dict(), in_words(bundle)
     if isinstance(config, ImportedEncoder):
         classes = config.num_classes
         head = "" if classes is None else f", with a linear layer to {classes:,} numbers"

@@ -7,8 +7,11 @@ from typing import Any
 
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.models.bundle import ModelBundle
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
+from frugal.common.recipe import ModelConfig
+from frugal.common.weights.encoder_config import ImportedEncoder
 from frugal.common.weights.runs import part_in_words
 
 
@@ -59,7 +62,7 @@ def _kind(bundle: ModelBundle) -> tuple[str, str]:
             "pipeline_tag: zero-shot-image-classification\ntags:\n- clip",
             "A dual encoder of images and captions, trained with Frugal.",
         )
-    classes = getattr(bundle.config, "num_classes", None)
+    classes = _num_classes(bundle)
     task = "image-feature-extraction" if classes is None else "image-classification"
     return (
         f"pipeline_tag: {task}\ntags:\n- vit",
@@ -69,19 +72,24 @@ def _kind(bundle: ModelBundle) -> tuple[str, str]:
     )
 
 
+def _num_classes(bundle: ModelBundle) -> int | None:
+    """Numbers that a head on the image tower puts out; None without one."""
+    config = bundle.config
+    if isinstance(config, ImportedEncoder):
+        return config.num_classes
+    return config.inputs().num_classes if isinstance(config, ModelConfig) else None
+
+
 def _model(bundle: ModelBundle) -> dict[str, str]:
     """The shape of the towers."""
-    config: Any = bundle.config
-    if not hasattr(config, "image"):
-        return {"kind": type(config).__name__}
-    height, width = config.image.height_width
-    is_vit = isinstance(config.image, ImageTower)
-    patches = f" in patches of {config.image.patch_size}" if is_vit else ""
+    config, image = bundle.config, bundle.image
+    height, width = image.height_width
+    patches = f" in patches of {image.patch_size}" if isinstance(image, ImageTower) else ""
     rows = {
         "images": f"{height}x{width} pixels{patches}",
-        "image tower": _shape(config.image),
+        "image tower": _shape(image),
     }
-    if bundle.text is not None:
+    if bundle.text is not None and isinstance(config, DualEncoderConfig):
         rows |= {
             "captions": f"{config.text.length} tokens of {config.text.vocabulary:,}",
             "text tower": _shape(config.text),

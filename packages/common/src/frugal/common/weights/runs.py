@@ -166,18 +166,16 @@ def _has_no_recipe(checkpoint: Checkpoint) -> bool:
 
 def bundle_of(model: nn.Module, recipe: Recipe) -> ModelBundle:
     """The model that a recipe trains, as it is at this moment."""
-    config: Any = recipe.model
-    data: Any = recipe.data
-    folder = recipe.run.dir or Path()
-    text = getattr(config, "text", None)
-    tokenizer = None if text is None else data.tokenizer
+    config, folder = recipe.model, recipe.run.dir or Path()
+    text = config.text_tower()
+    tokenizer = None if text is None else recipe.data.caption_tokenizer
     if tokenizer is not None and (folder / "tokenizer").is_dir():
         # what the recipe names may lie on another machine, or on the hub
         tokenizer = SavedTokenizer(folder=folder / "tokenizer")
     return ModelBundle(
         model=model,
         config=config,
-        image=getattr(config, "image", None),  # type: ignore[arg-type]
+        image=config.image,
         text=text,
         tokenizer_source=tokenizer,
         transform=crop_of(recipe),
@@ -191,8 +189,8 @@ def bundle_of(model: nn.Module, recipe: Recipe) -> ModelBundle:
 
 def crop_of(recipe: Recipe) -> CenterCrop:
     """Which part of an image the first evaluation of a recipe shows the model."""
-    crops = (getattr(task, "crop", None) for task in recipe.evaluation)
-    return next((crop for crop in crops if isinstance(crop, CenterCrop)), CenterCrop())
+    crops = (task.crop for task in recipe.evaluation)
+    return next((crop for crop in crops if crop is not None), CenterCrop())
 
 
 def _class_names(recipe: Recipe, folder: Path) -> tuple[str, ...] | None:
@@ -222,7 +220,7 @@ def _training(recipe: Recipe, step: int, *, average: bool) -> dict[str, str]:
     decay = recipe.engine.ema_decay if average else None
     training = {
         "samples": f"{samples:,} in steps of {recipe.batch_size:,}" if samples else "not known",
-        "data": ", ".join(getattr(recipe.data, "train", ())) or "not stated",
+        "data": ", ".join(recipe.data.source_names) or "not stated",
         "image tokens": part_in_words(recipe.reduction.image),
         "text tokens": part_in_words(recipe.reduction.text),
         "objective": part_in_words(recipe.objective),
@@ -394,7 +392,7 @@ def _read_description(checkpoint: Checkpoint, path: Path) -> ModelBundle:
         model=model.eval(),
         config=config,
         image=config.image,
-        text=getattr(config, "text", None),
+        text=config.text_tower(),
         tokenizer_source=tokenizer,
         transform=transform,
         source=Source(path=path, library=library, name=checkpoint.folder.name),

@@ -9,7 +9,7 @@ more of it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -35,9 +35,20 @@ classes = processor.post_process_semantic_segmentation(made, target_sizes=sizes)
 """
 
 
+@runtime_checkable
+class _SegmenterConfig(Protocol):
+    """The settings of UperNet on an image tower, which are those of transfer learning."""
+
+    taps: tuple[int, int, int, int]
+    num_classes: int
+    width: int | None
+    auxiliary_width: int
+    pool_scales: tuple[int, ...]
+
+
 def is_segmenter(bundle: ModelBundle) -> bool:
     """Whether the model is UperNet on an image tower."""
-    return hasattr(bundle.config, "taps")
+    return isinstance(bundle.config, _SegmenterConfig)
 
 
 def target(bundle: ModelBundle) -> Target | UnsupportedOption:
@@ -63,7 +74,8 @@ def _write(bundle: ModelBundle, folder: Path) -> None:
         UperNetForSemanticSegmentation,
     )
 
-    model: Any = bundle.config
+    model = bundle.config
+    assert isinstance(model, _SegmenterConfig)
     encoder = image_encoder(bundle)
     taps = [f"stage{tap}" for tap in model.taps]
     backbone = beit_settings(encoder.tower, add_fpn=True, out_features=taps)

@@ -7,7 +7,7 @@ called ``decoder.*``, and by an objective with ``normalize_patches``; common kno
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import save_file
@@ -16,7 +16,7 @@ from torch import Tensor
 from frugal.common.contracts import Batch
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.image_encoder import ImageEncoder, image_encoder
-from frugal.common.models.vit import image_table
+from frugal.common.models.vit import ImageTower, image_table
 from frugal.common.models.weight_names import VIT_MAE_DECODER, State, write_names
 from frugal.common.weights.library import Target, UnsupportedOption
 from frugal.common.weights.runs import open_checkpoint, trained_objective
@@ -49,21 +49,45 @@ def target(bundle: ModelBundle) -> Target | UnsupportedOption:
     )
 
 
+class _Decoder(Protocol):
+    """The settings of what predicts the hidden patches."""
+
+    kind: str
+
+    def tower(self, image: ImageTower) -> ImageTower:
+        """The shape of its blocks and positions, on the grid of an encoder."""
+        ...
+
+
+@runtime_checkable
+class _MaskedModel(Protocol):
+    """A model that is pretrained on masked images."""
+
+    image: ImageTower
+    decoder: _Decoder
+
+
+@runtime_checkable
+class _PredictsPixels(Protocol):
+    """An objective of masked images."""
+
+    normalize_patches: bool
+
+
 def _unsupported(bundle: ModelBundle) -> UnsupportedOption | None:
     """The first option that ``ViTMAEForPreTraining`` cannot express."""
-    config: Any = bundle.config
-    decoder: Any = getattr(config, "decoder", None)
-    if decoder is None or not hasattr(decoder, "kind"):
+    config = bundle.config
+    if not isinstance(config, _MaskedModel):
         return UnsupportedOption(
             f"model={type(config).__name__}", "ViTMAEForPreTraining has a decoder"
         )
     recipe, tower = open_checkpoint(bundle.source.path)[1], config.image
-    if decoder.kind != "plain":
+    if config.decoder.kind != "plain":
         return UnsupportedOption(
-            f"model.decoder.kind={decoder.kind}",
+            f"model.decoder.kind={config.decoder.kind}",
             "in the decoder of ViTMAEForPreTraining all tokens change",
         )
-    if not hasattr(recipe.objective, "normalize_patches"):
+    if not isinstance(recipe.objective, _PredictsPixels):
         return UnsupportedOption(
             f"objective={type(recipe.objective).__name__}", "ViTMAEForPreTraining predicts pixels"
         )
@@ -79,9 +103,11 @@ def _write(bundle: ModelBundle, folder: Path) -> None:
     """Weights, both position tables included, configuration and image processor."""
     from transformers import ViTMAEConfig
 
-    recipe: Any = open_checkpoint(bundle.source.path)[1]
-    encoder = image_encoder(bundle)
-    shape = recipe.model.decoder.tower(encoder.tower)
+    recipe, encoder = open_checkpoint(bundle.source.path)[1], image_encoder(bundle)
+    assert isinstance(bundle.config, _MaskedModel)
+    assert isinstance(recipe.objective, _PredictsPixels)
+    shape = bundle.config.decoder.tower(encoder.tower)
+    hidden = recipe.reduction.image.mask_ratio
     state = {f"vit.{name}": tensor for name, tensor in encoder_state(encoder).items()}
     state |= {f"decoder.{name}": tensor for name, tensor in _decoder_state(encoder, shape).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -92,13 +118,17 @@ def _write(bundle: ModelBundle, folder: Path) -> None:
         decoder_num_attention_heads=shape.heads,
         decoder_intermediate_size=shape.mlp_width,
         norm_pix_loss=recipe.objective.normalize_patches,
-        mask_ratio=getattr(recipe.reduction.image, "mask_ratio", 0.75),
+        mask_ratio=_USUAL_RATIO if hidden is None else hidden,
         architectures=["ViTMAEForPreTraining"],
     ).save_pretrained(folder)
     image_processor(encoder.transform, encoder.tower).save_pretrained(folder)
 
 
-def _decoder_state(encoder: ImageEncoder, shape: Any) -> State:
+_USUAL_RATIO = 0.75
+"""Hidden patches of an image, where the reduction of a recipe has no one number of them."""
+
+
+def _decoder_state(encoder: ImageEncoder, shape: ImageTower) -> State:
     prefix = "decoder."
     state = {n.removeprefix(prefix): t for n, t in encoder.rest.items() if n.startswith(prefix)}
     state["pos_embed"] = image_table(shape)
