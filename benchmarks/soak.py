@@ -54,7 +54,8 @@ def main() -> int:
     run.parent.mkdir(parents=True, exist_ok=True)
     samples, seconds, said = soak(options, run)
     report = summary(samples, seconds, 60 * options.minutes)
-    write(options.out / "soak.json", {"parts": report, "steps": len(seconds), "faults": said})
+    readings = [{"seconds": round(moment), **kinds} for moment, kinds in samples]
+    write(options.out / "soak.json", {"parts": report, "faults": said, "readings": readings})
     print(table(report))
     faults = [*said, *growth(report)]
     print("\n".join(faults) or "nothing grows")

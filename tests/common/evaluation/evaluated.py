@@ -37,7 +37,7 @@ def recipe(
     )
     return SimpleNamespace(
         model=model,
-        data=SimpleNamespace(tokenizer=ClipBpe()),
+        data=SimpleNamespace(caption_tokenizer=ClipBpe()),
         engine=EngineOptions(),
         evaluation=evaluation,
         run=SimpleNamespace(seed=0, dir=None),

@@ -46,7 +46,7 @@ def plan() -> SimpleNamespace:
             text=replace(model.text, **SMALL),
             embed_dim=8,
         ),
-        data=SimpleNamespace(tokenizer=ClipBpe()),
+        data=SimpleNamespace(caption_tokenizer=ClipBpe()),
         engine=EngineOptions(),
         run=SimpleNamespace(seed=SEED, dir=None),
         evaluation=(),

@@ -137,7 +137,7 @@ def test_captions_that_are_cut_are_told_and_counted(
     tar: Path, tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = recipe(length=7)  # 5 tokens beside the two special ones
-    loaded = plan.data.tokenizer.load()
+    loaded = plan.data.caption_tokenizer.load()
     longer = [len(loaded.encode(caption)) > 5 for own in CAPTIONS for caption in own]
     assert 0 < sum(longer) < len(longer)
     task = Retrieval(data=folder(tmp_path / "x", tar, b"retrieval"))

@@ -83,7 +83,7 @@ def recipe() -> SimpleNamespace:
         embed_dim=8,
     )
     tokenizer = ClipBpe().load()
-    data = SimpleNamespace(tokenizer=SimpleNamespace(load=lambda: tokenizer))
+    data = SimpleNamespace(caption_tokenizer=SimpleNamespace(load=lambda: tokenizer))
     return SimpleNamespace(
         model=model,
         data=data,

@@ -89,7 +89,7 @@ def test_prompts_that_cancel_each_other_are_no_class() -> None:
             sign = torch.where(torch.arange(len(ids)) % 2 == 0, 1.0, -1.0)
             return sign[:, None] * torch.ones(len(ids), 5)
 
-    tokens = recipe().data.tokenizer.load()
+    tokens = recipe().data.caption_tokenizer.load()
     embedder = Embedder(Opposite(), tokens, context_length=9, device=torch.device("cpu"))
     with pytest.raises(InputError, match="class 'dog'"):
         class_embeddings(embedder, ["dog", "cat"], ["a {c}", "no {c}"], ranks=Ranks())
