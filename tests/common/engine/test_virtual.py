@@ -218,6 +218,11 @@ def test_they_train_what_as_many_processes_train_under_either_engine(
     flip.train(processes(1), tmp_path / "accelerate", folders, virtual=2)
     flip.train(zero(0), tmp_path / "deepspeed", folders, virtual=2)
     check_equal(tmp_path / "deepspeed", tmp_path / "accelerate")
+    silent = tmp_path / "silent.json"
+    silent.write_text("{}")  # of stage 0 too
+    words.append(f"--engine.deepspeed-config={silent}")
+    train(zero(0, processes=1), tmp_path / "silent", "--engine.virtual-processes=2", *words)
+    check_equal(tmp_path / "silent", tmp_path / "accelerate")
     left, right = saved_tensors(tmp_path / "plain"), saved_tensors(tmp_path / "deepspeed")
     # the two gradients are added in one order only, and halved behind that or before
     assert largest_difference(left, right, ("weight", "ema")) < 1e-6

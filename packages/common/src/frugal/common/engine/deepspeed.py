@@ -69,8 +69,6 @@ class DeepSpeedEngine(Engine):
         config = fill_config(recipe.engine.deepspeed_config, recipe, run.world_size)
         self._clip_norm = recipe.optimizer.clip_norm
         optimizer = recipe.optimizer.build(objective)
-        if recipe.engine.virtual_processes is not None and config["zero_optimization"]["stage"]:
-            leave_out_fused_kernels(optimizer)
         self._engine, _, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
@@ -88,6 +86,8 @@ class DeepSpeedEngine(Engine):
                     "their number; give a file of stage 0, or leave virtual processes out"
                 )
             optimizer.total = self._sum_of_parts
+        if self._stage > 0 and self._has_whole_gradients:
+            leave_out_fused_kernels(optimizer)
         self._create_moments(recipe.optimizer.moments)
 
     @override
@@ -134,9 +134,9 @@ class DeepSpeedEngine(Engine):
     @override
     def _step(self, learning_rate: float) -> Tensor:
         set_learning_rate(self._engine.optimizer, learning_rate)
-        norm = self._clip() if self._has_whole_gradients else None
-        if norm is None:
+        if not self._has_whole_gradients:
             return self._step_zero()
+        norm = self._clip()
         if self._stage == 0:
             skip_unless_finite(self._engine.optimizer, norm)
             self._engine.step()
@@ -385,8 +385,8 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
                 f"the DeepSpeed file {path} has {name!r}, which {reason}; remove it from the file"
             )
     stage = _check_names(config, path)
-    is_whole = stage == 0 or recipe.engine.virtual_processes is not None
-    if is_whole and stage:
+    is_virtual = recipe.engine.virtual_processes is not None
+    if is_virtual and stage:
         _check_whole(config, path, stage)
     backwards = backwards_per_step(recipe, world_size)
     per_backward = max(recipe.batch_size // (world_size * backwards), 1)
@@ -414,7 +414,7 @@ def fill_config(path: Path, recipe: Recipe, world_size: int) -> dict[str, Any]:
             "gradient_accumulation_steps": backwards,
             # gradients that are whole are clipped here: at stage 0 DeepSpeed's own clipping waits
             # for the device, and of virtual processes its norm depends on their number
-            "gradient_clipping": 0.0 if is_whole else decided["gradient_clipping"],
+            "gradient_clipping": 0.0 if is_virtual or not stage else decided["gradient_clipping"],
             # with offloading too the optimizer is the recipe's: DeepSpeed's own has other moments
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
