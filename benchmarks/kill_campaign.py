@@ -36,6 +36,8 @@ import psutil
 import torch
 from safetensors import safe_open
 
+from frugal.common.files import read_json_lines
+
 ROOT = Path(__file__).parents[1]
 STEPS = 24
 BATCH = 16
@@ -227,14 +229,8 @@ def _count(folder: Path) -> int:
 
 
 def _last_step(run: Path) -> int:
-    lines = _lines(run / "metrics.jsonl")
+    lines, _ = read_json_lines(run / "metrics.jsonl")
     return lines[-1]["step"] if lines else 0
-
-
-def _lines(path: Path) -> list[dict]:
-    """JSON lines that are whole."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def moments_of(setting: Setting) -> list[str]:
@@ -272,7 +268,7 @@ def _ledger(path: Path) -> list[dict]:
     """Every line without what clocks and memory say."""
     return [
         {key: v for key, v in line.items() if not any(word in key for word in _VOLATILE)}
-        for line in _lines(path)
+        for line in read_json_lines(path)[0]
     ]
 
 

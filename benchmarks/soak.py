@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import statistics
@@ -26,6 +25,8 @@ from pathlib import Path
 
 import psutil
 from measuring import write
+
+from frugal.common.files import read_json_lines
 
 ROOT = Path(__file__).parents[1]
 PARTS = 5
@@ -84,19 +85,18 @@ def soak(
         samples, seconds, begun = [], [], 0.0
         num_lines = 0
         while launcher.poll() is None:
-            lines = _whole_lines(run / "metrics.jsonl")
+            lines = read_json_lines(run / "metrics.jsonl")[0]
             begun = begun or (time.monotonic() if lines else 0.0)
             if not begun:  # it is starting
                 time.sleep(1.0)
                 continue
             passed = time.monotonic() - begun
-            new = [json.loads(line) for line in lines[num_lines:]]
-            num_lines = len(lines)
             seconds += [
                 (passed, line["samples"] / line["step"] / line["samples_per_second"])
-                for line in new
+                for line in lines[num_lines:]
                 if "samples_per_second" in line
             ]
+            num_lines = len(lines)
             if passed > 60 * options.minutes:
                 break
             samples.append((passed, reading(launcher.pid)))
@@ -109,11 +109,6 @@ def soak(
     left = psutil.wait_procs(children, timeout=60)[1]
     faults += [f"{len(left)} processes were left running"] if left else []
     return samples, seconds, faults
-
-
-def _whole_lines(path: Path) -> list[str]:
-    text = path.read_text() if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def reading(launcher: int) -> dict[str, Sample]:
