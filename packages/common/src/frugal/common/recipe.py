@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
@@ -699,12 +699,18 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: value}
 
 
-def difference(saved: Recipe, recipe: Recipe) -> list[str]:
-    """What keeps ``recipe`` from continuing a run of ``saved``: one line per field."""
+def difference(saved: Recipe, recipe: Recipe, *, compared: Container[str] = ()) -> list[str]:
+    """What keeps ``recipe`` from continuing a run of ``saved``: one line per field.
+
+    Args:
+        saved: of the run.
+        recipe: to go on with.
+        compared: names of fields that may differ, as what they name is compared itself.
+    """
     old, new = _flatten(to_json(saved)), _flatten(to_json(recipe))
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return [
         f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
         for name in changed
-        if name in _MUST_STAY or not name.startswith(_MAY_CHANGE)
+        if name not in compared and (name in _MUST_STAY or not name.startswith(_MAY_CHANGE))
     ]

@@ -228,9 +228,9 @@ def continued_recipe(recipe: Recipe) -> Recipe:
             )
         return recipe
     recipe = with_calibrated(recipe, before)
-    changes = difference(before, recipe)
-    if is_known_by_content(folder):  # which is compared, wherever the data lie now
-        changes = [change for change in changes if not change.startswith("data.train was ")]
+    # by content data are compared wherever they lie now
+    compared = ("data.train",) if is_known_by_content(folder) else ()
+    changes = difference(before, recipe, compared=compared)
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         remedy = "or give the same recipe to continue that run"
