@@ -23,6 +23,7 @@ from frugal.common.transfer.segmentation_data import (
     SegmentationData,
     fitted_size,
     open_folders,
+    part_of,
 )
 
 EXTENSIONS = ("jpg", "png")
@@ -393,3 +394,23 @@ def test_pictures_that_changed_behind_a_run_are_noticed(tmp_path: Path) -> None:
     cases.write_pair(folder, "c", np.zeros((9, 9, 3), np.uint8), np.ones((9, 9), np.uint8))
     with pytest.raises(InputError, match="had 2 samples and has 3"):
         check_contents(run, stream(folder).contents, told=None, allowed=False)
+
+
+@pytest.mark.parametrize("kind", ["images", "annotations"])
+def test_a_picture_or_mask_that_was_replaced_behind_a_run_is_noticed(
+    tmp_path: Path, kind: str
+) -> None:
+    folder = cases.write_folder(tmp_path / "data", [(16, 16)] * 3)
+    run = replace(cases.HERE, dir=tmp_path / "run")
+    note_contents(run, stream(folder).contents, {})
+    moved = folder.rename(tmp_path / "elsewhere")
+    check_contents(run, stream(moved).contents, told=None, allowed=False)
+    other = cases.write_folder(tmp_path / "other", [(16, 8)])
+    for part in ("images", "annotations"):
+        before, now = (root / part / "training" / "000.png" for root in (moved, other))
+        assert before.stat().st_size != now.stat().st_size
+        if part == kind:
+            before.write_bytes(now.read_bytes())
+    other = [[part_of(opened(moved))]]
+    with pytest.raises(InputError, match="holds other images"):
+        check_contents(run, other, told=None, allowed=False)

@@ -6,7 +6,7 @@ Processes of a run compare it with one another, and a run that goes on with what
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -72,13 +72,29 @@ def _parts_of_list(name: str, files: FileList) -> list[Part]:
 
 
 def _sizes(files: FileList, start: int, end: int) -> str:
-    """A digest of the sizes of some files of a list, evenly spread: all of them would take long."""
+    """Of the files of a class folder, in proportion to its part of the list."""
     most = max(1, _SIZES * (end - start) // max(1, len(files.files)))
+    return digest_of_sizes(
+        (lambda place: Path(files.base, files.files[place])), start, end, most=most
+    )
+
+
+def digest_of_sizes(
+    path_of: Callable[[int], Path], start: int, end: int, *, most: int = _SIZES
+) -> str:
+    """A digest of the sizes of some files, evenly spread: all of them would take long.
+
+    Args:
+        path_of: where a file lies, by its number.
+        start: the first number.
+        end: behind the last one.
+        most: files that are looked at.
+    """
     step = max(1, -(-(end - start) // most))
     found = hashlib.blake2b(digest_size=8)
     for place in range(start, end, step):
         try:
-            size = Path(files.base, files.files[place]).stat().st_size
+            size = path_of(place).stat().st_size
         except (OSError, ValueError):  # the latter for a NUL in its name
             size = -1
         found.update(f"{size} ".encode())

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from frugal.common.contracts import Part, Stream, TrainedModel
-from frugal.common.data.contents import check_same_data, digest_of
+from frugal.common.data.contents import check_same_data, digest_of, digest_of_sizes
 from frugal.common.data.damage import Damaged, DamageNote, note_of
 from frugal.common.data.decoding import Window, resize_window
 from frugal.common.data.order import GlobalOrder
@@ -230,7 +230,7 @@ class SegmentationData(DataConfig):
             )
         folders = open_folders(self, num_classes=inputs.num_classes)
         counts = [len(folder) for folder in folders]
-        contents = [[Part(".", len(folder), digest_of(folder.names))] for folder in folders]
+        contents = [[part_of(folder)] for folder in folders]
         check_same_data(contents)
         order = GlobalOrder(counts, seed=recipe.run.seed, window=len(counts))
         run.log.info("data: %s pictures with masks", f"{order.samples:,}")
@@ -250,6 +250,13 @@ class SegmentationData(DataConfig):
             pin_memory=run.device.type == "cuda",
             contents=contents,
         )
+
+
+def part_of(folder: MaskedFolder) -> Part:
+    """A folder as a run notes it, with the sizes of its pictures and masks."""
+    paths = folder.image_path, folder.mask_path
+    stamp = "".join(digest_of_sizes(path, 0, len(folder)) for path in paths)
+    return Part(".", len(folder), digest_of(folder.names), stamp)
 
 
 def open_folders(data: SegmentationData, *, num_classes: int) -> list[MaskedFolder]:
