@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -38,10 +39,10 @@ def test_a_process_that_stands_still_is_named_with_what_it_did_last(
         assert "step" in said.partition("process 1 of 2")[2]
     else:  # it keeps the meeting place
         assert "process 0" in said
-    # nothing is lost: the same command goes on
-    process = start(launcher, run, words[0], SHORT[0])
-    wait_for_step(process, run, 8)
-    process.send_signal(signal.SIGKILL)
+        # nothing is lost: the same command goes on
+        process = start(launcher, run, words[0], SHORT[0])
+        wait_for_step(process, run, 8)
+        process.send_signal(signal.SIGKILL)
 
 
 def test_a_process_that_stands_still_before_it_told_anything_is_named_too(
@@ -70,12 +71,14 @@ def test_a_slow_process_is_waited_for(scenes: Path, tmp_path: Path) -> None:
 FAULTY = """
 import os
 import time
+from importlib import import_module
+
+import torch
 
 import frugal.common.engine.evaluator as evaluator
 import frugal.common.engine.loop as loop
 from frugal.common.distributed import barrier
 from frugal.common.train import main
-from frugal.flip.recipes import RECIPES
 
 step_of, evaluate = loop.train_step, evaluator.Evaluator.evaluate
 
@@ -87,27 +90,77 @@ def endless(engine, recipe, step, micro_batches, average=None):
 
 
 def slow(self, step):
-    time.sleep({seconds})
+    end, factor = time.monotonic() + {seconds}, torch.eye(300)
+    while self.run.is_main and time.monotonic() < end: factor = factor @ factor
     barrier()
     return evaluate(self, step)
 
 
+def hangs(*given, **named):
+    time.sleep(1000 if os.environ["RANK"] == "1" else 0)
+    return inner(*given, **named)
+
+
 loop.train_step, evaluator.Evaluator.evaluate = endless, slow
-main(RECIPES, method="flip")
+if "{hangs}":
+    module, _, name = "{hangs}".partition(":")
+    owner = import_module(module)
+    for part in name.split(".")[:-1]:
+        owner = getattr(owner, part)
+    name = name.rpartition(".")[2]
+    inner = getattr(owner, name)
+    setattr(owner, name, hangs)
+main(import_module("frugal.{method}.recipes").RECIPES, method="{method}")
 """
-"""FLIP with a process that computes without end in a step, or with evaluations that take long."""
+"""Training with a process that computes without end in a step, or stays in one line for ever in
+what all take part in, or with evaluations of the first process that take long."""
 
 
-def faulty(folder: Path, *, endless: int = -1, seconds: float = 0.0) -> str:
+BACKGROUND = "--data.background"
+CHOOSING = ("--data.period=1", "--data.scan=10", "--data.threshold=0.999", "--data.min-ratio=0.25")
+
+
+def faulty(
+    folder: Path, *, endless: int = -1, seconds: int = 0, hangs: str = "", method: str = "flip"
+) -> str:
     path = folder / "faulty.py"
-    path.write_text(FAULTY.format(endless=endless, seconds=seconds))
+    path.write_text(FAULTY.format(endless=endless, seconds=seconds, hangs=hangs, method=method))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("hangs", "method", "more", "doing"),
+    [
+        ("frugal.common.train:calibrate_reduction", "flip", (), "starting"),
+        ("frugal.common.engine.evaluator:Evaluator.evaluate", "flip", (), "evaluating step 3"),
+        ("frugal.cit.curation:_score", "cit", (), "waiting for the data of step 1"),
+        ("frugal.cit.curation:_score", "cit", (BACKGROUND,), "waiting for the data of step 1"),
+    ],
+    ids=["start", "evaluation", "curation", "curation in the background"],
+)
+def test_a_process_that_stays_in_one_line_while_others_wait_is_named(
+    hangs: str, method: str, more: tuple[str, ...], doing: str, scenes: Path, tmp_path: Path
+) -> None:
+    module, run = faulty(tmp_path, hangs=hangs, method=method), tmp_path / "run"
+    words = (f"--data.train={scenes / 'train'}", "--run.stall-minutes=0.1", *more)
+    words += ("--run.evaluate-every=3",) if "evaluator" in hangs else ()
+    if method == "cit":
+        classes = scenes / "zero_shot" / "classnames.txt"
+        words += (f"--data.metadata.sources={classes}", *CHOOSING)
+    process = start(DDP, run, *words, module=module)
+    assert process.wait(timeout=60) in (1, -9)
+    said = log_of(run).read_text()
+    assert f"no process has come further than {doing}" in said
+    found = said.partition("no process has come further")[2]
+    assert re.search(r"process 0 \(on \S+\) waits for others in line \d+ of ", found)
+    assert re.search(r"process 1 \(on \S+\) in line \d+ of \S*faulty.py \(hangs\)", found)
+    assert "Traceback" not in said
 
 
 def test_an_evaluation_that_takes_longer_is_waited_for(scenes: Path, tmp_path: Path) -> None:
     module, run = faulty(tmp_path, seconds=8), tmp_path / "run"
-    words = (f"--data.train={scenes / 'train'}", "--run.evaluate-every=3")
-    words += ("--schedule.samples=216", "--run.stall-minutes=0.08")
+    words = (f"--data.train={scenes / 'train'}", "--schedule.samples=72")
+    words += ("--schedule.warmup-samples=0", "--run.stall-minutes=0.08")
     process = start(DDP, run, *words, module=module)
     assert process.wait(timeout=120) == 0, log_of(run).read_text()
 
@@ -129,7 +182,7 @@ def test_a_run_that_is_suspended_with_all_of_its_processes_goes_on(
 ) -> None:
     run = tmp_path / "run"
     words = (f"--data.train={scenes / 'train'}", "--run.stall-minutes=0.08")
-    process = start(DDP, run, *words, "--schedule.samples=4800")
+    process = start(DDP, run, *words, "--schedule.samples=2400")
     wait_for_step(process, run, 3)
     time.sleep(2)  # each has told what it does
     for sent, seconds in ((signal.SIGSTOP, 8), (signal.SIGCONT, 0)):

@@ -33,6 +33,7 @@ from frugal.common.data.config import PairData
 from frugal.common.data.samples import RawSample
 from frugal.common.data.stream import IndexedStream, OrderedSamples, RankSlice
 from frugal.common.distributed import new_host_group
+from frugal.common.engine.watchdog import COMPUTING_THREAD
 from frugal.common.errors import InputError
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.ranges import Count, Range
@@ -438,7 +439,8 @@ class _Chooser:
                 found.set_exception(error)
 
         # a daemon: a run that fails is not to wait for what nobody needs any more
-        threading.Thread(target=work, daemon=True).start()
+        name = f"{COMPUTING_THREAD} curation {period}"
+        threading.Thread(target=work, daemon=True, name=name).start()
         return found
 
     def _copied(self) -> torch.nn.Module:

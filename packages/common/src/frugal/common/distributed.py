@@ -29,6 +29,9 @@ from frugal.common.errors import InputError
 
 MEETING = 10.0
 """Minutes in which all processes of a run must have come."""
+_PATIENCE = timedelta(hours=2)
+"""Of torch, which ends processes without a word of whom they wait for: a watchdog comes before. By
+itself it would end those that wait for one that reads or computes alone, after 10 or 30 minutes."""
 _VOICE = 60.0
 """Seconds after which it is said who is waited for; then after twice as many, and so on."""
 
@@ -305,7 +308,11 @@ def init_process_group(
             f"were started and can reach that place, and {_way_out()}"
         )
     dist.init_process_group(
-        backend, store=meeting.store, rank=ranks.rank, world_size=ranks.world_size
+        backend,
+        store=meeting.store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=_PATIENCE,
     )
 
 
@@ -458,7 +465,7 @@ def new_host_group() -> Group:
     """
     if place_in_world()[1] == 1:
         return None
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     assert isinstance(group, dist.ProcessGroup)  # every process belongs to it
     return group
 

@@ -18,6 +18,7 @@ from frugal.common.cli import (
 from frugal.common.contracts import EvaluationTask
 from frugal.common.data.contents import also_noted
 from frugal.common.distributed import leave_process_group
+from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError
 from frugal.common.evaluation.cli import Options, chosen_tasks, chosen_trainings, transfer_tasks
 from frugal.common.evaluation.measure import measure_all
@@ -60,7 +61,14 @@ def evaluate(options: Options, *, own: tuple[EvaluationTask, ...] | None = None)
     if tasks:
         bundle.model.to(run.device)
         join(run, minutes=options.rendezvous_minutes)
+        watchdog = Watchdog(
+            run,
+            minutes=options.stall_minutes,
+            remedy="--stall-minutes; what was measured before is written",
+        )
+        watchdog.note("evaluating")
         measure_all(tasks, bundle, run, options, own, url)
+        watchdog.close()
     leave_process_group()
     for training in trainings:
         _train_and_measure(training, start, replace(options, out=out))
@@ -192,6 +200,7 @@ def _train_and_measure(training: _Training, start: ModelBundle, options: Options
             out=options.out,
             csv=options.csv,
             rendezvous_minutes=options.rendezvous_minutes,
+            stall_minutes=options.stall_minutes,
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,

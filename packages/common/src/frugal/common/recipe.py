@@ -134,8 +134,9 @@ class RunOptions:
     """How long a process waits at the start for all others to come, before it ends and says who is
     missing."""
     stall_minutes: Positive | None = 30.0
-    """How long one of several processes may give no sign of life, stay behind the others, or be in
-    one line of a step, before all of them end and name it; None waits for ever."""
+    """How long one of several processes may give no sign of life, stay behind the others, be in
+    one line of a step, or all of them in one line beside the steps, before they end and name it;
+    None waits for ever."""
     max_skipped: Count = 10
     """Steps in a row whose loss is not finite before the run stops; seen when a line is logged."""
     on_divergence: Literal["stop", "skip", "rewind"] = "stop"

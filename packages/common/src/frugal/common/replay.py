@@ -40,6 +40,7 @@ from frugal.common.engine.logger import DETAILED_DIGESTS, DIGESTS
 from frugal.common.engine.metrics import fetch
 from frugal.common.engine.saving import restore
 from frugal.common.engine.step import train_step
+from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import read_json_lines, read_json_object
 from frugal.common.history import read_history
@@ -136,6 +137,8 @@ class Replay:
             source, interpolate = self.recipe.run.start_from, self.recipe.run.interpolate
             init_from(objective, source, interpolate=interpolate, log=run.log)
         self.engine = make_engine(objective, self.recipe, run)
+        minutes = self.recipe.run.stall_minutes
+        self.watchdog = Watchdog(run, minutes=minutes, remedy="run.stall_minutes of the run")
         self._check_engine()
         self.names = [name for name, _ in self.engine.trainable()]
         self.contents: Any = ()
@@ -213,9 +216,11 @@ class Replay:
         batches, count = iter(stream), recipe.virtual_per_process(run.world_size)
         for step in range(self.first, self.last):
             seed_step(recipe.run.seed, step, run.rank)
+            self.watchdog.wait_for_data(step + 1)
             micro_batches = [
                 batch.to(run.device) for batch in islice(batches, recipe.engine.accumulate * count)
             ]
+            self.watchdog.compute(step + 1)
             if step + 1 in self.left_out:
                 continue
             metrics = train_step(engine, recipe, step, micro_batches)
@@ -456,6 +461,7 @@ def replay(options: Options) -> None:
         replayed = Replay(options.run, options.step, run)
         found = compare(replayed)
         lines = [] if found is None else explain(replayed, found, options.run)
+        replayed.watchdog.close()
         replayed.engine.close()
     if found is not None:
         raise RunStopped("; ".join(lines), exit_code=1)

@@ -115,6 +115,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         source = start or recipe.run.start_from
         init_from(objective, source, interpolate=recipe.run.interpolate, log=run.log)
     engine = make_engine(objective, recipe, run)
+    watchdog = Watchdog(run, minutes=recipe.run.stall_minutes, remedy=_STALLED)
     _require_same_run(recipe)
     average = None
     if recipe.engine.ema_decay is not None:
@@ -178,7 +179,7 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         average=average,
         evaluator=evaluator,
         first_step=first_step,
-        watchdog=Watchdog(run, minutes=recipe.run.stall_minutes),
+        watchdog=watchdog,
         reopen=partial(_open_stream, recipe, run, engine),
     )
     training.load_state(state)
@@ -191,9 +192,10 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
         raise InputError(training.damage.sentence())
     else:
         evaluate_if_missed(training)
+    watchdog.note("writing the last checkpoint", may_stand=True)
     training.saves.close()
     barrier()  # what the first process wrote last, such as which checkpoint is best, is there
-    training.watchdog.close()
+    watchdog.close()
     logger.close()
     engine.close()
     if lock is not None:
@@ -205,6 +207,8 @@ def _also_read(recipe: Recipe, objective: Objective, start: ModelBundle | None) 
     handed = {} if start is None else {START_FROM: weights_digest(start.model)}
     return recipe.data.also_read() | objective.also_read() | handed
 
+
+_STALLED = "--run.stall-minutes; the same command continues from the last checkpoint"
 
 START_FROM = "run.start_from"
 """What the weights that a run was handed to start from are noted as, where they were."""

@@ -124,7 +124,7 @@ def _take_steps(
             with meter.paused("pictures"):
                 training.logger.draw_batch(engine.objective, micro_batches[0], done)
         if saves or is_too_damaged:
-            training.watchdog.note(f"saving step {done}")
+            training.watchdog.note(f"saving step {done}", may_stand=True)
             training.save(done, is_last=is_last or is_too_damaged)
         if is_too_damaged:
             remedy = f": the same command then continues from step {done}"
@@ -133,7 +133,6 @@ def _take_steps(
             _stop(training, done, stop_signal, ending)
         # behind the checkpoint, so that nothing is lost where an evaluation fails or is killed
         if evaluates:
-            training.watchdog.note(f"evaluating step {done}")
             evaluate(training, done)
 
 
@@ -241,6 +240,7 @@ def evaluate(training: Training, step: int) -> None:
     Raises:
         InputError: if no evaluation knows the number that decides about that.
     """
+    training.watchdog.note(f"evaluating step {step}")
     with training.meter.paused("evaluation"):
         numbers = training.evaluator.evaluate(step)
     best = training.recipe.run.best
@@ -332,6 +332,7 @@ def _rewind(training: Training, diverged: int) -> int:
         RunStopped: if there is no such checkpoint.
     """
     run = training.run
+    training.watchdog.note(f"going back from step {diverged}", may_stand=True)
     with training.meter.paused("checkpoint"):
         training.saves.finish()  # what is being written may be what there is to go back to
     history = gather_objects(read_history(run.dir))[0]

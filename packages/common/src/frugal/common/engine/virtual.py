@@ -33,6 +33,7 @@ from frugal.common.distributed import (
     place_in_world,
 )
 from frugal.common.engine.engine import Engine
+from frugal.common.engine.watchdog import COMPUTING_THREAD
 from frugal.common.randomness import random_states, seed_step, set_random_states
 from frugal.common.recipe import Recipe
 
@@ -187,7 +188,7 @@ class _Turn(threading.Thread, Generic[ResultT]):
     def __init__(
         self, compute: Callable[[], ResultT], *, place: tuple[int, int], own: _Own
     ) -> None:
-        super().__init__(daemon=True)
+        super().__init__(daemon=True, name=f"{COMPUTING_THREAD} {place[0]}")
         self.rank, self.world_size = place
         self.own = own
         self.given: Tensor | None = None

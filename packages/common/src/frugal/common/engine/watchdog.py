@@ -5,7 +5,8 @@ the others what it does, and a thread beside the training looks at what they tel
 no sign of life, or stays behind the others, for longer than a run allows, every process names it
 and ends; the same command then continues from the last checkpoint. So they do where all are in the
 same step, and one does not leave its line of the program: somebody waits there for a process that
-computes without end, and the lines of all of them tell which.
+computes without end, and the lines of all of them tell which. Beside the steps, where one may
+compute for hours while the others wait, they do so where none leaves its line, or computes there.
 """
 
 from __future__ import annotations
@@ -18,17 +19,27 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
+import torch
+
+from frugal.common import distributed
 from frugal.common.distributed import connect_to_store
 from frugal.common.files import parse_json, reason_of
 from frugal.common.run import Run
 
+COMPUTING_THREAD = "frugal computes"
+"""What the names of threads begin with that the main thread waits for while they compute."""
 _BEAT = 5.0
 """Seconds between two looks, at most."""
 _COMPUTING = "computing step"
 _LISTED = 8
 """Processes whose lines are told."""
+_LEAST_WORK = 0.002
+"""Share of the time that who waits for nothing else computes at least; who sleeps does not."""
+_EXCHANGES = (str(Path(torch.distributed.__file__).parent), distributed.__file__)
+"""Where one process waits for others."""
 
 
 @dataclass
@@ -39,13 +50,17 @@ class _Seen:
     position: int
     doing: str
     line: str
-    """Of the program, that its main thread was in; "" between two steps."""
+    """Of the program, that it was in; "" while it may be there for as long as it takes."""
+    waits: bool
+    """Whether it waited for other processes there."""
+    works: int
+    """How often it was seen to compute; only counted beside the steps."""
     host: str
     alive_at: float
     moved_at: float
     """When its position was another."""
     left_line_at: float
-    """When its position or its line was another."""
+    """When its line was another, or it was seen to compute."""
 
 
 class _AwakeTime:
@@ -74,16 +89,20 @@ class _AwakeTime:
 class Watchdog:
     """Tells what this process does, and ends it where another one is gone or stuck."""
 
-    def __init__(self, run: Run, *, minutes: float | None) -> None:
+    def __init__(self, run: Run, *, minutes: float | None, remedy: str) -> None:
         """Begin, where there are other processes.
 
         Args:
             run: this process.
-            minutes: without a sign of life, or behind the others; None never ends anything.
+            minutes: without a sign of life, behind the others, or in one line; None never ends
+                anything.
+            remedy: what to do where it ends, in words.
         """
         self._run = run
+        self._remedy = remedy
         self._limit = 0.0 if minutes is None else 60 * minutes
         self._doing = "starting"
+        self._may_stand = False
         self._position = 0
         self._closed = threading.Event()
         self._seen: dict[int, _Seen] = {}
@@ -99,14 +118,21 @@ class Watchdog:
     def wait_for_data(self, step: int) -> None:
         """Note that the data of a step are waited for."""
         self._position, self._doing = 2 * step, f"waiting for the data of step {step}"
+        self._may_stand = False
 
     def compute(self, step: int) -> None:
         """Note that a step is computed."""
         self._position, self._doing = 2 * step + 1, f"{_COMPUTING} {step}"
 
-    def note(self, doing: str) -> None:
-        """Note what is done between two steps; all processes may do it for as long as it takes."""
-        self._doing = doing
+    def note(self, doing: str, *, may_stand: bool = False) -> None:
+        """Note what is done beside the steps; it may take as long as it takes.
+
+        Args:
+            doing: in words.
+            may_stand: whether all processes may be in one line of the program meanwhile, as where
+                they wait for another program.
+        """
+        self._doing, self._may_stand = doing, may_stand
 
     def close(self) -> None:
         """Look no more."""
@@ -124,10 +150,15 @@ class Watchdog:
             self._run.log.warning("no process is watched for standing still: %s", reason_of(error))
             self.close()
             return
-        beats = 0
+        beats = works = 0
+        before = 0.0
         while not self._closed.is_set():
             beats += 1
-            told = [beats, self._position, self._doing, self._line(), socket.gethostname()]
+            line, waits, computed = ("", False, 0.0) if self._may_stand else _place()
+            if not self._is_step and abs(computed - before) > _LEAST_WORK * self._pause:
+                works += 1
+            before = computed
+            told = [beats, self._position, self._doing, line, waits, works, socket.gethostname()]
             try:
                 store.set(f"alive/{self._run.rank}", json.dumps(told))
                 for rank in range(self._run.world_size):
@@ -138,22 +169,29 @@ class Watchdog:
                 pass
             self._closed.wait(self._pause)
 
-    def _line(self) -> str:
-        """What the main thread is in, of a step that is computed."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        if frame is None or not self._doing.startswith(_COMPUTING):
-            return ""
-        path = "/".join(Path(frame.f_code.co_filename).parts[-2:])
-        return f"line {frame.f_lineno} of {path} ({frame.f_code.co_name})"
+    @property
+    def _is_step(self) -> bool:
+        return self._doing.startswith(_COMPUTING)
 
-    def _hear(self, rank: int, beats: int, position: int, doing: str, line: str, host: str) -> None:
+    def _hear(
+        self,
+        rank: int,
+        beats: int,
+        position: int,
+        doing: str,
+        line: str,
+        waits: bool,
+        works: int,
+        host: str,
+    ) -> None:
         now, last = self._clock.now(), self._seen.get(rank)
         alive_at = now if last is None or last.beats != beats else last.alive_at
         moved_at = now if last is None or last.position != position else last.moved_at
-        is_there = last is not None and (last.position, last.line) == (position, line)
-        left_line_at = last.left_line_at if last is not None and is_there else now
+        left_line_at = now
+        if last is not None and (last.doing, last.line, last.works) == (doing, line, works):
+            left_line_at = last.left_line_at
         self._seen[rank] = _Seen(
-            beats, position, doing, line, host, alive_at, moved_at, left_line_at
+            beats, position, doing, line, waits, works, host, alive_at, moved_at, left_line_at
         )
 
     def _judge(self) -> None:
@@ -206,12 +244,16 @@ class Watchdog:
         everybody = [seen[rank] for rank in sorted(seen)]
         if len(everybody) < self._run.world_size or len({one.position for one in everybody}) > 1:
             return ""
-        # a step may be long, and goes from line to line then
-        waited = max(now - one.left_line_at if one.line else 0.0 for one in everybody)
-        if waited <= self._limit:
+        stood = [now - one.left_line_at if one.line else 0.0 for one in everybody]
+        # a step may be long, and goes from line to line then; beside them one may compute for all
+        is_step = everybody[0].doing.startswith(_COMPUTING)
+        waited = max(stood) if is_step else min(stood)
+        # beside them all may wait for something else, such as a disk that hangs
+        if waited <= self._limit or not (is_step or any(one.waits for one in everybody)):
             return ""
         lines = [
-            f"process {rank} (on {one.host}) in {one.line or one.doing}"
+            f"process {rank} (on {one.host}) {'waits for others ' if one.waits else ''}in "
+            f"{one.line or one.doing}"
             for rank, one in enumerate(everybody[:_LISTED])
         ]
         more = ", and others" if len(everybody) > _LISTED else ""
@@ -221,9 +263,32 @@ class Watchdog:
         )
 
     def _end(self, fault: str) -> NoReturn:
-        self._run.log.error(
-            "%s; this process ends (--run.stall-minutes), and the same command continues from the "
-            "last checkpoint", fault,
-        )  # fmt: skip
+        self._run.log.error("%s; this process ends (%s)", fault, self._remedy)
         # the main thread waits in a collective, which nothing else can end
         os._exit(1)
+
+
+def _innermost() -> tuple[FrameType | None, float]:
+    """Of the main thread, or of the one that computes while that waits for it; its CPU seconds."""
+    frames = sys._current_frames()
+    threads = [threading.main_thread()]
+    threads += [one for one in threading.enumerate() if one.name.startswith(COMPUTING_THREAD)]
+    found = [(frames[one.ident], one.ident) for one in threads if one.ident in frames]
+    working = [each for each in found if each[0].f_code.co_filename != threading.__file__]
+    frame, ident = next(iter(working or found), (None, 0))
+    try:
+        return frame, time.clock_gettime(time.pthread_getcpuclockid(ident)) if ident else 0.0
+    except OSError:  # it has ended meanwhile
+        return None, 0.0
+
+
+def _place() -> tuple[str, bool, float]:
+    """The line that this process is in, whether it waits for others there, and its CPU seconds."""
+    frame, computed = _innermost()
+    waits = False
+    while frame is not None and frame.f_code.co_filename.startswith(_EXCHANGES):
+        frame, waits = frame.f_back, True
+    if frame is None:
+        return "", False, computed
+    path = "/".join(Path(frame.f_code.co_filename).parts[-2:])
+    return f"line {frame.f_lineno} of {path} ({frame.f_code.co_name})", waits, computed

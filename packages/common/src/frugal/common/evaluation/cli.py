@@ -136,6 +136,9 @@ class Options:
     in --out."""
     rendezvous_minutes: Positive = MEETING
     """How long a process waits at the start for all others to come, before it ends."""
+    stall_minutes: Positive | None = 30.0
+    """How long one of several processes may give no sign of life, or all of them be in one line of
+    the program, before they end and name it; None waits for ever."""
     batch_size: int = 256
     """Images, or texts, per process at a time."""
     workers: int = 2
