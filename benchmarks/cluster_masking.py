@@ -22,7 +22,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measuring import fastest, measured, memory_in_mib, place, read_step_options, write
+from measuring import (
+    cloudy_pictures,
+    fastest,
+    measured,
+    memory_in_mib,
+    place,
+    read_step_options,
+    write,
+)
 
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.contracts import Batch
@@ -118,22 +126,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cloudy_batch(options: argparse.Namespace) -> Batch:
-    """Pictures with large and small structures, some busier than others, and captions."""
+    """Cloudy pictures and captions."""
     import torch
-    import torch.nn.functional as F  # noqa: N812
 
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.zeros(options.batch, 3, 224, 224)
-    for cells in (2, 4, 8, 16, 32, 64, 224):
-        busy = torch.rand(options.batch, 1, 1, 1, generator=generator)
-        field = torch.randn(options.batch, 3, cells, cells, generator=generator)
-        field = field + torch.randn(options.batch, 1, cells, cells, generator=generator)
-        smooth = F.interpolate(field, size=224, mode="bilinear", align_corners=False)
-        pictures += smooth * cells ** (-0.3 - busy)
-    pictures = pictures / pictures.std(dim=(1, 2, 3), keepdim=True)
+    images = cloudy_pictures(options.batch, 224, generator)
     numbers = torch.arange(options.batch)
     batch = Batch(
-        images=(128 + 50 * pictures).clamp(0, 255).to(torch.uint8),
+        images=images,
         token_ids=torch.randint(1, 49407, (options.batch, 77), generator=generator),
         text_lengths=torch.randint(10, 41, (options.batch,), generator=generator),
         sample_numbers=numbers,

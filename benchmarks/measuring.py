@@ -55,6 +55,22 @@ def fastest(action: Callable[[], object], *, repeats: int, device: str) -> float
     return min(seconds[1:])
 
 
+def cloudy_pictures(count: int, size: int, generator: Any) -> Any:
+    """(N, 3, S, S) uint8 with large and small structures, some busier than others."""
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    pictures = torch.zeros(count, 3, size, size)
+    for cells in (2, 4, 8, 16, 32, 64, size):
+        busy = torch.rand(count, 1, 1, 1, generator=generator)
+        field = torch.randn(count, 3, cells, cells, generator=generator)
+        field = field + torch.randn(count, 1, cells, cells, generator=generator)
+        smooth = F.interpolate(field, size=size, mode="bilinear", align_corners=False)
+        pictures += smooth * cells ** (-0.3 - busy)
+    pictures = pictures / pictures.std(dim=(1, 2, 3), keepdim=True)
+    return (128 + 50 * pictures).clamp(0, 255).to(torch.uint8)
+
+
 def read_step_options(
     description: str | None,
     *,
