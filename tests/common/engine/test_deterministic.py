@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from frugal.common.engine.deterministic import (
+    deterministic_kernels,
     make_deterministic,
     naming_what_is_not_deterministic,
 )
 from frugal.common.errors import InputError
 from frugal.common.models import attention
+from frugal.common.train import train_recipe
 from frugal.flip.recipes import RECIPES
 from support import ALONE, DDP, losses, saved_tensors, train
 
@@ -67,6 +69,25 @@ def test_other_wishes_of_the_environment_are_refused(
     with pytest.raises(InputError, match=rf"{name} .* but it is '.*unset it"):
         make_deterministic(LOG)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_behind_a_run_torch_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = RECIPES["demo"]()
+    recipe = replace(
+        recipe,
+        engine=replace(recipe.engine, deterministic=True),
+        run=replace(recipe.run, dir=tmp_path / "run", best="nothing"),
+    )
+    with pytest.raises(InputError, match=r"run\.best"):
+        train_recipe(recipe)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not {"CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"} & os.environ.keys()
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with deterministic_kernels(LOG, wanted=True):
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["NCCL_ALGO"] == "Tree"
 
 
 def test_compiling_is_refused() -> None:

@@ -42,10 +42,7 @@ from frugal.common.data.contents import (
 from frugal.common.data.tokenizers import load_tokenizer, token_difference
 from frugal.common.distributed import barrier, gather_objects, launcher_ranks, require_same
 from frugal.common.engine.calibration import calibrate_reduction
-from frugal.common.engine.deterministic import (
-    make_deterministic,
-    naming_what_is_not_deterministic,
-)
+from frugal.common.engine.deterministic import deterministic_kernels
 from frugal.common.engine.digests import current_weight_digests, digest_all
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.evaluator import Evaluator, last_evaluated
@@ -85,7 +82,6 @@ def main(recipes: Recipes, *, method: str, script: str = "train") -> None:
     run_politely(command)
 
 
-@naming_what_is_not_deterministic()
 def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     """Train a recipe to its end, from the start or from where its run directory left off.
 
@@ -105,10 +101,13 @@ def train_recipe(recipe: Recipe, *, start: ModelBundle | None = None) -> None:
     run = open_run(folder, recipe.engine.device, threads=_threads(recipe))
     recipe.local_batch(run.world_size)  # refuse before anything is written
     recipe.virtual_per_process(run.world_size)
-    if recipe.engine.deterministic:
-        make_deterministic(run.log)
-    recipe.check_trainable()
+    with deterministic_kernels(run.log, wanted=recipe.engine.deterministic):
+        _build_and_train(recipe, run, start)
 
+
+def _build_and_train(recipe: Recipe, run: Run, start: ModelBundle | None) -> None:
+    """Build the parts in the order data flows, and train; as :func:`train_recipe`."""
+    recipe.check_trainable()
     store = CheckpointStore(run, keep=recipe.run.keep)
     objective = recipe.objective.build(recipe)
     if not store.whole():

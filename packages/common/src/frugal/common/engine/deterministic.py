@@ -17,28 +17,62 @@ import torch
 
 from frugal.common.errors import InputError
 
+_WORKSPACE, _ALGORITHM = "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"
+"""Variables that cuBLAS and NCCL read."""
 _WORKSPACES = (":4096:8", ":16:8")
-"""With which cuBLAS is deterministic, in its variable."""
+"""With which cuBLAS is deterministic."""
 _NCCL = re.compile(r"(\w+:)?(ring|tree)(,(ring|tree))*(;(\w+:)?(ring|tree)(,(ring|tree))*)*", re.I)
-"""Values of NCCL_ALGO that leave out NVLS and CollNet, which add in switches as data comes in."""
+"""Values of that variable without NVLS and CollNet, which add in switches as data comes in."""
+
+
+@contextmanager
+def deterministic_kernels(log: logging.Logger, *, wanted: bool) -> Iterator[None]:
+    """Around a run: this process computes with deterministic kernels, where that is wanted.
+
+    It must not have computed anything before. Afterwards torch and the environment are as they
+    were: what the process does next is not to be slower, or to fail, for a run that is over.
+
+    Raises:
+        InputError: if a variable of the environment asks for something else; or naming an operation
+            that has no deterministic kernel.
+    """
+    if not wanted:
+        yield
+        return
+    environment = {name: os.environ.get(name) for name in (_WORKSPACE, _ALGORITHM)}
+    torch_had = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
+    try:
+        with naming_what_is_not_deterministic():
+            make_deterministic(log)
+            yield
+    finally:
+        was_on, only_warns, torch.backends.cudnn.benchmark = torch_had
+        torch.use_deterministic_algorithms(was_on, warn_only=only_warns)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
 
 
 def make_deterministic(log: logging.Logger) -> None:
-    """Have this process compute with deterministic kernels; before it has computed anything.
+    """Have this process compute with deterministic kernels from now on.
 
     Raises:
         InputError: if a variable of the environment asks for something else.
     """
-    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES[0])
+    workspace = os.environ.setdefault(_WORKSPACE, _WORKSPACES[0])
     if workspace not in _WORKSPACES:
         raise InputError(
-            f"engine.deterministic needs CUBLAS_WORKSPACE_CONFIG to be {' or '.join(_WORKSPACES)}, "
+            f"engine.deterministic needs {_WORKSPACE} to be {' or '.join(_WORKSPACES)}, "
             f"but it is {workspace!r}; unset it"
         )
-    algorithm = os.environ.setdefault("NCCL_ALGO", "Ring")
+    algorithm = os.environ.setdefault(_ALGORITHM, "Ring")
     if not _NCCL.fullmatch(algorithm):
         raise InputError(
-            f"engine.deterministic needs NCCL_ALGO to name Ring and Tree alone, but it is "
+            f"engine.deterministic needs {_ALGORITHM} to name Ring and Tree alone, but it is "
             f"{algorithm!r}, and others add in an order of their own; unset it"
         )
     torch.use_deterministic_algorithms(True)
