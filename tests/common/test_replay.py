@@ -47,10 +47,11 @@ main(RECIPES, method="flip")
 """FLIP on a machine whose memory flips one bit of one gradient in step 7."""
 
 
-def replay(launcher: Launcher, run: Path, step: int, *, expect: int = 0) -> str:
+def replay(launcher: Launcher, run: Path, step: int, *more: str, expect: int = 0) -> str:
     """What it says."""
     log = run.parent / "replay.log"
-    words = [str(run), f"--step={step}", "--local_rank=0"]  # which deepspeed adds
+    log.unlink(missing_ok=True)
+    words = [str(run), f"--step={step}", *more, "--local_rank=0"]  # which deepspeed adds
     process = fork(
         "frugal.common.replay", words, log=log, cwd=ROOT,
         environments=launcher.environments(),
@@ -219,6 +220,50 @@ def test_the_code_that_took_a_step_is_compared_and_not_that_of_the_last_start(co
     said = replay(ALONE, copy, 7, expect=1)
     assert "code was of yesterday and is" in said
     assert "it was the code, the recipe or another machine" in said
+
+
+def test_a_step_is_taken_again_as_the_process_took_it_that_took_it(copy: Path) -> None:
+    go_back_to(copy, 4)
+    words = ("--engine.precision=bfloat16", "--engine.deterministic")
+    train(ALONE, copy, f"--data.train={recipe_of(copy)['data']['train'][0]}", *WORDS, *words)
+    assert "steps 1 to 4 agree" in replay(ALONE, copy, 4)
+    said = replay(ALONE, copy, 7)
+    assert "steps 5 to 7 agree" in said and "deterministic kernels alone" in said
+
+
+def go_back_to(run: Path, step: int) -> None:
+    """Remove what a run has saved after a step."""
+    for folder in (run / "checkpoints").glob("step_*"):
+        if folder.name > f"step_{step:09d}":
+            shutil.rmtree(folder)
+
+
+def recipe_of(run: Path) -> dict:
+    return json.loads((run / "recipe.json").read_text())
+
+
+def test_a_stream_begins_at_the_same_place_a_second_time(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = (*WORDS, "--data.resampled-samples=150")
+    train(ALONE, run, f"--data.train={scenes / 'train'}", *words)
+    alter(run / "digests.jsonl", 7, lambda line: line.update(gradient="0" * 16))
+    assert "a second time it came out as now" in replay(ALONE, run, 7, expect=1)
+
+
+def test_a_damaged_checkpoint_is_passed_over(copy: Path) -> None:
+    (file,) = (copy / "checkpoints" / "step_000000004").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    said = replay(ALONE, copy, 5)
+    assert f"{file} has" in said and "taking the one before" in said
+    assert "steps 1 to 5 agree" in said
+
+
+def test_data_may_lie_elsewhere_now(scenes: Path, tmp_path: Path) -> None:
+    data, run = Path(shutil.copytree(scenes / "train", tmp_path / "data")), tmp_path / "run"
+    train(ALONE, run, f"--data.train={data}", *WORDS, "--schedule.samples=48")
+    moved = data.rename(tmp_path / "moved")
+    assert f"{data}, which does not exist" in replay(ALONE, run, 2, expect=2)
+    assert "steps 1 to 2 agree" in replay(ALONE, run, 2, f"--train={moved}")
 
 
 def test_the_step_that_a_run_stopped_for_is_computed_again(scenes: Path, tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 ``history.jsonl`` of a run directory is only ever added to. Every line has ``time`` (seconds since
 1970), ``event`` and ``step``; what else it has depends on the event:
 
-``began``, ``continued``  ``world_size``, ``engine``, ``code`` (the version and a digest of the
-    sources), ``since`` (when the first process was started), ``seconds`` (of steps before),
-    ``lost_seconds`` (of these, of steps that were done again after going back), ``before`` (of the
-    last log line of the process before: ``step``, ``time``, ``session_seconds``), ``environment``
-    (as in ``environment.json``), ``weights`` (a digest of those that a run with digests began
-    with);
+``began``, ``continued``  ``world_size``, ``engine``, ``recipe`` (which may differ from start to
+    start, as in engine and precision), ``code`` (the version and a digest of the sources),
+    ``since`` (when the first process was started), ``seconds`` (of steps before), ``lost_seconds``
+    (of these, of steps that were done again after going back), ``before`` (of the last log line of
+    the process before: ``step``, ``time``, ``session_seconds``), ``environment`` (as in
+    ``environment.json``), ``weights`` (a digest of those that a run with digests began with);
 ``ended``  ``session_seconds``: what the first process spent its time on, by name; a process that is
     killed has no such line;
 ``rewind``  ``to``, ``left_out``, ``lost_seconds``: the step of the checkpoint that the run went

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,9 +25,11 @@ import tyro
 from frugal.common.checkpoint.init_from import init_from
 from frugal.common.checkpoint.store import Checkpoint, open_checkpoint
 from frugal.common.cli import command_words, run_politely, without_local_rank
+from frugal.common.data.config import StoredData
 from frugal.common.data.contents import also_noted, changed_besides, differences_since
 from frugal.common.distributed import gather_objects, launcher_ranks
 from frugal.common.engine.calibration import calibrate_reduction
+from frugal.common.engine.deterministic import deterministic_kernels
 from frugal.common.engine.digests import (
     StepDigests,
     current_weight_digests,
@@ -43,9 +45,10 @@ from frugal.common.engine.step import train_step
 from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import read_json_lines, read_json_object
+from frugal.common.history import FILE as HISTORY
 from frugal.common.history import read_history
 from frugal.common.randomness import seed_step
-from frugal.common.recipe import Recipe, difference, load_recipe, recipe_if_whole
+from frugal.common.recipe import Recipe, difference, from_json, load_recipe, recipe_if_whole
 from frugal.common.run import Run, make_logger, open_run
 from frugal.common.train import environment_of, make_engine, stream_state
 
@@ -63,6 +66,8 @@ class Options:
     """A run directory, of a run with --run.digests."""
     step: int
     """The last step to recompute, counted as in the log. The checkpoint before it is restored."""
+    train: tuple[str, ...] = ()
+    """Where the data of the run lie now; without it where they lay when the step was taken."""
 
 
 @dataclass(frozen=True)
@@ -109,26 +114,36 @@ class Recomputed:
 class Replay:
     """A part of a run that can be computed again and again."""
 
-    def __init__(self, folder: Path, last: int, run: Run) -> None:
-        """Build the parts of a run and find the checkpoint to begin with.
+    def __init__(
+        self,
+        folder: Path,
+        last: int,
+        run: Run,
+        *,
+        history: list[dict[str, Any]],
+        checkpoint: Checkpoint | None,
+        recipe: Recipe,
+    ) -> None:
+        """Build the parts of a run.
 
         Args:
             folder: the run directory.
             last: the step to end with.
             run: this process, in a directory of its own.
+            history: of the run.
+            checkpoint: to begin with; None for the run's beginning.
+            recipe: of the steps behind it.
 
         Raises:
-            InputError: if there is nothing to begin with, or the run was computed otherwise.
+            InputError: if there is nothing to compare with, or the run was computed otherwise.
         """
         self.noted = Noted.read(folder)
         self.run, self.last = run, last
-        self.history = read_history(folder)
+        self.history, self.checkpoint, self.recipe = history, checkpoint, recipe
         self.left_out = left_out_steps(self.history) - {last}
         self.end: Recomputed | None = None
         """The last step, once it was computed."""
-        self.checkpoint = _checkpoint_before(folder, last)
         self.first = self.checkpoint.step if self.checkpoint else 0
-        self.recipe = _recipe_of(folder, self.checkpoint, run)
         if not 1 <= last <= self.recipe.steps:
             raise InputError(f"--step is {last}, and {folder} has steps 1 to {self.recipe.steps}")
         self._check_noted(folder)
@@ -389,7 +404,9 @@ def _named(places: list[int] | None, names: list[str]) -> str:
 def _start_of(history: list[dict[str, Any]], step: int) -> dict[str, Any]:
     """What the history says of the process that took a step for good; {} where it does not."""
     starts = [event for event in history if event["event"] in ("began", "continued")]
-    return next((event for event in reversed(starts) if event["step"] < step), {})
+    # a line that was altered by hand may say no number
+    whole = [event for event in starts if isinstance(event.get("step"), int)]
+    return next((event for event in reversed(whole) if event["step"] < step), {})
 
 
 def _environment_at(folder: Path, history: list[dict[str, Any]], step: int) -> dict[str, Any]:
@@ -418,7 +435,8 @@ def _changes(folder: Path, replayed: Replay, step: int) -> list[str]:
         if name in before and name not in free and before[name] != now[name]
     ]
     saved = recipe_if_whole(folder / "recipe.json")
-    lines += difference(replayed.recipe, saved) if saved else []
+    # where the data lie decides nothing: their digests are compared
+    lines += difference(replayed.recipe, saved, compared=("data.train",)) if saved else []
     also = replayed.recipe.data.also_read() | replayed.engine.objective.also_read()
     return lines + changed_besides(also_noted(folder), also)
 
@@ -428,20 +446,48 @@ def _flat(environment: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in environment.items() if name != "packages"} | packages
 
 
-def _checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
-    """The newest checkpoint from which a step is still to come; None for the run's beginning."""
-    folders = sorted((folder / "checkpoints").glob("step_*"), reverse=True)
-    for candidate in folders:
+def _checkpoint_before(folder: Path, step: int, run: Run) -> Checkpoint | None:
+    """The newest whole checkpoint from which a step is still to come; None for the beginning."""
+    for candidate in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
         number = candidate.name.removeprefix("step_")
         if number.isdecimal() and int(number) < step and (candidate / "state.json").exists():
-            return open_checkpoint(candidate)
+            try:
+                return open_checkpoint(candidate)
+            except InputError as error:
+                run.log.warning("%s: taking the one before", error)
     return None
 
 
-def _recipe_of(folder: Path, checkpoint: Checkpoint | None, run: Run) -> Recipe:
-    """The recipe of the steps behind a checkpoint, as a run in a directory of this process."""
-    found = load_recipe(folder / "recipe.json") if checkpoint is None else checkpoint.recipe()
+def _recipe_of(
+    folder: Path, checkpoint: Checkpoint | None, start: Mapping[str, Any], run: Run
+) -> Recipe:
+    """The recipe of the steps behind a checkpoint, as a run in a directory of this process.
+
+    ``start`` is what the history says of the process that took them: engine, precision and others
+    may be those of the checkpoint no more. Earlier versions did not note them.
+    """
+    if isinstance(noted := start.get("recipe"), dict):
+        found = from_json(noted, source=str(folder / HISTORY))
+    elif checkpoint is not None:
+        found = checkpoint.recipe()
+    else:
+        found = load_recipe(folder / "recipe.json")
+    if not isinstance(found, Recipe):
+        raise InputError(f"{folder / HISTORY} does not hold the recipe of its runs; remove it")
     return replace(found, run=replace(found.run, dir=run.dir, digests=True))
+
+
+def _moved(recipe: Recipe, train: tuple[str, ...]) -> Recipe:
+    """A recipe whose data lie elsewhere now.
+
+    Raises:
+        InputError: if its data have no such place.
+    """
+    if not train:
+        return recipe
+    if not isinstance(recipe.data, StoredData):
+        raise InputError("--train says where data lie now, but those of this run lie in no shards")
+    return replace(recipe, data=replace(recipe.data, train=train))
 
 
 def replay(options: Options) -> None:
@@ -453,16 +499,23 @@ def replay(options: Options) -> None:
     make_logger(launcher_ranks().rank)
     if not (options.run / "recipe.json").is_file():
         raise InputError(f"{options.run} holds no run (recipe.json); give a run directory")
-    environment = read_json_object(options.run / "environment.json")
+    folder, history = options.run, read_history(options.run)
+    environment = _environment_at(folder, history, options.step)
     with tempfile.TemporaryDirectory() as aside:
-        copytree(options.run, aside, ignore=ignore_patterns(*_NOT_READ), dirs_exist_ok=True)
+        copytree(folder, aside, ignore=ignore_patterns(*_NOT_READ), dirs_exist_ok=True)
         device = "cpu" if environment.get("device") == "cpu" else "auto"
         run = open_run(Path(aside), device, threads=environment.get("threads_per_process"))
-        replayed = Replay(options.run, options.step, run)
-        found = compare(replayed)
-        lines = [] if found is None else explain(replayed, found, options.run)
-        replayed.watchdog.close()
-        replayed.engine.close()
+        checkpoint = _checkpoint_before(folder, options.step, run)
+        start = _start_of(history, checkpoint.step + 1 if checkpoint else 1)
+        recipe = _moved(_recipe_of(folder, checkpoint, start, run), options.train)
+        with deterministic_kernels(run.log, wanted=recipe.engine.deterministic):
+            replayed = Replay(
+                folder, options.step, run, history=history, checkpoint=checkpoint, recipe=recipe
+            )
+            found = compare(replayed)
+            lines = [] if found is None else explain(replayed, found, folder)
+            replayed.watchdog.close()
+            replayed.engine.close()
     if found is not None:
         raise RunStopped("; ".join(lines), exit_code=1)
     if run.is_main:

@@ -159,7 +159,7 @@ def _build_and_train(recipe: Recipe, run: Run, start: ModelBundle | None) -> Non
     if recipe.run.digests and checkpoint is None:
         weights = digest_all(current_weight_digests(engine))
     if run.is_main and not is_complete:
-        _note_start(run, engine, checkpoint, changes, weights)
+        _note_start(recipe, run, engine, checkpoint, changes, weights)
         # behind the history: who is killed in between is asked about a change once more
         note_contents(run, stream.contents, also)
     barrier()  # what the history says is read by all
@@ -404,6 +404,7 @@ def _about(contents: Contents, also: Mapping[str, str], run: Run) -> dict[str, A
 
 
 def _note_start(
+    recipe: Recipe,
     run: Run,
     engine: Engine,
     checkpoint: Checkpoint | None,
@@ -422,6 +423,7 @@ def _note_start(
     facts = {
         "world_size": run.world_size,
         "engine": engine.name,
+        "recipe": to_json(recipe),
         "code": code_version(),
         "since": round(process_began(), 3),
         "seconds": state.get("seconds", 0.0),
@@ -457,6 +459,7 @@ def environment_of(run: Run, engine: Engine) -> dict[str, Any]:
         "packages": versions,
         "code": code_version()["sha256"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads_per_process": torch.get_num_threads(),
         "world_size": run.world_size,
         "engine": engine.name,

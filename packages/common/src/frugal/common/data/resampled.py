@@ -218,7 +218,9 @@ class ResampledStream:
         """
         self.contents = contents
         self.epoch_samples = epoch_samples
-        self._state = state or {"origin": rank_slice.first_sample, "workers": {}}
+        # a copy: whoever gave it may begin from there once more
+        origin = state.get("origin", rank_slice.first_sample)
+        self._state = {"origin": origin, "workers": dict(state.get("workers", {}))}
         dataset = _Resampled(
             draws,
             fields,
