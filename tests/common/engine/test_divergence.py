@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from frugal.common.engine.divergence import left_out_steps, steps_in_row, steps_to_leave_out
+from frugal.common.checkpoint.store import CheckpointStore
+from frugal.common.engine.divergence import (
+    last_good,
+    left_out_steps,
+    steps_in_row,
+    steps_to_leave_out,
+)
 from frugal.common.report.collect import describe_history
+from frugal.common.run import Run
 from support import (
     ALONE,
     DDP,
@@ -190,3 +199,22 @@ def test_what_is_left_out_is_read_from_the_history() -> None:
     assert steps_to_leave_out([begun], to=8, not_finite=[11, 12]) == [11, 12]
     assert steps_to_leave_out([begun, first], to=8, not_finite=[13, 14]) == [*range(9, 15)]
     assert steps_to_leave_out([begun, first], to=10, not_finite=[13, 14]) == [13, 14]
+
+
+def test_a_damaged_checkpoint_is_none_to_go_back_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, 0, 1, 0, torch.device("cpu"), logging.getLogger("frugal.test"))
+    store = CheckpointStore(run, keep=9)
+    folders = [store.save({"weight/a": torch.ones(2)}, {"step": step}) for step in (4, 8, 12)]
+
+    def found() -> int | None:
+        checkpoint = last_good(store, before=14, left_out={13})
+        return None if checkpoint is None else checkpoint.step
+
+    assert found() == 8, "behind the last one no step was taken"
+    for folder, older in zip(reversed(folders[:2]), (4, None), strict=True):
+        (file,) = folder.glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[::-1])
+        assert found() == older
+        assert f"{file} was altered" in caplog.text and "going back further" in caplog.text

@@ -15,6 +15,7 @@ from typing import Any
 
 from frugal.common.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
 from frugal.common.distributed import gather_objects
+from frugal.common.errors import InputError
 
 REWIND = "rewind"
 """The event in the history of a run; see :mod:`frugal.common.history`."""
@@ -80,11 +81,20 @@ def last_good(store: CheckpointStore, *, before: int, left_out: set[int]) -> Che
         before: the first step in a row that had none.
         left_out: steps that were not taken.
     """
-    name = None
-    for folder in reversed(store.whole() if store.run.is_main else []):
+    found = _newest_sound(store, before, left_out) if store.run.is_main else None
+    name = gather_objects(found.folder.name if found else None)[0]
+    if name is None:
+        return None
+    return found or open_checkpoint(store.folder / name)
+
+
+def _newest_sound(store: CheckpointStore, before: int, left_out: set[int]) -> Checkpoint | None:
+    """As :func:`last_good`, of the first process; one that is damaged is passed over."""
+    for folder in reversed(store.whole()):
         first = int(folder.name.removeprefix("step_")) + 1
         if any(step not in left_out for step in range(first, before)):
-            name = folder.name
-            break
-    name = gather_objects(name)[0]
-    return None if name is None else open_checkpoint(store.folder / name)
+            try:
+                return open_checkpoint(folder)
+            except InputError as error:
+                store.run.log.warning("%s: going back further", error)
+    return None
