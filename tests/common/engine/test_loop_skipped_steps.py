@@ -11,10 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from frugal.common.contracts import Objective
+from frugal.common.contracts import Batch, Objective
 from frugal.common.engine.accelerate import AccelerateEngine
 from frugal.common.engine.engine import LossScale
 from frugal.common.engine.saving import WeightAverage
+from frugal.common.engine.step import train_step
 from frugal.common.optim.optimizers import LARS, AdamW
 from frugal.common.recipe import EngineOptions
 from frugal.common.run import Run, make_logger
@@ -41,8 +42,10 @@ class Layers(nn.Sequential, Objective):
     """Layers one after the other, as what an engine trains."""
 
 
-def make_engine(folder: Path, optimizer: str, precision: str = "float32") -> AccelerateEngine:
-    """Around three matrices and three vectors."""
+def make_engine(
+    folder: Path, optimizer: str, precision: str = "float32", objective: Objective | None = None
+) -> AccelerateEngine:
+    """Around an objective, or three matrices and three vectors."""
     torch.manual_seed(0)
     recipe = replace(
         RECIPES["demo"](),
@@ -51,7 +54,7 @@ def make_engine(folder: Path, optimizer: str, precision: str = "float32") -> Acc
     )
     run = Run(folder, 0, 1, 0, torch.device("cpu"), make_logger(0))
     layers = Layers(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.Linear(4, 2))
-    return AccelerateEngine(layers, recipe, run)
+    return AccelerateEngine(objective or layers, recipe, run)
 
 
 def everything(engine: AccelerateEngine, average: WeightAverage) -> dict[str, torch.Tensor]:
@@ -75,6 +78,44 @@ def step(engine: AccelerateEngine, average: WeightAverage, *, spoiled: float | N
         engine.clamp({"1.bias": (-9.0, 9.0), "0.bias": (0.1, 0.2)}, stepped=stepped)
         average.update(stepped)
     return norm.item()
+
+
+class Normed(Objective):
+    """A layer behind batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(3), nn.Linear(3, 1)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.layer(self.norm(batch.images)).square().mean(), {}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_nor_do_the_statistics_of_batch_norm(accumulate: int, tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, "adamw", objective=Normed())
+    recipe = replace(
+        RECIPES["demo"](), batch_size=8, engine=EngineOptions(accumulate=accumulate)
+    )  # fmt: skip
+
+    def take(step: int, spoiled: float) -> dict[str, torch.Tensor]:
+        images = torch.randn(accumulate, 4, 3)
+        images[-1, 2, 1] += spoiled
+        batches = [
+            Batch(images=part, sample_numbers=torch.arange(4), valid=torch.ones(4).bool())
+            for part in images
+        ]
+        with nothing_is_read():
+            train_step(engine, recipe, step, batches)
+        return {name: buffer.clone() for name, buffer in engine.objective.named_buffers()}
+
+    before = take(0, spoiled=0.0)
+    for step, spoiled in enumerate((torch.nan, torch.inf), 1):
+        after = take(step, spoiled)
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    after = take(3, spoiled=0.0)
+    assert after["norm.num_batches_tracked"] == 2 * accumulate
+    assert not torch.equal(before["norm.running_mean"], after["norm.running_mean"])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

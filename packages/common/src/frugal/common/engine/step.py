@@ -37,6 +37,7 @@ def train_step(
         What the step reports, which may not be computed yet.
     """
     learning_rate = learning_rate_of(recipe, step)
+    buffers = {name: buffer.clone() for name, buffer in engine.objective.named_buffers()}
     if recipe.engine.virtual_processes is None:
         names, means = _backward(engine, recipe, micro_batches)
     else:
@@ -52,9 +53,12 @@ def train_step(
     if recipe.run.digests:
         digests = digest_step(engine, step + 1, micro_batches, recipe.engine.accumulate)
     norm = engine.step(learning_rate)  # (), not finite where nothing was changed
-    # a skipped step must leave bounded and averaged weights too as they were, to the bit; whether
-    # it was skipped is decided on the device, as reading the norm here would end the run-ahead
+    # a skipped step must leave bounded and averaged weights too as they were, to the bit, and what
+    # batch norm has seen; whether it was skipped is decided on the device, as reading the norm here
+    # would end the run-ahead
     stepped = norm.isfinite()
+    for name, buffer in engine.objective.named_buffers():
+        buffer.copy_(torch.where(stepped, buffer, buffers[name]))
     engine.clamp(engine.objective.bounds(), stepped=stepped)
     if average is not None:
         average.update(stepped)
