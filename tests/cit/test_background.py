@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 from cit_runs import MODULE, pairs, words
 
+from forks import fork
 from support import (
     ALONE,
+    ROOT,
     Launcher,
+    environment,
     kill_at_step,
     largest_difference,
     losses,
@@ -62,3 +65,40 @@ def test_a_killed_run_chooses_what_the_undisturbed_one_chose(
     worst = max(abs(loss - losses(ahead)[step]) for step, loss in losses(run).items())
     assert worst < 1e-5
     assert largest_difference(saved_tensors(run), saved_tensors(ahead)) < 1e-5
+
+
+SLOW = """
+import threading
+import time
+from frugal.cit.curation import Curator
+from frugal.common.replay import main
+
+honest = Curator.curate
+
+
+def slow(*words, **more):
+    found = honest(*words, **more)
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(1)
+        print("chosen in the background", flush=True)
+    return found
+
+
+Curator.curate = slow
+main()
+"""
+"""A replay on a machine that curates slowly."""
+
+
+def test_who_stops_reading_leaves_nothing_behind_that_computes(pool: Path, tmp_path: Path) -> None:
+    run, script, log = tmp_path / "run", tmp_path / "slow.py", tmp_path / "log"
+    given = (BACKGROUND, "--run.digests", "--run.save-every=5", "--run.keep=3")
+    train(ALONE, run, *given, "--schedule.samples=360", small=words(pool), module=MODULE)
+    script.write_text(SLOW)
+    process = fork(
+        str(script), [str(run), "--step=6"], log=log, cwd=ROOT, environments=[environment()]
+    )
+    # Python cannot end a thread that is in torch, and is aborted instead
+    assert process.wait(timeout=120) == 0
+    assert "chosen in the background" in log.read_text()
+    assert "steps 6 to 6 agree" in log.read_text()

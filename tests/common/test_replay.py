@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from forks import fork
 from frugal.common.checkpoint.manifest import digest_file, write_manifest
+from frugal.common.history import note
 from support import ALONE, DDP, ROOT, Launcher, train, zero
 
 WORDS = (
@@ -285,3 +286,6 @@ def test_what_cannot_be_replayed_is_refused(copy: Path, alone: Path) -> None:
         ALONE, Path(shutil.copytree(alone, copy.parent / "a")), 7, expect=2
     )
     assert "holds no run (recipe.json)" in replay(ALONE, copy / "tokenizer", 7, expect=2)
+    note(copy, "rewind", step=10, to=8, left_out=[9, 10])
+    (copy / "digests.jsonl").write_text(json.dumps({"step": 8, "gradient": "0" * 16}) + "\n")
+    assert "did not take steps 9 to 10 again" in replay(ALONE, copy, 10, expect=2)

@@ -287,6 +287,14 @@ class CuratedStream:
         return max(min(self._data.period, steps_left), 0) * self._recipe.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from self._periods()
+        finally:
+            # nothing is to go on computing behind a reader who has stopped, as a run that goes
+            # back, or a command at whose end Python cannot end a thread that computes
+            self._chooser.wait()
+
+    def _periods(self) -> Iterator[Batch]:
         sample = self._first_sample
         while sample < self._recipe.steps * self._recipe.batch_size:
             period = self._period_of(sample)
@@ -383,6 +391,10 @@ class CuratedStream:
         return found
 
 
+_LEAVING = 60.0
+"""Seconds that a reader who stops waits for a curation in the background."""
+
+
 class _Chooser:
     """Curates with the model as it is, at once or in the background."""
 
@@ -399,6 +411,8 @@ class _Chooser:
         self._curator, self._pool, self._recipe = curator, pool, recipe
         self._run, self._engine = run, engine
         self._copy: torch.nn.Module | None = None
+        self._thread: threading.Thread | None = None
+        """Chooses in the background, or did so last."""
         # the one that trains is not to be used by two threads at a time
         self._group = new_host_group() if background else None
 
@@ -440,8 +454,14 @@ class _Chooser:
 
         # a daemon: a run that fails is not to wait for what nobody needs any more
         name = f"{COMPUTING_THREAD} curation {period}"
-        threading.Thread(target=work, daemon=True, name=name).start()
+        self._thread = threading.Thread(target=work, daemon=True, name=name)
+        self._thread.start()
         return found
+
+    def wait(self) -> None:
+        """Wait until nothing is chosen in the background, or waits there for a process that is gone."""
+        if self._thread is not None:
+            self._thread.join(timeout=_LEAVING)
 
     def _copied(self) -> torch.nn.Module:
         """The text tower beside the one that is trained, with equal weights."""

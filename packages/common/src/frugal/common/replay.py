@@ -161,7 +161,13 @@ class Replay:
         self._is_used = False
 
     def _check_noted(self, folder: Path) -> None:
-        if not any(self.first < step <= self.last for step in self.noted.steps):
+        if not self.compared:
+            steps = range(self.first + 1, self.last + 1)
+            if left_out_steps(self.history).issuperset(steps):
+                raise InputError(
+                    f"{folder} went back and did not take steps {steps[0]} to {steps[-1]} again, "
+                    "so that there is nothing to compare with; choose a later step"
+                )
             raise InputError(
                 f"{folder} has no digests of steps {self.first + 1} to {self.last} to compare "
                 f"with ({DIGESTS}); they are noted with --run.digests"
