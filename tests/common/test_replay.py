@@ -226,7 +226,9 @@ def test_the_code_that_took_a_step_is_compared_and_not_that_of_the_last_start(co
 def test_a_step_is_taken_again_as_the_process_took_it_that_took_it(copy: Path) -> None:
     go_back_to(copy, 4)
     words = ("--engine.precision=bfloat16", "--engine.deterministic")
-    train(ALONE, copy, f"--data.train={recipe_of(copy)['data']['train'][0]}", *WORDS, *words)
+    data = recipe_of(copy)["data"]["train"][0]
+    said = train(ALONE, copy, f"--data.train={data}", *WORDS, *words)
+    assert "otherwise: engine.deterministic was False and is now True; engine.precision was" in said
     assert "steps 1 to 4 agree" in replay(ALONE, copy, 4)
     said = replay(ALONE, copy, 7)
     assert "steps 5 to 7 agree" in said and "deterministic kernels alone" in said

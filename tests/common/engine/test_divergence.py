@@ -26,6 +26,7 @@ from support import (
     Launcher,
     kill_at_step,
     largest_difference,
+    log_of,
     metrics,
     saved_tensors,
     start,
@@ -172,6 +173,30 @@ def test_a_run_whose_weights_were_led_astray_trains_on_none_of_the_samples_since
     assert output.count("going back") == 2
     last = metrics(run)[-1]
     assert last["step"] == 24 and last["skipped_steps"] == 0 and last["loss"] < 4
+
+
+def test_an_evaluation_that_finds_nothing_finite_has_a_run_go_back_too(
+    scenes: Path, tmp_path: Path
+) -> None:
+    words = (
+        f"--data.train={scenes / 'train'}", *WORDS, f"--evaluation.0.data={scenes}",
+        "--run.evaluate-every=8", "--engine.ema-decay=None", "--model.image.drop-path=0.3",
+        "--schedule.samples=384",
+    )  # fmt: skip
+    module, run, killed = script(tmp_path, bad=set(), astray=8), tmp_path / "a", tmp_path / "b"
+    output = train(ALONE, run, *words, "--run.on-divergence=rewind", module=module)
+    assert "embeddings of 128 of 128 images are not finite" in output
+    expected = "the weights after step 8 are of no use: going back to the checkpoint of step 4"
+    assert expected in output
+    assert rewinds(run) == [(8, 4, [8])]
+    # one that stopped there goes on, and ends in the same bits also where it is killed behind that
+    train(ALONE, killed, *words, module=module, expect=2)
+    process = start(ALONE, killed, *words, "--run.on-divergence=rewind", module=module)
+    kill_at_step(process, killed, 10, signal.SIGKILL)
+    assert expected in log_of(killed).read_text()
+    train(ALONE, killed, *words, "--run.on-divergence=rewind", module=module)
+    assert rewinds(killed) == rewinds(run)
+    assert largest_difference(saved_tensors(run), saved_tensors(killed), EVERYTHING[:3]) == 0.0
 
 
 def test_going_back_ends_where_it_does_not_help(scenes: Path, tmp_path: Path) -> None:

@@ -137,6 +137,19 @@ def test_nothing_changes_by_a_single_bit(optimizer: str, spoiled: float, tmp_pat
         assert engine.updates == taken + 1
 
 
+def test_a_weight_that_is_not_finite_spoils_no_average_of_steps_that_are_skipped(
+    tmp_path: Path,
+) -> None:
+    engine = make_engine(tmp_path, "adamw")
+    average = WeightAverage(engine, 0.9)
+    step(engine, average, spoiled=None)
+    before = average.owned["0.weight"].clone()
+    with torch.no_grad():
+        engine.objective[0].weight[0, 0] = torch.nan
+    step(engine, average, spoiled=torch.nan)
+    assert torch.equal(average.owned["0.weight"], before)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_follows_a_skipped_step_is_as_if_it_had_never_been(
     optimizer: str, tmp_path: Path

@@ -23,7 +23,7 @@ from frugal.cit.selection import Collection, Rule, class_features, nearest_class
 from frugal.common.data.config import PairData
 from frugal.common.data.damage import DamageCounter, DamageNote, warning
 from frugal.common.distributed import Group, gather, place_in_world
-from frugal.common.errors import InputError
+from frugal.common.errors import InputError, NotFiniteError
 from frugal.common.randomness import sample_generator
 from frugal.common.run import Run
 
@@ -333,6 +333,11 @@ class _Search:
         kept = torch.zeros_like(usable)
         if usable.any():
             similarity = scored.similarity[usable]
+            if not similarity.isfinite().all():
+                raise NotFiniteError(
+                    f"curation {facts.period} finds features of captions that are not finite, so "
+                    "that none is near to a class; training has diverged, or float16 overflows"
+                )
             facts.best = max(facts.best, float(similarity.max()))
             selection = select(
                 similarity, threshold=self._rule.threshold, min_ratio=self._rule.min_ratio

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and the two ends of a run that are none."""
 
 
 class InputError(Exception):
@@ -7,6 +7,13 @@ class InputError(Exception):
     The message is one sentence: what is wrong, where, and what to do. Entry scripts print it
     without a stack trace and end with exit code 2; everything else that is raised is a bug of
     ours and keeps its trace.
+    """
+
+
+class NotFiniteError(InputError):
+    """What a model computes outside of a step is not finite, as where training has diverged.
+
+    All processes of a run raise it alike, so that they can go back together.
     """
 
 

@@ -708,10 +708,23 @@ def difference(saved: Recipe, recipe: Recipe, *, compared: Container[str] = ()) 
         recipe: to go on with.
         compared: names of fields that may differ, as what they name is compared itself.
     """
-    old, new = _flatten(to_json(saved)), _flatten(to_json(recipe))
-    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return [
-        f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
-        for name in changed
+        line
+        for name, line in _changes(saved, recipe).items()
         if name not in compared and (name in _MUST_STAY or not name.startswith(_MAY_CHANGE))
     ]
+
+
+def computed_otherwise(saved: Recipe, recipe: Recipe) -> list[str]:
+    """In what a run of ``saved`` goes on otherwise that may change bits: one line per field."""
+    return [line for name, line in _changes(saved, recipe).items() if name.startswith("engine.")]
+
+
+def _changes(saved: Recipe, recipe: Recipe) -> dict[str, str]:
+    """Lines about the fields that differ, by their names."""
+    old, new = _flatten(to_json(saved)), _flatten(to_json(recipe))
+    return {
+        name: f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    }

@@ -58,7 +58,14 @@ from frugal.common.files import cannot_write, write_json
 from frugal.common.history import note
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.recipe import Recipe, difference, recipe_if_whole, to_json, with_calibrated
+from frugal.common.recipe import (
+    Recipe,
+    computed_otherwise,
+    difference,
+    recipe_if_whole,
+    to_json,
+    with_calibrated,
+)
 from frugal.common.run import (
     Run,
     join,
@@ -484,5 +491,7 @@ def _announce(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint |
         )
     elif checkpoint.step < recipe.steps:
         run.log.info("continuing %s from step %d of %d", run.dir, checkpoint.step, recipe.steps)
+        if changes := computed_otherwise(checkpoint.recipe(), recipe):
+            run.log.info("from here on it is computed otherwise: %s", "; ".join(changes))
     else:
         run.log.info("%s is complete (%d steps); nothing left to train", run.dir, recipe.steps)

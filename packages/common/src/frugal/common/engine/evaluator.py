@@ -15,7 +15,7 @@ from frugal.common.distributed import gather_objects
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.saving import WeightAverage
-from frugal.common.errors import InputError
+from frugal.common.errors import InputError, NotFiniteError
 from frugal.common.files import read_json_object, write_json
 from frugal.common.recipe import Recipe, recipe_if_whole
 from frugal.common.run import Run
@@ -39,6 +39,9 @@ class Evaluator:
 
         Returns:
             All numbers by name, the same on every process.
+
+        Raises:
+            NotFiniteError: if the model computes none.
         """
         recipe, run, model = self.recipe, self.run, self.engine.objective.model
         if not recipe.evaluation:
@@ -47,15 +50,20 @@ class Evaluator:
         def show(name: str, image: Any) -> None:
             self.logger.picture(f"evaluation/{name}", image, step)
 
+        results, failure = dict[str, Any](), None
         averaged = self.average.applied() if self.average else contextlib.nullcontext()
         model.eval()
         bundle = bundle_of(model, recipe)
         with self.engine.whole_weights(), averaged, torch.inference_mode():
-            results = {
-                task.name: task.evaluate(bundle, run, show=show if run.is_main else None)
-                for task in recipe.evaluation
-            }
+            try:
+                for task in recipe.evaluation:
+                    shown = show if run.is_main else None
+                    results[task.name] = task.evaluate(bundle, run, show=shown)
+            except NotFiniteError as error:
+                failure = error  # the weights go back first: the run may go on from older ones
         model.train()
+        if failure is not None:
+            raise failure
         if run.is_main:
             for task in recipe.evaluation:
                 if numbers := results[task.name]:  # else it was given no data

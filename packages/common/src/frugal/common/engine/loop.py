@@ -30,7 +30,7 @@ from frugal.common.engine.signals import StopSignal, WaitInterrupted
 from frugal.common.engine.step import learning_rate_of, train_step
 from frugal.common.engine.throughput import matmul_peak
 from frugal.common.engine.training import Training
-from frugal.common.errors import InputError, RunStopped
+from frugal.common.errors import InputError, NotFiniteError, RunStopped
 from frugal.common.files import write_json
 from frugal.common.history import note, read_history
 from frugal.common.randomness import seed_step
@@ -57,7 +57,6 @@ def train(training: Training) -> None:
 
 def _train(training: Training) -> None:
     recipe, run, meter, engine = training.recipe, training.run, training.meter, training.engine
-    evaluate_if_missed(training)
     with meter.paused("peak"):
         peak = matmul_peak(run.device, engine.dtype)
     vote = Vote(run.device)
@@ -66,10 +65,14 @@ def _train(training: Training) -> None:
         first_step = training.first_step
         while first_step < recipe.steps:
             try:
+                if first_step == training.first_step:
+                    evaluate_if_missed(training)
                 _take_steps(training, first_step, vote, stop_signal, peak)
                 break
             except Diverged as found:
                 diverged = found.step
+            except NotFiniteError as error:
+                diverged = _diverged_at(training, error)
             # behind the handler, which would keep the old stream open
             first_step = _rewind(training, diverged)
 
@@ -145,6 +148,7 @@ def _read_step(
 
     Raises:
         InputError: if there is no data, or not in batches for virtual processes.
+        NotFiniteError: if the model is to choose data and computes nothing.
         RunStopped: if this process was asked to stop while it waited for data.
     """
     recipe, world_size = training.recipe, training.run.world_size
@@ -158,6 +162,8 @@ def _read_step(
             raise InputError(
                 "the training data ended before the run; look at what data.train names"
             )
+    except NotFiniteError:  # of data that ask the model, on all processes alike: none is lacking
+        raise
     except (InputError, WaitInterrupted) as reason:
         _give_up(training, step, stop_signal, reason, num_read=len(micro_batches))
     samples = recipe.local_batch(world_size) // recipe.virtual_per_process(world_size)
@@ -320,6 +326,24 @@ def _count_skipped(training: Training, metrics: StepMetrics, loss: float) -> Non
     )
 
 
+def _diverged_at(training: Training, error: NotFiniteError) -> int:
+    """The step after which a run has diverged whose model computes nothing outside of a step.
+
+    Every process calls this, after the same step.
+
+    Raises:
+        NotFiniteError: as it is, where the run is not to go back.
+    """
+    if training.recipe.run.on_divergence != "rewind" or not training.done:
+        raise error
+    training.run.log.warning("%s", error)
+    try:
+        sync_metrics(training)
+    except Diverged as found:
+        return found.step
+    return training.done
+
+
 def _rewind(training: Training, diverged: int) -> int:
     """Go back to the last good checkpoint and leave out what led the run astray.
 
@@ -336,12 +360,16 @@ def _rewind(training: Training, diverged: int) -> int:
     with training.meter.paused("checkpoint"):
         training.saves.finish()  # what is being written may be what there is to go back to
     history = gather_objects(read_history(run.dir))[0]
-    not_finite = steps_in_row(diverged, training.skipped_in_row, training.left_out)
+    # where the last step was finite, and what was computed behind it not, it is the one to doubt
+    count = max(training.skipped_in_row, 1)
+    not_finite = steps_in_row(diverged, count, training.left_out) or [diverged]
     checkpoint = last_good(training.store, before=not_finite[0], left_out=training.left_out)
-    words = f"the loss was not finite for {training.skipped_in_row} steps in a row up to step"
+    words = f"the loss was not finite for {count} steps in a row up to step {diverged}"
+    if not training.skipped_in_row:
+        words = f"the weights after step {diverged} are of no use"
     if checkpoint is None:
         raise RunStopped(
-            f"{words} {diverged}, and there is no checkpoint to go back to that a finite step "
+            f"{words}, and there is no checkpoint to go back to that a finite step "
             "followed; lower the learning rate or run.save-every, raise run.keep, or look at the "
             "samples (not_finite.json)",
             exit_code=1,
@@ -367,14 +395,14 @@ def _rewind(training: Training, diverged: int) -> int:
         training.left_out |= set(left_out)
         assert training.reopen is not None
         training.stream = training.reopen(checkpoint)
+        training.done = step
         training.logger.rewind(step)
         if training.digest_log is not None:
             training.digest_log.rewind(step)
     training.meter.take()  # the next line is of what comes from here on
     run.log.warning(
-        "%s %d: going back to the checkpoint of step %d, without the samples of %d steps (%d to "
-        "%d)",
-        words, diverged, step, len(left_out), left_out[0], left_out[-1],
+        "%s: going back to the checkpoint of step %d, without the samples of %d steps (%d to %d)",
+        words, step, len(left_out), left_out[0], left_out[-1],
     )  # fmt: skip
     return step
 

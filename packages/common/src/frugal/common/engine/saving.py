@@ -40,7 +40,9 @@ class WeightAverage:
         for name, parameter in self._engine.trainable():
             whole = self._engine.read("weight", parameter)
             if name in self.owned:
-                self.owned[name].lerp_(whole, share.to(whole))
+                # times nothing, a weight that is not finite would still spoil its average
+                owned = self.owned[name]
+                owned.lerp_(torch.where(stepped.to(whole.device), whole, owned), share.to(whole))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

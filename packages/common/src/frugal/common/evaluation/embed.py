@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from frugal.common.data.tokenizers import padded
 from frugal.common.data.transforms import normalize
 from frugal.common.distributed import Ranks
-from frugal.common.errors import InputError
+from frugal.common.errors import InputError, NotFiniteError
 from frugal.common.evaluation.task import ImageEvaluation
 from frugal.common.models.bundle import ImageSpec, ModelBundle
 from frugal.common.models.image_encoder import image_encoder
@@ -60,11 +60,11 @@ def check_usable(made: str, *counts: tuple[int, int, str]) -> None:
         counts: how many are unusable, of how many, of what.
 
     Raises:
-        InputError: if there are any.
+        NotFiniteError: if there are any.
     """
     words = [f"{bad:,} of {of:,} {what}" for bad, of, what in counts if bad]
     if words:
-        raise InputError(
+        raise NotFiniteError(
             f"the {made} of {' and of '.join(words)} are not finite or are zero, so that nothing "
             "can be measured; check the weights (training may have diverged) and the precision "
             "(float16 may overflow)"
@@ -173,8 +173,8 @@ class Embedder:
         Every one of the processes must call this.
 
         Raises:
-            InputError: if images or texts have embeddings that are not finite, or zero; such a one
-                is as far from every class as from any other, and would be counted as an answer.
+            NotFiniteError: if images or texts have embeddings that are not finite, or zero; such a
+                one is as far from every class as from any other, and would be counted as an answer.
         """
         self._unusable.zero_()
         self._asked = [0, 0]
