@@ -192,3 +192,47 @@ def test_a_search_that_wants_more_images_than_the_run_has_ends(pool: Path, tmp_p
     # the second of two periods is cut short by the end of the run
     assert "wants to look at 4,096 images, of which the run does not have the last" in output
     assert list(losses(run)) == [1, 2, 3]
+
+
+ASTRAY = """
+import torch
+import frugal.common.engine.loop as loop
+from frugal.cit.recipes import RECIPES
+from frugal.common.train import main
+
+honest = loop.train_step
+
+
+def spoiled(engine, recipe, step, micro_batches, average=None):
+    found = honest(engine, recipe, step, micro_batches, average)
+    if step + 1 == 9:
+        with torch.no_grad():
+            engine.objective.get_parameter("model.text.blocks.0.mlp.fc2.weight").fill_(torch.nan)
+    return found
+
+
+loop.train_step = spoiled
+main(RECIPES, method="cit")
+"""
+"""CiT whose text tower is led astray by step 9, just before pairs are chosen."""
+
+
+@pytest.mark.parametrize("background", ["--data.no-background", "--data.background"])
+def test_a_run_whose_text_tower_was_led_astray_goes_back_where_it_can_choose_nothing(
+    background: str, pool: Path, tmp_path: Path
+) -> None:
+    run, script = tmp_path / "run", tmp_path / "astray.py"
+    script.write_text(ASTRAY)
+    given = (
+        "--data.min-ratio=None", "--data.threshold=-1.0", "--data.period=3",
+        "--run.save-every=4", "--run.keep=3", "--run.max-skipped=5", background,
+    )  # fmt: skip
+    if background == "--data.no-background":
+        said = train(ALONE, run, *given, small=words(pool), module=str(script), expect=2)
+        assert "curation 3 finds features of captions that are not finite" in said
+        shutil.rmtree(run)
+    rewind = "--run.on-divergence=rewind"
+    said = train(ALONE, run, *given, rewind, small=words(pool), module=str(script))
+    assert "finds features of captions that are not finite" in said
+    assert "going back to the checkpoint of step" in said
+    assert metrics(run)[-1]["step"] == 20 and metrics(run)[-1]["skipped_steps"] == 0
