@@ -176,9 +176,10 @@ def test_whoever_continues_a_run_is_patient_while_its_last_checkpoint_grows(
     threading.Timer(0.5, held.close).start()
     lock = lock_run_dir(tmp_path, patience=0, log=LOG)
     assert lock is not None
-    os.utime(file, (0, 0))
-    with pytest.raises(InputError, match="is being trained by another process"):
-        lock_run_dir(tmp_path, patience=0, log=LOG)
+    for then in (0, time.time() + 3600):  # a clock may have been set back
+        os.utime(file, (then, then))
+        with pytest.raises(InputError, match="is being trained by another process"):
+            lock_run_dir(tmp_path, patience=0, log=LOG)
     lock.close()
 
 

@@ -210,5 +210,6 @@ def _is_being_saved(run_dir: Path) -> bool:
     """Whether a file of a checkpoint that is not whole was written to within three minutes."""
     files = list(run_dir.glob("checkpoints/.*.writing/*"))
     with contextlib.suppress(OSError):  # it has become whole meanwhile
-        return any(time.time() - file.stat().st_mtime < 180 for file in files)
+        # a clock that was set back leaves files of the future, which nobody writes to
+        return any(abs(time.time() - file.stat().st_mtime) < 180 for file in files)
     return True
