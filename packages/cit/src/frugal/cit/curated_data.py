@@ -459,7 +459,7 @@ class _Chooser:
         return found
 
     def wait(self) -> None:
-        """Wait until nothing is chosen in the background, or waits there for a process that is gone."""
+        """Wait, but not for ever, until nothing is chosen in the background."""
         if self._thread is not None:
             self._thread.join(timeout=_LEAVING)
 
