@@ -49,6 +49,8 @@ def _xformers_runs(device: str, dtype: torch.dtype, head_width: int) -> bool:
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(kind, enabled=False),
+            # the first block may be one that is recomputed, which counts what is saved inside
+            torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is),
         ):
             tokens = torch.zeros(1, 24, 2, head_width, device=device, dtype=dtype)
             tokens.requires_grad_()
@@ -58,6 +60,10 @@ def _xformers_runs(device: str, dtype: torch.dtype, head_width: int) -> bool:
         # absent, built for another torch or CUDA, or without a kernel for this device and width
         return False
     return True
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _use_xformers(device: str, dtype: torch.dtype, head_width: int) -> bool:
