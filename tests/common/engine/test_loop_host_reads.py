@@ -94,7 +94,7 @@ def watched_training(
     logger = UndrawnLogger(run, first_step=0, steps=recipe.steps)
     average = WeightAverage(engine, 0.9)
     return Training(
-        watchdog=Watchdog(run, minutes=None),
+        watchdog=Watchdog(run, minutes=None, remedy=""),
         recipe=recipe,
         run=run,
         engine=engine,

@@ -49,9 +49,10 @@ class BlockMasking(ImageReduction):
         sides = self.sides(view.grid)
         draws = noise.uniform(PURPOSE, 2)  # (B, 2)
         places = [whole - side + 1 for whole, side in zip(view.grid, sides, strict=True)]
-        corner = (draws * draws.new_tensor(places)).long()  # (B, 2)
         row, column = (
-            corner[:, axis, None] + torch.arange(sides[axis], device=view.device) for axis in (0, 1)
+            (draws[:, axis, None] * places[axis]).long()
+            + torch.arange(sides[axis], device=view.device)
+            for axis in (0, 1)
         )  # (B, rows of the rectangle), (B, its columns)
         index = row[:, :, None] * view.grid[1] + column[:, None, :]
         return KeptPatches.dense(index.flatten(1))  # (B, K)

@@ -272,8 +272,9 @@ def normalize(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) ->
         (..., 3, H, W) float32, or of the images' own dtype where that is floating.
     """
     dtype = images.dtype if images.is_floating_point() else torch.float32
+    # filled on the device: a list would be copied there while the host waits
     center, spread = (
-        torch.tensor(values, dtype=dtype, device=images.device).view(3, 1, 1)
+        torch.stack([images.new_full((1, 1), value, dtype=dtype) for value in values])
         for values in (mean, std)
-    )
+    )  # (3, 1, 1) each
     return (images / 255 - center) / spread

@@ -247,7 +247,7 @@ class Embedder:
             return self._unit(self._see(images), 0)
         assert isinstance(self.image, ImageTower) and places is not None
         view = PatchView.of(images, self.image)
-        parts = self.views.of(view, places.to(self.device))
+        parts = self.views.of(view, places.to(self.device, non_blocking=True))
         seen = [F.normalize(self._see(images, part), dim=-1) for part in parts]
         return self._unit(torch.stack(seen).mean(0), 0)  # (B, E)
 

@@ -320,12 +320,12 @@ class _Softmax(torch.autograd.Function):
         with torch.autocast(images.device.type, enabled=False):
             # a frozen tower saves a whole pass over the global batch
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-                weigh = _softmax_weights(local[[0, 2]], everywhere[1:])
+                weigh = _softmax_weights(local[::2], everywhere[1:])
                 sums = _weighted_columns(images * scale, texts, samples, weigh, partner_weights)
                 image_gradient = sums * scale
                 scale_gradient = (sums * images).sum().view_as(scale)
             if ctx.needs_input_grad[1]:
-                weigh = _softmax_weights(local[1:], everywhere[[0, 2]])
+                weigh = _softmax_weights(local[1:], everywhere[::2])
                 sums = _weighted_columns(texts * scale, images, samples, weigh, partner_weights)
                 text_gradient = sums * scale
         return image_gradient, text_gradient, scale_gradient, None, None

@@ -131,7 +131,7 @@ class SegmentationObjective(Objective):
             "main_loss": main_loss.detach(),
             "auxiliary_loss": auxiliary_loss.detach(),
             "pixel_accuracy": mean_over_valid(right, known),
-            "image_tokens": main_loss.new_tensor(_tokens(tower)),
+            "image_tokens": main_loss.new_full((), _tokens(tower)),
         }
         return main_loss + self._config.auxiliary_weight * auxiliary_loss, metrics
 
