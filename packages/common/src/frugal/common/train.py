@@ -482,7 +482,7 @@ def _announce(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint |
         "process" if run.world_size == 1 else "processes",
         run.device.type,
         str(engine.dtype).removeprefix("torch."),
-        attention_kernel(run.device),
+        attention_kernel(run.device, compiled=recipe.engine.compile),
         sum(engine.whole_shape(p).numel() for _, p in engine.trainable()) / 1e6,
     )
     if checkpoint is None:

@@ -17,13 +17,14 @@ the pooled token, packed    keys padded; torch, one query, key mask    the same
 
 "torch" is ``scaled_dot_product_attention``; on a CPU it computes bfloat16 and float16 in float32.
 xformers has a kernel where a tiny forward and backward pass ran, tried once for every device,
-dtype and head width, and is left out by ``engine.deterministic``. The pooled token is the one that
-the pooling reads: a tower that pools the class token, the end of text, the first or the last slot
-computes nothing else in its last block. Padding is masked in dense text towers with ``pad_mask``;
-tokens are packed by image reductions that keep another number of patches of every image and by
-text towers with ``packed``. MILAN's decoder and teacher attend to dense tokens; the importance that
-the teacher gives to patches is one row of its last attention, computed apart. Towers of timm and
-transformers have their own attention.
+dtype and head width. It is left out by ``engine.deterministic``, and by ``engine.compile``, whose
+graphs its choice among kernels would break. The pooled token is the one that the pooling reads: a
+tower that pools the class token, the end of text, the first or the last slot computes nothing else
+in its last block. Padding is masked in dense text towers with ``pad_mask``; tokens are packed by
+image reductions that keep another number of patches of every image and by text towers with
+``packed``. MILAN's decoder and teacher attend to dense tokens; the importance that the teacher
+gives to patches is one row of its last attention, computed apart. Towers of timm and transformers
+have their own attention.
 """
 
 from __future__ import annotations
@@ -72,17 +73,15 @@ def _use_xformers(device: str, dtype: torch.dtype, head_width: int) -> bool:
     return _xformers_runs(device, dtype, head_width)
 
 
-# A compiled tower would otherwise break its graph at the try above, once in every block. This is
-# all that torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes
-# as long as torch and which nothing else wants before something is compiled.
-_use_xformers._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def attention_kernel(
-    device: torch.device | str, *, dtype: torch.dtype = torch.bfloat16, head_width: int = 64
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    head_width: int = 64,
+    compiled: bool = False,
 ) -> str:
     """Which implementation attention uses on a device, in words for the log."""
-    if _use_xformers(str(torch.device(device)), dtype, head_width):
+    if not compiled and _use_xformers(str(torch.device(device)), dtype, head_width):
         return "xformers.ops.memory_efficient_attention"
     return "torch.nn.functional.scaled_dot_product_attention"
 
@@ -100,8 +99,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
         Like ``query``.
     """
     # a mask of lengths is no bias that xformers has a fast kernel for; torch takes it as it is
-    if layout.key_lengths is None and _use_xformers(
-        str(query.device), query.dtype, query.shape[-1]
+    if (
+        not torch.compiler.is_compiling()  # which its choice of a kernel would interrupt
+        and layout.key_lengths is None
+        and _use_xformers(str(query.device), query.dtype, query.shape[-1])
     ):
         return _attend_xformers(query, key, value, layout)
     if layout.packed is None:

@@ -23,16 +23,24 @@ class Packed:
 
     lengths: Tensor
     """(B,) int64 tokens per sequence."""
-    lengths_list: tuple[int, ...]
-    """The same numbers on the host."""
+    longest: int
+    """Tokens of the longest sequence."""
     sequence: Tensor
     """(T,) the sequence that each token belongs to."""
     place: Tensor
     """(T,) the place of each token in its sequence."""
+    slot: Tensor
+    """(T,) the row of each token where sequences are padded to the longest, one after another."""
+    lengths_list: tuple[int, ...]
+    """``lengths`` on the host. Nothing that is compiled may ask for them: it would be compiled anew
+    for every batch."""
 
     @classmethod
     def of(cls, lengths: Tensor) -> Packed:
-        """The layout for these lengths; waits for the device once, to know them on the host."""
+        """The layout for these lengths; waits for the device once, to know them on the host.
+
+        Towers call it before what is compiled of them, which no number of the device may interrupt.
+        """
         # Shapes are numbers of the host: the only wait for the device of a whole packed forward
         # pass is this one, before the blocks have anything to do.
         on_host = tuple(lengths.tolist())
@@ -41,12 +49,8 @@ class Packed:
         sequence = numbers.repeat_interleave(lengths, output_size=sum(on_host))  # (T,)
         starts = lengths.cumsum(0) - lengths
         place = torch.arange(len(sequence), device=lengths.device) - starts[sequence]
-        return cls(lengths, on_host, sequence, place)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.lengths_list)
+        longest = max(on_host)
+        return cls(lengths, longest, sequence, place, sequence * longest + place, on_host)
 
     @property
     def starts(self) -> Tensor:
@@ -55,19 +59,14 @@ class Packed:
 
     def pad(self, tokens: Tensor) -> Tensor:
         """(T, ...) to (B, longest, ...), zeros behind every sequence."""
-        padded = tokens.new_zeros(len(self.lengths_list) * self.longest, *tokens.shape[1:])
+        padded = tokens.new_zeros(len(self.lengths) * self.longest, *tokens.shape[1:])
         # whole rows by one flat index: a boolean mask would have to be counted on the host
-        padded = padded.index_copy(0, self._slot, tokens)
+        padded = padded.index_copy(0, self.slot, tokens)
         return padded.unflatten(0, (-1, self.longest))
 
     def unpad(self, padded: Tensor) -> Tensor:
         """(B, longest, ...) to (T, ...)."""
-        return padded.flatten(0, 1).index_select(0, self._slot)
-
-    @functools.cached_property
-    def _slot(self) -> Tensor:
-        """(T,) the row of every token in the flattened padded tensor."""
-        return self.sequence * self.longest + self.place
+        return padded.flatten(0, 1).index_select(0, self.slot)
 
     @functools.cached_property
     def block_diagonal(self) -> BlockDiagonalMask:
@@ -133,7 +132,7 @@ class Layout:
 
     def num_sequences(self, tokens: Tensor) -> int:
         """B of (B, ...) or (T, D) tokens."""
-        return len(tokens) if self.packed is None else len(self.packed.lengths_list)
+        return len(tokens) if self.packed is None else len(self.packed.lengths)
 
     def mean(self, tokens: Tensor, lengths: Tensor | None = None, *, skip: int = 0) -> Tensor:
         """The mean over the tokens of every sequence.
@@ -156,25 +155,24 @@ class Layout:
         return (tokens * inside).sum(1) / lengths[:, None]
 
 
-def lay_out(tokens: Tensor, lengths: Tensor | None, first: Tensor | None) -> tuple[Tensor, Layout]:
+def lay_out(tokens: Tensor, packed: Packed | None, first: Tensor | None) -> tuple[Tensor, Layout]:
     """Sequences with one more token in front of each, and how they lie.
 
     Args:
         tokens: (B, K, D), or packed (T, D).
-        lengths: (B,) of packed sequences; None where the tokens are dense.
+        packed: how packed sequences lie, first tokens included; None where the tokens are dense.
         first: (1, 1, D) the token, alike for every sequence; None for no such token.
 
     Returns:
         (B, [1 +] K, D), or packed (T [+ B], D), and their layout.
     """
-    if lengths is None:
+    if packed is None:
         if first is not None:
             first = first.to(tokens.dtype).expand(len(tokens), -1, -1)
             tokens = torch.cat((first, tokens), dim=1)
         return tokens, Layout()
     if first is None:
-        return tokens, Layout(packed=Packed.of(lengths))
-    packed = Packed.of(lengths + 1)
+        return tokens, Layout(packed=packed)
     is_first = packed.place == 0
     # One gather puts everything in its place. A token of sequence number s moves s + 1 places
     # back, because so many first tokens stand before it; the first token itself is the last row.

@@ -18,7 +18,7 @@ from frugal.common.errors import InputError
 from frugal.common.models.batch_norm import SharedVectorNorm
 from frugal.common.models.blocks import Activation, Blocks, check_block_config
 from frugal.common.models.initialize import Initialization, draw_layers, normal
-from frugal.common.models.layout import Layout, PooledToken, lay_out
+from frugal.common.models.layout import Layout, Packed, PooledToken, lay_out
 from frugal.common.models.positions import ImagePositions, sincos_table
 from frugal.common.ranges import Count, NotNegative, Positive, ShareBelowOne
 from frugal.common.reduction.image import KeptPatches, PatchView, normalize, take_patches
@@ -215,9 +215,23 @@ class ImageTransformer(nn.Module):
         """
         if output == "embedded":
             return self._patches(images, kept)
-        tokens, layout = self.embed(images, kept)
+        return self._encode(images, kept, self._pack(kept), output, tuple(blocks))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """``torch.compile`` the tower, but for the one read of packed tokens; options are its."""
+        self._encode = torch.compile(self._encode, *args, **kwargs)  # type: ignore[method-assign]
+
+    def _encode(
+        self,
+        images: Tensor,
+        kept: KeptPatches | None,
+        packed: Packed | None,
+        output: str,
+        blocks: tuple[int, ...],
+    ) -> Any:
+        tokens, layout = self._embed(images, kept, packed)
         if output == "blocks":
-            return self.blocks(tokens, layout, outputs_of=tuple(blocks))[1]
+            return self.blocks(tokens, layout, outputs_of=blocks)[1]
         pools_one = self.config.pooling == "class" and output != "tokens"
         pooled_token = self._class_token(tokens, layout) if pools_one else None
         tokens, _ = self.blocks(tokens, layout, pooled=pooled_token)
@@ -283,10 +297,20 @@ class ImageTransformer(nn.Module):
 
     def embed(self, images: Tensor, kept: KeptPatches | None = None) -> tuple[Tensor, Layout]:
         """The tokens that go into the first block, class token first, and how they lie."""
+        return self._embed(images, kept, self._pack(kept))
+
+    def _embed(
+        self, images: Tensor, kept: KeptPatches | None, packed: Packed | None
+    ) -> tuple[Tensor, Layout]:
         tokens = self._patches(images, kept)
-        lengths = None if kept is None else kept.lengths
-        tokens, layout = lay_out(tokens, lengths, self._class_vector())
+        tokens, layout = lay_out(tokens, packed, self._class_vector())
         return self.norm_pre(tokens), layout
+
+    def _pack(self, kept: KeptPatches | None) -> Packed | None:
+        """How packed tokens lie, class token included; None where they are dense."""
+        if kept is None or kept.lengths is None:
+            return None
+        return Packed.of(kept.lengths + (self.config.class_token != "none"))
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         """(..., P) pixels as the patch projection takes them."""
