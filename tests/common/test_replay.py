@@ -104,6 +104,15 @@ def test_several_processes_repeat_a_run_of_as_many(scenes: Path, tmp_path: Path)
     assert "taken by 2 processes" in said and "--nproc_per_node 2" in said
 
 
+def test_weights_that_every_process_keeps_whole_at_stage_3_are_put_back_a_second_time(
+    scenes: Path, tmp_path: Path
+) -> None:
+    run, launcher = tmp_path / "run", zero(3)
+    train(launcher, run, f"--data.train={scenes / 'train'}", *WORDS, "--schedule.samples=120")
+    alter(run / "digests.jsonl", 5, lambda line: line.update(gradient="0" * 16))
+    assert "a second time it came out as now" in replay(launcher, run, 5, expect=1)
+
+
 def test_with_virtual_processes_one_repeats_a_run_of_two(scenes: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("--engine.virtual-processes=2", "--engine.accumulate=2")

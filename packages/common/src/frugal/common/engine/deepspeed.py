@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -229,6 +230,10 @@ class DeepSpeedEngine(Engine):
             if parameter.requires_grad:
                 safe_set_local_fp32_param(parameter, part)
             parameter.ds_tensor.data.copy_(part)
+            # small ones stay whole on every process behind a step that was taken, and are gathered
+            # anew by the next one: until then the passes and evaluations would see what was before
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                parameter.data.copy_(value.reshape(parameter.ds_shape))
         else:
             safe_set_local_optimizer_state(parameter, part, kind)
 
