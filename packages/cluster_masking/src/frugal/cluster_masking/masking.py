@@ -106,6 +106,11 @@ class ClusterMasking(ImageReduction):
 
     is_uneven: ClassVar[bool] = True
 
+    @property
+    def expected_mask_ratio(self) -> float:
+        """The target ratio; of a threshold without one what goes in any case."""
+        return self.min_mask_ratio if self.target_mask_ratio is None else self.target_mask_ratio
+
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Refuse what cannot be done with as many patches.
 

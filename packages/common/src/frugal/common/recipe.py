@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
+import torch
 import tyro
 from torch import Tensor, nn
 from typeguard import TypeCheckError, check_type
@@ -230,6 +231,14 @@ class ObjectiveConfig(ABC):
     @abstractmethod
     def build(self, recipe: Recipe) -> Objective:
         """The objective, initialized from ``recipe.run.seed``, on the CPU in float32."""
+
+    def outline(self, recipe: Recipe) -> Objective:
+        """The objective with sizes and no numbers, on torch's ``meta`` device, for plans of runs.
+
+        What :meth:`build` reads from files need not be there yet.
+        """
+        with torch.device("meta"):
+            return self.build(recipe)
 
     def trained_model(self, recipe: Recipe, weights: Mapping[str, Tensor]) -> nn.Module:
         """The model that weights of a checkpoint are of, on the CPU; it is filled with them.

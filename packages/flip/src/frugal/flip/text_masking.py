@@ -45,6 +45,10 @@ class TextMasking(TextReduction):
                 f"the order of text masking is {self.order!r}; choose random or padding_first"
             )
 
+    def most_tokens(self, length: int) -> int:
+        """Slots that stay of ``length``."""
+        return self.num_kept(length)
+
     def check_length(self, length: int) -> None:
         """Refuse captions that would keep nothing."""
         self.num_kept(length)

@@ -127,10 +127,13 @@ class MaskedImageModel(nn.Module):
 def build(
     config: MaskedModel, generator: torch.Generator | None = None, *, outputs: int
 ) -> MaskedImageModel:
-    """The model on the CPU in float32, every weight drawn from ``generator`` (or seed 0)."""
+    """The model on the CPU in float32, every weight drawn from ``generator`` (or seed 0).
+
+    Where torch's default device is ``meta``, it stays there and has sizes alone.
+    """
     with torch.device("meta"):  # else torch's layers would draw from the global generator first
         model = MaskedImageModel(config, outputs=outputs)
-    model.to_empty(device="cpu")
+    model.to_empty(device=torch.get_default_device())
     generator = generator or torch.Generator().manual_seed(0)
     model.image.initialize(generator, "flip")
     _default_patch_bias(model.image, generator)

@@ -25,7 +25,7 @@ from frugal.milan.decoders import Split
 from frugal.milan.model import MaskedImageModel, MaskedModel
 from frugal.milan.pictures import draw_reconstruction
 from frugal.milan.targets import FeatureTarget, PixelTarget, Target, TargetValues
-from frugal.milan.teacher import Teacher, load_teacher
+from frugal.milan.teacher import Teacher, load_teacher, outline_teacher
 
 
 class _Reconstruct(ObjectiveConfig):
@@ -60,6 +60,12 @@ class ReconstructFeatures(_Reconstruct):
         """
         teacher = load_teacher(self.teacher, model_of(MaskedModel, recipe.model).image)
         return _reconstruction(FeatureTarget(teacher), recipe)
+
+    def outline(self, recipe: Recipe) -> Reconstruction:
+        """The same with sizes and no numbers; the teacher need not be there."""
+        teacher = outline_teacher(self.teacher, model_of(MaskedModel, recipe.model).image)
+        with torch.device("meta"):
+            return _reconstruction(FeatureTarget(teacher), recipe)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,13 +22,16 @@ from frugal.common.models.attention import Attention
 from frugal.common.models.blocks import Activation, Block
 from frugal.common.models.flops import image_flops
 from frugal.common.models.image_encoder import ImageEncoder
+from frugal.common.models.named import clip_encoder
 from frugal.common.models.preprocess import describe
-from frugal.common.models.vit import ImageTower
+from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.ranges import Count, check_ranges
 from frugal.common.reduction.image import Channels
 from frugal.common.weights.image_towers import read_encoder
 
 _LOG = logging.getLogger("frugal")
+_CLIP_FEATURES = 512
+"""Numbers of a token of CLIP's ViT-B/16."""
 _FROM_SHAPES = (
     "the usual one for such a file, which does not say it; heads, activation and epsilon are "
     "usual ones too unless they are given"
@@ -75,8 +78,9 @@ class FrozenTeacher:
             pixels_std: of the same.
         """
         self.tower = stored.build().eval().requires_grad_(False)
-        self.digest = weights_digest(self.tower)
-        """SHA-256 of its weights as they were read."""
+        is_outline = self.tower.patch_embed.weight.is_meta
+        self.digest = "" if is_outline else weights_digest(self.tower)
+        """SHA-256 of its weights as they were read; empty of one without numbers."""
         self._given = (pixels_mean, pixels_std)
         self._dtype: torch.dtype | None = None
         self.checkpoint_activations = False
@@ -139,8 +143,12 @@ class FrozenTeacher:
         self._dtype = torch.get_autocast_dtype(device.type)
         for module in self.tower.modules():
             # the patch projection says in which dtype it takes its pixels
-            if isinstance(module, nn.Linear) and module is not self.tower.patch_embed:
-                module.to(self._dtype)
+            if not isinstance(module, nn.Linear) or module is self.tower.patch_embed:
+                continue
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if weight.dtype != self._dtype:
+                    cast = weight.detach().to(self._dtype)
+                    setattr(module, name, nn.Parameter(cast, requires_grad=False))
 
     def _shown(self, images: Tensor) -> Tensor:
         """The images as the tower takes them: of its size, and normalized as it is to see them."""
@@ -223,6 +231,34 @@ def load_teacher(teacher: Teacher, student: ImageTower) -> FrozenTeacher:
         seen = replace(stored.tower, mean=student.mean, std=student.std)
         stored = replace(stored, tower=seen)
     return FrozenTeacher(stored, pixels_mean=student.mean, pixels_std=student.std)
+
+
+def outline_teacher(teacher: Teacher, student: ImageTower) -> FrozenTeacher:
+    """A teacher with sizes and no numbers on torch's ``meta`` device, whether it is there or not.
+
+    Where it is not there it counts as CLIP's ViT-B/16, or DINO's where its name says so.
+    """
+    if teacher.source is not None and Path(teacher.source).exists():
+        real = load_teacher(teacher, student)
+        real.tower.to("meta")
+        return real
+    _LOG.warning(
+        "the teacher %s is not there: the plan counts a ViT-B/16 in its place",
+        teacher.source or "(objective.teacher.source is not given)",
+    )
+    tower = clip_encoder("B/16", quick_gelu=True).image
+    rows, columns = student.grid
+    tower = replace(
+        tower,
+        image_size=(rows * tower.patch_size, columns * tower.patch_size),
+        mean=student.mean,
+        std=student.std,
+    )
+    features = None if "dino" in (teacher.source or "") else _CLIP_FEATURES
+    with torch.device("meta"):
+        state = ImageTransformer(tower, features).state_dict()
+        stored = ImageEncoder(tower, state, "an outline")
+        return FrozenTeacher(stored, pixels_mean=student.mean, pixels_std=student.std)
 
 
 def _log_teacher(stored: ImageEncoder, teacher: Teacher, student: ImageTower) -> None:

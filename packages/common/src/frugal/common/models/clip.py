@@ -152,10 +152,13 @@ def _evaluate_if_frozen(module: nn.Module) -> None:
 
 
 def build(config: DualEncoderConfig, generator: torch.Generator | None = None) -> DualEncoder:
-    """A dual encoder on the CPU in float32, every weight drawn from ``generator`` (or seed 0)."""
+    """A dual encoder on the CPU in float32, every weight drawn from ``generator`` (or seed 0).
+
+    Where torch's default device is ``meta``, it stays there and has sizes alone.
+    """
     with torch.device("meta"):  # else torch's layers would draw from the global generator first
         model = DualEncoder(config)
-    model.to_empty(device="cpu")
+    model.to_empty(device=torch.get_default_device())
     model.initialize(generator or torch.Generator().manual_seed(0))
     return model
 

@@ -68,7 +68,7 @@ class ImageEncoder:
         return misfit(self.state, self._needed())
 
     def build(self, *, needs_norm: bool = True) -> ImageTransformer:
-        """The tower, on the CPU in float32.
+        """The tower, on torch's default device, which is the CPU, in float32.
 
         Args:
             needs_norm: refuse weights without the last norm, which segmenters have none of.
@@ -78,7 +78,7 @@ class ImageEncoder:
         """
         with torch.device("meta"):
             tower = ImageTransformer(self.tower, self.embed_dim)
-        tower.to_empty(device="cpu")
+        tower.to_empty(device=torch.get_default_device())
         if self.tower.positions != "learned":
             tower.pos_embed.copy_(image_table(self.tower))
         if not (needs_norm or self.has_norm):

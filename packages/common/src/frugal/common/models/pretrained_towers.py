@@ -58,7 +58,7 @@ class _Tower(nn.Module):
     def initialize(self, generator: torch.Generator, scheme: Initialization = "open_clip") -> None:
         """Draw every weight afresh as its library does, whatever the scheme of Frugal's towers."""
         del scheme
-        seed = torch.randint(2**62, (), generator=generator).item()
+        seed = torch.randint(2**62, (), generator=generator, device="cpu").item()
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(int(seed))
             self.model = make(self.config)

@@ -247,6 +247,14 @@ class ImageReduction(ABC):
     def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches | None:
         """The patches that stay; None where every patch does."""
 
+    @property
+    def expected_mask_ratio(self) -> float:
+        """Share of the patches that goes of an image on average, as far as it is known before.
+
+        Plans ask reductions for it that keep another number of patches of every image.
+        """
+        return self.mask_ratio or 0.0
+
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Refuse (rows, columns) of patches of an image with which this cannot work.
 

@@ -60,6 +60,10 @@ class TextReduction(ABC):
         Or, where tokens keep the slots they had, ids with positions; always or never.
         """
 
+    def most_tokens(self, length: int) -> int:
+        """Tokens of a caption that stay at most, of a tower of ``length``."""
+        return length
+
     def check_length(self, length: int) -> None:
         """Refuse a length of texts, in tokens, with which this cannot work.
 
