@@ -48,6 +48,7 @@ LAYERS = [
         "__init__",
         "compare",
         "demo",
+        "plan",
         "report",
         "shards",
         "train",

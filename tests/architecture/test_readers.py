@@ -69,6 +69,7 @@ SAFE: dict[str, str] = {
     "common/run.py": "/proc",
     "common/engine/deepspeed.py": "of read_text, with sentences of its own",
     "common/engine/logger.py": "metrics and digests, line by line with parse_json",
+    "common/plan/report.py": "carried by this package",
     "common/evaluation/class_names.py": "carried by timm",
     "common/evaluation/task_labels.py": "carried by this package",
     "common/evaluation/remote.py": "a server that was asked for",

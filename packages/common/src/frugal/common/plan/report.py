@@ -1,0 +1,421 @@
+"""What is said of a recipe before it is trained, line by line, with how each number is known."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from frugal.common.contracts import Objective
+from frugal.common.data.config import StoredData
+from frugal.common.errors import InputError
+from frugal.common.models.flops import dual_encoder_flops
+from frugal.common.models.named import clip_encoder
+from frugal.common.models.vit import ImageTower
+from frugal.common.plan.fake_step import Moment, StepMemory, step_memory, tokens_of
+from frugal.common.plan.partition import Memory, Zero, exchanged, host_memory, peak_memory
+from frugal.common.recipe import Recipe
+
+RESERVED = 1.5e9
+"""Bytes of a GPU that CUDA, its libraries and NCCL take; assumed."""
+FRAGMENTED = 0.05
+"""Share of the memory that fragmentation leaves unused; assumed."""
+_LEAST = 16
+"""Samples of the smaller of two micro-batches between which memory is a straight line."""
+_MOST = 2_048
+"""Of the larger: of more samples a contrastive loss takes too many chunks to be quick."""
+_DENSE_PIXELS = 224
+
+
+@cache
+def facts() -> dict[str, Any]:
+    """GPUs, published runs and published accuracies, with their sources."""
+    return json.loads((files("frugal.common.plan") / "facts.json").read_text())
+
+
+def usable_memory(gpu: str) -> float:
+    """Bytes of a GPU that tensors may take."""
+    return facts()["gpus"][gpu]["memory"] * (1 - FRAGMENTED) - RESERVED
+
+
+def published_shares() -> dict[str, float]:
+    """The share of the peak that published runs reached, by their names.
+
+    Their FLOPs are counted by :mod:`frugal.common.models.flops`: forward and twice that backward.
+    """
+    shares = {}
+    for run in facts()["runs"]:
+        towers = clip_encoder(run["towers"])
+        flops = sum(
+            3 * dual_encoder_flops(towers, patches=patches, tokens=tokens) * samples
+            for patches, tokens, samples in run["stages"]
+        )
+        shares[run["name"]] = flops / (run["gpu_hours"] * 3600 * run["peak"])
+    return shares
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What of a run follows from its FLOPs."""
+
+    flops: float
+    """Of one sample, forward and backward."""
+    dense_flops: float
+    """Of the same sample whole: every patch of at least 224 pixels, every token."""
+    samples: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, objective: Objective, tokens: dict[str, float]) -> Cost:
+        """That of a recipe, of an objective without numbers, at some tokens of a sample."""
+        dense = dict(tokens)
+        tower = recipe.model.image
+        if isinstance(tower, ImageTower):
+            patches = max(tower.num_patches, (_DENSE_PIXELS // tower.patch_size) ** 2)
+            dense["image_tokens"] = float(patches + (tower.class_token != "none"))
+        captions = recipe.model.inputs().captions
+        if captions is not None:
+            dense["text_tokens"] = float(captions.length)
+        return cls(
+            objective.step_flops(tokens), objective.step_flops(dense), recipe.schedule.samples
+        )
+
+    def gpu_hours(self, gpu: str, share: float) -> float:
+        """Of the whole run at a share of the peak."""
+        return self.flops * self.samples / (facts()["gpus"][gpu]["peak"] * share) / 3600
+
+
+def cost_of(recipe: Recipe) -> Cost:
+    """The cost of a recipe, without taking a step."""
+    return Cost.of(recipe, recipe.objective.outline(recipe), tokens_of(recipe))
+
+
+class Plan:
+    """A recipe on some GPUs."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        gpus: int,
+        gpu: str,
+        text_tokens: int | None = None,
+        share: float | None = None,
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            recipe: to be trained.
+            gpus: how many, with a process each.
+            gpu: one of :func:`facts`.
+            text_tokens: mean tokens of a caption, where captions are computed without padding.
+            share: of the peak; by default the median of published runs.
+        """
+        self.recipe, self.gpus, self.gpu = recipe, gpus, gpu
+        self.text_tokens = text_tokens
+        found = sorted(published_shares().values())
+        self.shares = (share, share, share) if share else (
+            found[0], statistics.median(found), found[-1]
+        )  # fmt: skip
+        self._taken: dict[tuple[int, bool], StepMemory] = {}
+
+    @property
+    def local_batch(self) -> int:
+        """Samples of a micro-batch of a process."""
+        return self.recipe.local_batch(self.gpus)
+
+    @cached_property
+    def step(self) -> StepMemory:
+        """That of the recipe itself; with gradient caching of three chunks at most."""
+        chunk = self.recipe.engine.cache_chunk
+        most = self.local_batch if chunk is None else min(self.local_batch, 3 * chunk)
+        return self._take(most, self.recipe)
+
+    def _take(self, samples: int, recipe: Recipe) -> StepMemory:
+        return step_memory(
+            recipe, samples=samples, world_size=self.gpus, text_tokens=self.text_tokens
+        )
+
+    def taken(self, samples: int, *, recompute: bool) -> StepMemory:
+        """A step of one plain micro-batch."""
+        key = samples, recompute
+        if key not in self._taken:
+            engine = replace(self.recipe.engine, checkpoint_activations=recompute, cache_chunk=None)
+            self._taken[key] = self._take(samples, replace(self.recipe, engine=engine))
+        return self._taken[key]
+
+    def memory(
+        self, step: StepMemory, zero: Zero | None, *, accumulate: int | None = None
+    ) -> Memory:
+        """The fullest moment of one process."""
+        engine = self.recipe.engine
+        return peak_memory(
+            step,
+            zero,
+            world_size=self.gpus,
+            moments=len(self.recipe.optimizer.moments),
+            accumulate=accumulate or engine.accumulate,
+            averages=engine.ema_decay is not None,
+        )
+
+    def largest(self, zero: Zero | None, *, recompute: bool) -> int:
+        """Samples of the largest micro-batch that fits; 0 if none does."""
+        return largest_batch(
+            partial_taken(self, recompute=recompute),
+            lambda step: self.memory(step, zero).total <= usable_memory(self.gpu),
+            multiple=2 if self.recipe.objective.compares_samples is False else 1,
+        )
+
+    @cached_property
+    def cost(self) -> Cost:
+        """From the tokens that the step saw."""
+        return Cost.of(self.recipe, self.recipe.objective.outline(self.recipe), self.step.tokens)
+
+    def samples_per_second(self, share: float) -> float:
+        """Of all GPUs."""
+        return self.gpus * facts()["gpus"][self.gpu]["peak"] * share / self.cost.flops
+
+
+def partial_taken(plan: Plan, *, recompute: bool) -> Callable[[int], StepMemory]:
+    """Takes steps of a plan by their samples."""
+    return lambda samples: plan.taken(samples, recompute=recompute)
+
+
+def largest_batch(
+    take: Callable[[int], StepMemory], fits: Callable[[StepMemory], bool], *, multiple: int = 1
+) -> int:
+    """The largest micro-batch that fits; 0 if none does.
+
+    Steps are taken at two sizes, the second of which is near the result; between and beyond them
+    every moment of a step is a straight line.
+
+    Args:
+        take: a step of so many samples.
+        fits: whether there is room for it.
+        multiple: the result divides by.
+    """
+    few = take(_LEAST)
+    second = 2 * _LEAST
+    for _ in range(2):
+        many = take(second)
+        line = _Line(_LEAST, few, second, many)
+        found = _last_true(lambda samples: fits(line.at(samples)), multiple)  # noqa: B023
+        following = min(found + found % 2, _MOST)
+        if found <= 2 * _LEAST or abs(following - second) <= 0.1 * second:
+            break
+        second = following
+    return found
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Steps of any number of samples, between and beyond two."""
+
+    first: int
+    few: StepMemory
+    second: int
+    many: StepMemory
+
+    def at(self, samples: int) -> StepMemory:
+        """A step of so many."""
+        share = (samples - self.first) / (self.second - self.first)
+
+        def between(low: int, high: int) -> int:
+            return max(round(low + share * (high - low)), 0)
+
+        moments = tuple(
+            Moment(a.gradients, between(a.activations, b.activations), between(a.loss, b.loss))
+            for a, b in zip(self.few.moments, self.many.moments, strict=True)
+        )
+        return replace(self.few, moments=moments, batch=between(self.few.batch, self.many.batch))
+
+
+def _last_true(holds: Callable[[int], bool], multiple: int) -> int:
+    """The last multiple for which something holds that holds up to it; 0 if for none."""
+    low, high = 0, 1
+    while holds(high * multiple) and high < 2**24:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle * multiple) else (low, middle)
+    return low * multiple
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plan."""
+
+    name: str
+    text: str
+    known: str
+    """exact, counted, measured, published, extrapolated or assumed; and how."""
+
+
+def lines(
+    plan: Plan, zero: Zero | None, *, engine: str, about: str, price: float | None
+) -> Iterator[Line]:
+    """Every line of a plan but the table of memory."""
+    recipe, step, cost = plan.recipe, plan.step, plan.cost
+    frozen = f", {step.frozen / 1e6:.1f} M frozen" if step.frozen else ""
+    yield Line("parameters", f"{step.num_trained / 1e6:.1f} M trained{frozen}", "exact")
+    tokens = ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in step.tokens.items())
+    is_uneven = recipe.reduction.image.is_uneven
+    yield Line("tokens of a sample", tokens, "expected" if is_uneven else "exact, at most")
+    yield Line(
+        "FLOPs of a sample",
+        f"{cost.flops / 1e9:.1f} GFLOP forward and backward, {cost.flops / cost.dense_flops:.2f} "
+        f"of whole images of {_DENSE_PIXELS} pixels or more and whole captions",
+        "exact, matrix products",
+    )
+    yield from _memory_lines(plan, zero, engine)
+    sent = exchanged(step, zero, world_size=plan.gpus)
+    parts = ", ".join(f"{size / 1e9:.2f} GB of {name}" for name, size in sent.items() if size)
+    yield Line("communication", f"{parts or 'none'}, sent by each GPU in a step", "counted")
+    low, middle, high = plan.shares
+    given = low == high
+    known = "extrapolated from the share that was given" if given else (
+        f"extrapolated from published runs at {low:.0%} to {high:.0%} of the peak"
+    )  # fmt: skip
+    hours = [cost.gpu_hours(plan.gpu, share) for share in (high, middle, low)]
+    yield Line(
+        "speed",
+        f"{plan.samples_per_second(middle):,.0f} samples/s at {middle:.0%} of the peak",
+        known,
+    )
+    spread = "" if given else f" ({hours[0] / plan.gpus:,.1f} to {hours[2] / plan.gpus:,.1f})"
+    yield Line(
+        "time",
+        f"{hours[1] / plan.gpus:,.1f} hours{spread}, {hours[1]:,.0f} GPU-hours, for "
+        f"{cost.samples:,} samples in {recipe.steps:,} steps",
+        known,
+    )
+    money = "give --price, of a GPU and hour" if price is None else f"{price * hours[1]:,.0f}"
+    yield Line("cost", money, "unknown" if price is None else known)
+    if (rate := decoding_rate(recipe)) is not None:
+        needed = plan.samples_per_second(middle) / plan.gpus / rate
+        yield Line(
+            "loading",
+            f"{math.ceil(needed)} loader processes for each GPU, of {rate:.0f} images/s each",
+            "measured here, on a drawn picture of 640 x 480 pixels",
+        )
+    yield from _accuracy_lines(recipe, about)
+
+
+def _memory_lines(plan: Plan, zero: Zero | None, engine: str) -> Iterator[Line]:
+    memory, room = plan.memory(plan.step, zero), usable_memory(plan.gpu)
+    recipe = plan.recipe
+    chunk = recipe.engine.cache_chunk
+    what = f"{plan.local_batch:,} samples" + (f" in chunks of {chunk:,}" if chunk else "")
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {value / 1e9:.2f}"
+        for name, value in vars(memory).items()
+        if value
+    )
+    yield Line(
+        "memory of a GPU",
+        f"{memory.total / 1e9:.1f} of {room / 1e9:.1f} GB with {engine}, {what}: {parts}",
+        "a step on fake tensors; room for CUDA and fragmentation is assumed"
+        + ("; the features of further chunks are left out" if chunk else ""),
+    )
+    host = host_memory(plan.step, zero, world_size=plan.gpus, moments=len(recipe.optimizer.moments))
+    if host:
+        yield Line("memory of the host", f"{host / 1e9:.1f} GB for each GPU", "exact")
+    if memory.total <= room or chunk is not None:
+        return
+    largest = plan.largest(zero, recompute=recipe.engine.checkpoint_activations)
+    if largest == 0:
+        advice = "not even one sample fits: recompute activations, or take another file or GPU"
+    elif recipe.objective.caches_gradients:
+        advice = f"it does not fit: add --engine.cache-chunk {largest} (the same loss)"
+    else:
+        parts_needed = math.ceil(plan.local_batch / largest) * recipe.engine.accumulate
+        advice = (
+            f"it does not fit: micro-batches of {largest} do, as --engine.accumulate {parts_needed}"
+        )
+    yield Line("advice", advice, "extrapolated from two steps")
+
+
+def memory_table(plan: Plan, files: dict[str, Zero | None]) -> Iterator[str]:
+    """Memory by part for every DeepSpeed file, plain and recomputed, as rows of a table."""
+    names = list(vars(Memory(weights=0)))
+    yield (
+        "| GB of a GPU | micro-batch | "
+        + " | ".join(n.replace("_", " ") for n in names)
+        + (" | all | largest micro-batch |")
+    )
+    yield "|---|" + "---|" * (len(names) + 3)
+    for recompute in (False, True):
+        for name, zero in files.items():
+            largest = plan.largest(zero, recompute=recompute)
+            samples = min(plan.local_batch, largest or 2)
+            memory = plan.memory(plan.taken(samples, recompute=recompute), zero)
+            cells = [f"{value / 1e9:.2f}" for value in vars(memory).values()]
+            yield (
+                f"| {name}{', recomputed' if recompute else ''} | {samples} | "
+                f"{' | '.join(cells)} | {memory.total / 1e9:.1f} | {largest or 'none'} |"
+            )
+
+
+def decoding_rate(recipe: Recipe, *, seconds: float = 0.4) -> float | None:
+    """Images that one core decodes, crops and resizes in a second; None for other data."""
+    if not isinstance(recipe.data, StoredData):
+        return None
+    draws = np.random.default_rng(0)
+    coarse = Image.fromarray(draws.integers(256, size=(60, 80, 3), dtype=np.uint8))
+    photo = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), dtype=np.int16)
+    grain = draws.integers(-6, 7, size=photo.shape)
+    file = io.BytesIO()
+    Image.fromarray((photo + grain).clip(0, 255).astype(np.uint8)).save(file, "jpeg", quality=90)
+    size, count = recipe.model.inputs().height_width, 0
+    start = time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        recipe.data.augmentation.decode(file.getvalue(), size=size, generator=draws)
+        count += 1
+    return count / spent
+
+
+def _accuracy_lines(recipe: Recipe, about: str) -> Iterator[Line]:
+    if "%" in about:
+        yield Line("accuracy", about, "published")
+    if recipe.model.text_tower() is None or (size := _towers(recipe)) is None:
+        return
+    ladder = facts()["ladder"]
+    for row in ladder["rows"]:
+        if row["towers"] == size:
+            yield Line(
+                "accuracy of plain CLIP",
+                f"{row['top1']} % on ImageNet with {row['samples'] / 1e9:g} billion samples of "
+                f"{row['data']}; this run has {recipe.schedule.samples / 1e9:.2g} billion",
+                "published",
+            )
+
+
+def _towers(recipe: Recipe) -> str | None:
+    """The name of an image tower of the ladder's sizes."""
+    tower = recipe.model.image
+    for size in {row["towers"] for row in facts()["ladder"]["rows"]}:
+        like = clip_encoder(size).image
+        if isinstance(tower, ImageTower) and (tower.width, tower.depth, tower.patch_size) == (
+            like.width, like.depth, like.patch_size
+        ):  # fmt: skip
+            return size
+    return None
+
+
+def known_files(folder: Path) -> dict[str, Zero | None]:
+    """Accelerate, and every DeepSpeed file of a folder by its name."""
+    found: dict[str, Zero | None] = {"Accelerate": None}
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InputError(f"there is no DeepSpeed file in {folder}; give another --deepspeed-files")
+    return found | {path.stem: Zero.read(path) for path in paths}

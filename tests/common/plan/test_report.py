@@ -1,0 +1,138 @@
+"""Plans of recipes: every one has a cost, the largest micro-batch fits, mistakes are sentences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from frugal.cit.recipes import RECIPES as CIT
+from frugal.clipa.recipes import RECIPES as CLIPA
+from frugal.cluster_masking.recipes import RECIPES as CLUSTER_MASKING
+from frugal.common.errors import InputError
+from frugal.common.plan.__main__ import Options, plan, recipe_named, recipes_of, table
+from frugal.common.plan.fake_step import StepMemory, step_memory
+from frugal.common.plan.partition import Zero, peak_memory
+from frugal.common.plan.report import (
+    Plan,
+    cost_of,
+    facts,
+    largest_batch,
+    lines,
+    memory_table,
+    published_shares,
+)
+from frugal.common.recipe import to_json
+from frugal.flip.recipes import RECIPES as FLIP
+from frugal.flip.recipes import demo
+from frugal.milan.recipes import RECIPES as MILAN
+from frugal.milan.segmentation_recipes import SEGMENTATION
+from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING
+
+PROGRAMS = {
+    "flip.train": FLIP, "clipa.train": CLIPA, "cluster_masking.train": CLUSTER_MASKING,
+    "cit.train": CIT, "milan.pretrain": MILAN, "milan.finetune": FINE_TUNING,
+    "milan.linear_probe": LINEAR_PROBING, "milan.segment": SEGMENTATION,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_kind_of_recipe_of_a_program_has_a_cost(program: str) -> None:
+    seen = set()
+    for name, make in PROGRAMS[program].items():
+        recipe = make()
+        kind = (to_json(recipe.objective)["type"], str(recipe.model)[:150])
+        if "pooling=" in str(recipe.model) and kind in seen:
+            continue
+        seen.add(kind)
+        cost = cost_of(recipe)
+        assert 0 < cost.flops <= cost.dense_flops * 1.001, name
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_demo_of_every_program_is_planned(program: str, tmp_path: Path) -> None:
+    recipe = PROGRAMS[program]["demo"]()
+    found = list(
+        lines(Plan(recipe, gpus=2, gpu="a100-40"), None, engine="Accelerate", about="", price=2.0)
+    )
+    assert {line.name for line in found} >= {"parameters", "memory of a GPU", "speed", "time"}
+    assert all(line.known for line in found)
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
+    room = 100e6
+
+    def take(samples: int) -> StepMemory:
+        return step_memory(demo(), samples=samples)
+
+    def total(step: StepMemory) -> int:
+        return peak_memory(step, None, world_size=1, moments=2).total
+
+    largest = largest_batch(take, lambda step: total(step) <= room)
+    assert largest > 32
+    # taken anew, not read off the line
+    assert total(take(largest)) <= room < total(take(largest + 1))
+    assert largest_batch(take, lambda step: total(step) <= 1e6) == 0
+
+
+def test_flip_halves_the_compute_as_its_paper_says() -> None:
+    halved, quartered = (cost_of(FLIP[n]()) for n in ("ablation-mask50-64k", "ablation-mask75-64k"))
+    assert halved.flops / halved.dense_flops == pytest.approx(0.52, abs=0.005)
+    assert quartered.flops / quartered.dense_flops == pytest.approx(0.28, abs=0.005)
+
+
+def test_hours_follow_from_flops_peak_and_share() -> None:
+    cost = cost_of(demo())
+    by_hand = cost.flops * 280_000 / (312e12 * 0.2) / 3600
+    assert cost.gpu_hours("a100-80", 0.2) == pytest.approx(by_hand)
+
+
+def test_published_facts_are_whole_and_within_reason() -> None:
+    shares = published_shares()
+    assert len(shares) == len(facts()["runs"]) and all(0.05 < s < 0.6 for s in shares.values())
+    assert all(fact["source"] for fact in [*facts()["gpus"].values(), *facts()["runs"]])
+
+
+def test_memory_of_every_file_is_a_row_of_a_table() -> None:
+    planned = Plan(demo(), gpus=2, gpu="rtx4090")
+    rows = list(memory_table(planned, {"zero3": Zero(stage=3)}))
+    assert len(rows) == 2 + 2 and all(row.count("|") == rows[0].count("|") for row in rows)
+
+
+def test_a_word_names_a_recipe_of_a_method_or_a_run(tmp_path: Path) -> None:
+    assert recipe_named("flip:demo")[0] == demo()
+    assert recipe_named("flip.train:demo_tuning")[1].startswith("The short unmasked stage")
+    assert recipes_of("milan.segment") is SEGMENTATION
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(InputError, match="is not a recipe"):
+        recipe_named(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("milan:vit-b16", "there is no 'milan' to plan"),
+        ("nothing:demo", "there is no 'nothing' to plan"),
+        ("flip:dem", "there is no recipe 'dem'"),
+        ("gone.json", "there is no recipe at gone.json"),
+    ],
+)
+def test_what_is_not_there_is_a_sentence(word: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        plan(Options(recipe=word), [])
+
+
+def test_gpus_that_do_not_divide_the_batch_are_a_sentence() -> None:
+    with pytest.raises(InputError, match="does not divide among 7 processes"):
+        plan(Options(recipe="flip:demo", gpus=7), [])
+
+
+def test_flags_of_the_recipe_change_it(capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options(recipe="flip:demo", gpus=2)
+    plan(options, ["--reduction.image.mask-ratio=0.75"])
+    assert "5 image tokens" in capsys.readouterr().out  # 4 of 16 patches and the class token
+
+
+def test_a_program_alone_is_a_table_of_the_time_of_its_recipes() -> None:
+    rows = list(table("milan.segment", gpus=8, gpu="h100-80"))
+    assert len(rows) == 2 + 4 and "`vit-h14`" in rows[-1]
