@@ -142,7 +142,8 @@ def recipe_of(setting: Setting, folder: Path) -> Any:
     model = recipe.model
     small: dict[str, Any] = {"image": replace(model.image, depth=4)}
     if isinstance(model, SegmenterConfig):
-        small |= {"taps": (1, 2, 3, 4), "width": 128, "num_classes": 20}
+        image = replace(model.image, depth=4, image_size=256)
+        small |= {"image": image, "taps": (1, 2, 3, 4), "width": 128, "num_classes": 20}
     if hasattr(model, "text"):
         small["text"] = replace(model.text, depth=2)
     config = None

@@ -59,7 +59,7 @@ class _Tower(nn.Module):
         """Draw every weight afresh as its library does, whatever the scheme of Frugal's towers."""
         del scheme
         seed = torch.randint(2**62, (), generator=generator, device="cpu").item()
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.get_default_device():
             torch.default_generator.manual_seed(int(seed))
             self.model = make(self.config)
             if isinstance(self.projection, nn.Linear):

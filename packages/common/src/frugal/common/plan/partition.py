@@ -151,6 +151,8 @@ def _moments(
         "moments": moments * part * on_device,
     }
     largest = _BYTES * max(step.trainable, default=0)
+    # a flat copy is exchanged: of a bucket, or of a gradient that is larger than one
+    copied = min(max(bucket, largest), whole)
     offload_buffer = largest * (not on_device) * (zero.stage in (1, 2))
     ddp_buckets = whole * (ddp and world_size > 1)
     for moment in step.moments:
@@ -163,12 +165,12 @@ def _moments(
         elif zero.stage == 2:
             is_reduced = begun >= filled or accumulate > 1
             gradients = part * is_reduced * on_device * (1 + (accumulate > 1 and begun >= filled))
-            buffers = (zero.buckets * bucket + filled * (begun >= filled)) * (begun > 0)
+            buffers = (zero.buckets * bucket + copied * (begun >= filled)) * (begun > 0)
         else:
             gradients = part * on_device
             # weights are gathered in one flat tensor, from which each is copied
             ahead = min(_BYTES * zero.prefetch, whole - begun) * (world_size > 1)
-            buffers = bucket + max(ahead, filled * (begun >= filled))
+            buffers = bucket + max(ahead, copied * (begun >= filled))
         gathered = whole - begun if zero.stage == 3 and world_size > 1 else 0
         yield Memory(
             **fixed | {"weights": _weights(step, zero, world_size, gathered=gathered)},
@@ -177,25 +179,25 @@ def _moments(
             activations=moment.activations - moment.loss,
             loss=moment.loss,
         )
-    yield from _last_moments(zero, fixed, ddp=ddp, whole=whole, part=part)
+    yield from _last_moments(zero, fixed, ddp=ddp, whole=whole, part=part, copied=copied)
 
 
 def _last_moments(
-    zero: Zero, fixed: dict[str, int], *, ddp: bool, whole: int, part: int
+    zero: Zero, fixed: dict[str, int], *, ddp: bool, whole: int, part: int, copied: int
 ) -> Iterator[Memory]:
     """When the backward pass is through: gradients are exchanged, then the weights stepped."""
     bucket, on_device = _BYTES * zero.bucket, not zero.offload_moments
-    filled = min(bucket, whole)
     if zero.stage == 0:
         copies = 0 if ddp else min(whole, _BYTES * _ALL_REDUCE_AT_ONCE)
         yield Memory(**fixed, gradients=whole, buffers=copies)
         return
     held = part * on_device
     if zero.stage == 1:
-        # whole gradients move through the bucket, of which a flat copy is exchanged
-        yield Memory(**fixed, gradients=whole + held, buffers=zero.buckets * bucket)
+        # whole gradients move through the bucket: its copy takes the place of what moved
+        beyond = copied * (copied > bucket)
+        yield Memory(**fixed, gradients=whole + held, buffers=zero.buckets * bucket + beyond)
     else:
-        yield Memory(**fixed, gradients=held, buffers=zero.buckets * bucket + filled)
+        yield Memory(**fixed, gradients=held, buffers=zero.buckets * bucket + copied)
     # the optimizer steps one flat copy of the part; at stage 3 the bucket is never given back
     yield Memory(**fixed, gradients=2 * held, buffers=bucket * (zero.stage == 3))
 
