@@ -212,6 +212,7 @@ def test_no_package_takes_the_namespace_for_itself() -> None:
         ("frugal.common.scenes", []),
         ("frugal.common.report.__main__", []),
         ("frugal.common.compare", []),
+        ("frugal.common.plan.__main__", []),
     ],
 )
 def test_building_recipes_and_help_needs_nothing_slower_than_torch(

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-import frugal
 from frugal.common.cli import (
     Recipes,
     command_words,
@@ -97,19 +96,24 @@ def recipes_of(program: str) -> Recipes:
         InputError: if there is no such script.
     """
     name = program if "." in program else f"{program}.train"
-    known = list(_programs())
-    if name not in known:
+    try:
+        held = vars(importlib.import_module(f"frugal.{name}"))
+    except ImportError:
+        held = {}
+    found = [held[key] for key in held if key.isupper() and isinstance(held[key], dict)]
+    if not found:
         raise InputError(
-            f"there is no {program!r} to plan; give PROGRAM:NAME with one of {', '.join(known)}, "
-            "or a run directory or recipe.json"
+            f"there is no {program!r} to plan; give PROGRAM:NAME with an entry script such as "
+            f"{', '.join(_programs())}, or a run directory or recipe.json"
         )
-    module = importlib.import_module(f"frugal.{name}")
-    return next(v for k, v in vars(module).items() if k.isupper() and isinstance(v, dict))
+    return found[0]
 
 
 def _programs() -> Iterator[str]:
-    """Entry scripts of all installed methods: modules with recipes and the ``main`` of training."""
-    for method in sorted(pkgutil.iter_modules(frugal.__path__), key=lambda found: found.name):
+    """Entry scripts of installed methods, by the names that they usually have."""
+    for method in sorted(
+        pkgutil.iter_modules(sys.modules["frugal"].__path__), key=lambda found: found.name
+    ):
         if method.name == "common" or not method.ispkg:
             continue
         package = importlib.import_module(f"frugal.{method.name}")
