@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from frugal.cluster_masking.recipes import demo as cluster_demo
 from frugal.common.contracts import Batch, Objective
-from frugal.common.models.attention import as_on_gpu
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.plan.fake_step import StepMemory, countable, step_memory, tokens_of
-from frugal.common.recipe import ObjectiveConfig, Recipe
+from frugal.common.recipe import ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.flip.recipes import ablation_text_random, demo
 from frugal.milan.recipes import demo as milan_demo
@@ -39,12 +39,24 @@ class ToyObjective(Objective):
         return self.model(batch.images.flatten(1).float()).relu().sum(), {}
 
 
+def small() -> Recipe:
+    """FLIP's demo with a block or two in each tower and a short table of tokens."""
+    recipe = demo()
+    model = model_of(DualEncoderConfig, recipe.model)
+    model = replace(
+        model,
+        image=replace(model.image, depth=2),
+        text=replace(model.text, depth=1, vocabulary=512),
+    )
+    return replace(recipe, model=model)
+
+
 def fullest(step: StepMemory) -> int:
     return max(moment.activations for moment in step.moments)
 
 
 def test_memory_of_one_matrix_is_what_a_hand_counts() -> None:
-    recipe = replace(demo(), objective=Toy())
+    recipe = replace(small(), objective=Toy())
     step = step_memory(recipe, samples=8, dtype=torch.float32)
     assert step.weights == 4 * PIXELS * WIDTH
     assert step.trainable == (PIXELS * WIDTH,)
@@ -56,11 +68,11 @@ def test_memory_of_one_matrix_is_what_a_hand_counts() -> None:
     assert step.moments[-1].activations <= by_hand + 64
 
 
-@pytest.mark.parametrize("make", [demo, milan_demo])
+@pytest.mark.parametrize("make", [small, milan_demo])
 def test_parameters_are_those_of_the_model(make) -> None:
     recipe = replace(make(), objective=make().objective)
     step = step_memory(recipe, samples=4)
-    if make is demo:
+    if make is small:
         objective = recipe.objective.build(recipe)
         assert step.num_trained == sum(p.numel() for p in objective.parameters())
         assert step.frozen == 0
@@ -70,19 +82,19 @@ def test_parameters_are_those_of_the_model(make) -> None:
 
 def test_masked_images_take_less_memory_and_recomputed_blocks_too() -> None:
     def taken(ratio: float, *, recompute: bool = False) -> int:
-        recipe = demo()
+        recipe = small()
         reduction = replace(recipe.reduction, image=RandomMasking(mask_ratio=ratio))
         engine = replace(recipe.engine, checkpoint_activations=recompute)
         return fullest(step_memory(replace(recipe, reduction=reduction, engine=engine), samples=64))
 
     whole, masked = taken(0.0), taken(0.75)
     assert masked < 0.8 * whole
-    assert taken(0.0, recompute=True) < 0.8 * whole
+    assert taken(0.0, recompute=True) < 0.9 * whole
 
 
 def test_memory_follows_the_real_allocations_of_a_step() -> None:
     """What torch's own profiler saw in a step on the CPU, within 5 %."""
-    recipe = replace(demo(), batch_size=32)
+    recipe = replace(small(), batch_size=32)
     step = step_memory(recipe, samples=32, dtype=torch.float32, on_gpu=False)
     objective = recipe.objective.build(countable(recipe))
     batch = Batch(
@@ -108,20 +120,19 @@ def test_memory_follows_the_real_allocations_of_a_step() -> None:
 
 
 def test_a_larger_world_exchanges_more_and_keeps_no_logits_of_all_pairs() -> None:
-    alone, many = (step_memory(demo(), samples=8, world_size=w) for w in (1, 512))
+    alone, many = (step_memory(small(), samples=8, world_size=w) for w in (1, 512))
     assert alone.exchanged == 0 < many.exchanged
-    assert fullest(many) < fullest(alone) + 4 * 8 * 8 * 512 + 2**20
+    all_pairs = 4 * (8 * 512) ** 2
+    assert fullest(many) < fullest(alone) + all_pairs / 16
 
 
 def test_attention_keeps_less_on_a_gpu_than_on_a_cpu_in_bfloat16() -> None:
-    on_gpu, on_cpu = (step_memory(demo(), samples=64, on_gpu=flag) for flag in (True, False))
+    on_gpu, on_cpu = (step_memory(small(), samples=64, on_gpu=flag) for flag in (True, False))
     assert fullest(on_gpu) < fullest(on_cpu)
-    with as_on_gpu():
-        pass
 
 
 def test_gradient_caching_takes_the_memory_of_a_chunk() -> None:
-    recipe = demo()
+    recipe = small()
     cached = replace(recipe, engine=replace(recipe.engine, cache_chunk=256))
     step = step_memory(cached, samples=512)
     assert step.moments[-1].gradients == step.num_trained  # of both chunks, added up

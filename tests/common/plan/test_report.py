@@ -59,10 +59,10 @@ def test_a_demo_of_every_program_is_planned(program: str, tmp_path: Path) -> Non
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
-    room = 100e6
+    recipe, room = MILAN["demo-pixels"](), 30e6
 
     def take(samples: int) -> StepMemory:
-        return step_memory(demo(), samples=samples)
+        return step_memory(recipe, samples=samples)
 
     def total(step: StepMemory) -> int:
         return peak_memory(step, None, world_size=1, moments=2).total
