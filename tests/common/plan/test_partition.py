@@ -100,3 +100,5 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, content: str, words: str
     (tmp_path / "zero.json").write_text(content)
     with pytest.raises(InputError, match=words):
         Zero.read(tmp_path / "zero.json")
+    with pytest.raises(InputError, match="there is no DeepSpeed file"):
+        Zero.read(tmp_path / "gone.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,16 @@ def test_what_is_not_there_is_a_sentence(word: str, words: str) -> None:
 def test_gpus_that_do_not_divide_the_batch_are_a_sentence() -> None:
     with pytest.raises(InputError, match="does not divide among 7 processes"):
         plan(Options(recipe="flip:demo", gpus=7), [])
+
+
+def test_products_in_float32_take_more_memory_and_are_told_to_be_slower() -> None:
+    recipe = MILAN["demo-pixels"]()
+    exact = replace(recipe, engine=replace(recipe.engine, precision="float32"))
+    plans = [Plan(one, gpus=2, gpu="a100-40") for one in (recipe, exact)]
+    memory = [one.memory(one.step, None).activations for one in plans]
+    assert memory[0] < memory[1]
+    told = list(lines(plans[1], None, engine="Accelerate", about="", price=None))
+    assert "float32 products do not reach" in next(one.known for one in told if one.name == "speed")
 
 
 def test_flags_of_the_recipe_change_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,8 @@ class Zero:
         Raises:
             InputError: if it is not there, or is none.
         """
+        if not path.is_file():
+            raise InputError(f"there is no DeepSpeed file {path}; give one of ds_configs/")
         zero = read_json_object(path).get("zero_optimization", {})
         stage = zero.get("stage", 0) if isinstance(zero, dict) else None
         if isinstance(stage, bool) or stage not in (0, 1, 2, 3):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from frugal.common.contracts import Objective
@@ -142,8 +143,13 @@ class Plan:
         return self._take(most, self.recipe)
 
     def _take(self, samples: int, recipe: Recipe) -> StepMemory:
+        precision = self.recipe.engine.precision
         return step_memory(
-            recipe, samples=samples, world_size=self.gpus, text_tokens=self.text_tokens
+            recipe,
+            samples=samples,
+            world_size=self.gpus,
+            dtype=torch.bfloat16 if precision == "auto" else getattr(torch, precision),
+            text_tokens=self.text_tokens,
         )
 
     def taken(self, samples: int, *, recompute: bool) -> StepMemory:
@@ -286,6 +292,8 @@ def lines(
     known = "extrapolated from the share that was given" if given else (
         f"extrapolated from published runs at {low:.0%} to {high:.0%} of the peak"
     )  # fmt: skip
+    if recipe.engine.precision == "float32":
+        known += "; the peak is that of bfloat16, which float32 products do not reach"
     hours = [cost.gpu_hours(plan.gpu, share) for share in (high, middle, low)]
     yield Line(
         "speed",
