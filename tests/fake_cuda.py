@@ -258,10 +258,9 @@ def fake_cuda(*, xformers: bool = True) -> Iterator[FakeCuda]:
                 patch(f"torch.optim.Optimizer.{name}", lambda optimizer: None)
         patch("torch.nn.Module.to", _move(gpu))
         patch("torch._subclasses.fake_tensor.FakeTensor.tolist", _tolist(gpu))
-        if xformers:
-            # its wheel is built for CUDA 12, and refuses every kernel, also those of torch that it
-            # calls, beside a torch that is built for CUDA 13
-            patch("xformers.ops.fmha.common._built_with_cuda", True)
+        # its wheel is built for CUDA 12, and refuses every kernel, also those of torch that it
+        # calls, beside a torch that is built for CUDA 13
+        patch("xformers.ops.fmha.common._built_with_cuda", xformers)
         attention._xformers_runs.cache_clear()
         stack.callback(attention._xformers_runs.cache_clear)
         stack.enter_context(gpu.mode)

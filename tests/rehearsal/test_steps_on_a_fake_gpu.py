@@ -234,6 +234,13 @@ def test_the_kernel_is_that_of_a_gpu(case: str, parts: Parts, gpu: FakeCuda) -> 
     assert len(dense) <= 4  # the pooled tokens of the last blocks, forward and backward
 
 
+def test_an_xformers_without_kernels_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with fake_cuda(xformers=False), caplog.at_level("WARNING", "frugal"):
+        assert "xformers" not in attention_kernel(CUDA)
+    # as xformers 0.0.35 says it beside a torch that is built for CUDA 13
+    assert "bfloat16 with heads of 64 channels here (xFormers wasn't build with CUDA" in caplog.text
+
+
 @pytest.mark.parametrize(
     "case", ["flip 75 %, packed text", "clusters", "milan", "mae", "segmentation"]
 )

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -60,8 +61,18 @@ def _xformers_runs(device: str, dtype: torch.dtype, head_width: int) -> bool:
             tokens.requires_grad_()
             for bias in (None, BlockDiagonalMask.from_seqlens([16, 8], device=device)):
                 memory_efficient_attention(tokens, tokens, tokens, attn_bias=bias).sum().backward()
-    except (ImportError, NotImplementedError, RuntimeError, ValueError, AssertionError):
-        # absent, built for another torch or CUDA, or without a kernel for this device and width
+    except ImportError:
+        return False
+    except (NotImplementedError, RuntimeError, ValueError, AssertionError) as error:
+        # built for another torch or CUDA, or without a kernel for this device and width
+        reasons = str(error).strip().splitlines() or [type(error).__name__]
+        logging.getLogger("frugal").warning(
+            "xformers computes no attention of %s with heads of %d channels here (%s): torch does "
+            "it instead, which pads packed tokens",
+            str(dtype).removeprefix("torch."),
+            head_width,
+            reasons[-1].strip(),
+        )
         return False
     return True
 
