@@ -9,11 +9,11 @@ of what each side computes: forward and backward passes of patches and tokens, a
 peak is the best product of two large matrices in the same process.
 
 dense-full is identical work: every patch and 77 tokens of every caption; both begin with the same
-weights, and their losses are compared. dense-real has captions of real length, which open_clip pads
-to 77 tokens. flip-R masks R of the patches, as open_clip's patch dropout does. clipa-iN-tM is
-CLIPA's first stage, at as small an image and as short a text on both sides: identical work again.
-cluster drops half of the patches in clusters, against open_clip's random half. cit has a locked
-image tower on both sides. milan has no peer.
+weights, and their losses are compared. dense-real has captions of real length, which we pack and
+open_clip pads to 77 tokens. flip-R masks R of the patches, as open_clip's patch dropout does.
+clipa-iN-tM is CLIPA's first stage, at as small an image and as short a text on both sides:
+identical work again. cluster drops half of the patches in clusters, against open_clip's random
+half. cit has a locked image tower on both sides. milan has no peer.
 """
 
 from __future__ import annotations
@@ -209,6 +209,7 @@ def clip_config(options: argparse.Namespace, row: Row) -> DualEncoderConfig:
     """The towers of open_clip's model of that name."""
     name = {"vit-s16": "S/16", "vit-b16": "B/16", "vit-l16": "L/16"}[options.model]
     config = clip_encoder(name, image_size=row.image_size, text_length=row.text_length)
+    config = replace(config, text=replace(config.text, packed=row.is_real))
     if options.depth is None:
         return config
     return replace(
