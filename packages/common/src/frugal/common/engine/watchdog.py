@@ -155,7 +155,7 @@ class Watchdog:
         while not self._closed.is_set():
             beats += 1
             line, waits, computed = ("", False, 0.0) if self._may_stand else _place()
-            if not self._is_step and abs(computed - before) > _LEAST_WORK * self._pause:
+            if not _is_step(self._doing) and abs(computed - before) > _LEAST_WORK * self._pause:
                 works += 1
             before = computed
             told = [beats, self._position, self._doing, line, waits, works, socket.gethostname()]
@@ -168,10 +168,6 @@ class Watchdog:
             except Exception:  # noqa: BLE001 - its keeper is gone: see _fault
                 pass
             self._closed.wait(self._pause)
-
-    @property
-    def _is_step(self) -> bool:
-        return self._doing.startswith(_COMPUTING)
 
     def _hear(
         self,
@@ -246,7 +242,7 @@ class Watchdog:
             return ""
         stood = [now - one.left_line_at if one.line else 0.0 for one in everybody]
         # a step may be long, and goes from line to line then; beside them one may compute for all
-        is_step = everybody[0].doing.startswith(_COMPUTING)
+        is_step = _is_step(everybody[0].doing)
         waited = max(stood) if is_step else min(stood)
         # beside them all may wait for something else, such as a disk that hangs
         if waited <= self._limit or not (is_step or any(one.waits for one in everybody)):
@@ -266,6 +262,10 @@ class Watchdog:
         self._run.log.error("%s; this process ends (%s)", fault, self._remedy)
         # the main thread waits in a collective, which nothing else can end
         os._exit(1)
+
+
+def _is_step(doing: str) -> bool:
+    return doing.startswith(_COMPUTING)
 
 
 def _innermost() -> tuple[FrameType | None, float]:
