@@ -99,7 +99,7 @@ def read_command_line(
         return Path(words[0]).parent.name, recipe
     if words and not words[0].startswith("-"):
         name = _dashed(words[0])
-        recipe, about = named_recipe(recipes, name), _first_sentence(_dashed_names(recipes)[name])
+        recipe, about = named_recipe(recipes, name)
         program = f"{program} {name}"
         return name, overridden(recipe, words[1:], program=program, about=about)
     choices = {_dashed(name): (_first_sentence(make), make()) for name, make in recipes.items()}
@@ -107,25 +107,22 @@ def read_command_line(
     return words[0], recipe
 
 
-def named_recipe(recipes: Recipes, name: str) -> Recipe:
-    """The recipe of a name, or that of a saved ``recipe.json``.
+def named_recipe(recipes: Recipes, name: str) -> tuple[Recipe, str]:
+    """The recipe of a name, or that of a saved ``recipe.json``, and what is said about it.
 
     Raises:
         InputError: if there is none.
     """
     if name.endswith(".json"):
-        return load_recipe(Path(name))
-    named = _dashed_names(recipes)
+        return load_recipe(Path(name)), ""
+    named = {_dashed(each): make for each, make in recipes.items()}
     if _dashed(name) not in named:
         raise InputError(
             f"there is no recipe {name!r}; choose from {', '.join(named)}, or give the path of a "
             "recipe.json"
         )
-    return named[_dashed(name)]()
-
-
-def _dashed_names(recipes: Recipes) -> Recipes:
-    return {_dashed(name): make for name, make in recipes.items()}
+    make = named[_dashed(name)]
+    return make(), _first_sentence(make)
 
 
 def overridden(

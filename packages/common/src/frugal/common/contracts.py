@@ -27,7 +27,7 @@ from frugal.common.evaluation.bootstrap import SampleResults
 from frugal.common.models.bundle import ModelBundle, TokenizerSource
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Count, NotNegative, Range, check_ranges
-from frugal.common.reduction.image import ImageReduction, PatchView
+from frugal.common.reduction.image import ImageReduction, KeepAll, PatchView
 from frugal.common.run import Run
 
 
@@ -223,7 +223,7 @@ class Objective(nn.Module):
 
     model: nn.Module
     """What evaluations and exports take."""
-    reduction: ImageReduction
+    reduction: ImageReduction = KeepAll()
     """Which patches stay; a run sets the calibrated one before it trains."""
     tokenizer: TokenizerSource | None = None
     """Of its captions, in its configuration: weights go with the ids of one."""

@@ -114,7 +114,7 @@ def _training(word: str, options: Options, out: Path) -> _Training:
         )
     if options.data is None:
         raise InputError(f"{word} needs --data: a folder to train and to measure on")
-    recipe = named_recipe(task.recipes, options.transfer.recipe)
+    recipe, _ = named_recipe(task.recipes, options.transfer.recipe)
     recipe = task.on(recipe, options.checkpoint, options.data, out / _name(word))
     recipe = replace(recipe, engine=replace(recipe.engine, device=options.device))
     changes = [word for given in options.transfer.changes for word in _as_flag(given)]

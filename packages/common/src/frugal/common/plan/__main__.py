@@ -81,12 +81,9 @@ def recipe_named(name: str) -> tuple[Recipe, str]:
     if path.is_dir():
         path = path / "recipe.json"
     if path.suffix == ".json":
-        return named_recipe({}, str(path)), ""
+        return named_recipe({}, str(path))
     program, _, rest = name.partition(":")
-    recipes = recipes_of(program)
-    recipe = named_recipe(recipes, rest)
-    make = recipes[next(key for key in recipes if key.replace("_", "-") == rest.replace("_", "-"))]
-    return recipe, " ".join((make.__doc__ or "").split("\n\n")[0].split())
+    return named_recipe(recipes_of(program), rest)
 
 
 def recipes_of(program: str) -> Recipes:

@@ -32,6 +32,7 @@ from frugal.common.engine.engine import prepare_towers
 from frugal.common.models.attention import as_on_gpu
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import NoiseSource, SampleNoise
 from frugal.common.recipe import Recipe
@@ -107,9 +108,7 @@ def step_memory(
     outside = _outside(objective)
     prepare_towers(objective, replace(recipe.engine, compile=False))
     world = _World(world_size)
-    kept = _WatchedReduction(objective.reduction) if hasattr(objective, "reduction") else None
-    if kept is not None:
-        objective.reduction = kept
+    objective.reduction = kept = _WatchedReduction(objective.reduction)
     with mode, _as_on(on_gpu=on_gpu), in_place_of(world):
         for module in (objective, *outside):
             _give_sizes(module)
@@ -182,16 +181,14 @@ def _text_tokens(recipe: Recipe, given: int | None) -> int | None:
     return most if given is None else min(given, most)
 
 
-def _tokens(
-    recipe: Recipe, kept: _WatchedReduction | None, text_tokens: int | None
-) -> dict[str, float]:
+def _tokens(recipe: Recipe, kept: _WatchedReduction, text_tokens: int | None) -> dict[str, float]:
     tower, inputs = recipe.model.image, recipe.model.inputs()
     rows, columns = inputs.grid or (1, 1)
-    patches = rows * columns if kept is None or kept.count is None else kept.count
-    has_class = getattr(tower, "class_token", "none") != "none"
+    patches = rows * columns if kept.count is None else kept.count
+    has_class = isinstance(tower, ImageTower) and tower.class_token != "none"
     captions = inputs.captions
     is_positioned = captions is not None and (text_tokens or 0) < captions.length
-    if captions is not None and getattr(captions, "padding_matters", False) and not is_positioned:
+    if isinstance(captions, TextTower) and captions.padding_matters and not is_positioned:
         text_tokens = captions.length
     return {
         "image_tokens": float(patches + has_class),
