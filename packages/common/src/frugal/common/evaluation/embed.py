@@ -19,6 +19,7 @@ from frugal.common.distributed import Ranks
 from frugal.common.errors import InputError, NotFiniteError
 from frugal.common.evaluation.task import ImageEvaluation
 from frugal.common.models.bundle import ImageSpec, ModelBundle
+from frugal.common.models.clip import DualEncoder
 from frugal.common.models.image_encoder import image_encoder
 from frugal.common.models.vit import ImageTower, ImageTransformer
 from frugal.common.randomness import SampleNoise, sample_generator
@@ -281,19 +282,26 @@ class Embedder:
         return self.tokenizer.assemble(ids, self.context_length + 1)
 
     def tokens(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """(len(texts), E) float32 on the device, from the token ids of texts, 256 at a time."""
+        """(len(texts), E) float32 on the device, from the token ids of texts, 256 at a time.
+
+        Those of similar length together, as all of a group are as long as its longest.
+        """
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         parts = [
-            self._encode(texts[start : start + TEXTS_AT_ONCE])
+            self._encode([texts[row] for row in order[start : start + TEXTS_AT_ONCE]])
             for start in range(0, len(texts), TEXTS_AT_ONCE)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts)[torch.tensor(order, device=self.device).argsort()]
 
     def _encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
         self._asked[1] += len(texts)
         return self._unit(self._text_features(texts), 1)  # (B, E)
 
     def _text_features(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        token_ids, lengths = padded(texts, self.tokenizer, length=self.context_length)
+        # our towers fill captions up themselves where padding changes their vector
+        is_ours = isinstance(self.model, DualEncoder)
+        length = max(len(ids) for ids in texts) if is_ours else self.context_length
+        token_ids, lengths = padded(texts, self.tokenizer, length=length)
         with autocast(self.precision, self.device):
             return self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
 
@@ -335,7 +343,7 @@ def text_table(embedder: Embedder, texts: Sequence[str], *, ranks: Ranks) -> Ten
     once, by one process, in the same company on any number of them.
     """
     seen = {text: embedder.token_ids(text) for text in dict.fromkeys(texts)}
-    distinct = list(dict.fromkeys(seen.values()))
+    distinct = sorted(dict.fromkeys(seen.values()), key=len)  # as Embedder.tokens does
     table = ranks.table(
         len(distinct),
         embedder.width,
