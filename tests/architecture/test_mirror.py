@@ -80,7 +80,6 @@ ELSEWHERE = {
     "objectives/gradient_cache.py": "common/objectives/test_contrastive.py",
     "old_names.py": "common/test_runs_before.py",
     "quiet_transformers.py": "common/weights/transformers/test_clip.py",
-    "randomness.py": "common/data/test_color.py",
     "report/examples_of_model.py": "common/report/test_examples.py",
     "scenes/captions.py": "common/scenes/test_world.py",
     "scenes/compositional.py": "common/scenes/test_world.py",
