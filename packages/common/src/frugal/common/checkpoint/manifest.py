@@ -17,6 +17,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
+import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -74,16 +76,18 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(encoded).hexdigest()
 
 
-def source_folders() -> list[Path]:
+@functools.cache
+def source_folders() -> tuple[Path, ...]:
     """The folders ``frugal/common``, ``frugal/flip`` and so on of all installed packages.
 
     The namespace itself names no folder where packages are installed to be edited.
     """
-    installed = (each.name.lower() for each in importlib.metadata.distributions() if each.name)
-    names = {name[7:].replace("-", "_") for name in installed if name.startswith("frugal-")}
+    # by the names of their folders: to read what every installed package says takes 0.1 s
+    installed = [f for entry in sys.path for f in Path(entry or ".").glob("frugal_*-info")]
+    names = {re.split("[-.]", folder.name.removeprefix("frugal_"))[0] for folder in installed}
     specs = [importlib.util.find_spec(f"frugal.{name}") for name in sorted(names | {"common"})]
     places = [spec.submodule_search_locations or [] for spec in specs if spec is not None]
-    return [Path(place) for found in places for place in found if Path(place).is_dir()]
+    return tuple(Path(place) for found in places for place in found if Path(place).is_dir())
 
 
 @functools.cache
