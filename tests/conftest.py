@@ -89,6 +89,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             probe_samples=112,
             retrieval_samples=40,
             compositional_samples=10,
+            processes=1,
         )
     )
     return folder

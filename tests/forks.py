@@ -288,9 +288,10 @@ def _leave(end: SystemExit) -> NoReturn:
     """End as Python does, but without taking every module apart.
 
     That takes half a second after a fork, as every page is copied. Where threads still run it is
-    done, as a process can fail in it.
+    done, as a process can fail in it; but for the one that every bar of tqdm leaves behind.
     """
-    if threading.active_count() > 1 or isinstance(end.code, str):
+    others = {thread.name for thread in threading.enumerate()} - {"MainThread", "tqdm_monitor"}
+    if others or isinstance(end.code, str):
         raise end
     threading._shutdown()  # what waits for it is run first
     atexit._run_exitfuncs()

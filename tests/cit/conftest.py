@@ -20,7 +20,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "frugal.common.scenes", "--out", folder, "--image-size", "32",
         "--train-samples", "700", "--shard-size", "180", "--irrelevant", "0.8",
         "--zero-shot-samples", "64", "--probe-samples", "0", "--retrieval-samples", "0",
-        "--compositional-samples", "0",
+        "--compositional-samples", "0", "--processes", "1",
     ]  # fmt: skip
     command(*words)
     return folder

@@ -25,8 +25,8 @@ from support import (
     zero,
 )  # fmt: skip
 
-LONG = ("--schedule.samples=1440", "--engine.ema-decay=0.9")
-"""Sixty steps, so that there is time to interrupt them."""
+LONG = ("--schedule.samples=864", "--engine.ema-decay=0.9")
+"""36 steps, so that there is time to interrupt them."""
 EVERYTHING = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
@@ -48,15 +48,15 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(
         undisturbed = tmp_path / "undisturbed"
         train(launcher, undisturbed, *words)
     process = start(launcher, disturbed, *words, "--run.save-every=7")
-    kill_at_step(process, disturbed, random.Random().randint(3, 35), signal.SIGKILL)
-    assert len(metrics(disturbed)) < 60
+    kill_at_step(process, disturbed, random.Random().randint(3, 22), signal.SIGKILL)
+    assert len(metrics(disturbed)) < 36
     train(launcher, disturbed, *words)
     left, right = saved_tensors(undisturbed), saved_tensors(disturbed)
     assert largest_difference(left, right, EVERYTHING) == 0.0
     assert losses(disturbed) == losses(undisturbed)
     steps = [line["step"] for line in metrics(disturbed)]
-    assert steps == list(range(1, 61)), "metrics.jsonl holds every step once"
-    assert metrics(disturbed)[-1]["read_samples"] == 1440
+    assert steps == list(range(1, 37)), "metrics.jsonl holds every step once"
+    assert metrics(disturbed)[-1]["read_samples"] == 864
 
 
 CHAIN = [
@@ -106,7 +106,7 @@ def check_saved_and_continue(
     launcher: Launcher, run: Path, undisturbed_long: Path, words: tuple[str, ...]
 ) -> None:
     stopped_after = metrics(run)[-1]["step"]
-    assert 5 <= stopped_after < 60
+    assert 5 <= stopped_after < 36
     pointer = (run / "checkpoints" / "latest").read_text().strip()
     assert pointer == f"step_{stopped_after:09d}"
     train(launcher, run, *words)
@@ -141,7 +141,7 @@ def test_a_launcher_that_ends_alone_takes_its_processes_along(
     expected = saved_tensors(undisturbed_long)
     assert largest_difference(saved_tensors(run), expected, ("weight",)) < 1e-5
     steps = [line["step"] for line in metrics(run)]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 37))
 
 
 def test_a_finished_run_is_left_alone(alone: Path, scenes: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "frugal.common.scenes", "--out", folder, "--image-size", "32",
         "--train-samples", "0", "--zero-shot-samples", "0", "--probe-samples", "0",
         "--retrieval-samples", "0", "--compositional-samples", "0", "--segmentation-samples", "50",
+        "--processes", "1",
     ]  # fmt: skip
     command(*words)
     damaged = folder / "segmentation" / "images" / "training" / "00000007.jpg"

@@ -152,7 +152,7 @@ def folders(alone: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory)
     write(
         Settings(
             out=masked, image_size=32, train_samples=0, zero_shot_samples=0, probe_samples=0,
-            retrieval_samples=0, compositional_samples=0, segmentation_samples=24,
+            retrieval_samples=0, compositional_samples=0, segmentation_samples=24, processes=1,
         )
     )  # fmt: skip
     tower = ImageTower(width=32, depth=2, heads=2, mlp_width=64, patch_size=8, image_size=32)

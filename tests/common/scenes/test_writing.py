@@ -90,9 +90,7 @@ def without_key(folder: Path) -> list[dict]:
 def test_the_same_seed_gives_the_same_bytes_with_any_number_of_processes(
     usual: Path, tmp_path: Path
 ) -> None:
-    for processes in (2, 3):
-        again = drawn(tmp_path / str(processes), processes=processes)
-        assert tree(again) == tree(usual)
+    assert tree(drawn(tmp_path / "scenes", processes=3)) == tree(usual)
 
 
 def test_another_seed_gives_other_scenes(usual: Path, tmp_path: Path) -> None:
