@@ -13,8 +13,8 @@ import torch
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product here and now, every process measuring at once.
 
-    The best of a few repetitions, so that it is an upper line and not an average; of fewer,
-    in the end of one, where products are slow, as in float16 on CPUs.
+    The best of a few repetitions, so that it is an upper line and not an average; of a single one
+    where products are slow, as in float16 on CPUs.
     """
     size = 8192 if device.type == "cuda" else 1024
     left = torch.randn(size, size, device=device).to(dtype)
@@ -27,7 +27,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         _wait(device)
         seconds = time.perf_counter() - start
         best, spent = min(best, seconds), spent + seconds
-        if spent > 0.1:
+        if spent > 0.5:
             break
     return 2 * size**3 / best
 
