@@ -5,6 +5,8 @@
 Photos are enlarged once to LAION's shorter side (480 pixels) and kept as JPEG; then both libraries
 decode, crop at random (40 to 100 % of the area, as CLIPA does) and resize them in turns, in the
 same run. Ours leaves uint8, because normalization happens on the device; open_clip's normalizes.
+We decode JPEG by simplejpeg where that is installed (`pip install 'frugal-common[jpeg]'`), else by
+Pillow, to the same pixels.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from measuring import write
 from PIL import Image
 
+from frugal.common.data.jpeg import jpeg_decoder
 from frugal.common.data.patterns import find_files
 from frugal.common.data.transforms import RandomResizedCrop
 
@@ -34,6 +37,7 @@ def main() -> None:
     """Measure every size, and say which limit is missed."""
     options = read_options()
     torch.set_num_threads(1)
+    print(f"JPEG by {jpeg_decoder()}")
     photos = read_photos(options.shards, options.images)
     rows = []
     for shorter in (480, 256):
@@ -46,7 +50,8 @@ def main() -> None:
                 f"{row['open_clip']:7.0f}, ratio {row['ratio']:.2f}"
                 + (f" (at least {row['limit']})" if row["limit"] else "")
             )
-    write(options.out, {"images": len(photos), "cores": 1, "sizes": rows})
+    about = {"images": len(photos), "cores": 1, "jpeg": jpeg_decoder()}
+    write(options.out, {**about, "sizes": rows})
     missed = [row for row in rows if row["limit"] and row["ratio"] < row["limit"]]
     if missed:
         raise SystemExit(f"{len(missed)} of the limits are missed")

@@ -39,6 +39,7 @@ from frugal.common.data.contents import (
     note_contents,
     noted,
 )
+from frugal.common.data.jpeg import jpeg_decoder
 from frugal.common.data.tokenizers import load_tokenizer, token_difference
 from frugal.common.distributed import barrier, gather_objects, launcher_ranks, require_same
 from frugal.common.engine.calibration import calibrate_reduction
@@ -446,7 +447,7 @@ def _note_start(
 
 _PACKAGES = (
     "torch", "deepspeed", "accelerate", "transformers", "timm", "open_clip_torch", "xformers",
-    "webdataset", "safetensors", "frugal-common", "pillow", "numpy",
+    "webdataset", "safetensors", "frugal-common", "pillow", "simplejpeg", "numpy",
 )  # fmt: skip
 """Whose versions a run directory tells."""
 
@@ -476,13 +477,14 @@ def environment_of(run: Run, engine: Engine) -> dict[str, Any]:
 
 def _announce(recipe: Recipe, run: Run, engine: Engine, checkpoint: Checkpoint | None) -> None:
     run.log.info(
-        "%s, %d %s on %s, %s products, attention by %s; %.1f M trained parameters",
+        "%s, %d %s on %s, %s products, attention by %s, JPEG by %s; %.1f M trained parameters",
         engine.name,
         run.world_size,
         "process" if run.world_size == 1 else "processes",
         run.device.type,
         str(engine.dtype).removeprefix("torch."),
         attention_kernel(run.device, compiled=recipe.engine.compile),
+        jpeg_decoder(),
         sum(engine.whole_shape(p).numel() for _, p in engine.trainable()) / 1e6,
     )
     if checkpoint is None:

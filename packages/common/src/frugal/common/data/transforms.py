@@ -19,7 +19,7 @@ from frugal.common.data.decoding import (
     Interpolation,
     Window,
     as_bytes,
-    open_image,
+    open_picture,
     resize_window,
 )
 from frugal.common.errors import InputError
@@ -165,7 +165,7 @@ class RandomResizedCrop:
         self, encoded: bytes, *, size: tuple[int, int], generator: np.random.Generator
     ) -> np.ndarray:
         """(3, height, width) uint8; raises ``Damaged`` if the picture cannot be decoded."""
-        image = open_image(encoded)
+        image = open_picture(encoded)
         window, mirrored = self.window(image.height, image.width, size=size, generator=generator)
         pixels = as_bytes(
             resize_window(
@@ -226,7 +226,7 @@ class CenterCrop:
         Raises:
             Damaged: if the picture cannot be decoded.
         """
-        image = open_image(encoded)
+        image = open_picture(encoded)
         height, width = image.height, image.width
         if self.order == "crop_first":
             window = center_window(height, width, size=size)

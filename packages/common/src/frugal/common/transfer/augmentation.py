@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from frugal.common.data.decoding import Interpolation, Window, as_bytes, open_image, resize_window
+from frugal.common.data.decoding import Interpolation, Window, as_bytes, open_picture, resize_window
 from frugal.common.data.transforms import RandomResizedCrop, check_crop
 from frugal.common.errors import InputError
 from frugal.common.ranges import Positive, PositiveShare, Probability, Range, check_ranges
@@ -137,7 +137,7 @@ class SingleDrawCrop:
         self, encoded: bytes, *, size: tuple[int, int], generator: np.random.Generator
     ) -> np.ndarray:
         """(3, height, width) uint8; raises ``Damaged`` if the picture cannot be decoded."""
-        image = open_image(encoded)
+        image = open_picture(encoded)
         share, ratio, down, across, mirror = generator.random(5).tolist()
         low, high = (math.log(limit) for limit in self.ratio)
         window = single_window(
