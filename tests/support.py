@@ -138,10 +138,10 @@ def train(
 ) -> str:
     """Train the tiny FLIP, or another method, to its end; all that it wrote to the terminal.
 
-    Later words win over earlier ones. The deepspeed launcher and what it starts are quick, unless
-    that start is what a test is about.
+    Later words win over earlier ones. Launchers and what they start are quick, unless that start is
+    what a test is about.
     """
-    quick &= launcher.launched_by == "deepspeed"
+    quick &= launcher.launched_by in ("deepspeed", "torchrun")
     process = start(
         launcher, run, *words, recipe=recipe, module=module, small=small, cwd=cwd, quick=quick
     )

@@ -125,14 +125,14 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(
     launcher: Launcher, scenes: Path, tmp_path: Path
 ) -> None:
     words = (
-        f"--data.train={scenes / 'train'}", SEARCH, "--schedule.samples=720",
-        "--run.save-every=7", "--run.keep=20",
+        f"--data.train={scenes / 'train'}", SEARCH, "--schedule.samples=576",
+        "--run.save-every=5", "--run.keep=20",
     )  # fmt: skip
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     train(launcher, undisturbed, *words, module=MODULE)
     process = start(launcher, disturbed, *words, module=MODULE)
-    kill_at_step(process, disturbed, random.Random().randint(8, 18), signal.SIGKILL)
-    assert len(metrics(disturbed)) < 30
+    kill_at_step(process, disturbed, random.Random().randint(6, 14), signal.SIGKILL)
+    assert len(metrics(disturbed)) < 24
     output = train(launcher, disturbed, *words, module=MODULE)
     assert "found in" not in output  # the threshold is not searched again
     assert threshold(disturbed) == threshold(undisturbed)

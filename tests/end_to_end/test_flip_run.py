@@ -38,7 +38,7 @@ def two_stages(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"--evaluation.2.data={scenes}",
         "--run.picture-every=10",
     )
-    train(deepspeed(1), folder / "masked", *words, quick=False)
+    train(deepspeed(1), folder / "masked", *words)
     source = f"--run.start-from={folder / 'masked'}"
     train(deepspeed(1), folder / "unmasked", *words, source, recipe="demo-tuning")
     return folder
@@ -264,7 +264,8 @@ def test_real_photos_are_learned_under_deepspeed(real_data: Path, tmp_path: Path
     run = tmp_path / "run"
     train(
         deepspeed(1), run, f"--data.train={photos}", f"--evaluation.1.data={photos}",
-        "--schedule.samples=32000", "--schedule.warmup-samples=4000", "--run.save-every=1000",
+        "--batch-size=128", "--schedule.samples=16000", "--schedule.warmup-samples=2000",
+        "--run.save-every=1000",
         small=(),
     )  # fmt: skip
     numbers = json.loads((run / "evaluation" / "retrieval.json").read_text())

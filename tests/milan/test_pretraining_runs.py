@@ -124,11 +124,11 @@ def test_killed_under_zero_3_and_resumed_is_bit_for_bit_the_undisturbed_run(
 ) -> None:
     # 150 training samples and batches of 24: every epoch ends inside a batch
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    launcher, words = zero(3), (*words, "--schedule.samples=720", "--run.picture-every=5")
+    launcher, words = zero(3), (*words, "--schedule.samples=576", "--run.picture-every=5")
     train(launcher, undisturbed, *words, **PRETRAIN)
-    process = start(launcher, disturbed, *words, "--run.save-every=7", **PRETRAIN)
-    kill_at_step(process, disturbed, random.Random().randint(3, 18), signal.SIGKILL)
-    assert len(metrics(disturbed)) < 30
+    process = start(launcher, disturbed, *words, "--run.save-every=5", **PRETRAIN)
+    kill_at_step(process, disturbed, random.Random().randint(2, 14), signal.SIGKILL)
+    assert len(metrics(disturbed)) < 24
     train(launcher, disturbed, *words, **PRETRAIN)
     left, right = saved_tensors(undisturbed), saved_tensors(disturbed)
     assert largest_difference(left, right, EVERYTHING) == 0.0
