@@ -11,12 +11,15 @@ both; a ratio is the median of those of the pairs. The numbers of both sides are
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ["TQDM_DISABLE"] = "1"  # clip_benchmark's bars; tqdm asks when it is imported
 
 import open_clip
 import torch
@@ -58,10 +61,10 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="ViT-B-32", help="an architecture of open_clip")
-    parser.add_argument("--images", type=int, default=256, help="of zero-shot and of retrieval")
+    parser.add_argument("--images", type=int, default=192, help="of zero-shot and of retrieval")
     parser.add_argument("--size", type=int, default=320, help="side of a picture in pixels")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="pairs of measurements")
+    parser.add_argument("--rounds", type=int, default=2, help="pairs of measurements")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/evaluate.json"))
     return parser.parse_args()
 

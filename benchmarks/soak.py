@@ -49,6 +49,11 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "scenes", help="drawn scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/soak"))
     options = parser.parse_args()
+    if not options.data.is_dir():
+        parser.error(
+            f"{options.data} is not there; draw it: python -m frugal.common.scenes --out "
+            f"{options.data} --train-samples 40000 --image-size 40"
+        )
     run = options.out.resolve() / "run"
     if run.exists():
         parser.error(f"{run} exists; remove it, or give another --out")
