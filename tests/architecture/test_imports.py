@@ -25,6 +25,7 @@ LAYERS = [
     (
         "data.damage",
         "data.decoding",
+        "data.jpeg",
         "data.tokenizers",
         "data.transforms",
         "data.vocabularies",
