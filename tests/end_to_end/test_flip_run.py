@@ -264,8 +264,7 @@ def test_real_photos_are_learned_under_deepspeed(real_data: Path, tmp_path: Path
     run = tmp_path / "run"
     train(
         deepspeed(1), run, f"--data.train={photos}", f"--evaluation.1.data={photos}",
-        "--batch-size=128", "--schedule.samples=16000", "--schedule.warmup-samples=2000",
-        "--run.save-every=1000",
+        "--schedule.samples=32000", "--schedule.warmup-samples=4000", "--run.save-every=1000",
         small=(),
     )  # fmt: skip
     numbers = json.loads((run / "evaluation" / "retrieval.json").read_text())
