@@ -15,6 +15,7 @@ LAYERS = [
         "distributed",
         "errors",
         "files",
+        "installed",
         "old_names",
         "quiet_transformers",
         "randomness",

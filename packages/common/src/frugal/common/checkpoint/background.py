@@ -24,11 +24,11 @@ from torch import Tensor
 
 from frugal.common.checkpoint.commit import aside_of, checkpoint_name
 from frugal.common.checkpoint.host_copy import HostCopy
-from frugal.common.checkpoint.manifest import source_folders
 from frugal.common.checkpoint.store import CheckpointStore, not_written
 from frugal.common.distributed import gather_objects
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
+from frugal.common.installed import source_folders
 
 _NOT_FOR_WRITERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What launchers and schedulers send to all processes to make a run save and end."""

@@ -15,10 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
-import re
-import sys
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from typing import Any
 
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, write_file
+from frugal.common.installed import source_folders
 
 FILE = "manifest.json"
 _AT_ONCE = 1 << 22
@@ -74,20 +72,6 @@ def digest_json(value: Any) -> str:
     """SHA-256 of JSON content, whatever the order of its keys."""
     encoded = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.sha256(encoded).hexdigest()
-
-
-@functools.cache
-def source_folders() -> tuple[Path, ...]:
-    """The folders ``frugal/common``, ``frugal/flip`` and so on of all installed packages.
-
-    The namespace itself names no folder where packages are installed to be edited.
-    """
-    # by the names of their folders: to read what every installed package says takes 0.1 s
-    installed = [f for entry in sys.path for f in Path(entry or ".").glob("frugal_*-info")]
-    names = {re.split("[-.]", folder.name.removeprefix("frugal_"))[0] for folder in installed}
-    specs = [importlib.util.find_spec(f"frugal.{name}") for name in sorted(names | {"common"})]
-    places = [spec.submodule_search_locations or [] for spec in specs if spec is not None]
-    return tuple(Path(place) for found in places for place in found if Path(place).is_dir())
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from frugal.common.cli import (
     without_local_rank,
 )
 from frugal.common.errors import InputError
+from frugal.common.installed import installed_packages
 from frugal.common.plan.partition import Zero
 from frugal.common.plan.report import (
     Cost,
@@ -108,15 +109,13 @@ def recipes_of(program: str) -> Recipes:
 
 def _programs() -> Iterator[str]:
     """Entry scripts of installed methods, by the names that they usually have."""
-    for method in sorted(
-        pkgutil.iter_modules(sys.modules["frugal"].__path__), key=lambda found: found.name
-    ):
-        if method.name == "common" or not method.ispkg:
+    for name in installed_packages():
+        if name == "common":
             continue
-        package = importlib.import_module(f"frugal.{method.name}")
+        package = importlib.import_module(f"frugal.{name}")
         for module in pkgutil.iter_modules(package.__path__):
             if module.name in ("train", "pretrain", "finetune", "linear_probe", "segment"):
-                yield f"{method.name}.{module.name}"
+                yield f"{name}.{module.name}"
 
 
 def plan(options: Options, words: list[str]) -> None:

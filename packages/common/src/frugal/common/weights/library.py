@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.data.transforms import CenterCrop
 from frugal.common.errors import InputError
+from frugal.common.installed import installed_packages
 from frugal.common.models.bundle import ModelBundle, Source, TokenizerSource
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.fit import misfit, refuse_larger
@@ -175,9 +175,7 @@ def refuse_for_folder(folder: Path, name: str | None, key: str | None) -> None:
 
 def elsewhere() -> str:
     """Who may know what is not known here, to follow a refusal: commands of installed methods."""
-    names = {(about.metadata["Name"] or "").replace("-", "_") for about in distributions()}
-    methods = sorted(n.removeprefix("frugal_") for n in names if n.startswith("frugal_"))
-    modules = [f"frugal.{method}.convert" for method in methods]
+    modules = [f"frugal.{package}.convert" for package in installed_packages()]
     known = [f"python -m {module}" for module in modules if _exists(module)]
     return f"; {', '.join(known)} read what their methods released" if known else ""
 
