@@ -81,9 +81,11 @@ def whole(model: DualEncoder, text: str) -> Tensor:
 
 def test_short_texts_are_not_computed_at_the_length_of_long_ones() -> None:
     model, widths = dual_encoder(), []
-    model.text.blocks.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[:2]))
     embedder = Embedder(model, Letters(), context_length=LENGTH, device=torch.device("cpu"))
-    asked = ["a" * (1 + row % 2 * 20) + "b" * (row % 3) for row in range(0, 2 * TEXTS_AT_ONCE)]
+    assert embedder.width == 8  # found out by a text of its own
+    model.text.blocks.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[:2]))
+    short = ["a" + chr(97 + row // 26) + chr(97 + row % 26) for row in range(TEXTS_AT_ONCE)]
+    asked = [text for start in short for text in (start, start + "b" * 20)]
     with evaluating(model):
-        embedder.texts(asked)
+        text_table(embedder, asked, ranks=Ranks())
     assert [tuple(width) for width in widths] == [(TEXTS_AT_ONCE, 4), (TEXTS_AT_ONCE, LENGTH)]

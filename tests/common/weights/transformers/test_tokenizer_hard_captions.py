@@ -203,9 +203,8 @@ def test_the_model_pools_where_open_clip_does(clip):
             return torch.ones(len(ids), 2)
 
     embedder = Embedder(Model(), clip, context_length=LENGTH, device=torch.device("cpu"))
-    embedder.texts([text])
-    embedder.texts(["a b"])
-    assert seen == [[place + 1], [4]]
+    embedder.texts([text, "a b"])
+    assert seen == [[place + 1, 4]]
     transform = SampleTransform(
         seed=0, augmentation=RandomResizedCrop(), image_size=(8, 8), tokenizer=clip,
         text=Truncate(), text_length=LENGTH,

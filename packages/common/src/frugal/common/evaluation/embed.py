@@ -282,16 +282,12 @@ class Embedder:
         return self.tokenizer.assemble(ids, self.context_length + 1)
 
     def tokens(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """(len(texts), E) float32 on the device, from the token ids of texts, 256 at a time.
-
-        Those of similar length together, as all of a group are as long as its longest.
-        """
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        """(len(texts), E) float32 on the device, from the token ids of texts, 256 at a time."""
         parts = [
-            self._encode([texts[row] for row in order[start : start + TEXTS_AT_ONCE]])
+            self._encode(texts[start : start + TEXTS_AT_ONCE])
             for start in range(0, len(texts), TEXTS_AT_ONCE)
         ]
-        return torch.cat(parts)[torch.tensor(order, device=self.device).argsort()]
+        return torch.cat(parts)
 
     def _encode(self, texts: Sequence[Sequence[int]]) -> Tensor:
         self._asked[1] += len(texts)
@@ -343,7 +339,8 @@ def text_table(embedder: Embedder, texts: Sequence[str], *, ranks: Ranks) -> Ten
     once, by one process, in the same company on any number of them.
     """
     seen = {text: embedder.token_ids(text) for text in dict.fromkeys(texts)}
-    distinct = sorted(dict.fromkeys(seen.values()), key=len)  # as Embedder.tokens does
+    # all texts of a group are computed at the length of its longest
+    distinct = sorted(dict.fromkeys(seen.values()), key=len)
     table = ranks.table(
         len(distinct),
         embedder.width,
