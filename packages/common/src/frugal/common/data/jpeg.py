@@ -42,15 +42,11 @@ class Jpeg:
         """
         library = _library()
         assert library is not None
-        height, width = (-(-side // divisor) for side in (self.height, self.width))
         try:
-            # the smallest of libjpeg's sizes that is no smaller than this one: this one
-            pixels = library.decode_jpeg(
-                self.encoded, "RGB", min_height=height, min_width=width, min_factor=1
-            )
+            pixels = _decode(library, self, divisor)
         except (ValueError, MemoryError):
             return None
-        return Image.fromarray(pixels) if pixels.shape == (height, width, 3) else None
+        return None if pixels is None else Image.fromarray(pixels)
 
 
 def open_jpeg(encoded: bytes) -> Jpeg | None:
@@ -88,6 +84,16 @@ def _library() -> ModuleType | None:
     return simplejpeg
 
 
+def _decode(library: ModuleType, jpeg: Jpeg, divisor: int) -> np.ndarray | None:
+    """(H, W, 3) uint8; None where they have another size than was asked for."""
+    height, width = (-(-side // divisor) for side in (jpeg.height, jpeg.width))
+    # the smallest of libjpeg's sizes that is no smaller than this one: this one
+    pixels = library.decode_jpeg(
+        jpeg.encoded, "RGB", min_height=height, min_width=width, min_factor=1
+    )
+    return pixels if pixels.shape == (height, width, 3) else None
+
+
 def _difference(library: ModuleType) -> str:
     """What it does not do as Pillow does, in words; nothing if it decodes alike."""
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, (9, 7, 3), np.uint8)
@@ -95,13 +101,11 @@ def _difference(library: ModuleType) -> str:
     for mode, subsampling in (("RGB", 0), ("RGB", 2), ("L", 0)):
         written = io.BytesIO()
         picture.convert(mode).save(written, "JPEG", subsampling=subsampling, quality=85)
+        jpeg = Jpeg(written.getvalue(), *picture.size)
         for divisor in _DIVISORS:
-            height, width = (-(-side // divisor) for side in (75, 53))
-            found = library.decode_jpeg(
-                written.getvalue(), "RGB", min_height=height, min_width=width, min_factor=1
-            )
+            found = _decode(library, jpeg, divisor)
             with Image.open(written) as image:
-                image.draft("RGB", (53 // divisor, 75 // divisor))
-                if not np.array_equal(found, np.asarray(image.convert("RGB"))):
+                image.draft("RGB", (jpeg.width // divisor, jpeg.height // divisor))
+                if found is None or not np.array_equal(found, np.asarray(image.convert("RGB"))):
                     return f"it does not decode at 1/{divisor} of the size"
     return ""
