@@ -40,10 +40,11 @@ _LIBRARIES = (
     "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.moe.layer", "deepspeed.moe.ep_router", "deepspeed.launcher.runner",
     "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.comm.mori",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.utils.pin_memory",
     "accelerate.commands.accelerate_cli", "torch.distributed.run",
     "safetensors.torch", "tyro.extras", "typeguard", "numpy.ma",
     "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.GifImagePlugin", "PIL.PpmImagePlugin",
-    "open_clip.tokenizer", "pyarrow.parquet",
+    "PIL.BmpImagePlugin", "simplejpeg", "open_clip.tokenizer", "pyarrow.parquet",
 )  # fmt: skip
 
 
@@ -227,13 +228,19 @@ def _serve(listener: socket.socket, imported: Sequence[str]) -> None:
 
 
 def _warm_up() -> None:
-    """Have done once what every process does: read a command line, load a vocabulary."""
+    """Have done once what every process does and keeps."""
+    import torch
+
     from frugal.common.cli import read_command_line
     from frugal.common.data.tokenizers import ClipBpe
+    from frugal.common.engine.throughput import matmul_peak
+    from frugal.common.installed import package_versions
     from frugal.flip.recipes import RECIPES
 
     read_command_line(RECIPES, program="test", arguments=["demo"])
     ClipBpe().load()
+    matmul_peak(torch.device("cpu"), torch.float32)
+    package_versions()
 
 
 def _end(running: list[int], listener: socket.socket) -> NoReturn:

@@ -4,7 +4,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import frugal.common.plan.__main__ as plan
-from frugal.common.installed import installed_packages, source_folders
+from frugal.common.installed import code_version, installed_packages, source_folders
 from support import command
 
 
@@ -20,6 +20,12 @@ def test_every_package_has_its_sources() -> None:
     assert [folder.name for folder in folders] == list(installed_packages())
     assert all((folder / "__init__.py").is_file() for folder in folders)
     assert Path(plan.__file__).parents[1] in folders
+
+
+def test_the_version_of_the_code_is_that_of_its_sources() -> None:
+    version = code_version()
+    assert version["version"] != "unknown"
+    assert len(version["sha256"]) == 64
 
 
 def test_who_plans_what_is_not_there_is_told_every_entry_script() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import platform
@@ -18,12 +17,7 @@ from typing import Any
 import torch
 
 from frugal.common.checkpoint.init_from import init_from
-from frugal.common.checkpoint.manifest import (
-    code_version,
-    digest_file,
-    digest_json,
-    read_manifest,
-)
+from frugal.common.checkpoint.manifest import digest_file, digest_json, read_manifest
 from frugal.common.checkpoint.store import (
     Checkpoint,
     CheckpointStore,
@@ -57,6 +51,7 @@ from frugal.common.errors import InputError
 from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.files import cannot_write, write_json
 from frugal.common.history import note
+from frugal.common.installed import code_version, package_versions
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import (
@@ -445,26 +440,13 @@ def _note_start(
         note(run.dir, "data_changed", step=step, changes=changes)
 
 
-_PACKAGES = (
-    "torch", "deepspeed", "accelerate", "transformers", "timm", "open_clip_torch", "xformers",
-    "webdataset", "safetensors", "frugal-common", "pillow", "simplejpeg", "numpy",
-)  # fmt: skip
-"""Whose versions a run directory tells."""
-
-
 def environment_of(run: Run, engine: Engine) -> dict[str, Any]:
     """What a run is computed by: versions, code, device, threads, processes."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     device = run.device
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": package_versions(),
         "code": code_version()["sha256"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -12,9 +12,7 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import json
 import zlib
 from collections.abc import Iterable, Mapping
@@ -24,7 +22,6 @@ from typing import Any
 
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_object, write_file
-from frugal.common.installed import source_folders
 
 FILE = "manifest.json"
 _AT_ONCE = 1 << 22
@@ -72,20 +69,6 @@ def digest_json(value: Any) -> str:
     """SHA-256 of JSON content, whatever the order of its keys."""
     encoded = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.sha256(encoded).hexdigest()
-
-
-@functools.cache
-def code_version() -> dict[str, str]:
-    """The version of ``frugal-common``, and a SHA-256 over every source file of ``frugal``."""
-    try:
-        version = importlib.metadata.version("frugal-common")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
-    sources = [(part, file) for part in source_folders() for file in part.rglob("*.py")]
-    found = hashlib.sha256()
-    for name, file in sorted((f"{part.name}/{f.relative_to(part)}", f) for part, f in sources):
-        found.update(f"{name}\0".encode() + file.read_bytes())
-    return {"version": version, "sha256": found.hexdigest()}
 
 
 def write_manifest(folder: Path, sha256: Mapping[str, str], about: Mapping[str, Any]) -> None:
