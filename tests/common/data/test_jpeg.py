@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,7 +145,7 @@ def test_a_library_that_decodes_otherwise_is_not_used() -> None:
         return simplejpeg.decode_jpeg(encoded, colors)
 
     assert jpeg._difference(simplejpeg) == ""
-    assert "at 1/1 of" in jpeg._difference(SimpleNamespace(decode_jpeg=brighter))
+    assert "as Pillow does at 1/1 of" in jpeg._difference(SimpleNamespace(decode_jpeg=brighter))
     assert "at 1/2 of" in jpeg._difference(SimpleNamespace(decode_jpeg=whole))
 
 
@@ -152,3 +153,37 @@ def test_it_is_told_which_library_decodes(monkeypatch: pytest.MonkeyPatch) -> No
     assert jpeg.jpeg_decoder() == "simplejpeg"
     monkeypatch.setattr(jpeg, "_library", lambda: None)
     assert jpeg.jpeg_decoder() == "Pillow"
+
+
+UNFIT = {
+    "raise OSError('libturbojpeg.so.0: cannot open shared object file')": "libturbojpeg.so.0",
+    "raise ValueError('numpy.dtype size changed')": "numpy.dtype size changed",
+    "import a_part_that_is_missing": "a_part_that_is_missing",
+    "decode_jpeg = lambda encoded, colors, min_height: None": "min_width",
+    "": "decode_jpeg",
+}
+
+
+@pytest.mark.parametrize("content", UNFIT)
+def test_a_library_that_does_not_work_is_told_and_pillow_decodes(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "simplejpeg.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "simplejpeg")
+    assert jpeg._library.__wrapped__() is None
+    (line,) = caplog.messages
+    assert "not used" in line and UNFIT[content] in line and "Pillow decodes JPEG" in line
+
+
+def test_a_library_that_is_not_there_is_no_news(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(name: str, *_: object) -> None:
+        if name == "simplejpeg":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=missing), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "simplejpeg")
+    assert jpeg._library.__wrapped__() is None
+    assert not caplog.messages

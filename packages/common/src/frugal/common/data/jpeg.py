@@ -21,6 +21,8 @@ _DIVISORS = (1, 2, 4, 8)
 _START = b"\xff\xd8\xff"
 _PLAIN = ("YCbCr", "Gray")
 """Colors that have one meaning; what else there is (CMYK, Adobe's RGB) is left to Pillow."""
+_UNFIT = (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError)
+"""What a library raises that does not load here, was built for another NumPy, or is too old."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,15 @@ def _library() -> ModuleType | None:
     """simplejpeg, if it is here and gives Pillow's pixels."""
     try:
         import simplejpeg
-    except ImportError:
-        return None
-    if differs := _difference(simplejpeg):
+
+        objection = _difference(simplejpeg)
+    except _UNFIT as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "simplejpeg":
+            return None
+        objection = str(error) or type(error).__name__
+    if objection:
         logging.getLogger("frugal").warning(
-            "simplejpeg is installed and not used: %s as Pillow does; Pillow decodes JPEG", differs
+            "simplejpeg is installed and not used (%s); Pillow decodes JPEG", objection
         )
         return None
     return simplejpeg
@@ -107,5 +113,5 @@ def _difference(library: ModuleType) -> str:
             with Image.open(written) as image:
                 image.draft("RGB", (jpeg.width // divisor, jpeg.height // divisor))
                 if found is None or not np.array_equal(found, np.asarray(image.convert("RGB"))):
-                    return f"it does not decode at 1/{divisor} of the size"
+                    return f"it does not decode as Pillow does at 1/{divisor} of the size"
     return ""
