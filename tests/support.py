@@ -184,7 +184,8 @@ def command(
     with tempfile.TemporaryDirectory() as folder:
         out, errors = Path(folder, "out"), Path(folder, "errors")
         given = [str(word) for word in words]
-        environments = [environment()]
+        # what torchrun starts, too
+        environments = [environment(quick=True) | {"PYTHON_EXEC": str(QUICK / "python")}]
         process = fork(module, given, log=out, errors=errors, cwd=cwd, environments=environments)
         code = process.wait(timeout=600)
         done = subprocess.CompletedProcess(given, code, out.read_text(), errors.read_text())

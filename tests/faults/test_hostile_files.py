@@ -72,6 +72,9 @@ from frugal.common.weights.load import load_model
 from frugal.flip.recipes import RECIPES
 from frugal.flip.t5x_archive import open_archive
 
+pytestmark = pytest.mark.slow
+"""Tests that take seconds: left out by make test-fast."""
+
 MIB = 1 << 20
 MEMORY = 256 * MIB
 """Bytes by which a process may grow for a file of a few KB."""

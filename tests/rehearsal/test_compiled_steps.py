@@ -18,6 +18,9 @@ from frugal.flip.recipes import RECIPES as FLIP
 from frugal.milan.recipes import RECIPES as MILAN
 from support import TINY
 
+pytestmark = pytest.mark.slow
+"""Tests that take seconds: left out by make test-fast."""
+
 STEPS = 5
 CASES: dict[str, tuple[Recipes, str, tuple[str, ...]]] = {
     "flip": (FLIP, "demo", ("--model.text.no-packed", "--model.image.depth=2")),

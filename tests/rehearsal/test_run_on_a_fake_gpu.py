@@ -36,6 +36,9 @@ from frugal.flip.recipes import RECIPES
 from host_reads import WatchedStream
 from support import TINY
 
+pytestmark = pytest.mark.slow
+"""Tests that take seconds: left out by make test-fast."""
+
 LOG_EVERY, STEPS = 2, 4
 WORDS = (
     "demo", *TINY, "--engine.precision=bfloat16", f"--schedule.samples={24 * STEPS}",

@@ -46,6 +46,9 @@ from frugal.milan.teacher import FrozenTeacher
 from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING
 from support import TINY
 
+pytestmark = pytest.mark.slow
+"""Tests that take seconds: left out by make test-fast."""
+
 RUN = Run(Path("nowhere"), 0, 1, 0, CUDA, make_logger(0))
 SIZE, SAMPLES = 32, 6
 BFLOAT16, FLOAT16 = "--engine.precision=bfloat16", "--engine.precision=float16"

@@ -18,6 +18,9 @@ from frugal.flip.recipes import ablation_text_random, demo
 from frugal.milan.recipes import demo as milan_demo
 from frugal.milan.recipes import vit_b16
 
+pytestmark = pytest.mark.slow
+"""Tests that take seconds: left out by make test-fast."""
+
 PIXELS, WIDTH = 3 * 32 * 32, 64
 
 

@@ -31,6 +31,9 @@ from frugal.milan.segmentation_recipes import SEGMENTATION
 from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING
 from support import ROOT
 
+pytestmark = pytest.mark.slow
+"""Tests that take seconds: left out by make test-fast."""
+
 PROGRAMS = {
     "flip.train": FLIP, "clipa.train": CLIPA, "cluster_masking.train": CLUSTER_MASKING,
     "cit.train": CIT, "milan.pretrain": MILAN, "milan.finetune": FINE_TUNING,

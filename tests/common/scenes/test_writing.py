@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -28,7 +26,10 @@ from frugal.common.scenes import (
     write,
 )
 from frugal.common.scenes.__main__ import main
-from support import cpu_seconds_of, run_code
+from support import command, cpu_seconds_of, run_code
+
+pytestmark = pytest.mark.slow
+"""Tests that take seconds: left out by make test-fast."""
 
 SMALL = {
     "train_samples": 70,
@@ -418,13 +419,6 @@ def test_an_output_folder_below_a_file_is_refused(
     assert "cannot be written" in capsys.readouterr().err
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "frugal.common.scenes", *words],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def test_help_answers_as_soon_as_torch_is_there_and_without_transformers() -> None:
     torch_alone, _ = cpu_seconds_of("-c", "import torch")
     seconds, said = cpu_seconds_of("-m", "frugal.common.scenes", "--help")
@@ -437,7 +431,6 @@ def test_help_answers_as_soon_as_torch_is_there_and_without_transformers() -> No
 
 def test_the_command_ends_with_two_and_no_trace_on_a_mistake(tmp_path: Path) -> None:
     for words in (["--out", str(tmp_path / "a"), "--image-size", "3"], ["--no-such-flag"], []):
-        answer = command(*words)
-        assert answer.returncode == 2
+        answer = command("frugal.common.scenes", *words, expect=2)
         assert "Traceback" not in answer.stderr
     assert not list(tmp_path.iterdir())

@@ -21,6 +21,9 @@ from frugal.common.scenes import (
     write,
 )
 
+pytestmark = pytest.mark.slow
+"""Tests that take seconds: left out by make test-fast."""
+
 SMALL = {
     "train_samples": 5,
     "zero_shot_samples": 3,

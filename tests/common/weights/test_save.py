@@ -25,6 +25,9 @@ from frugal.common.weights.load import load_model
 from frugal.flip.recipes import demo
 from support import command, run_code
 
+pytestmark = pytest.mark.slow
+"""Tests that take seconds: left out by make test-fast."""
+
 clip = clip_encoder("B/16")
 
 

@@ -15,23 +15,30 @@ import torch
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, measured once in a process, by all processes at once.
 
-    The best of a few repetitions, so that it is an upper line and not an average; of a single one
-    where products are slow, as in float16 on CPUs.
+    The best of a few repetitions, so that it is an upper line and not an average. A small product
+    will do where a CPU is slow, as it is in float16.
     """
-    size = 8192 if device.type == "cuda" else 1024
+    if device.type == "cuda":
+        return _products_per_second(device, dtype, size=8192)
+    small = _products_per_second(device, dtype, size=256)
+    return small if small < _SLOW else _products_per_second(device, dtype, size=1024)
+
+
+_SLOW = 4e9
+"""FLOP/s that a core reaches in types that it has instructions for, and in no others."""
+
+
+def _products_per_second(device: torch.device, dtype: torch.dtype, *, size: int) -> float:
     # numbers like those of a model: a GPU multiplies zeros faster
-    generator = torch.Generator(device).manual_seed(0)
-    left, right = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
-    best, spent = float("inf"), 0.0
+    rows = torch.randn(2, 64, size, generator=torch.Generator().manual_seed(0))
+    left, right = rows.to(device, dtype).repeat(1, size // 64, 1)
+    best = float("inf")
     for _ in range(6):
         _wait(device)
         start = time.perf_counter()
         left @ right
         _wait(device)
-        seconds = time.perf_counter() - start
-        best, spent = min(best, seconds), spent + seconds
-        if spent > 0.5:
-            break
+        best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
