@@ -51,7 +51,7 @@ def test_tuning_follows_pretraining_and_continues_after_an_interruption(
     said = tmp_path / "run" / "tuning-336.log"
     said.parent.mkdir()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(quick=True), start_new_session=True,
+        command, cwd=ROOT, env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=said.open("wb"),
     )  # fmt: skip
     kill_at_step(process, run / "tuning-336", 3, signal.SIGTERM)
