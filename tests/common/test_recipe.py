@@ -143,6 +143,11 @@ def test_optimizer_and_schedule_are_chosen_by_their_classes_too() -> None:
     schedule = read("demo", *given).schedule
     assert isinstance(schedule, WarmupLinear) and schedule.floor == 1e-5
     assert schedule.samples == demo().schedule.samples  # which has no default
+    kind = "frugal.common.optim.schedules.WarmupConstantCooldown"
+    words = ("--schedule", kind, "--schedule.cooldown-from=40", "--schedule.warmup-samples=64")
+    recipe = read("demo", *words)
+    assert recipe.steps == 50  # forty, and a fifth of all
+    assert from_json(to_json(recipe), source="recipe.json") == recipe
     lars = read("demo", "--optimizer=frugal.common.optim.optimizers.LARS").optimizer
     assert isinstance(lars, LARS) and lars.learning_rate == demo().optimizer.learning_rate
     with pytest.raises(InputError, match="which is no Schedule to train with; give one such as"):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -119,6 +119,10 @@ class Schedule(ABC):
 
     samples: Count
     """Samples the run trains on."""
+
+    def for_batch_size(self, batch_size: int) -> Self:
+        """The same with what was given in steps told in samples; a recipe is built with that."""
+        return self
 
     @abstractmethod
     def learning_rate(self, samples_seen: int, *, peak: float) -> float:

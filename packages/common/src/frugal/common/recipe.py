@@ -356,6 +356,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if isinstance(self.schedule, Schedule):  # a file may say otherwise, which is seen later
+            object.__setattr__(self, "schedule", self.schedule.for_batch_size(self.batch_size))
         if self.batch_size % self.engine.accumulate:
             raise InputError(
                 f"batch_size {self.batch_size} does not divide into engine.accumulate = "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from typing_extensions import override
 
 from frugal.common.contracts import Schedule
 from frugal.common.errors import InputError
-from frugal.common.ranges import CountOrZero, NotNegative, check_ranges
+from frugal.common.ranges import Count, CountOrZero, NotNegative, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +54,61 @@ class WarmupLinear(WarmupCosine):
         decay = max(self.samples - self.warmup_samples, 1)
         progress = min((samples_seen - self.warmup_samples) / decay, 1.0)
         return peak + (self.floor - peak) * progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupConstantCooldown(WarmupCosine):
+    """Linear warm-up, the peak for as long as one likes, then a short way down to the floor.
+
+    What a run learns at the peak does not depend on how long it is to be. The forms of the way down
+    are those of "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations"
+    (arXiv:2405.18392).
+    """
+
+    cooldown_samples: Count | None = None
+    """Samples of the way down, the last ones of the run; a fifth of all without it."""
+    cooldown_from: Count | None = None
+    """Step after which the way down begins; it sets schedule.samples. Without it the way down
+    begins where schedule.samples leaves room for it."""
+    shape: Literal["1-sqrt", "linear"] = "1-sqrt"
+    """Of the way down."""
+
+    def __post_init__(self) -> None:
+        if self.cooldown_from is not None:  # samples are what for_batch_size makes of it
+            check_ranges(self, "schedule")
+            return
+        super().__post_init__()
+        if self.warmup_samples + self._cooldown > self.samples:
+            raise InputError(
+                f"schedule.warmup_samples and schedule.cooldown_samples are {self.warmup_samples} "
+                f"and {self._cooldown}, together more than schedule.samples "
+                f"({self.samples}); shorten them, or train on more"
+            )
+
+    @property
+    def _cooldown(self) -> int:
+        return self.cooldown_samples or -(-self.samples // 5)
+
+    @override
+    def for_batch_size(self, batch_size: int) -> Self:
+        """The same with ``samples`` set by ``cooldown_from``."""
+        if self.cooldown_from is None:
+            return self
+        at_peak = self.cooldown_from * batch_size
+        if self.warmup_samples > at_peak:
+            raise InputError(
+                f"schedule.cooldown_from is step {self.cooldown_from}, which is after {at_peak} "
+                f"samples, but schedule.warmup_samples is {self.warmup_samples}; cool down later"
+            )
+        cooldown = self.cooldown_samples or -(-at_peak // 4)
+        return replace(self, samples=at_peak + cooldown)
+
+    @override
+    def learning_rate(self, samples_seen: int, *, peak: float) -> float:
+        """The learning rate of the step that starts after ``samples_seen`` samples."""
+        if samples_seen < self.warmup_samples:
+            return super().learning_rate(samples_seen, peak=peak)
+        cooled = samples_seen - (self.samples - self._cooldown)
+        progress = min(max(cooled / self._cooldown, 0.0), 1.0)
+        way = math.sqrt(progress) if self.shape == "1-sqrt" else progress
+        return peak + (self.floor - peak) * way
