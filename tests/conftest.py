@@ -47,6 +47,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20)
 
 
+def pytest_sessionfinish() -> None:
+    """Let the end of the process free it all: libraries remark on what is left."""
+    gc.unfreeze()
+
+
 def _is_slow(function: object, known: dict[object, bool]) -> bool:
     function = inspect.unwrap(function) if callable(function) else function
     code, names = getattr(function, "__code__", None), set[str]()

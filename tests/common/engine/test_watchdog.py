@@ -12,7 +12,7 @@ import pytest
 
 from support import DDP, log_of, start, wait_for_step, zero
 
-SHORT = ("--schedule.samples=240000", "--run.save-every=5", "--run.stall-minutes=0.15")
+SHORT = ("--schedule.samples=240000", "--run.save-every=5", "--run.stall-minutes=0.1")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_a_process_that_stands_still_is_named_with_what_it_did_last(
     words = (f"--data.train={scenes / 'train'}", *SHORT)
     process = start(launcher, run, *words)
     wait_for_step(process, run, 6)
-    time.sleep(4)  # what a process does is told every 1.8 s here
+    time.sleep(2.5)  # what a process does is told every 1.2 s here
     os.kill(process.pids[stopped], signal.SIGSTOP)
     begun = time.monotonic()
     assert process.wait(timeout=60) in (1, -9)  # a launcher kills the one that stands still
