@@ -203,6 +203,8 @@ def test_the_command_line_is_answered_in_one_sentence(flag: str, sentence: str) 
         (("optimizer", "weight_decay"), math.inf, "weight_decay is inf, must not be negative or"),
         (("schedule", "samples"), 3e5, "schedule.samples is 300000.0, must be a whole number"),
         (("batch_size",), "256", "batch_size is '256', must be a number"),
+        (("schedule", "samples"), 10**20, "schedule.samples is 1[0]{20}, must be less than 2"),
+        (("optimizer", "weight_decay"), 10**400, "must be less than 2"),
         (("model", "image", "std"), [0.2, 0.2, -0.1], "must be positive"),
     ],
 )

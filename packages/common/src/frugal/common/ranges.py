@@ -2,7 +2,8 @@
 
 A field says it in its type, ``workers: CountOrZero = 4``, where neither the command line nor JSON
 sees more than an ``int``; the ``__post_init__`` of its class calls :func:`check_ranges`. Numbers
-that are not finite are refused in every field of such a class, declared or not.
+that are not finite, or of more than 64 bits, are refused in every field of such a class, declared
+or not.
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ def _refusal(number: Any, wanted: type, allowed: Range) -> str:
         return "must be a number"
     if wanted is int and not isinstance(number, int):
         return "must be a whole number"
+    if isinstance(number, int) and abs(number) >= 2**63:  # what tensors count with
+        return "must be less than 2^63"
     if allowed.holds(number):
         return ""
     return str(allowed)
