@@ -101,6 +101,7 @@ def test_a_step_to_cool_down_from_sets_the_samples_of_a_recipe() -> None:
         ({"cooldown_from": 3}, "schedule.cooldown_from is step 3, which is after 96 samples"),
         ({"cooldown_samples": 0}, "schedule.cooldown_samples is 0"),
         ({"cooldown_from": 0}, "schedule.cooldown_from is 0"),
+        ({"shape": "sqrt"}, "schedule.shape is 'sqrt'; choose from 1-sqrt, linear"),
     ],
 )
 def test_a_cooldown_without_room_is_refused(changes: dict, sentence: str) -> None:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from frugal.common.contracts import Schedule
 from frugal.common.errors import InputError
-from frugal.common.ranges import Count, CountOrZero, NotNegative, check_ranges
+from frugal.common.ranges import Count, CountOrZero, NotNegative, check_choices, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class WarmupCosine(Schedule):
         """The learning rate of the step that starts after ``samples_seen`` samples."""
         if samples_seen < self.warmup_samples:
             return self.start + (peak - self.start) * samples_seen / self.warmup_samples
+        return self._behind_warmup(samples_seen, peak=peak)
+
+    def _behind_warmup(self, samples_seen: int, *, peak: float) -> float:
         decay = max(self.samples - self.warmup_samples, 1)
         progress = min((samples_seen - self.warmup_samples) / decay, 1.0)
         return self.floor + (peak - self.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -47,10 +50,7 @@ class WarmupLinear(WarmupCosine):
     """Linear warm-up, then a straight line down to the floor."""
 
     @override
-    def learning_rate(self, samples_seen: int, *, peak: float) -> float:
-        """The learning rate of the step that starts after ``samples_seen`` samples."""
-        if samples_seen < self.warmup_samples:
-            return super().learning_rate(samples_seen, peak=peak)
+    def _behind_warmup(self, samples_seen: int, *, peak: float) -> float:
         decay = max(self.samples - self.warmup_samples, 1)
         progress = min((samples_seen - self.warmup_samples) / decay, 1.0)
         return peak + (self.floor - peak) * progress
@@ -74,6 +74,7 @@ class WarmupConstantCooldown(WarmupCosine):
     """Of the way down."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "schedule")
         if self.cooldown_from is not None:  # samples are what for_batch_size makes of it
             check_ranges(self, "schedule")
             return
@@ -104,10 +105,7 @@ class WarmupConstantCooldown(WarmupCosine):
         return replace(self, samples=at_peak + cooldown)
 
     @override
-    def learning_rate(self, samples_seen: int, *, peak: float) -> float:
-        """The learning rate of the step that starts after ``samples_seen`` samples."""
-        if samples_seen < self.warmup_samples:
-            return super().learning_rate(samples_seen, peak=peak)
+    def _behind_warmup(self, samples_seen: int, *, peak: float) -> float:
         cooled = samples_seen - (self.samples - self._cooldown)
         progress = min(max(cooled / self._cooldown, 0.0), 1.0)
         way = math.sqrt(progress) if self.shape == "1-sqrt" else progress
