@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import resource
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -268,6 +270,18 @@ def losses(run: Path) -> dict[int, float]:
 def newest(run: Path) -> Path:
     """The folder of the newest checkpoint."""
     return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+
+
+def rewrite_shard(source: Path, target: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    """Copy a tar with what ``change`` makes of a member's name and content; None leaves it out."""
+    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
+        for member in old:
+            file = old.extractfile(member)
+            assert file is not None
+            content = change(member.name, file.read())
+            if content is not None:
+                member.size = len(content)
+                new.addfile(member, io.BytesIO(content))
 
 
 def alter_state(checkpoint: Path, **changes: object) -> None:

@@ -13,7 +13,7 @@ from frugal.cit.curated_data import CuratedData
 from frugal.cit.recipes import demo
 from frugal.common.data.samples import Fields
 from frugal.common.errors import InputError
-from support import ALONE, metrics, train
+from support import ALONE, metrics, rewrite_shard, train
 
 PASSES_NOTHING = ("--data.threshold=1", "--data.min-ratio", "None")
 
@@ -86,16 +86,13 @@ def test_captions_without_text_are_refused_and_single_ones_passed_over(
 def empty_some(source: Path, out: Path) -> None:
     """Copy a shard with every third caption made empty."""
     place: dict[str, int] = {}
-    with tarfile.open(source) as old, tarfile.open(out, "w") as new:
-        for member in old:
-            file = old.extractfile(member)
-            assert file is not None
-            content = file.read()
-            key, _, extension = member.name.partition(".")
-            if not place.setdefault(key, len(place)) % 3 and extension in ("txt", "json"):
-                content = b" " if extension == "txt" else b"{}"
-            member.size = len(content)
-            new.addfile(member, io.BytesIO(content))
+
+    def change(name: str, content: bytes) -> bytes:
+        key, _, extension = name.partition(".")
+        is_third = not place.setdefault(key, len(place)) % 3
+        return {"txt": b" ", "json": b"{}"}.get(extension, content) if is_third else content
+
+    rewrite_shard(source, out, change)
 
 
 def test_a_pool_of_unreadable_texts_stops_the_run(pool: Path, tmp_path: Path) -> None:
@@ -148,18 +145,16 @@ def test_fields_of_separate_texts_have_names_in_the_files_of_a_curation(
     renamed = tmp_path / "renamed"
     (renamed / "train").mkdir(parents=True)
     (renamed / "zero_shot").symlink_to(pool / "zero_shot")
+
+    def rename(name: str, content: bytes) -> bytes:
+        if not name.endswith(".json"):
+            return content
+        caption = json.loads(content)["caption"]
+        tags = ",".join(caption.split())
+        return json.dumps({"title": caption, "tag": tags, "desc": None}).encode()
+
     for path in (pool / "train").glob("*.tar"):
-        with tarfile.open(path) as old, tarfile.open(renamed / "train" / path.name, "w") as new:
-            for member in old:
-                file = old.extractfile(member)
-                assert file is not None
-                content = file.read()
-                if member.name.endswith(".json"):
-                    caption = json.loads(content)["caption"]
-                    tags = ",".join(caption.split())
-                    content = json.dumps({"title": caption, "tag": tags, "desc": None}).encode()
-                    member.size = len(content)
-                new.addfile(member, io.BytesIO(content))
+        rewrite_shard(path, renamed / "train" / path.name, rename)
     run = tmp_path / "run"
     fields = ("--data.fields.caption", "json.title", "json.desc", "json.tag")
     more = (*fields, "--data.fields.separate", "--data.tags", "json.tag")

@@ -1,6 +1,7 @@
 """FLIP from the command line to the report, launched as users launch it."""
 
 import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from support import (
     losses,
     metrics,
     newest,
+    rewrite_shard,
     saved_tensors,
     train,
     zero,
@@ -139,18 +141,19 @@ def test_the_report_is_written_with_its_numbers(two_stages: Path, tmp_path: Path
 def spoil(source: Path, target: Path) -> dict[str, int]:
     """Copy a shard with every tenth sample damaged; how many of each kind."""
     spoiled = {"image": 0, "no caption": 0}
-    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
-        for number, member in enumerate(old.getmembers()):
-            content = old.extractfile(member).read()
-            sample = number // 3
-            if sample % 20 == 3 and member.name.endswith(".jpg"):
-                content = content[: len(content) // 3]
-                spoiled["image"] += 1
-            if sample % 20 == 13 and not member.name.endswith(".jpg"):
-                spoiled["no caption"] += member.name.endswith(".txt")
-                continue
-            member.size = len(content)
-            new.addfile(member, io.BytesIO(content))
+    members = itertools.count()
+
+    def change(name: str, content: bytes) -> bytes | None:
+        sample = next(members) // 3
+        if sample % 20 == 3 and name.endswith(".jpg"):
+            spoiled["image"] += 1
+            return content[: len(content) // 3]
+        if sample % 20 == 13 and not name.endswith(".jpg"):
+            spoiled["no caption"] += name.endswith(".txt")
+            return None
+        return content
+
+    rewrite_shard(source, target, change)
     return spoiled
 
 
@@ -259,25 +262,21 @@ def test_help_names_the_recipes_and_loads_nothing_heavy() -> None:
     assert not loaded & {"deepspeed", "transformers", "timm", "open_clip", "tensorboard"}
 
 
-def shrink(source: Path, target: Path) -> None:
-    """Copy a shard with its photos at 96 pixels, so that to read them again and again is cheap."""
-    with tarfile.open(source) as old, tarfile.open(target, "w") as new:
-        for member in old.getmembers():
-            content = old.extractfile(member).read()
-            if member.name.endswith(".jpg"):
-                photo, smaller = Image.open(io.BytesIO(content)), io.BytesIO()
-                photo.thumbnail((96, 96))
-                photo.save(smaller, "jpeg", quality=90)
-                content = smaller.getvalue()
-            member.size = len(content)
-            new.addfile(member, io.BytesIO(content))
+def shrink(name: str, content: bytes) -> bytes:
+    """A photo at 96 pixels, so that to read it again and again is cheap; anything else as it is."""
+    if not name.endswith(".jpg"):
+        return content
+    photo, smaller = Image.open(io.BytesIO(content)), io.BytesIO()
+    photo.thumbnail((96, 96))
+    photo.save(smaller, "jpeg", quality=90)
+    return smaller.getvalue()
 
 
 def test_real_photos_are_learned_under_deepspeed(real_data: Path, tmp_path: Path) -> None:
     photos, run = tmp_path / "photos", tmp_path / "run"
     photos.mkdir()
     for shard in sorted((real_data / "flickr8k" / "train").glob("*.tar")):
-        shrink(shard, photos / shard.name)
+        rewrite_shard(shard, photos / shard.name, shrink)
     train(
         deepspeed(1), run, f"--data.train={photos}", f"--evaluation.1.data={photos}",
         "--schedule.samples=32000", "--schedule.warmup-samples=4000", "--run.save-every=1000",

@@ -73,7 +73,6 @@ from frugal.flip.recipes import RECIPES
 from frugal.flip.t5x_archive import open_archive
 
 pytestmark = pytest.mark.slow
-"""Tests that take seconds: left out by make test-fast."""
 
 MIB = 1 << 20
 MEMORY = 256 * MIB

@@ -100,10 +100,10 @@ def test_every_recipe_trains_at_a_small_size(name: str) -> None:
 
 def parts_of(recipe: object) -> tuple[object, ...]:
     """The classes that a recipe is made of, which decide about its flags."""
-    inner = (
-        [parts_of(getattr(recipe, f.name)) for f in fields(recipe)] if is_dataclass(recipe) else []
-    )
-    return (type(recipe), *inner)
+    inner = recipe if isinstance(recipe, tuple) else ()
+    if is_dataclass(recipe):
+        inner = tuple(getattr(recipe, field.name) for field in fields(recipe))
+    return (type(recipe), *map(parts_of, inner))
 
 
 ONE_OF_EACH = {parts_of(make()): name for name, make in RECIPES.items()}.values()

@@ -19,7 +19,6 @@ from frugal.milan.recipes import RECIPES as MILAN
 from support import TINY
 
 pytestmark = pytest.mark.slow
-"""Tests that take seconds: left out by make test-fast."""
 
 STEPS = 5
 CASES: dict[str, tuple[Recipes, str, tuple[str, ...]]] = {

@@ -37,7 +37,6 @@ from host_reads import WatchedStream
 from support import TINY
 
 pytestmark = pytest.mark.slow
-"""Tests that take seconds: left out by make test-fast."""
 
 LOG_EVERY, STEPS = 2, 4
 WORDS = (

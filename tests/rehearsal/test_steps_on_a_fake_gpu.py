@@ -47,7 +47,6 @@ from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING
 from support import TINY
 
 pytestmark = pytest.mark.slow
-"""Tests that take seconds: left out by make test-fast."""
 
 RUN = Run(Path("nowhere"), 0, 1, 0, CUDA, make_logger(0))
 SIZE, SAMPLES = 32, 6

@@ -19,7 +19,6 @@ from frugal.milan.recipes import demo as milan_demo
 from frugal.milan.recipes import vit_b16
 
 pytestmark = pytest.mark.slow
-"""Tests that take seconds: left out by make test-fast."""
 
 PIXELS, WIDTH = 3 * 32 * 32, 64
 

@@ -32,7 +32,6 @@ from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING
 from support import ROOT
 
 pytestmark = pytest.mark.slow
-"""Tests that take seconds: left out by make test-fast."""
 
 PROGRAMS = {
     "flip.train": FLIP, "clipa.train": CLIPA, "cluster_masking.train": CLUSTER_MASKING,

@@ -29,7 +29,6 @@ from frugal.common.scenes.__main__ import main
 from support import command, cpu_seconds_of, run_code
 
 pytestmark = pytest.mark.slow
-"""Tests that take seconds: left out by make test-fast."""
 
 SMALL = {
     "train_samples": 70,

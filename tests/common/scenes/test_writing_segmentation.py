@@ -22,7 +22,6 @@ from frugal.common.scenes import (
 )
 
 pytestmark = pytest.mark.slow
-"""Tests that take seconds: left out by make test-fast."""
 
 SMALL = {
     "train_samples": 5,

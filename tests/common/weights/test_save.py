@@ -26,7 +26,6 @@ from frugal.flip.recipes import demo
 from support import command, run_code
 
 pytestmark = pytest.mark.slow
-"""Tests that take seconds: left out by make test-fast."""
 
 clip = clip_encoder("B/16")
 
