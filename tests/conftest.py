@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # for `import support`
 sys.path.insert(0, str(Path(__file__).parent / "reference"))  # for `import reference_milan`
 
+from forks import start_servers
 from frugal.common.scenes.settings import Settings
 from frugal.common.scenes.writing import write
 from support import ALONE, train
@@ -23,6 +24,12 @@ _SLOW = {"Popen", "check_call", "check_output", "mp", "spawn", "subprocess", "tr
 """What a test calls that launches a process or trains."""
 _OTHERS = {"open_clip", "timm", "transformers", "clip_benchmark"}
 """Libraries whose import alone takes longer than most tests, and whose models are large."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have one process that forks, whatever the number of processes that test."""
+    if not hasattr(config, "workerinput"):
+        start_servers()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import gc
 import importlib
 import json
 import os
 import random
 import runpy
+import select
 import selectors
 import shutil
 import signal
@@ -29,10 +29,12 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
+
+from quick.client import ask, line_from
 
 _LIBRARIES = (
     "torch.distributed", "torch.utils.tensorboard", "torch._inductor.compile_fx", "torchvision",
@@ -59,7 +61,10 @@ def _modules() -> tuple[str, ...]:
     return (*_LIBRARIES, *found)
 
 
-IMPORTED = _modules()
+EVERYTHING = "TESTS_FORKS"
+"""The variable with the address of the process that has imported all."""
+TORCH = "TESTS_FORKS_OF_TORCH"
+"""Of the one that has imported torch, and nothing else."""
 
 
 @dataclass
@@ -67,8 +72,10 @@ class Forked:
     """The processes of one command, with what tests use of a ``subprocess.Popen``."""
 
     pids: list[int]
-    codes: list[Path]
-    """A file for each, which holds its exit code once it has ended."""
+    connections: list[socket.socket]
+    """With the server, for each: its exit code comes once it has ended; closed, it is killed."""
+    codes: dict[int, int] = field(default_factory=dict)
+    """Of those that are known to have ended, by number of process."""
     returncode: int | None = None
 
     @property
@@ -78,19 +85,20 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         """Send a signal to every process that has not ended."""
-        for pid, code in zip(self.pids, self.codes, strict=True):
-            if _exit_code(code) is None:
+        ended = self.ended()
+        for pid in self.pids:
+            if pid not in ended:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
     def poll(self) -> int | None:
         """The first exit code that is not 0, or 0, once all have ended; None before."""
-        found = [_exit_code(file) for file in self.codes]
-        if any(found):  # as launchers do: one that failed takes the others along
+        ended = self.ended()
+        if any(ended.values()):  # as launchers do: one that failed takes the others along
             self.send_signal(signal.SIGKILL)
-        if None in found:
+        if len(ended) < len(self.pids):
             return None
-        self.returncode = next((code for code in found if code), 0)
+        self.returncode = next((ended[pid] for pid in self.pids if ended[pid]), 0)
         return self.returncode
 
     def wait(self, timeout: float) -> int:
@@ -103,10 +111,13 @@ class Forked:
             time.sleep(0.01)
         return code
 
-
-def _exit_code(file: Path) -> int | None:
-    text = file.read_text() if file.exists() else ""
-    return int(text) if text.endswith("\n") else None
+    def ended(self) -> dict[int, int]:
+        """The exit codes of those that have ended by now, by number of process."""
+        for pid, connection in zip(self.pids, self.connections, strict=True):
+            if pid not in self.codes and select.select([connection], [], [], 0)[0]:
+                self.codes[pid] = int(line_from(connection))
+                connection.close()
+        return self.codes
 
 
 def fork(
@@ -117,87 +128,68 @@ def fork(
     cwd: Path,
     environments: Sequence[dict[str, str]],
     errors: Path | None = None,
-    imported: tuple[str, ...] = IMPORTED,
+    address: str = EVERYTHING,
 ) -> Forked:
     """Run a module, or a script by its path, in one process per environment.
 
     ``{rank}`` among the words becomes the number of the process. All write to the same log; what
     they write to standard error goes to another file where one is given.
     """
-    pids, codes = [], []
+    pids, connections = [], []
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for rank, environment in enumerate(environments):
-        code = log.with_name(f"{log.name}.{rank}.exit")
-        code.unlink(missing_ok=True)
         request = {
             "kind": "file" if module.endswith(".py") else "-m",
             "module": module, "words": [word.replace("{rank}", str(rank)) for word in words],
-            "log": str(log), "code": str(code),
-            "errors": str(errors or log), "cwd": str(cwd), "environment": environment,
+            "cwd": str(cwd), "environment": environment,
         }  # fmt: skip
-        server = _server(imported).process
-        assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        pids.append(int(server.stdout.readline()))
-        codes.append(code)
-    return Forked(pids, codes)
+        files = ((os.devnull, os.O_RDONLY), (log, append), (errors or log, append))
+        descriptors = [os.open(name, mode) for name, mode in files]
+        connection, pid = ask(os.environ[address], request, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        pids.append(pid)
+        connections.append(connection)
+    return Forked(pids, connections)
 
 
-def quick_python() -> dict[str, str]:
-    """The variables of an environment in which ``tests/quick/python`` starts processes at once."""
-    return {"TESTS_PYTHON": sys.executable, "TESTS_FORKS": _server(IMPORTED).address}
+def start_servers() -> None:
+    """Start the processes that fork, for this process and all that it starts.
+
+    They import nothing before the first request, and end when this process does, which closes
+    their input.
+    """
+    for address, imported in ((EVERYTHING, _modules()), (TORCH, ("torch",))):
+        with socket.socket(socket.AF_UNIX) as listener:
+            path = str(Path(tempfile.mkdtemp(prefix="forks")) / "socket")
+            listener.bind(path)
+            listener.listen()
+            server = subprocess.Popen(
+                [sys.executable, __file__, str(listener.fileno()), *imported],
+                stdin=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+                env=os.environ | {"DS_ACCELERATOR": "cpu"},
+            )
+        _SERVERS.append(server)
+        os.environ[address] = path
 
 
-class _Server(NamedTuple):
-    """The process that forks; it ends when the tests do, which closes its input."""
-
-    process: subprocess.Popen[str]
-    address: str
-
-
-@functools.cache
-def _server(imported: tuple[str, ...]) -> _Server:
-    with socket.socket(socket.AF_UNIX) as listener:
-        address = str(Path(tempfile.mkdtemp(prefix="forks")) / "socket")
-        listener.bind(address)
-        listener.listen()
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(listener.fileno()), *imported],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=[listener.fileno()],
-            env=os.environ | {"DS_ACCELERATOR": "cpu"},
-        )
-    return _Server(process, address)
+_SERVERS: list[subprocess.Popen[bytes]] = []
 
 
 def _serve(listener: socket.socket, imported: Sequence[str]) -> None:
-    """Fork for every line of the input and every client; tell the exit code of what ends."""
-    for name in imported:
-        importlib.import_module(name)
-    if "frugal.flip.recipes" in imported:
-        _warm_up()
-    gc.collect()
-    gc.freeze()  # so that collections in forks do not copy these pages
-    files: dict[int, Path] = {}
+    """Fork for every client; tell it the exit code of what ends."""
+    if listener in select.select([sys.stdin, listener], [], [])[0]:
+        _import(imported)
     clients: dict[int, socket.socket] = {}
     requests = selectors.DefaultSelector()
     requests.register(sys.stdin, selectors.EVENT_READ)
     requests.register(listener, selectors.EVENT_READ)
     while True:
-        for key, _ in requests.select(timeout=0.01):
+        for key, _ in requests.select(timeout=0.01 if clients else None):
             if key.fileobj is sys.stdin:
-                line = sys.stdin.readline()
-                if not line:
-                    _end([*files, *clients], listener)
-                request = json.loads(line)
-                pid = os.fork()
-                if not pid:
-                    _become(request, _opened(request))
-                files[pid] = Path(request["code"])
-                print(pid, flush=True)
-            elif key.fileobj is listener:
+                _end(clients, listener)
+            if key.fileobj is listener:
                 client, _ = listener.accept()
                 _, descriptors, _, _ = socket.recv_fds(client, 1, 3)
                 line = client.makefile().readline()
@@ -212,19 +204,24 @@ def _serve(listener: socket.socket, imported: Sequence[str]) -> None:
             else:  # the client has ended, and says nothing more
                 requests.unregister(key.fileobj)
                 os.kill(key.data, signal.SIGKILL)
-        while files or clients:
+        while clients:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 break
-            told = f"{os.waitstatus_to_exitcode(status)}\n"
-            if pid in files:
-                files.pop(pid).write_text(told)
-                continue
             with clients.pop(pid) as client:
                 with contextlib.suppress(KeyError):
                     requests.unregister(client)
                 with contextlib.suppress(OSError):
-                    client.sendall(told.encode())
+                    client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        importlib.import_module(name)
+    if "frugal.flip.recipes" in names:
+        _warm_up()
+    gc.collect()
+    gc.freeze()  # so that collections in forks do not copy these pages
 
 
 def _warm_up() -> None:
@@ -243,17 +240,11 @@ def _warm_up() -> None:
     package_versions()
 
 
-def _end(running: list[int], listener: socket.socket) -> NoReturn:
+def _end(running: Iterable[int], listener: socket.socket) -> NoReturn:
     for pid in running:
         os.kill(pid, signal.SIGKILL)
     shutil.rmtree(Path(listener.getsockname()).parent)
     os._exit(0)  # without the remarks of libraries on what they leave behind
-
-
-def _opened(request: dict) -> list[int]:
-    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    files = ((os.devnull, os.O_RDONLY), (request["log"], append), (request["errors"], append))
-    return [os.open(name, mode) for name, mode in files]
 
 
 def _become(request: dict, descriptors: Sequence[int]) -> NoReturn:

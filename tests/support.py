@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from forks import Forked, fork, quick_python
+from forks import TORCH, Forked, fork
 from frugal.common.contracts import EvaluationTask
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe
@@ -123,7 +123,7 @@ def environment(*, quick: bool = False) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ranks}
     kept |= {"PATH": f"{BIN}:{kept['PATH']}", "DS_ACCELERATOR": "cpu"}
     if quick:
-        kept |= {"PATH": f"{QUICK}:{kept['PATH']}", **quick_python()}
+        kept |= {"PATH": f"{QUICK}:{kept['PATH']}", "TESTS_PYTHON": sys.executable}
     return kept
 
 
@@ -203,7 +203,7 @@ def run_code(code: str, *words: object, **variables: str) -> subprocess.Complete
         given = [str(word) for word in words]
         process = fork(
             str(script), given, log=out, errors=errors, cwd=ROOT,
-            environments=[environment() | variables], imported=("torch",),
+            environments=[environment() | variables], address=TORCH,
         )  # fmt: skip
         returncode = process.wait(timeout=600)
         return subprocess.CompletedProcess(given, returncode, out.read_text(), errors.read_text())

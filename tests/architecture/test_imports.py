@@ -58,6 +58,7 @@ LAYERS = [
         "export",
         "import_weights",
         "replay",
+        "branch",
     ),
 ]
 """Folders, and modules on their own that stand lower than the others of their folder."""

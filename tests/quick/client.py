@@ -10,6 +10,26 @@ from pathlib import Path
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def ask(address: str, request: dict, descriptors: list[int]) -> tuple[socket.socket, int]:
+    """Have a process forked that has these files open; the connection, and its number.
+
+    Its exit code comes by the connection; where that is closed before, it is killed.
+    """
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(address)
+    socket.send_fds(server, [b"\n"], descriptors)
+    server.sendall(json.dumps(request).encode() + b"\n")
+    return server, int(line_from(server))
+
+
+def line_from(server: socket.socket) -> bytes:
+    """The next line of what comes; nothing that comes after it is taken."""
+    line = b""
+    while not line.endswith(b"\n"):
+        line += server.recv(1) or b"\n"
+    return line
+
+
 def main() -> None:
     """Ask for the fork and wait for its exit code; where this process is killed, so is the fork."""
     words = [word for word in sys.argv[1:2] if word != "-u"] + sys.argv[2:]
@@ -20,19 +40,15 @@ def main() -> None:
         "kind": kind, "module": words[0], "words": words[1:], "cwd": str(Path.cwd()),
         "environment": dict(os.environ), "executable": str(Path(__file__).with_name("python")),
     }  # fmt: skip
-    server = socket.socket(socket.AF_UNIX)
-    server.connect(os.environ["TESTS_FORKS"])
-    socket.send_fds(server, [b"\n"], [0, 1, 2])
-    server.sendall(json.dumps(request).encode() + b"\n")
-    answers = server.makefile()
-    pid = int(answers.readline())
+    server, pid = ask(os.environ["TESTS_FORKS"], request, [0, 1, 2])
     for number in HANDED_ON:
         signal.signal(number, lambda number, _: os.kill(pid, number))
-    code = int(answers.readline())
+    code = int(line_from(server))
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
         os.kill(os.getpid(), -code)
     os._exit(code)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -62,11 +62,10 @@ def test_one_process_that_is_told_to_stop_stops_all_after_the_same_step(
     wait_for_step(process, run, 5)
     os.kill(process.pids[rank], signal.SIGTERM)
     deadline = time.monotonic() + 120
-    while not all(code.exists() for code in process.codes):  # each ends by itself
+    while len(process.ended()) < 2:  # each by itself
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.1)
-    assert [code.read_text() for code in process.codes] == ["143\n", "143\n"]
+    assert list(process.ended().values()) == [143, 143]
     stopped_after = metrics(run)[-1]["step"]
     assert 5 <= stopped_after < 1000
     assert newest(run).name == f"step_{stopped_after:09d}"

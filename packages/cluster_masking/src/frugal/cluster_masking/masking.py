@@ -111,6 +111,11 @@ class ClusterMasking(ImageReduction):
         """The target ratio; of a threshold without one what goes in any case."""
         return self.min_mask_ratio if self.target_mask_ratio is None else self.target_mask_ratio
 
+    @property
+    def depends_on_progress(self) -> bool:
+        """With embeddings, whose weight grows from 0 at the beginning of a run to 1 at its end."""
+        return self.use_embeddings
+
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Refuse what cannot be done with as many patches.
 

@@ -14,6 +14,8 @@
 ``rewind``  ``to``, ``left_out``, ``lost_seconds``: the step of the checkpoint that the run went
     back to, the steps (counted from 1) whose samples it does not train on, what was spent on the
     steps that are done again;
+``branched``  ``source``: the checkpoint of the other run that this one began with; lines before
+    this one are of that run;
 ``data_changed``  ``changes``: what was another than when the run began, and was allowed;
 ``checkpoint_lost``  ``reason``: why it could not be written, as the process that writes tells.
 """

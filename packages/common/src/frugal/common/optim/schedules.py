@@ -60,8 +60,9 @@ class WarmupLinear(WarmupCosine):
 class WarmupConstantCooldown(WarmupCosine):
     """Linear warm-up, the peak for as long as one likes, then a short way down to the floor.
 
-    What a run learns at the peak does not depend on how long it is to be. The forms of the way down
-    are those of "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations"
+    What a run learns at the peak does not depend on how long it is to be, so that a branch of it
+    (``frugal.common.branch``) may cool down from another step. The forms of the way down are those
+    of "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations"
     (arXiv:2405.18392).
     """
 

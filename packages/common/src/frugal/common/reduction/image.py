@@ -243,6 +243,11 @@ class ImageReduction(ABC):
     is_uneven: ClassVar[bool] = False
     """Whether another number of patches stays of every image."""
 
+    @property
+    def depends_on_progress(self) -> bool:
+        """Whether it goes by the share of the run that is done: ``PatchView.progress``."""
+        return False
+
     @abstractmethod
     def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches | None:
         """The patches that stay; None where every patch does."""

@@ -177,6 +177,7 @@ _EVENTS = {
     "data_changed": "went on with other data",
     "checkpoint_lost": "could not write the checkpoint",
     "rewind": "diverged and went back",
+    "branched": "branched off",
 }
 
 

@@ -47,12 +47,14 @@ def time_spent(run_dir: Path) -> dict[str, float] | None:
 def _sessions(history: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """The events of every process that trained, one after the other, each from its start on.
 
-    A run that began anew forgets what was in its directory before.
+    A run that began anew forgets what was in its directory before, and a branch its run.
     """
     sessions: list[list[Mapping[str, Any]]] = []
     for event in history:
         if event["event"] in ("began", "continued") and "since" in event:
             sessions = [[event]] if event["event"] == "began" else [*sessions, [event]]
+        elif event["event"] == "branched":
+            sessions = []
         elif sessions:
             sessions[-1].append(event)
     return sessions
