@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from shutil import copyfile, copytree, ignore_patterns, rmtree
+from typing import Any
 
 import tyro
 
@@ -126,8 +127,8 @@ def branch(options: Options) -> Checkpoint:
 
 def _ending_otherwise(before: Recipe, options: Options) -> Recipe:
     """The recipe of a run with what a branch changes of it."""
-    schedule = before.schedule
-    given: dict[str, int | None] = {**options.schedule.given()}
+    schedule: Any = before.schedule
+    given: dict[str, Any] = {**options.schedule.given()}
     if unknown := sorted(given.keys() - {field.name for field in fields(schedule)}):
         raise InputError(
             f"{options.run} was trained by {type(schedule).__name__}, which has no "
