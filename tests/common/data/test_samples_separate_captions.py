@@ -93,3 +93,44 @@ def test_training_draws_among_the_texts_that_are_there() -> None:
 def test_lines_of_a_text_cannot_be_separate_too() -> None:
     with pytest.raises(InputError, match="choose one of them"):
         Fields(caption_per_line=True, separate=True)
+
+
+def test_texts_are_drawn_by_their_weights_among_those_that_are_there() -> None:
+    fields = Fields(caption=("json.alt", "json.long", "json.tag"), separate=True, weights=(1, 6, 3))
+    transform = SampleTransform(
+        seed=2,
+        augmentation=RandomResizedCrop(),
+        image_size=(8, 8),
+        tokenizer=None,
+        text=None,
+        text_length=0,
+        caption_weights=fields.weights,
+    )
+
+    def drawn(*captions: str) -> Counter[str]:
+        raw, draws = RawSample(image=b"", captions=list(captions)), 4_000
+        found = Counter(transform.caption(raw, number) for number in range(draws))
+        return Counter({text: round(10 * count / draws) for text, count in found.items()})
+
+    assert drawn("a", "b", "c") == {"a": 1, "b": 6, "c": 3}
+    assert drawn("a", "", "c").keys() == {"a", "c"} and drawn("a", "", "c")["c"] in (7, 8)
+    assert drawn("", "", "c") == {"c": 10}
+    assert drawn("of a class folder") == {"of a class folder": 10}
+    same = RawSample(image=b"", captions=["a", "b", "c"])
+    assert transform.caption(same, 7) == transform.caption(same, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"weights": (1.0, 2.0), "caption": ("txt", "json.a")}, "set data.fields.separate"),
+        ({"weights": (1.0,), "caption": ("txt", "json.a"), "separate": True}, "has 1 numbers for"),
+        (
+            {"weights": (1.0, 0.0), "caption": ("txt", "json.a"), "separate": True},
+            "data.fields.weights",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(options: dict, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Fields(**options)

@@ -100,6 +100,11 @@ class CuratedData(PairData):
                 f"data.tags names {unknown!r}, which is none of data.fields.caption "
                 f"{self.fields.caption}; name it as it stands there"
             )
+        if self.fields.weights:
+            raise InputError(
+                "data.fields.weights say how often each text of a sample is drawn, but CiT draws "
+                "them alike before it compares them with the metadata; leave them out"
+            )
         if self.tags and not self.fields.separate:
             raise InputError(
                 "data.tags is given, but which field a caption comes from is known only with "
@@ -115,9 +120,9 @@ class CuratedData(PairData):
             )
 
     def also_read(self) -> dict[str, str]:
-        """A digest of the classes whose captions are looked for."""
+        """Digests of the classes whose captions are looked for, and of a list of samples."""
         classes = [[named.name, *named.prompts] for named in self.metadata.classes()]
-        return {"data.metadata": digest_json(classes)}
+        return super().also_read() | {"data.metadata": digest_json(classes)}
 
     @property
     def text_names(self) -> tuple[str, ...]:

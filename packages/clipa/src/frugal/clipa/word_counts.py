@@ -23,10 +23,10 @@ from frugal.clipa.frequency_masking import find_words, keep_probability
 from frugal.common.cli import command_words, exit_politely
 from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.patterns import find_files, is_stream, needs_index
-from frugal.common.data.samples import Fields
+from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.sources import build_index, open_shard
 from frugal.common.data.stores.folder import FileList
-from frugal.common.data.stores.index import find_index
+from frugal.common.data.stores.index import ShardSummary, find_index
 from frugal.common.errors import InputError
 
 _THRESHOLDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
@@ -105,7 +105,7 @@ def count_words(
     if processes is not None and processes < 1:
         raise InputError(f"--processes is {processes}, must be at least 1")
     found = WordCounts()
-    paths = _files(patterns)
+    paths = find_shards(patterns)
     with ProcessPoolExecutor(min(processes or os.cpu_count() or 1, len(paths))) as pool:
         for part in pool.map(partial(_count_shard, fields=fields), paths):
             found.add(part)
@@ -122,7 +122,12 @@ def count_words(
     return 0
 
 
-def _files(patterns: Sequence[str]) -> list[Path]:
+def find_shards(patterns: Sequence[str]) -> list[Path]:
+    """The files and folders of some patterns; what is passed over is told.
+
+    Raises:
+        InputError: if there are none, or they can only be read from their beginning on.
+    """
     if not patterns:
         raise InputError("no shards are given; name at least one file, folder or pattern")
     stream = next((pattern for pattern in patterns if is_stream(pattern)), None)
@@ -137,10 +142,15 @@ def _files(patterns: Sequence[str]) -> list[Path]:
     return files
 
 
-def _count_shard(path: Path, *, fields: Fields) -> WordCounts:
+def open_indexed(path: Path, fields: Fields) -> tuple[Shard, ShardSummary]:
+    """As :func:`open_shard`, of a shard that may have no index yet."""
     if needs_index(path) and find_index(path) is None:
         build_index(path)
-    shard, summary = open_shard(path, fields)
+    return open_shard(path, fields)
+
+
+def _count_shard(path: Path, *, fields: Fields) -> WordCounts:
+    shard, summary = open_indexed(path, fields)
     found = WordCounts(notes=[f"{path} is {summary.note}"] if summary.note else [])
     if isinstance(shard, FileList):
         found.notes += shard.warnings()

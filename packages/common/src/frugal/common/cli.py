@@ -233,43 +233,52 @@ def _flags(value: Any, name: str = "") -> Iterator[str]:
 def _with_strategies(recipe: Recipe, words: list[str]) -> tuple[Recipe, list[str]]:
     """The recipe with the parts that the words name by class, and the other words."""
     rest: list[str] = []
+    chosen: list[tuple[str, str]] = []
     waiting: str | None = None
     for word in words:
         flag, _, name = word.partition("=")
         if waiting is not None:
-            recipe, waiting = _with_strategy(recipe, waiting, word), None
+            chosen.append((waiting, word))
+            waiting = None
         elif flag not in _BASES:
             rest.append(word)
         elif name:
-            recipe = _with_strategy(recipe, flag, name)
+            chosen.append((flag, name))
         else:
             waiting = flag
     if waiting is not None:
         raise InputError(
             f"{waiting} needs the import path of a class, such as {_EXAMPLES[waiting]}"
         )
+    # parts of a part behind the part itself, in whichever order they were given
+    for flag, name in sorted(chosen, key=lambda pair: pair[0].count(".")):
+        recipe = _with_strategy(recipe, flag, flag.removeprefix("--").split("."), name)
     return recipe, rest
 
 
-def _with_strategy(recipe: Recipe, flag: str, name: str) -> Recipe:
-    """The recipe with one part of it of another class."""
-    part, _, field = flag.removeprefix("--").partition(".")
-    whole: Any = getattr(recipe, part)
-    if not field:
-        return replace(recipe, **{part: _strategy(flag, name, instead_of=whole)})
-    if field not in {item.name for item in fields(whole)}:
-        raise InputError(
-            f"there is no {flag} in this recipe, which reads no captions; leave it out"
-        )
-    before = getattr(whole, field)
-    return replace(
-        recipe, **{part: replace(whole, **{field: _strategy(flag, name, instead_of=before)})}
-    )
+def _with_strategy(whole: Any, flag: str, path: Sequence[str], name: str) -> Any:
+    """A recipe, or a part of one, with what lies at a path in it of another class."""
+    field, *deeper = path
+    if not is_dataclass(whole) or field not in {item.name for item in fields(whole)}:
+        raise InputError(f"there is no {flag} in this recipe{_MISSING_PARTS.get(flag, '')}")
+    inside = getattr(whole, field)
+    if deeper:
+        changed = _with_strategy(inside, flag, deeper, name)
+    else:
+        changed = _strategy(flag, name, instead_of=inside)
+    return replace(whole, **{field: changed})  # type: ignore[type-var]
 
 
+_MISSING_PARTS = {
+    "--data.tokenizer": ", which reads no captions; leave it out",
+    "--reduction.text.then": "; give it with --reduction.text "
+    "frugal.clipa.sub_captions.SubCaption, which takes sentences out of captions",
+}
+"""Why a recipe may lack a part, and what to do."""
 _BASES: dict[str, type | types.UnionType] = {
     "--reduction.image": ImageReduction,
     "--reduction.text": TextReduction,
+    "--reduction.text.then": TextReduction,
     "--data.tokenizer": TokenizerConfig,
     "--optimizer": Optimizer,
     "--schedule": Schedule,
@@ -277,6 +286,7 @@ _BASES: dict[str, type | types.UnionType] = {
 _KINDS = {
     "--reduction.image": "ImageReduction",
     "--reduction.text": "TextReduction",
+    "--reduction.text.then": "TextReduction",
     "--data.tokenizer": "tokenizer",
     "--optimizer": "Optimizer",
     "--schedule": "Schedule",
@@ -286,6 +296,7 @@ _EXAMPLES = {
     "frugal.common.reduction.image.KeepAll to leave nothing out",
     "--reduction.text": "frugal.common.reduction.text.Truncate, which leaves no more out than it "
     "must",
+    "--reduction.text.then": "frugal.clipa.syntax_masking.SyntaxMasking",
     "--data.tokenizer": "frugal.common.data.tokenizers.HuggingFace with --data.tokenizer.name, or "
     "frugal.common.data.tokenizers.ClipBpe",
     "--optimizer": "frugal.common.optim.optimizers.LARS",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import numpy as np
 from typing_extensions import override
 
 from frugal.common.contracts import Stream, TrainedModel
@@ -25,14 +27,14 @@ from frugal.common.data.stores.class_folders import keep_classes
 from frugal.common.data.stores.folder import FileList, refuse_without_words
 from frugal.common.data.stores.url import can_read
 from frugal.common.data.stream import IndexedStream, OrderedSamples, RankSlice, ReaderCache
+from frugal.common.data.subset import SubsetOrder, every_sample, first_samples, read_subset
 from frugal.common.data.tokenizers import Tokenizer, TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
 from frugal.common.errors import InputError
-from frugal.common.ranges import Count, CountOrZero, Positive, Range, Share, check_ranges
+from frugal.common.files import read_bytes
+from frugal.common.ranges import Count, CountOrZero, Positive, Share, Weight, check_ranges
 from frugal.common.recipe import DataConfig, ModelInputs, Recipe
 from frugal.common.run import Run
-
-_Weight = Annotated[float, Range(above=0, hint="leave out what is not to be read")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +44,14 @@ class StoredData(DataConfig):
     train: tuple[str, ...]
     """Where the samples are: tars as img2dataset writes them (a path, 'path/{00000..41407}.tar', a
     glob or a folder), TFRecords, CSV files, class folders with images, or pipe: and cloud URLs."""
-    weights: tuple[_Weight, ...] = ()
+    weights: tuple[Weight, ...] = ()
     """Share of each entry of train in the samples read, in any unit; without them every sample is
     read once per epoch."""
+    subset: Path | None = None
+    """A list of the samples to train on, one shard/key per line; one that stands there twice comes
+    twice in an epoch."""
+    max_samples: Count | None = None
+    """Train on the first of the samples only, in the order in which they are stored: for trials."""
     augmentation: Augmentation = field(default_factory=RandomResizedCrop)
     shuffle_shards: Count = 16
     """Shards whose samples are mixed with one another."""
@@ -84,6 +91,13 @@ class StoredData(DataConfig):
         if len(self.weights) == 1:
             raise InputError("data.weights of a single source have no effect; leave them out")
 
+    @override
+    def also_read(self) -> dict[str, str]:
+        """The digest of the list of samples, where there is one."""
+        if self.subset is None:
+            return {}
+        return {"data.subset": hashlib.sha256(read_bytes(self.subset)).hexdigest()}
+
     def build(
         self,
         recipe: Recipe,
@@ -107,6 +121,11 @@ class StoredData(DataConfig):
             )
         transform = make_transform(self, recipe)
         rank_slice = RankSlice.of(recipe, run, first_sample=first_sample)
+        if self.resampled_samples is not None and (self.subset or self.max_samples):
+            raise InputError(
+                "data.subset and data.max_samples choose samples by their place in shards, but "
+                "data.resampled_samples reads shards from their beginning on; leave one of them out"
+            )
         if self.resampled_samples is not None and recipe.engine.virtual_processes is not None:
             raise InputError(
                 "data.resampled_samples draws other samples on another number of processes, so "
@@ -271,6 +290,7 @@ def make_transform(data: StoredData, recipe: Recipe) -> SampleTransform:
         text=recipe.reduction.text,
         text_length=0 if tokenizer is None else length,
         num_classes=inputs.num_classes,
+        caption_weights=data.sample_fields.weights,
     )
 
 
@@ -431,8 +451,40 @@ def _has_class(shard: Shard, fields: Fields) -> bool:
 
 
 def make_order(data: StoredData, sources: list[Source], *, seed: int) -> Order:
-    """The global order of the samples of all sources."""
-    counts = [source.counts for source in sources]
+    """The global order of the samples of all sources, or of those that are to be read.
+
+    Raises:
+        InputError: if data.subset cannot be read, names what is not there, or leaves nothing of a
+            source with a weight.
+    """
+    chosen = _chosen_samples(data, sources)
+    if chosen is None:
+        return _order_of([source.counts for source in sources], data, seed=seed)
+    counts = iter([len(each) for each in chosen])
+    kept = [[next(counts) for _ in source.shards] for source in sources]
+    if data.weights and (
+        empty := [name for n, name in zip(kept, data.train, strict=True) if not sum(n)]
+    ):
+        raise InputError(
+            f"data.subset and data.max_samples leave nothing of {empty[0]}, which has a share in "
+            "data.weights; leave it out of data.train"
+        )
+    return SubsetOrder(_order_of(kept, data, seed=seed), chosen)
+
+
+def _order_of(counts: list[list[int]], data: StoredData, *, seed: int) -> Order:
     if data.weights:
         return WeightedOrder(counts, data.weights, seed=seed, window=data.shuffle_shards)
     return GlobalOrder([n for part in counts for n in part], seed=seed, window=data.shuffle_shards)
+
+
+def _chosen_samples(data: StoredData, sources: list[Source]) -> list[np.ndarray] | None:
+    """Of every shard the samples that are read; None where all are."""
+    if data.subset is None and data.max_samples is None:
+        return None
+    chosen = every_sample(sources)
+    if data.subset is not None:
+        chosen = read_subset(data.subset, sources, data.sample_fields)
+    if data.max_samples is not None:
+        chosen = first_samples(chosen, data.max_samples)
+    return chosen

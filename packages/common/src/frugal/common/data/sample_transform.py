@@ -36,6 +36,8 @@ class SampleTransform:
     """Most tokens of a caption."""
     num_classes: int | None = None
     """Where given, every sample needs a class below it."""
+    caption_weights: tuple[float, ...] = ()
+    """How often each of the captions is drawn, of samples with one for every field."""
 
     def image(self, raw: RawSample, number: int) -> np.ndarray:
         """(3, H, W) uint8; raises ``Damaged`` if it cannot be decoded."""
@@ -43,7 +45,7 @@ class SampleTransform:
         return self.augmentation.decode(raw.image, size=self.image_size, generator=generator)
 
     def caption(self, raw: RawSample, number: int) -> str:
-        """One of the captions, drawn uniformly; raises ``Damaged`` if there is none."""
+        """One of the captions, drawn by their weights; raises ``Damaged`` if there is none."""
         if not raw.captions:
             names = f"; its members are {describe_members(raw.names)}" if raw.names else ""
             raise Damaged("no caption", f"nothing that --data.fields.caption names has text{names}")
@@ -52,7 +54,11 @@ class SampleTransform:
         # of separate fields, those that the sample lacks are blank and must not be drawn
         captions = [text for text in raw.captions if text] or raw.captions
         generator = sample_generator(self.seed, "caption", number)
-        return captions[int(generator.integers(len(captions)))]
+        if len(self.caption_weights) != len(raw.captions):  # a class folder has one for all fields
+            return captions[int(generator.integers(len(captions)))]
+        pairs = zip(raw.captions, self.caption_weights, strict=True)
+        weights = np.array([weight for text, weight in pairs if text])
+        return captions[int(generator.choice(len(captions), p=weights / weights.sum()))]
 
     def token_ids(self, caption: str, number: int) -> list[int] | PositionedTokens:
         """At most ``text_length`` ids of the tokens of a caption that stay."""

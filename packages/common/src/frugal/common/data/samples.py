@@ -24,6 +24,7 @@ import numpy as np
 from frugal.common.data.damage import Damaged
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
+from frugal.common.ranges import Weight, check_ranges
 from frugal.common.recipe import FORMER_DEFAULTS
 
 IMAGE_EXTENSIONS = (
@@ -60,6 +61,9 @@ class Fields:
     """Every field of ``caption`` is a text of its own, of which one is drawn every time among those
     that a sample has: ("json.title", "json.tag"). Such a sample has one caption per field, empty
     where it lacks the field."""
+    weights: tuple[Weight, ...] = ()
+    """How often each field of ``caption`` is drawn where they are separate, in any unit and among
+    those that a sample has; without them all alike."""
     template: str = "a photo of a {}."
     """Caption of an image that has only a class."""
     csv_image: str = "filepath"
@@ -78,6 +82,17 @@ class Fields:
             raise InputError(
                 "data.fields.separate takes one text of every field, and "
                 "data.fields.caption_per_line several; choose one of them"
+            )
+        check_ranges(self, "data.fields")
+        if self.weights and not self.separate:
+            raise InputError(
+                "data.fields.weights say how often each field of data.fields.caption is drawn, but "
+                "the first is taken that a sample has; set data.fields.separate"
+            )
+        if self.weights and len(self.weights) != len(self.caption):
+            raise InputError(
+                f"data.fields.weights has {len(self.weights)} numbers for the {len(self.caption)} "
+                "entries of data.fields.caption; give one per entry, or none"
             )
         if "{}" not in self.template:
             raise InputError(
