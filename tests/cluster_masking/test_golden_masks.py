@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_cluster_masking import both_visible, ids_keep, kept_hits
+from reference_cluster_masking import both_visible, cluster_mask, ids_keep, kept_hits
 from safetensors.torch import load_file
 
 from frugal.cluster_masking.clusters import (
     ANCHORS,
     CUT_OFF,
     ClusterMask,
-    cluster_mask,
+    draw_anchors,
     most_kept,
     num_anchors,
 )
 from frugal.cluster_masking.masking import ClusterMasking
+from frugal.cluster_masking.similarity import pixel_similarity
 from frugal.cluster_masking.threshold_search import MOST_STEPS, bisect, closest_anchor, num_kept
 from frugal.common.randomness import RecordedNoise
 from frugal.common.reduction.image import PatchView
@@ -124,11 +125,9 @@ def test_the_numbers_of_anchors_equal_the_reference() -> None:
 def search(case: str):
     """The search of a golden case; its images are one batch of one process."""
     described, tensors = golden(case)
-    closest = closest_anchor(
-        view_of(described, tensors).normalized,
-        tensors["noise_anchor"],
-        anchor_ratio=described["anchor_ratio"],
-    )
+    count = num_anchors(described["L"], described["anchor_ratio"])
+    anchors = draw_anchors(tensors["noise_anchor"], count)
+    closest = closest_anchor(pixel_similarity(view_of(described, tensors).normalized, anchors))
     most = most_kept(described["L"], described["min_mask_ratio"])
     return bisect(
         lambda threshold: 1 - num_kept(closest, threshold, most=most) / closest.numel(),

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference_cluster_masking import cluster_mask
 
-from frugal.cluster_masking.clusters import ANCHORS, CUT_OFF, cluster_mask
+from frugal.cluster_masking.clusters import ANCHORS, CUT_OFF
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.cluster_masking.recipes import demo
 from frugal.common.contracts import Batch

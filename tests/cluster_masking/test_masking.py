@@ -5,13 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference_cluster_masking import ids_keep
+from reference_cluster_masking import cluster_mask, ids_keep
 
 from frugal.cluster_masking.clusters import (
     ANCHORS,
     CUT_OFF,
     ClusterMask,
-    cluster_mask,
     most_kept,
     num_anchors,
 )

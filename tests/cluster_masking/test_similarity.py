@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from reference_cluster_masking import cluster_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frugal.cluster_masking.clusters import cluster_mask
+from frugal.cluster_masking.masking import ClusterMasking
 from frugal.cluster_masking.similarity import embedding_similarity, pixel_similarity
+from frugal.common.randomness import SampleNoise
+from frugal.common.reduction.image import PatchView
 
 CASES = [(2, 9, 12), (3, 20, 27), (1, 35, 108)]  # images, patches, pixels
 
@@ -131,15 +134,9 @@ class Largest(TorchDispatchMode):
 
 
 def test_only_rows_of_anchors_are_ever_computed() -> None:
-    images, patches, pixels = 2, 196, 12
+    images, patches = 2, 196
     with Largest() as seen:
-        cluster_mask(
-            random_patches(images, patches, pixels),
-            anchor_noise=torch.rand(images, patches),
-            cut_off_noise=torch.rand(images, patches),
-            anchor_ratio=0.03,
-            threshold=0.5,
-            min_mask_ratio=0.3,
-        )
+        view = PatchView(random_patches(images, 3 * 28, 28).unflatten(1, (3, 28)), patch_size=2)
+        ClusterMasking(threshold=0.5).keep(view, noise=SampleNoise(0, torch.arange(images)))
     assert (images, 6, patches) in seen.shapes
     assert not [shape for shape in seen.shapes if shape.count(patches) > 1]

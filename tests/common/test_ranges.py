@@ -64,7 +64,7 @@ ALLOWED: dict[tuple[str, str], tuple[set[float], str]] = {
             ("AdamW", "betas"), ("AdamW", "epsilon"), ("AdamW", "weight_decay"),
             ("AdamW", "projection_weight_decay"), ("LARS", "momentum"), ("LARS", "weight_decay"),
             ("WarmupCosine", "warmup_samples"), ("WarmupCosine", "start"),
-            ("WarmupCosine", "floor"),
+            ("WarmupCosine", "floor"), ("PgsMasking", "edge_weight"),
         ],
         ({0}, NOT_NEGATIVE),
     ),

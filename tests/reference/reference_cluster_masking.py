@@ -10,17 +10,62 @@ visible tokens, of another sample of the batch than the one attending.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frugal.cluster_masking.clusters import ClusterMask
+from frugal.cluster_masking.clusters import (
+    ClusterMask,
+    clusters_of,
+    draw_anchors,
+    most_kept,
+    num_anchors,
+)
+from frugal.cluster_masking.similarity import embedding_similarity, mix_in, pixel_similarity
 from frugal.common.models.attention import Attention
 from frugal.common.models.blocks import Block
 from frugal.common.models.vit import ImageTransformer
 from frugal.common.reduction.image import PatchView
+
+
+def cluster_mask(
+    patches: Tensor,
+    *,
+    anchor_noise: Tensor,
+    cut_off_noise: Tensor,
+    anchor_ratio: float,
+    threshold: float,
+    min_mask_ratio: float,
+    overflow: Literal["random", "index"] = "random",
+    embeddings: Tensor | None = None,
+    mix: float | Tensor = 0.0,
+    centered: bool = True,
+) -> ClusterMask:
+    """From pixels and noise to a mask, with what only the published code does.
+
+    Args:
+        patches: (B, N, P) normalized pixels.
+        anchor_noise: (B, N) uniform numbers.
+        cut_off_noise: (B, N) uniform numbers.
+        anchor_ratio: share of the patches that are anchors.
+        threshold: on the similarity, from -1 to 1.
+        min_mask_ratio: share of the patches that goes in any case.
+        overflow: which visible patches go if too few are masked. random: those of the largest
+            cut-off noise. index: the last, at the bottom of the image, as published.
+        embeddings: (B, N, D) of every patch, to be mixed in.
+        mix: weight of their similarity, from 0 to 1, for all images or (B,) for each.
+        centered: subtract the mean of every patch's pixels.
+    """
+    anchors = draw_anchors(anchor_noise, num_anchors(patches.shape[1], anchor_ratio))
+    similarity = pixel_similarity(patches, anchors, centered=centered)  # (B, A, N)
+    if embeddings is not None:
+        similarity = mix_in(similarity, embedding_similarity(embeddings, anchors), mix)
+    most = most_kept(patches.shape[1], min_mask_ratio)
+    return clusters_of(
+        similarity, anchors, cut_off_noise, threshold=threshold, most=most, overflow=overflow
+    )
 
 
 def ids_keep(mask: ClusterMask) -> Tensor:

@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from frugal.cluster_masking.similarity import embedding_similarity, pixel_similarity
-
 ANCHORS = "cluster anchors"
 """Name of the noise that draws the anchors."""
 CUT_OFF = "cluster cut-off"
@@ -77,43 +75,28 @@ def draw_anchors(noise: Tensor, count: int) -> Tensor:
     return noise.argsort(dim=1, stable=True)[:, noise.shape[1] - count :]
 
 
-def cluster_mask(
-    patches: Tensor,
-    *,
-    anchor_noise: Tensor,
+def clusters_of(
+    similarity: Tensor,
+    anchors: Tensor,
     cut_off_noise: Tensor,
-    anchor_ratio: float,
+    *,
     threshold: float,
-    min_mask_ratio: float,
+    most: int,
     overflow: Overflow = "random",
-    embeddings: Tensor | None = None,
-    mix: float | Tensor = 0.0,
-    centered: bool = True,
 ) -> ClusterMask:
-    """Mask every patch that resembles an anchor by more than the threshold.
+    """Mask what resembles an anchor by more than a threshold.
 
     An anchor resembles itself, unless it is constant: such a patch is never masked.
 
     Args:
-        patches: (B, N, P) normalized pixels.
-        anchor_noise: (B, N) uniform numbers.
+        similarity: (B, A, N) of every patch to every anchor.
+        anchors: (B, A) patch numbers.
         cut_off_noise: (B, N) uniform numbers.
-        anchor_ratio: share of the patches that are anchors.
-        threshold: on the similarity, from -1 to 1.
-        min_mask_ratio: share of the patches that goes in any case.
+        threshold: on the similarity.
+        most: patches that an image keeps at most.
         overflow: which visible patches go if too few are masked. random: those of the largest
             cut-off noise. index: the last, at the bottom of the image, as published.
-        embeddings: (B, N, D) of every patch, to be mixed in.
-        mix: weight of their similarity, from 0 to 1, for all images or (B,) for each.
-        centered: subtract the mean of every patch's pixels.
     """
-    anchors = draw_anchors(anchor_noise, num_anchors(patches.shape[1], anchor_ratio))
-    similarity = pixel_similarity(patches, anchors, centered=centered)  # (B, A, N)
-    if embeddings is not None:
-        weight = torch.as_tensor(mix, device=similarity.device).view(-1, 1, 1)
-        similarity = torch.lerp(
-            similarity, embedding_similarity(embeddings, anchors), weight.to(similarity)
-        )
     hits = (similarity > threshold).sum(1)  # (B, N); NaN exceeds nothing
     # double precision: a float32 just below one would not survive the one that is added to it
     key = cut_off_noise.double()
@@ -122,5 +105,5 @@ def cluster_mask(
         anchors=anchors,
         hits=hits,
         order=torch.where(hits > 0, 1 + key, visible_key).argsort(dim=1, stable=True),
-        most_kept=most_kept(patches.shape[1], min_mask_ratio),
+        most_kept=most,
     )

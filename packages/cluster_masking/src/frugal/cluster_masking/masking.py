@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from frugal.cluster_masking.clusters import (
     ANCHORS,
     CUT_OFF,
     ClusterMask,
-    cluster_mask,
+    clusters_of,
+    draw_anchors,
     most_kept,
     num_anchors,
 )
 from frugal.cluster_masking.pictures import draw_masks
-from frugal.cluster_masking.threshold_search import LEAST_PATCHES, search
+from frugal.cluster_masking.similarity import embedding_similarity, mix_in, pixel_similarity
+from frugal.cluster_masking.threshold_search import LEAST_PATCHES, closest_anchor, search
 from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
 from frugal.common.ranges import Count, OpenShare, Positive, Range, check_ranges
@@ -38,21 +40,21 @@ from frugal.common.reduction.image import Gather, ImageReduction, KeptPatches, P
 _DRAWN_DISTANCES = (1.5, 1.0, 0.5)
 """Distances from 1 of the thresholds that are drawn, as shares of that of the one in use."""
 
-_AnchorRatio = Annotated[
+AnchorRatio = Annotated[
     float,
     Range(
         above=0, most=1,
         words="must be more than 0 and at most 1: without anchors nothing is masked",
     ),
 ]  # fmt: skip
-_Threshold = Annotated[
+Threshold = Annotated[
     float,
     Range(
         least=-1, below=1, words="must lie in [-1, 1): no two patches are more alike than 1",
         hint="leave it out to have it searched",
     ),
 ]  # fmt: skip
-_LeastRatio = Annotated[
+LeastRatio = Annotated[
     float,
     Range(
         least=0, below=1,
@@ -65,14 +67,14 @@ _LeastRatio = Annotated[
 class ClusterMasking(ImageReduction):
     """Keep what resembles none of some random patches, another number in every image."""
 
-    anchor_ratio: _AnchorRatio = 0.03
+    anchor_ratio: AnchorRatio = 0.03
     """Share of the patches that clusters grow around."""
-    threshold: _Threshold | None = None
+    threshold: Threshold | None = None
     """Similarity from which on a patch belongs to an anchor's cluster; without it the one that
     masks the target ratio is searched on the first images of the run."""
     target_mask_ratio: OpenShare | None = 0.5
     """Share of the patches that should go on average."""
-    min_mask_ratio: _LeastRatio = 0.3
+    min_mask_ratio: LeastRatio = 0.3
     """Share of the patches that goes from every image, however little its clusters cover."""
     tolerance: Positive = 0.05
     """Largest difference from the target ratio; beyond it the search refuses, training warns."""
@@ -159,23 +161,44 @@ class ClusterMasking(ImageReduction):
                 "reduction.image.threshold is not known, because it is searched when a run starts; "
                 "give the one that its recipe.json holds"
             )
-        more: dict[str, Any] = {}
-        if self.use_embeddings:
-            if view.embed is None or view.progress is None:
-                raise InputError(
-                    "reduction.image.use_embeddings needs the embeddings of all patches, which "
-                    "only training has; leave it out here"
-                )
-            more = {"embeddings": view.embed(), "mix": view.progress}
-        return cluster_mask(
-            view.normalized,
-            anchor_noise=noise.uniform(ANCHORS, view.num_patches),
-            cut_off_noise=noise.uniform(CUT_OFF, view.num_patches),
-            anchor_ratio=self.anchor_ratio,
+        anchors = self.anchors(view, noise=noise)
+        return clusters_of(
+            self.similarity(view, anchors),
+            anchors,
+            noise.uniform(CUT_OFF, view.num_patches),
             threshold=self.threshold,
-            min_mask_ratio=self.min_mask_ratio,
-            **more,
+            most=most_kept(view.num_patches, self.min_mask_ratio),
         )
+
+    def anchors(self, view: PatchView, *, noise: NoiseSource) -> Tensor:
+        """The (B, A) numbers of the patches that clusters grow around."""
+        count = num_anchors(view.num_patches, self.anchor_ratio)
+        return draw_anchors(noise.uniform(ANCHORS, view.num_patches), count)
+
+    def similarity(self, view: PatchView, anchors: Tensor, *, mixed: bool = True) -> Tensor:
+        """(B, A, N) of every patch to every anchor.
+
+        Args:
+            view: of the images.
+            anchors: (B, A) patch numbers.
+            mixed: whether embeddings have a part in it, where that is wanted.
+
+        Raises:
+            InputError: if the view has no embeddings that are wanted.
+        """
+        similarity = self.pixel_similarity(view, anchors)
+        if not (mixed and self.use_embeddings):
+            return similarity
+        if view.embed is None or view.progress is None:
+            raise InputError(
+                "reduction.image.use_embeddings needs the embeddings of all patches, which "
+                "only training has; leave it out here"
+            )
+        return mix_in(similarity, embedding_similarity(view.embed(), anchors), view.progress)
+
+    def pixel_similarity(self, view: PatchView, anchors: Tensor) -> Tensor:
+        """(B, A, N) of the pixels of every patch to those of every anchor."""
+        return pixel_similarity(view.normalized, anchors)
 
     def keep(self, view: PatchView, *, noise: NoiseSource) -> KeptPatches:
         """The visible patches of every image, as far as the minimum mask ratio lets them stay.
@@ -215,10 +238,12 @@ class ClusterMasking(ImageReduction):
             return self
         assert self.target_mask_ratio is not None  # refused where there is no threshold either
         result = search(
-            batches,
+            (
+                closest_anchor(self.similarity(view, self.anchors(view, noise=noise), mixed=False))
+                for view, noise in batches
+            ),
             target=self.target_mask_ratio,
             tolerance=self.tolerance,
-            anchor_ratio=self.anchor_ratio,
             min_mask_ratio=self.min_mask_ratio,
             gather=gather,
             log=log,

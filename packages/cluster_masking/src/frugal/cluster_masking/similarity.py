@@ -56,6 +56,18 @@ def embedding_similarity(embeddings: Tensor, anchors: Tensor) -> Tensor:
     return _cosines(vectors, anchors, torch.linalg.vector_norm(vectors, dim=2))
 
 
+def mix_in(similarity: Tensor, of_embeddings: Tensor, weight: float | Tensor) -> Tensor:
+    """One similarity and another, by the weight of the other: one for all images or (B,) for each.
+
+    Args:
+        similarity: (B, A, N).
+        of_embeddings: (B, A, N).
+        weight: from 0 to 1.
+    """
+    share = torch.as_tensor(weight, device=similarity.device).view(-1, 1, 1)
+    return torch.lerp(similarity, of_embeddings, share.to(similarity))
+
+
 def _cosines(vectors: Tensor, anchors: Tensor, lengths: Tensor) -> Tensor:
     """(B, A, N) from (B, N, P) vectors, (B, A) numbers of some and the (B, N) lengths of all."""
     rows = anchors.unsqueeze(2).expand(-1, -1, vectors.shape[2])

@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frugal.cluster_masking.clusters import ANCHORS, draw_anchors, most_kept, num_anchors
-from frugal.cluster_masking.similarity import pixel_similarity
+from frugal.cluster_masking.clusters import most_kept
 from frugal.common.errors import InputError
-from frugal.common.randomness import NoiseSource
-from frugal.common.reduction.image import PatchView
 
 LEAST_PATCHES = 1000
 """That a search needs: one patch more or less must not move the mean by the search's precision."""
@@ -59,19 +56,15 @@ def bisect(mask_ratio: Callable[[float], float], *, target: float) -> SearchResu
     return SearchResult(*best, visited=tuple(visited))
 
 
-def closest_anchor(patches: Tensor, anchor_noise: Tensor, *, anchor_ratio: float) -> Tensor:
+def closest_anchor(similarity: Tensor) -> Tensor:
     """The similarity of every patch to the anchor it resembles most: all that a threshold decides.
 
     Args:
-        patches: (B, N, P) normalized pixels.
-        anchor_noise: (B, N) uniform numbers.
-        anchor_ratio: share of the patches that are anchors.
+        similarity: (B, A, N) of patches to anchors.
 
     Returns:
         (B, N) float32; minus infinity where a patch can be compared to none.
     """
-    anchors = draw_anchors(anchor_noise, num_anchors(patches.shape[1], anchor_ratio))
-    similarity = pixel_similarity(patches, anchors)  # (B, A, N)
     return similarity.nan_to_num(nan=-torch.inf).amax(1)
 
 
@@ -88,11 +81,10 @@ def num_kept(closest: Tensor, threshold: float, *, most: int) -> int:
 
 
 def search(
-    seen: Iterable[tuple[PatchView, NoiseSource]],
+    seen: Iterable[Tensor],
     *,
     target: float,
     tolerance: float,
-    anchor_ratio: float,
     min_mask_ratio: float,
     gather: Callable[[Any], list[Any]],
     log: logging.Logger,
@@ -103,10 +95,9 @@ def search(
     many they are.
 
     Args:
-        seen: images of this process, with the noise that they have in training.
+        seen: (B, N) from :func:`closest_anchor` of images of this process.
         target: share of the patches to be masked on average.
         tolerance: largest difference from it.
-        anchor_ratio: share of the patches that are anchors.
         min_mask_ratio: share of the patches that goes in any case.
         gather: collects one JSON-ready value of every process, in rank order, on all of them.
         log: told where the search ended.
@@ -114,16 +105,7 @@ def search(
     Raises:
         InputError: if there are too few images, or no threshold comes near enough to the target.
     """
-    closest = torch.cat(
-        [
-            closest_anchor(
-                view.normalized,
-                noise.uniform(ANCHORS, view.num_patches),
-                anchor_ratio=anchor_ratio,
-            )
-            for view, noise in seen
-        ]
-    )  # (images of this process, N)
+    closest = torch.cat(list(seen))  # (images of this process, N)
     num_patches = closest.shape[1]
     most = most_kept(num_patches, min_mask_ratio)
     num_images = sum(gather(len(closest)))
