@@ -26,7 +26,11 @@ VALID = {
     "none": [[0, 0, 0, 0, 0]] * WORLD,
 }
 ROWS_PER_PIECE = [2, LOCAL]
+GROUPED = " with groups"
 KINDS = ["both", "image_to_text", "text_to_image", "sigmoid"]
+KINDS += [kind + GROUPED for kind in KINDS]
+GROUPS = torch.tensor([0, 1, 0, 2, 3, 1, 4, 0, 5, 5, 6, 1, 5, 7, 7])
+"""Of the samples of all processes; some have members on each."""
 NAMES = ("images", "texts", "scale", "bias")
 
 
@@ -39,7 +43,9 @@ def values_of(world: int, dtype: torch.dtype) -> list[Tensor]:
     return [value.to(dtype) for value in (images, texts, scale, bias)]
 
 
-def loss_of(kind: str, values: list[Tensor], **options: Any) -> Tensor:
+def loss_of(kind: str, values: list[Tensor], groups: Tensor, **options: Any) -> Tensor:
+    if kind.endswith(GROUPED):
+        kind, options["groups"] = kind.removesuffix(GROUPED), groups
     if kind == "sigmoid":
         return sigmoid_loss(*values, **options).loss
     directions = BOTH if kind == "both" else (kind,)
@@ -73,7 +79,7 @@ def run_group(rank: int, world: int, group: dist.ProcessGroup | None) -> dict[tu
             valid = torch.tensor(rows[rank]).bool()
             for piece in ROWS_PER_PIECE:
                 module._PIECE_NUMBERS = piece * world * WIDTH
-                loss = loss_of(kind, values, valid=valid, chunk=4, group=group)
+                loss = loss_of(kind, values, GROUPS[mine], valid=valid, chunk=4, group=group)
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)
                 results[world, name, kind, piece] = loss.detach(), gradients
     results[world, "weighted"] = run_weighted(rank, world, group)
@@ -126,15 +132,17 @@ def whole_batch(world: int, name: str, kind: str) -> tuple[Tensor, list[Tensor]]
     images, texts, scale, bias = values
     valid = torch.tensor(VALID[name][:world]).bool().flatten()
     cosines = images[valid] @ texts[valid].T
-    own = torch.arange(len(cosines))
-    if len(own) == 0:
+    same = torch.eye(len(cosines), dtype=torch.float64)
+    if kind.endswith(GROUPED):
+        kind, groups = kind.removesuffix(GROUPED), GROUPS[: world * LOCAL][valid]
+        same = (groups[:, None] == groups).double()
+    if len(same) == 0:
         loss = 0.0 * sum(value.sum() for value in values)
     elif kind == "sigmoid":
-        signs = 2 * torch.eye(len(own), dtype=torch.float64) - 1
-        loss = -F.logsigmoid(signs * (scale.exp() * cosines + bias)).sum() / len(own)
+        loss = -F.logsigmoid((2 * same - 1) * (scale.exp() * cosines + bias)).sum() / len(same)
     else:
-        logits = scale.exp() * cosines
-        by_image, by_text = F.cross_entropy(logits, own), F.cross_entropy(logits.T, own)
+        logits, targets = scale.exp() * cosines, same / same.sum(1)
+        by_image, by_text = F.cross_entropy(logits, targets), F.cross_entropy(logits.T, targets)
         loss = {"both": (by_image + by_text) / 2, "image_to_text": by_image}.get(kind, by_text)
     loss.backward()
     return loss.detach(), [
@@ -167,7 +175,7 @@ def test_averaged_gradients_are_those_of_one_process(
     by_rank = [results[rank][world, name, kind, piece][1] for rank in range(world)]
     for place, reference in enumerate(expected):
         parts = [gradient[place] for gradient in by_rank]
-        if kind != "sigmoid" and NAMES[place] == "bias":
+        if "sigmoid" not in kind and NAMES[place] == "bias":
             assert parts == [None] * world
             continue
         if NAMES[place] in ("images", "texts"):

@@ -70,6 +70,7 @@ def batch_of(count: int = 7, *, first: int = 20) -> Batch:
         valid=valid,
         token_ids=torch.randint(1, 50, (count, 5), generator=generator),
         text_lengths=torch.randint(1, 6, (count,), generator=generator),
+        groups=torch.arange(count) // 3,
         keys=[str(number) for number in range(count)],
     )
 
@@ -223,14 +224,43 @@ def test_a_batch_without_captions_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------
+# Groups
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_samples_of_a_group_are_no_strangers_where_that_is_asked_for(loss: Any) -> None:
+    model, batch = (SIGMOID if loss == "sigmoid" else MODEL), batch_of()
+    found = {}
+    for positives in ("partner", "equal_captions", "group"):
+        mine = objective(Contrastive(loss=loss, positives=positives), model=model)  # type: ignore[arg-type]
+        found[positives] = mine(batch)[0].item()
+    assert found["equal_captions"] == found["group"] != found["partner"]
+    alone = objective(Contrastive(loss=loss, positives="group"), model=model)
+    assert alone(replace(batch, groups=batch.sample_numbers))[0].item() == found["partner"]
+
+
+def test_data_that_tell_no_groups_are_refused() -> None:
+    mine = objective(Contrastive(positives="equal_captions"))
+    with pytest.raises(InputError, match="the data tell no groups of samples; choose partner"):
+        mine(replace(batch_of(), groups=None))
+    with pytest.raises(InputError, match=r"objective\.positives is 'all'; choose from"):
+        Contrastive(positives="all")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------
 # Gradient caching
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 @pytest.mark.parametrize(
     "config",
-    [Contrastive(), Contrastive(directions=BOTH[:1], clamp="forward"), Contrastive(loss="sigmoid")],
-    ids=["softmax", "image_to_text", "sigmoid"],
+    [
+        Contrastive(),
+        Contrastive(directions=BOTH[:1], clamp="forward"),
+        Contrastive(loss="sigmoid"),
+        Contrastive(positives="equal_captions"),
+    ],
+    ids=["softmax", "image_to_text", "sigmoid", "groups"],
 )
 def test_cached_gradients_equal_those_of_the_whole_batch(chunk: int, config: Contrastive) -> None:
     model = SIGMOID if config.loss == "sigmoid" else MODEL

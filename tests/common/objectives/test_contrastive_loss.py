@@ -26,26 +26,40 @@ def unit_rows(seed: int, rows: int, width: int, dtype: torch.dtype = torch.float
 
 
 def slow_softmax(
-    images: Tensor, texts: Tensor, log_scale: Tensor, valid: Tensor, directions: tuple = BOTH
+    images: Tensor,
+    texts: Tensor,
+    log_scale: Tensor,
+    valid: Tensor,
+    directions: tuple = BOTH,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """The definition, sample by sample, over the valid samples only."""
     logits = log_scale.exp() * images[valid] @ texts[valid].T
+    of = (torch.arange(len(valid)) if groups is None else groups)[valid]
     rows = []
     for direction in directions:
         table = logits if direction == "image_to_text" else logits.T
-        rows.append(torch.stack([row.logsumexp(0) - row[i] for i, row in enumerate(table)]))
+        rows.append(
+            torch.stack([row.logsumexp(0) - row[of == of[i]].mean() for i, row in enumerate(table)])
+        )
     return torch.stack(rows).mean()
 
 
 def slow_sigmoid(
-    images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, valid: Tensor
+    images: Tensor,
+    texts: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    valid: Tensor,
+    groups: Tensor | None = None,
 ) -> Tensor:
     images, texts = images[valid], texts[valid]
+    of = (torch.arange(len(valid)) if groups is None else groups)[valid]
     total = torch.zeros((), dtype=images.dtype)
     for i, image in enumerate(images):
         for j, text in enumerate(texts):
             logit = log_scale.exp() * (image @ text) + bias
-            total = total - F.logsigmoid(logit if i == j else -logit).sum()
+            total = total - F.logsigmoid(logit if of[i] == of[j] else -logit).sum()
     return total / len(images)
 
 
@@ -104,6 +118,78 @@ def test_sigmoid_equals_the_float64_definition(
     assert_same_gradients(ours, reference, 2e-5)
 
 
+GROUPS = torch.tensor([3, 1, 3, 0, 9, 9, 3, 5, -2, 1, 3, -2, 7])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, None])
+@pytest.mark.parametrize("directions", [BOTH, BOTH[:1], BOTH[1:]])
+@pytest.mark.parametrize("log_scale", [0.0, 2.659, LARGEST_LOG_SCALE])
+@pytest.mark.parametrize("all_valid", [True, False])
+def test_softmax_over_groups_equals_the_float64_definition(
+    chunk: int | None, directions: tuple, log_scale: float, all_valid: bool
+) -> None:
+    valid = torch.ones(13).bool()
+    if not all_valid:  # one of a pair, all of a pair, one of four
+        valid[torch.tensor([1, 4, 5, 10])] = False
+    values = (unit_rows(7, 13, 5), unit_rows(8, 13, 5), torch.tensor([log_scale]))
+    ours, reference = leaves(*values, dtype=torch.float32), leaves(*values, dtype=torch.float64)
+    options = {"valid": valid, "directions": directions, "groups": GROUPS}
+    loss, _ = contrastive_loss(*ours, chunk=chunk, **options)
+    expected = slow_softmax(*reference, **options)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-6, abs=1e-6)
+    assert_same_gradients(ours, reference, 2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, None])
+@pytest.mark.parametrize(("log_scale", "bias"), [(math.log(10), -10.0), (4.0, 3.0)])
+@pytest.mark.parametrize("all_valid", [True, False])
+def test_sigmoid_over_groups_equals_the_float64_definition(
+    chunk: int | None, log_scale: float, bias: float, all_valid: bool
+) -> None:
+    valid = torch.ones(13).bool()
+    if not all_valid:
+        valid[torch.tensor([1, 4, 5, 10])] = False
+    scalars = (torch.tensor([log_scale]), torch.tensor([bias]))
+    values = (unit_rows(7, 13, 5), unit_rows(8, 13, 5), *scalars)
+    ours, reference = leaves(*values, dtype=torch.float32), leaves(*values, dtype=torch.float64)
+    loss, _ = sigmoid_loss(*ours, valid=valid, groups=GROUPS, chunk=chunk)
+    expected = slow_sigmoid(*reference, valid=valid, groups=GROUPS)
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
+    assert_same_gradients(ours, reference, 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_groups_of_one_change_no_bit(kind: str) -> None:
+    found = []
+    for groups in (None, torch.arange(13) * 7 - 30):
+        scale, bias = torch.tensor([3.0]), torch.tensor([-2.0])
+        values = leaves(unit_rows(7, 13, 5), unit_rows(8, 13, 5), scale, bias, dtype=torch.float32)
+        options = {"valid": torch.arange(13) != 6, "chunk": 4, "groups": groups}
+        if kind == "softmax":
+            out = contrastive_loss(*values[:3], **options)
+        else:
+            out = sigmoid_loss(*values, **options)
+        out.loss.backward()
+        found.append([*out, *(v.grad for v in values if v.grad is not None)])
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
+def test_whoever_finds_one_of_its_group_has_found_it() -> None:
+    images = torch.eye(4)
+    texts = torch.eye(4)[[1, 0, 3, 2]]  # every image finds its neighbor's caption
+    options = {"log_scale": torch.tensor([1.0])}
+    assert contrastive_loss(images, texts, **options).accuracy == 0.0
+    groups = torch.tensor([5, 5, 6, 7])
+    assert contrastive_loss(images, texts, groups=groups, **options).accuracy == 0.5
+    bias = torch.tensor([-1.0])
+    found = sigmoid_loss(images, texts, logit_bias=bias, groups=groups, **options)
+    assert found.accuracy == 0.5
+
+
 @pytest.mark.parametrize("piece", [1, 4, 13])
 @pytest.mark.parametrize("chunk", [3, None])
 def test_gathering_in_pieces_changes_nothing(
@@ -136,6 +222,12 @@ def test_gradients_pass_gradcheck() -> None:
     def sigmoid(*inputs: Tensor) -> Tensor:
         return sigmoid_loss(*inputs, valid=valid, chunk=3).loss
 
+    def grouped(*inputs: Tensor) -> Tensor:
+        groups = torch.tensor([2, 2, 2, 0])
+        together = contrastive_loss(*inputs[:3], valid=valid, groups=groups, chunk=3).loss
+        return together + sigmoid_loss(*inputs, valid=valid, groups=groups, chunk=3).loss
+
+    assert torch.autograd.gradcheck(grouped, (images, texts, scale, bias))
     assert torch.autograd.gradcheck(softmax, (images, texts, scale))
     assert torch.autograd.gradcheck(sigmoid, (images, texts, scale, bias))
 

@@ -51,6 +51,9 @@ class Batch:
     labels: Tensor | None = None
     """(B,) int64 class indices, where the data has classes; -1 for a sample that has none.
     Or (B, H, W) uint8, where every pixel has a class."""
+    groups: Tensor | None = None
+    """(B,) int64: samples of equal numbers are no strangers to each other, where an objective asks
+    for that; of samples without a group their own number."""
     keys: list[str] = field(default_factory=list)
     """Where each sample comes from: ``shard/key``."""
     damage: dict[str, int] = field(default_factory=dict)

@@ -211,6 +211,10 @@ class ModelConfig(ABC):
         del recipe
 
 
+GroupsBy = Literal["caption", "field"]
+"""Samples belong together whose captions are equal, or whose ``data.fields.group`` is."""
+
+
 class ObjectiveConfig(ABC):
     """What is minimized, as a part of a recipe."""
 
@@ -223,6 +227,11 @@ class ObjectiveConfig(ABC):
     """Whether an image reduction is told how important each patch is."""
     takes_uneven: ClassVar[bool] = True
     """Whether another number of patches may stay of every image."""
+
+    @property
+    def groups_by(self) -> GroupsBy | None:
+        """What makes samples of a batch belong together; None where each stands alone."""
+        return None
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what this objective cannot be combined with, as :meth:`ModelConfig.check`."""

@@ -30,6 +30,7 @@ from frugal.common.data.stream import IndexedStream, OrderedSamples, RankSlice, 
 from frugal.common.data.subset import SubsetOrder, every_sample, first_samples, read_subset
 from frugal.common.data.tokenizers import Tokenizer, TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
+from frugal.common.distributed import require_same
 from frugal.common.errors import InputError
 from frugal.common.files import read_bytes
 from frugal.common.ranges import Count, CountOrZero, Positive, Share, Weight, check_ranges
@@ -282,6 +283,11 @@ def make_transform(data: StoredData, recipe: Recipe) -> SampleTransform:
                 "with --reduction.text frugal.common.reduction.text.Truncate"
             )
         recipe.reduction.text.prepare(tokenizer, length=length)
+    if recipe.objective.groups_by == "field" and data.sample_fields.group is None:
+        raise InputError(
+            "objective.positives is group, but data.fields.group does not say where samples have "
+            "one; name it, such as --data.fields.group json.id"
+        )
     return SampleTransform(
         seed=recipe.run.seed,
         augmentation=data.augmentation,
@@ -291,6 +297,7 @@ def make_transform(data: StoredData, recipe: Recipe) -> SampleTransform:
         text_length=0 if tokenizer is None else length,
         num_classes=inputs.num_classes,
         caption_weights=data.sample_fields.weights,
+        groups_by=recipe.objective.groups_by,
     )
 
 
@@ -311,6 +318,17 @@ def _check_tokenizer(tokenizer: Tokenizer, inputs: ModelInputs) -> None:
         raise InputError(
             f"data.tokenizer pads with {tokenizer.pad_id}, but model.text.pad_id is "
             f"{captions.pad_id}; make them equal"
+        )
+
+
+def _refuse_lists(data: StoredData, sources: Sequence[Source]) -> None:
+    """Refuse a field of groups that lists and folders of images do not have."""
+    if data.sample_fields.group is None:
+        return
+    for listed in (each for source in sources for each in source.lists):
+        raise InputError(
+            f"data.fields.group names a field of shards, but {listed.name} is a list or folder; "
+            "leave it out, or convert it with `python -m frugal.common.shards convert`"
         )
 
 
@@ -359,6 +377,7 @@ def open_sources(data: StoredData, run: Run, *, num_classes: int | None = None) 
         run.log.warning("data: %s", line)
     for source in sources:
         source.tell(run.log)
+    _refuse_lists(data, sources)
     if data.caption_tokenizer is not None:
         for shard in image_folders(sources):
             refuse_without_words(shard)
@@ -484,6 +503,11 @@ def _chosen_samples(data: StoredData, sources: list[Source]) -> list[np.ndarray]
         return None
     chosen = every_sample(sources)
     if data.subset is not None:
+        require_same(
+            data.also_read()["data.subset"],
+            f"data.subset {data.subset}",
+            remedy="copy the same list to every machine",
+        )
         chosen = read_subset(data.subset, sources, data.sample_fields)
     if data.max_samples is not None:
         chosen = first_samples(chosen, data.max_samples)

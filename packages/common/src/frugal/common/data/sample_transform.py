@@ -13,7 +13,8 @@ from frugal.common.data.damage import REPAIRED, Damaged, DamageNote, note_of
 from frugal.common.data.samples import RawSample, describe_members
 from frugal.common.data.tokenizers import Tokenizer, text_length
 from frugal.common.data.transforms import Augmentation
-from frugal.common.randomness import sample_generator
+from frugal.common.randomness import sample_generator, stable_key
+from frugal.common.recipe import GroupsBy
 from frugal.common.reduction.text import PositionedTokens, TextReduction
 
 
@@ -38,6 +39,8 @@ class SampleTransform:
     """Where given, every sample needs a class below it."""
     caption_weights: tuple[float, ...] = ()
     """How often each of the captions is drawn, of samples with one for every field."""
+    groups_by: GroupsBy | None = None
+    """What samples belong together by, where an objective asks for that."""
 
     def image(self, raw: RawSample, number: int) -> np.ndarray:
         """(3, H, W) uint8; raises ``Damaged`` if it cannot be decoded."""
@@ -67,6 +70,11 @@ class SampleTransform:
         return self.text.encode(
             caption, self.tokenizer, length=self.text_length, generator=generator
         )
+
+    def group(self, raw: RawSample, caption: str, number: int) -> int:
+        """The number of the group of a sample; one without any stands alone."""
+        name = caption if self.groups_by == "caption" else raw.group
+        return number if not name else stable_key("group", name)
 
     def label(self, raw: RawSample) -> int | None:
         """The class of a sample; raises ``Damaged`` if it needs one and has none that fits."""
@@ -107,6 +115,8 @@ class Collator:
         self.labels: np.ndarray | None = None
         if transform.num_classes is not None:
             self.labels = np.zeros(count, np.int64)
+        # damaged samples are strangers to everybody, and to each other
+        self.groups = None if transform.groups_by is None else self.numbers.astype(np.int64)
 
     def add(self, key: str, raw: RawSample, *, source: int = 0) -> None:
         """Prepare a sample and put it into the next slot; raises ``Damaged`` if it cannot be.
@@ -118,14 +128,18 @@ class Collator:
         # everything that may fail comes before anything is written: a damaged slot stays zero.
         # The image is decoded last, because it costs the most and text or class may be damaged.
         tokens: list[int] | PositionedTokens | None = None
+        caption = ""
         if self.transform.tokenizer is not None:
-            tokens = self.transform.token_ids(self.transform.caption(raw, number), number)
+            caption = self.transform.caption(raw, number)
+            tokens = self.transform.token_ids(caption, number)
         label = self.transform.label(raw)
         self.images[slot] = self.transform.image(raw, number)
         if label is not None:
             self._add_label(slot, label)
         if tokens is not None:
             self._add_text(slot, tokens)
+        if self.groups is not None:
+            self.groups[slot] = self.transform.group(raw, caption, number)
         self.valid[slot] = True
         self.keys.append(key)
         self.sources[source] += 1
@@ -167,6 +181,8 @@ class Collator:
         if self.transform.tokenizer is not None:
             fields["token_ids"] = torch.from_numpy(self.token_ids)  # (B, T)
             fields["text_lengths"] = torch.from_numpy(self.lengths)  # (B,)
+        if self.groups is not None:
+            fields["groups"] = torch.from_numpy(self.groups)  # (B,)
         if self.labels is not None:
             fields["labels"] = torch.from_numpy(self.labels)  # (B,)
         if self.positions is not None:

@@ -64,6 +64,9 @@ class Fields:
     weights: tuple[Weight, ...] = ()
     """How often each field of ``caption`` is drawn where they are separate, in any unit and among
     those that a sample has; without them all alike."""
+    group: str | None = None
+    """A text or number that samples share which are no strangers to each other, such as json.id;
+    for objectives that ask for it (objective.positives). Samples without it stand alone."""
     template: str = "a photo of a {}."
     """Caption of an image that has only a class."""
     csv_image: str = "filepath"
@@ -114,6 +117,8 @@ class RawSample:
     captions: list[str]
     label: int | None = None
     """A class, counted from 0."""
+    group: str | None = None
+    """What ``fields.group`` says."""
     names: Collection[str] = ()
     """What it was found under: the extensions of its members, or the names of its features."""
     repaired: str = ""
@@ -324,9 +329,30 @@ def assemble(
         image=member(image),
         captions=captions,
         label=decode_label(member("cls")) if "cls" in extensions else None,
+        group=_group(fields, extensions, member),
         names=extensions,
         repaired=str(unreadable[0]) if unreadable else "",
     )
+
+
+def _group(
+    fields: Fields, extensions: Collection[str], member: Callable[[str], bytes]
+) -> str | None:
+    """What the members of a tar say of the group of a sample."""
+    if fields.group is None:
+        return None
+    extension, name = split_field(fields.group, extensions)
+    if extension not in extensions:
+        return None
+    value = _json(member(extension)).get(name) if name else decode_text(member(extension))
+    return group_text(value)
+
+
+def group_text(value: Any) -> str | None:
+    """The group that a text or number names; None for blank ones and for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return None
+    return str(value).strip() or None
 
 
 def no_image(fields: Fields, names: Iterable[str]) -> Damaged:

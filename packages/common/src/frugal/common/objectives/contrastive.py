@@ -26,8 +26,8 @@ from frugal.common.objectives.contrastive_loss import (
     sigmoid_loss,
 )
 from frugal.common.randomness import SampleNoise, weight_generator
-from frugal.common.ranges import Count, check_ranges
-from frugal.common.recipe import ObjectiveConfig, Recipe, model_of
+from frugal.common.ranges import Count, check_choices, check_ranges
+from frugal.common.recipe import GroupsBy, ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 
 _GRAY = 128
@@ -45,14 +45,25 @@ class Contrastive(ObjectiveConfig):
     clamp: Literal["after_step", "forward", "never"] = "after_step"
     """How the logit scale stays within 1 and 100: the parameter itself after every step, or only
     where it is used, as in FLIP's published runs, or not at all, as in CiT's."""
+    positives: Literal["partner", "equal_captions", "group"] = "partner"
+    """Which captions an image belongs to: its own alone; those equal to it, too, which are no
+    mistakes where it finds them; or those of all samples of its group (data.fields.group)."""
     chunk: Count | None = None
     """Columns of the global batch compared at a time; by default few enough for 4 MiB of logits."""
 
     compares_samples: ClassVar[bool] = True
     caches_gradients: ClassVar[bool] = True
 
+    @property
+    @override
+    def groups_by(self) -> GroupsBy | None:
+        """Captions or a field, where more than the partner is positive."""
+        ways: dict[str, GroupsBy] = {"equal_captions": "caption", "group": "field"}
+        return ways.get(self.positives)
+
     def __post_init__(self) -> None:
         check_ranges(self, "objective")
+        check_choices(self, "objective")
         if not self.directions or len(set(self.directions)) < len(self.directions):
             raise InputError(
                 f"objective.directions is {self.directions}; name image_to_text, text_to_image or "
@@ -176,7 +187,7 @@ class ContrastiveObjective(Objective):
             return encoded
         if gradients is not None:
             return _surrogate(encoded, gradients)
-        return self.loss(encoded, batch.valid)
+        return self.loss(encoded, batch)
 
     def _encode(self, batch: Batch) -> Encoded:
         batch = self._colored(batch)
@@ -234,16 +245,22 @@ class ContrastiveObjective(Objective):
         slots = tower.length if fills_up else token_ids.shape[1]
         return token_ids.new_full((len(batch),), slots)
 
-    def loss(self, encoded: Encoded, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, encoded: Encoded, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of encoded pairs, in float32, and what to report beside it.
 
         Args:
             encoded: this process's pairs.
-            valid: (B,) bool; other pairs count nowhere.
+            batch: which of them count, and which belong together.
 
         Returns:
             (loss, metrics) as ``forward`` does.
         """
+        groups = None if self._config.groups_by is None else batch.groups
+        if self._config.groups_by is not None and groups is None:
+            raise InputError(
+                f"objective.positives is {self._config.positives}, but the data tell no groups of "
+                "samples; choose partner"
+            )
         log_scale = encoded.log_scale
         if self._config.clamp == "forward":
             log_scale = clip_log_scale(log_scale)
@@ -252,7 +269,8 @@ class ContrastiveObjective(Objective):
                 encoded.images,
                 encoded.texts,
                 log_scale,
-                valid=valid,
+                valid=batch.valid,
+                groups=groups,
                 directions=self._config.directions,
                 chunk=self._config.chunk,
             )
@@ -262,7 +280,8 @@ class ContrastiveObjective(Objective):
                 encoded.texts,
                 log_scale,
                 encoded.logit_bias,
-                valid=valid,
+                valid=batch.valid,
+                groups=groups,
                 chunk=self._config.chunk,
             )
         tower = self.model.config.image

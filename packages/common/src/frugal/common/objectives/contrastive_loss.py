@@ -10,6 +10,9 @@ sent. A feature counts in two places: in the row of its own sample, here, and as
 other rows, elsewhere. The second part is the same matrix of logits read the other way round, so
 that a process can compute it from the log-sum-exps of the others, one number per row.
 
+Where samples have groups, the others of a sample's group share its target (softmax), or are pairs
+too (sigmoid), as in supervised contrastive learning (Khosla et al., arXiv:2004.11362, equation 2).
+
 Softmax: Radford et al., arXiv:2103.00020, figure 3. Sigmoid: Zhai et al., arXiv:2303.15343,
 algorithm 1.
 """
@@ -56,6 +59,7 @@ def contrastive_loss(
     log_scale: Tensor,
     *,
     valid: Tensor | None = None,
+    groups: Tensor | None = None,
     directions: Sequence[Direction] = BOTH,
     chunk: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -70,12 +74,14 @@ def contrastive_loss(
         text_features: (B, E) unit vectors; row i belongs to image i.
         log_scale: one element, the logarithm of the factor on the cosines.
         valid: (B,) bool; a sample that is not valid counts neither as a row nor as a column.
+        groups: (B,) int64; the target of a sample is spread evenly over all partners in the global
+            batch whose samples have its number. Without them it is its own partner.
         directions: which side is the query; the loss is the mean over the directions.
         chunk: columns at a time; by default few enough for 4 MiB of logits.
         group: the processes of the global batch; all of them by default.
     """
     images, texts, scale = _prepare(image_features, text_features, log_scale)
-    samples = _Samples.of(images, valid, chunk, group)
+    samples = _Samples.of(images, valid, groups, chunk, group)
     images, texts = samples.blank(images), samples.blank(texts)
     losses, hits = _Softmax.apply(images, texts, scale, samples, tuple(directions))
     loss = losses.sum() * samples.share / len(directions)
@@ -89,16 +95,18 @@ def sigmoid_loss(
     logit_bias: Tensor,
     *,
     valid: Tensor | None = None,
+    groups: Tensor | None = None,
     chunk: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> LossAndAccuracy:
     """SigLIP's loss: every pair of the global batch is told apart as partners or strangers.
 
-    Summed over the pairs and divided by the number of samples. Arguments are those of
-    :func:`contrastive_loss`, and ``logit_bias``, one element that is added to every logit.
+    Summed over the pairs and divided by the number of samples; all pairs of a group are partners.
+    Arguments are those of :func:`contrastive_loss`, and ``logit_bias``, one element that is added
+    to every logit.
     """
     images, texts, scale = _prepare(image_features, text_features, log_scale)
-    samples = _Samples.of(images, valid, chunk, group)
+    samples = _Samples.of(images, valid, groups, chunk, group)
     images, texts = samples.blank(images), samples.blank(texts)
     losses, hits = _Sigmoid.apply(images, texts, scale, logit_bias.to(images.dtype), samples)
     return LossAndAccuracy(losses.sum() * samples.share, hits.sum() * samples.share)
@@ -125,6 +133,10 @@ class _Samples:
     """(G,) for every process's samples: 0, or minus infinity where one does not count."""
     share: Tensor
     """Weight of one row, such that the mean over processes is the mean over valid samples."""
+    groups: Tensor | None
+    """(B,) int64 of this process's samples; None where everybody is alone."""
+    all_groups: Tensor | None
+    """(G,) int64"""
     rank: int
     world_size: int
     chunk: int
@@ -136,6 +148,7 @@ class _Samples:
         cls,
         features: Tensor,
         valid: Tensor | None,
+        groups: Tensor | None,
         chunk: int | None,
         group: dist.ProcessGroup | None,
     ) -> _Samples:
@@ -148,6 +161,8 @@ class _Samples:
             all_barred=torch.zeros_like(all_valid, dtype=features.dtype).masked_fill(
                 ~all_valid, -torch.inf
             ),
+            groups=groups,
+            all_groups=None if groups is None else gather(groups, group),
             share=world_size / all_valid.sum().clamp(min=1).to(features.dtype),
             rank=rank,
             world_size=world_size,
@@ -159,6 +174,16 @@ class _Samples:
         """(B, ...) rows with zeros for samples that do not count, whatever stood there."""
         barred = self.is_barred if rows.ndim == 1 else self.is_barred[:, None]
         return rows.masked_fill(barred, 0.0)
+
+    def kin(self, part: _Chunk) -> Tensor | None:
+        """(B, C) bool: columns of the group of each row, but for its partner; None without groups.
+
+        Asked while the partners of the chunk are minus infinity, like columns that do not count.
+        """
+        if self.groups is None or self.all_groups is None:
+            return None
+        same = self.groups[:, None] == self.all_groups[part.places]
+        return same.logical_and_(part.logits != -torch.inf)
 
 
 class _Chunk(NamedTuple):
@@ -241,17 +266,21 @@ class _Rows(NamedTuple):
     log_total: Tensor
     """Log-sum-exp of the row."""
     missed: Tensor
-    """Probability that the row gives to others than its partner."""
+    """What the probability that the row gives to its partner lacks of the partner's target."""
+    target: Tensor
+    """Of every member of the row's group: 1 over their number."""
     hits: Tensor
-    """1 where the partner scores highest."""
+    """1 where the partner, or another of the group, scores highest."""
 
     @classmethod
     def of(cls, rows: Tensor, columns: Tensor, samples: _Samples) -> _Rows:
         """Local rows, already scaled, against the columns of all processes."""
         largest = rows.new_full((len(rows),), -torch.inf)
         total = rows.new_zeros(len(rows))
+        others = _Kin.none(rows)
         for part in _chunks(rows, columns, samples):
             part.partners.fill_(-torch.inf)
+            others = others.met(part, samples.kin(part))
             # running log-sum-exp: what was summed so far is brought to the new largest logit
             before, largest = largest, torch.maximum(largest, part.logits.amax(1))
             # a row may have met nothing yet but columns that do not count
@@ -263,14 +292,52 @@ class _Rows(NamedTuple):
         # probability missed. With the partner kept apart a loss near zero keeps all its digits.
         margin = pivot + total.log() - partner
         losses = torch.logaddexp(margin, torch.zeros_like(margin))
-        hits = (partner > largest).to(rows.dtype)
-        return cls(samples.blank(losses), partner + losses, margin.sigmoid(), samples.blank(hits))
+        target = 1 / (1 + others.members)
+        # what the others' part of the target takes away from the partner's; 0 where there are none
+        moved = (others.members * partner - others.logits) * target
+        hits = torch.maximum(partner, others.largest) >= largest
+        hits &= (partner > largest) | (others.members > 0)
+        return cls(
+            samples.blank(losses + moved),
+            partner + losses,
+            margin.sigmoid() - (1 - target),
+            target,
+            samples.blank(hits.to(rows.dtype)),
+        )
 
     @classmethod
     def absent(cls, rows: Tensor) -> _Rows:
         """Rows of a direction that the loss leaves out: no loss, and no weight for anything."""
         zeros = rows.new_zeros(len(rows))
-        return cls(zeros, zeros + torch.inf, zeros, zeros)
+        return cls(zeros, zeros + torch.inf, zeros, zeros, zeros)
+
+
+class _Kin(NamedTuple):
+    """What the rows have met of their groups, their partners left out, (B,) each."""
+
+    logits: Tensor
+    """Their sum."""
+    members: Tensor
+    """How many they are."""
+    largest: Tensor
+    """The largest logit; minus infinity where there is none."""
+
+    @classmethod
+    def none(cls, rows: Tensor) -> _Kin:
+        """Before any column was met."""
+        zeros = rows.new_zeros(len(rows))
+        return cls(zeros, zeros, zeros - torch.inf)
+
+    def met(self, part: _Chunk, kin: Tensor | None) -> _Kin:
+        """With the columns of one chunk more."""
+        if kin is None:
+            return self
+        largest = part.logits.masked_fill(~kin, -torch.inf).amax(1)
+        return _Kin(
+            self.logits + part.logits.masked_fill(~kin, 0.0).sum(1),
+            self.members + kin.sum(1),
+            torch.maximum(self.largest, largest),
+        )
 
 
 class _Softmax(torch.autograd.Function):
@@ -302,6 +369,8 @@ class _Softmax(torch.autograd.Function):
             of_image.missed,
             of_text.log_total,
             of_text.missed,
+            of_image.target,
+            of_text.target,
         )
         return of_image.losses + of_text.losses, hits
 
@@ -309,41 +378,52 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         samples: _Samples = ctx.samples
-        images, texts, scale, image_total, image_missed, text_total, text_missed = ctx.saved_tensors
+        images, texts, scale, *of_rows = ctx.saved_tensors
+        image_total, image_missed, text_total, text_missed, image_target, text_target = of_rows
         weight = samples.blank(gradients[0])
-        # three numbers of every sample of all ranks: all that a process must know of rows elsewhere
+        # a few numbers of every sample of all ranks: all that a process must know of rows elsewhere
         # to compute, by itself, what they would send to its columns as gradients
-        local = torch.stack((image_total, text_total, weight))  # (3, B)
-        everywhere = gather(local.T, samples.group).T  # (3, G)
+        numbers = [image_total, weight, text_total, weight]
+        if samples.groups is not None:
+            numbers[2:2] = [image_target * weight]
+            numbers += [text_target * weight]
+        local = torch.stack(numbers).unflatten(0, (2, -1))  # (2, 2 or 3, B): of images, of texts
+        everywhere = gather(local.permute(2, 0, 1), samples.group).permute(1, 2, 0)
         partner_weights = -(image_missed + text_missed) * weight
         image_gradient = text_gradient = scale_gradient = None
         with torch.autocast(images.device.type, enabled=False):
             # a frozen tower saves a whole pass over the global batch
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-                weigh = _softmax_weights(local[::2], everywhere[1:])
+                weigh = _softmax_weights(samples, local[0], everywhere[1])
                 sums = _weighted_columns(images * scale, texts, samples, weigh, partner_weights)
                 image_gradient = sums * scale
                 scale_gradient = (sums * images).sum().view_as(scale)
             if ctx.needs_input_grad[1]:
-                weigh = _softmax_weights(local[1:], everywhere[::2])
+                weigh = _softmax_weights(samples, local[1], everywhere[0])
                 sums = _weighted_columns(texts * scale, images, samples, weigh, partner_weights)
                 text_gradient = sums * scale
         return image_gradient, text_gradient, scale_gradient, None, None
 
 
-def _softmax_weights(rows: Tensor, columns: Tensor) -> Callable[[_Chunk], None]:
+def _softmax_weights(samples: _Samples, rows: Tensor, columns: Tensor) -> Callable[[_Chunk], None]:
     """The derivative of all losses, here and elsewhere, by the logits of local rows.
 
     Args:
-        rows: (2, B) log-sum-exp of the local rows, and the gradients of their losses.
-        columns: (2, G) the same of the columns where they are rows themselves.
+        samples: with their groups.
+        rows: (2 or 3, B) log-sum-exp of the local rows, the gradients of their losses and, with
+            groups, these times the target of every member.
+        columns: (2 or 3, G) the same of the columns where they are rows themselves.
     """
 
     def weigh(part: _Chunk) -> None:
-        log_total, weight = columns[:, part.places]
+        kin = samples.kin(part)
+        log_total, weight, *target = columns[:, part.places]
         as_columns = (part.logits - log_total).exp_().mul_(weight)
-        log_total, weight = rows
+        pulled = None if kin is None else (rows[2][:, None] + target[0]).mul_(kin)
+        log_total, weight = rows[0], rows[1]
         part.logits.sub_(log_total[:, None]).exp_().mul_(weight[:, None]).add_(as_columns)
+        if pulled is not None:
+            part.logits.sub_(pulled)
 
     return weigh
 
@@ -358,14 +438,19 @@ class _Sigmoid(torch.autograd.Function):
         rows = images * scale
         losses = rows.new_zeros(len(rows))
         largest = rows.new_full((len(rows),), -torch.inf)
+        others = _Kin.none(rows)
         with torch.autocast(images.device.type, enabled=False):
             for part in _chunks(rows, texts, samples, bias):
                 part.partners.fill_(-torch.inf)
+                kin = samples.kin(part)
+                others = others.met(part, kin)
                 largest = torch.maximum(largest, part.logits.amax(1))
-                losses += F.softplus(part.logits).sum(1)
+                losses += F.softplus(_turned(part.logits, kin)).sum(1)
         partner = (rows * texts).sum(1) + bias
         losses += F.softplus(-partner)
-        hits = samples.blank((partner > largest).to(rows.dtype))
+        found = torch.maximum(partner, others.largest) >= largest
+        found &= (partner > largest) | (others.members > 0)
+        hits = samples.blank(found.to(rows.dtype))
         ctx.mark_non_differentiable(hits)
         ctx.samples = samples
         ctx.save_for_backward(images, texts, scale, bias, (-partner).sigmoid())
@@ -384,11 +469,13 @@ class _Sigmoid(torch.autograd.Function):
         def of_rows(part: _Chunk) -> None:
             nonlocal bias_gradient
             part.partners.fill_(-torch.inf)
-            part.logits.sigmoid_().mul_(weight[:, None])
+            kin = samples.kin(part)
+            _turned(_turned(part.logits, kin).sigmoid_(), kin).mul_(weight[:, None])
             bias_gradient = bias_gradient + part.logits.sum()
 
         def of_columns(part: _Chunk) -> None:
-            part.logits.sigmoid_().mul_(everywhere[part.places])
+            kin = samples.kin(part)
+            _turned(_turned(part.logits, kin).sigmoid_(), kin).mul_(everywhere[part.places])
 
         image_gradient = text_gradient = scale_gradient = None
         with torch.autocast(images.device.type, enabled=False):
@@ -404,3 +491,10 @@ class _Sigmoid(torch.autograd.Function):
                 )
                 text_gradient = sums * scale
         return image_gradient, text_gradient, scale_gradient, bias_gradient.view_as(bias), None
+
+
+def _turned(logits: Tensor, kin: Tensor | None) -> Tensor:
+    """The same tensor with the other sign where columns are partners too."""
+    if kin is not None:
+        torch.where(kin, -logits, logits, out=logits)
+    return logits

@@ -66,7 +66,7 @@ def cached_backward(
     objective = wrapper.objective
     assert isinstance(objective, ContrastiveObjective)  # others say that they cache no gradients
     encoded = _joined(pieces)
-    loss, metrics = objective.loss(encoded, batch.valid)
+    loss, metrics = objective.loss(encoded, batch)
     # torch's own backward, since it ends at the features: an engine's would count it as one of its
     # passes, and scale the loss for float16 here and once more below
     (loss * share).backward()

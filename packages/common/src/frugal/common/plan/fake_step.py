@@ -210,6 +210,8 @@ def _batch(recipe: Recipe, samples: int, text_tokens: int | None) -> Batch:
         most = recipe.reduction.text and recipe.reduction.text.most_tokens(inputs.captions.length)
         if most == text_tokens < inputs.captions.length:
             fields["text_positions"] = torch.empty(samples, text_tokens, dtype=torch.int64)
+    if recipe.objective.groups_by is not None:
+        fields["groups"] = torch.empty(samples, dtype=torch.int64)
     if isinstance(recipe.data, SegmentationData):
         fields["labels"] = torch.empty(samples, *inputs.height_width, dtype=torch.uint8)
     elif inputs.num_classes is not None:

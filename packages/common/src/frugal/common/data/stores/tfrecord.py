@@ -26,6 +26,7 @@ from frugal.common.data.samples import (
     class_number,
     decode_label,
     decode_text,
+    group_text,
     no_image,
     select_captions,
 )
@@ -248,9 +249,17 @@ class RecordReader(IndexedReader):
             image=image,
             captions=self._captions(features, unreadable),
             label=_label(features.get("cls", [])),
+            group=self._group(features),
             names=features.keys(),
             repaired=str(unreadable[0]) if unreadable else "",
         )
+
+    def _group(self, features: Features) -> str | None:
+        values = features.get((self.fields.group or "").removeprefix("json."), [])
+        if not len(values) or isinstance(values, np.ndarray):
+            return None
+        value = values[0]
+        return group_text(decode_text(value) if isinstance(value, bytes) else value)
 
     def _captions(self, features: Features, unreadable: list[Damaged] | None = None) -> list[str]:
         # img2dataset writes the fields of a sample's JSON as features of their own
