@@ -59,6 +59,9 @@ LAYERS = [
         "import_weights",
         "replay",
         "branch",
+        "embed",
+        "interpolate",
+        "tune",
     ),
 ]
 """Folders, and modules on their own that stand lower than the others of their folder."""

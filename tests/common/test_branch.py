@@ -154,6 +154,7 @@ def test_what_nothing_can_branch_from_is_refused(alone: Path, long: Path, tmp_pa
     assert f"every checkpoint of {alone} is too late" in said(alone, samples=960)
     assert "does not exist" in said(tmp_path / "none", samples=960)
     assert "is not empty" in said(alone, samples=960, out=long)
+    assert "which is copied" in said(long, cooldown_from=7, out=long / "short")
     moved = tmp_path / "moved"
     shutil.copytree(late, moved)
     assert "is in no run directory" in said(moved, cooldown_from=10)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from shutil import Error as ShutilError
 from shutil import copyfile, copytree, ignore_patterns, rmtree
 from typing import Any
 
@@ -115,6 +116,8 @@ def branch(options: Options) -> Checkpoint:
     before = recipe_of_run(run_dir) if newest.folder.parent.name == "checkpoints" else None
     if before is None:
         raise InputError(f"{newest.folder} is in no run directory; give the whole run")
+    if options.out.resolve().is_relative_to(run_dir):
+        raise InputError(f"{options.out} lies in {run_dir}, which is copied; choose another --out")
     recipe = _ending_otherwise(before, options)
     is_named = options.run.resolve() == newest.folder.resolve()
     begin = newest if is_named else _last_before(newest, _equal_steps(before, recipe, newest.step))
@@ -203,6 +206,11 @@ def _write(run_dir: Path, begin: Checkpoint, recipe: Recipe, out: Path) -> None:
         if out.is_dir():
             out.rmdir()
         aside.rename(out)
+    except (FileNotFoundError, ShutilError):
+        raise InputError(
+            f"{run_dir} changed while it was copied, as its run goes on; give the same command "
+            "again"
+        ) from None
     except OSError as error:
         raise cannot_write(out, error) from None
     finally:

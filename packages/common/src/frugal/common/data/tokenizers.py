@@ -253,7 +253,7 @@ class SavedTokenizer:
         return load_tokenizer(self.folder)
 
 
-TokenizerConfig = ClipBpe | HuggingFace | WordPiece
+TokenizerConfig = ClipBpe | HuggingFace | WordPiece | SavedTokenizer
 
 
 _PLAIN = (

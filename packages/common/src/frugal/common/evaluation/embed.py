@@ -242,7 +242,7 @@ class Embedder:
             images: (B, 3, H, W) on any device; uint8, or float32 gray levels.
             places: (B,) int64 numbers of the images in their data, which views are drawn for.
         """
-        images = self._normalized(images.to(self.device, non_blocking=True))
+        images = self.normalized(images.to(self.device, non_blocking=True))
         self._asked[0] += len(images)
         if self.views is None:
             return self._unit(self._see(images), 0)
@@ -257,7 +257,7 @@ class Embedder:
             features: Tensor = self.model.encode_image(images, *kept)
         return features.float()  # (B, E)
 
-    def _normalized(self, images: Tensor) -> Tensor:
+    def normalized(self, images: Tensor) -> Tensor:
         """Float images as towers take them; they normalize uint8 themselves."""
         if images.dtype == torch.uint8:
             return images

@@ -1,0 +1,179 @@
+"""Embeddings stored shard by shard."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from frugal.common.data.sources import build_index
+from frugal.common.embed import HEADER, Options, embed
+from frugal.common.errors import InputError
+from frugal.common.weights.load import load_model
+from support import command, rewrite_shard
+
+WORDS = ("--workers", "0", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars of ten samples; of the second one an image and a caption are damaged."""
+    folder, draw = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(10):
+                file = io.BytesIO()
+                pixels = draw.integers(256, size=(5, 5, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((40, 40 + number)).save(file, "PNG")
+                captions = json.dumps({"captions": [f"a {number}", f"number {number} of {shard}"]})
+                image, text = file.getvalue(), captions.encode()
+                if shard == 1 and number == 3:
+                    image = image[:60]
+                if shard == 1 and number == 7:
+                    text = b"{}"
+                for extension, content in (("png", image), ("json", text)):
+                    member = tarfile.TarInfo(f"{number:06d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def index_of(folder: Path) -> dict:
+    return json.loads((folder / "index.json").read_text())
+
+
+def stored(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_rows_are_what_the_model_says_of_every_sample(
+    alone: Path, shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = ("--checkpoint", alone, "--data", shards, "--out", out, "--texts", *WORDS)
+    said = command(
+        "frugal.common.embed", *given, "--output", "both", "--dtype", "float32", "--batch-size", 4
+    ).stderr
+    assert "00001.tar: 1 image; these samples are marked" in said.replace("decoding", "image")
+    index = index_of(out)
+    assert index["complete"] and [each["name"] for each in index["shards"]] == [
+        f"{shard:05d}.tar" for shard in range(3)
+    ]
+    assert [each["images"] for each in index["shards"]] == [10, 9, 10]
+    assert [each["texts"] for each in index["shards"]] == [20, 16, 20]
+
+    bundle = load_model(alone)
+    for shard, tensors in enumerate(stored(out).values()):
+        with tarfile.open(shards / f"{shard:05d}.tar") as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for number in range(10):
+            if shard == 1 and number == 3:
+                assert not tensors["image_valid"][number] and not tensors["image"][number].any()
+                continue
+            assert tensors["image_valid"][number]
+            pixels = bundle.prepare([files[f"{number:06d}.png"]])
+            with torch.no_grad():
+                expected = bundle.model.encode_image(pixels)  # type: ignore[operator]
+                pooled = bundle.model.image.forward_pooled(pixels)  # type: ignore[union-attr, operator]
+            torch.testing.assert_close(tensors["image"][number], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                tensors["image_pooled"][number], pooled, rtol=1e-4, atol=1e-5
+            )
+        for place, row in zip(tensors["text_sample"].tolist(), tensors["text"], strict=True):
+            captions = json.loads(files[f"{place:06d}.json"])["captions"]
+            with torch.no_grad():
+                both = bundle.model.encode_text(*bundle.tokenize(captions))  # type: ignore[operator]
+            assert (both - row).abs().amax(1).min() < 1e-5
+
+
+def test_any_number_of_processes_stores_the_same_and_goes_on_where_it_was(
+    alone: Path, shards: Path, tmp_path: Path
+) -> None:
+    given = ("--checkpoint", alone, "--data", shards, "--texts", *WORDS)
+    one, two = tmp_path / "one", tmp_path / "two"
+    command("frugal.common.embed", *given, "--out", one)
+    torchrun = ("--standalone", "--nproc_per_node", 2, "-m", "frugal.common.embed")
+    command("torch.distributed.run", *torchrun, *given, "--out", two)
+    files = sorted(path.name for path in one.iterdir())
+    assert files == [*(f"{n:05d}.safetensors" for n in range(3)), "index.json"]
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
+    whole = {name: (one / name).read_bytes() for name in files}
+    (one / "00001.safetensors").unlink()
+    (one / "00002.safetensors").write_bytes(whole["00002.safetensors"][:-9])
+    before = (one / "00000.safetensors").stat().st_mtime_ns
+    said = command("frugal.common.embed", *given, "--out", one).stderr
+    assert "2 of 3 shards are to be embedded, 20 samples" in said
+    assert {name: (one / name).read_bytes() for name in files} == whole
+    assert (one / "00000.safetensors").stat().st_mtime_ns == before
+
+
+def run(alone: Path, shards: Path, out: Path, **options: object) -> None:
+    embed(Options(checkpoint=alone, data=(str(shards),), out=out, workers=0, **options))  # type: ignore[arg-type]
+
+
+def test_several_views_are_crops_of_their_own_and_the_same_again(
+    alone: Path, shards: Path, tmp_path: Path
+) -> None:
+    for name in ("first", "again"):
+        run(alone, shards, tmp_path / name, views=3, seed=5)
+    first, again = stored(tmp_path / "first"), stored(tmp_path / "again")
+    rows = first["00000.safetensors"]["image"]
+    assert rows.shape[:2] == (10, 3) and rows.dtype == torch.float16
+    assert torch.equal(rows, again["00000.safetensors"]["image"])
+    assert all(len(row.unique(dim=0)) == 3 for row in rows)
+
+
+def test_captions_alone_need_no_image(alone: Path, shards: Path, tmp_path: Path) -> None:
+    run(alone, shards, tmp_path / "out", images=False, texts=True)
+    tensors = stored(tmp_path / "out")["00001.safetensors"]
+    assert tensors.keys() == {"text", "text_sample"} and len(tensors["text"]) == 18
+    assert [each["texts"] for each in index_of(tmp_path / "out")["shards"]] == [20, 18, 20]
+
+
+def test_what_is_of_something_else_is_refused(alone: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(alone, shards, out)
+    with pytest.raises(InputError, match="holds embeddings of dtype 'float16', not 'float32'"):
+        run(alone, shards, out, dtype="float32")
+    with pytest.raises(InputError, match=r"holds embeddings of (views 1, not 2|crop)"):
+        run(alone, shards, out, views=2)
+    other = tmp_path / "data"
+    other.mkdir()
+    for path in shards.glob("*.tar"):
+        rewrite_shard(path, other / path.name, lambda name, content: content)
+    run(alone, other, out)  # the same samples elsewhere
+    rewrite_shard(
+        shards / "00002.tar",
+        other / "00002.tar",
+        lambda name, content: content.replace(b"number", b"Number"),
+    )
+    with pytest.raises(InputError, match=r"of other data: 00002\.tar has 10 altered samples"):
+        run(alone, other, out)
+    build_index(other / "00002.tar", rebuild=True)
+    with pytest.raises(InputError, match=r"of other data .3 shards; now there are 3, or one"):
+        run(alone, other, out)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(InputError, match="holds something else than embeddings"):
+        run(alone, shards, tmp_path / "taken")
+    with pytest.raises(InputError, match="leaves nothing to embed"):
+        run(alone, shards, tmp_path / "new", images=False)
+    with pytest.raises(InputError, match="more than once"):
+        embed(Options(checkpoint=alone, data=(str(shards), str(shards)), out=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_header_tells_what_a_file_is_of(alone: Path, shards: Path, tmp_path: Path) -> None:
+    run(alone, shards, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "00001.safetensors", framework="pt") as file:
+        told = file.metadata()
+    index = index_of(tmp_path / "out")
+    shard = index["shards"][1]
+    identity = [shard["name"], shard["samples"], shard["digest"]]
+    assert json.loads(told[HEADER]) == {"about": index["about"], "shard": identity}
