@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TEST_PROCESSES ?= 2
+# One more than cores: many tests wait for processes that they have started.
+TEST_PROCESSES ?= 3
 STAMP := $(VENV)/.installed
 MANIFESTS := constraints.txt pyproject.toml $(wildcard packages/*/pyproject.toml)
 PACKAGES := $(patsubst %/pyproject.toml,-e %,$(wildcard packages/*/pyproject.toml))

@@ -3,12 +3,12 @@
     python benchmarks/cluster_masking.py
 
 The vit-b16-cc12m recipe at reduced depth, forward, backward and AdamW on cloudy pictures and
-captions of 10 to 40 tokens, each layout in a process of its own. "cluster" runs the visible patches
+captions of 10 to 40 tokens, each in a process of its own. "cluster" runs the visible patches
 of every image packed, at the threshold that masks half of these pictures. "random" keeps the same
 number of patches of every image, on average as many. "filled" fills every image up to 137 patches
 and is otherwise computed like these. "reference" does so as the published code does: it embeds all
 196 patches first, hands a mask of every head to attention, and computes every token of the last
-block. Text is the same everywhere.
+block. "pgs" grows clusters around patches on no edge. Text is the same everywhere.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from measuring import (
 )
 
 from frugal.cluster_masking.masking import ClusterMasking
+from frugal.cluster_masking.pgs import PgsMasking
 from frugal.common.contracts import Batch
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.randomness import NoiseSource, SampleNoise
+from frugal.common.recipe import model_of
 from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 
@@ -43,12 +45,12 @@ if TYPE_CHECKING:
     import torch
 
     from frugal.common.models.vit import ImageTransformer
-    from frugal.common.recipe import Recipe, model_of
+    from frugal.common.recipe import Recipe
 
 MOST_OF_RANDOM, LEAST_FASTER, MOST_CHOOSING = 1.1, 1.4, 0.03
 """Time of a clustered step by that of a random one; of a reference step by that of a clustered
 one; share of the clustered step in which the mask is chosen."""
-SETTINGS = ("cluster", "random", "filled", "reference")
+SETTINGS = ("cluster", "random", "filled", "reference", "pgs")
 TARGET = 0.5
 
 
@@ -75,7 +77,7 @@ def main() -> None:
             f"{row['mask_ratio']:8.1%} masked{row['image_tokens']:8.1f} tokens"
             f"{row['peak_mib']:9.0f} MiB{row['choosing']:9.2%} choosing"
         )
-    cluster, random, filled, reference = (rows[name] for name in SETTINGS)
+    cluster, random, filled, reference, pgs = (rows[name] for name in SETTINGS)
     report = {
         "device": cluster["device"],
         "batch": options.batch,
@@ -86,19 +88,20 @@ def main() -> None:
         "reference_to_cluster": reference["seconds"] / cluster["seconds"],
         "filled_to_cluster": filled["seconds"] / cluster["seconds"],
         "choosing": cluster["choosing"],
+        "choosing_pgs": pgs["choosing"],
     }
     write(options.out, report)
     print(
         f"a clustered step takes {report['time_to_random']:.2f}x a random one (at most "
         f"{MOST_OF_RANDOM}), is {report['reference_to_cluster']:.2f}x as fast as the reference "
         f"layout (at least {LEAST_FASTER}; {report['filled_to_cluster']:.2f}x as fast as the same "
-        f"computed our way) and spends {report['choosing']:.2%} on the mask (at "
-        f"most {MOST_CHOOSING:.0%})"
+        f"computed our way) and spends {report['choosing']:.2%} on the mask, "
+        f"with patches on no edge {report['choosing_pgs']:.2%} (at most {MOST_CHOOSING:.0%})"
     )
     if (
         report["time_to_random"] > MOST_OF_RANDOM
         or report["reference_to_cluster"] < LEAST_FASTER
-        or report["choosing"] > MOST_CHOOSING
+        or max(report["choosing"], report["choosing_pgs"]) > MOST_CHOOSING
     ):
         sys.exit("cluster masking misses a limit")
 
@@ -176,6 +179,7 @@ def small_recipe(options: argparse.Namespace, batch: Batch) -> Recipe:
         "random": RandomMasking(mask_ratio=ratio),
         "filled": FilledUp(clusters=clusters),
         "reference": FilledUp(clusters=clusters),
+        "pgs": PgsMasking(threshold=clusters.threshold, min_mask_ratio=clusters.min_mask_ratio),
     }
     return replace(
         recipe,
