@@ -62,6 +62,8 @@ LAYERS = [
         "embed",
         "interpolate",
         "tune",
+        "programs",
+        "find_learning_rate",
     ),
 ]
 """Folders, and modules on their own that stand lower than the others of their folder."""

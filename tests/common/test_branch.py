@@ -103,6 +103,28 @@ def test_a_branch_that_is_longer_goes_on_from_the_last_checkpoint_at_the_peak(
     assert "from step 9 of 20" in go_on(out, ALONE, "--run.save-every=30")
 
 
+def test_a_branch_of_cit_begins_before_pairs_that_its_end_would_cut_short(
+    scenes: Path, tmp_path: Path
+) -> None:
+    long, out, direct = tmp_path / "long", tmp_path / "out", tmp_path / "direct"
+    words = (
+        f"--data.train={scenes / 'train'}", *CONSTANT, "--run.save-every=1", "--batch-size=12",
+        f"--data.metadata.sources={scenes}/zero_shot/classnames.txt", "--data.scan=10",
+        "--data.threshold=0.1", "--data.period=3",
+    )  # fmt: skip
+    cit = "frugal.cit.train"
+    train(ALONE, long, *words, module=cit)  # 24 steps, 8 of them cooldown
+    # ends after 13 steps, which cut the fifth period short
+    ending = ("--schedule.cooldown-from=11", "--schedule.cooldown-samples=24")
+    train(ALONE, direct, *words, *ending, module=cit)
+    assert "behind step 9 of" in branch_of(long, out, *ending)
+    go_on(out, module=cit)
+    assert largest_difference(saved_tensors(out), saved_tensors(direct), ALL[:3]) == 0.0
+    named = long / "checkpoints" / "step_000000011"
+    said = branch_of(named, tmp_path / "new", *ending, expect=2)
+    assert "its data may be others, as they depend on where a run ends" in said
+
+
 def test_a_branch_of_a_branch_and_a_damaged_checkpoint(long: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     branch_of(long, first, "--schedule.cooldown-from=7")

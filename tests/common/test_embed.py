@@ -177,3 +177,20 @@ def test_the_header_tells_what_a_file_is_of(alone: Path, shards: Path, tmp_path:
     shard = index["shards"][1]
     identity = [shard["name"], shard["samples"], shard["digest"]]
     assert json.loads(told[HEADER]) == {"about": index["about"], "shard": identity}
+
+
+def test_lists_are_known_by_their_captions_and_long_ones_are_told(
+    alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (40, 40), (9, 200, 30)).save(tmp_path / name)
+    table = tmp_path / "pairs.csv"
+    table.write_text(f"filepath\ttitle\n1.png\t{'word ' * 40}\n2.png\ttwo\n")
+    run(alone, table, tmp_path / "out", texts=True)
+    assert "1 captions have more than the 24 tokens of the model and were cut" in (
+        capsys.readouterr().err
+    )
+    run(alone, table, tmp_path / "out", texts=True)
+    table.write_text("filepath\ttitle\n1.png\tone\n2.png\ttwo\n")
+    with pytest.raises(InputError, match="holds embeddings of other data"):
+        run(alone, table, tmp_path / "out", texts=True)

@@ -162,6 +162,19 @@ def test_one_process_and_two_train_alike_on_groups_and_go_on(scenes: Path, tmp_p
     assert losses(runs["softmax"]) == pytest.approx(losses(runs["same"]), rel=1e-5)
 
 
+def test_a_field_that_no_sample_has_is_refused_and_one_that_nobody_asks_for_is_told(
+    scenes: Path, tmp_path: Path
+) -> None:
+    words = (f"--data.train={scenes / 'train'}", "--schedule.samples=48")
+    asked = (*words, "--objective.positives=group")
+    said = train(ALONE, tmp_path / "run", *asked, "--data.fields.group=json.nope", expect=2)
+    assert "none of 64 samples, evenly spread, has the data.fields.group json.nope" in said
+    said = train(ALONE, tmp_path / "txt", *asked, "--data.fields.group=txt")
+    assert "64 of 64 samples, evenly spread, have a txt" in said
+    said = train(ALONE, tmp_path / "plain", *words, "--data.fields.group=txt")
+    assert "data.fields.group is txt, which this objective does not ask for" in said
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -124,6 +124,18 @@ def test_what_a_list_cannot_name_is_one_sentence(lines: str, sentence: str, tars
         read_subset(listed, [open_source(str(tars), FIELDS)], FIELDS)
 
 
+def test_what_a_line_looks_like_is_said_of_folders_and_lists_too(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    table = tmp_path / "pairs.csv"
+    table.write_text("filepath\ttitle\n1.png\tone\n")
+    listed = tmp_path / "list.txt"
+    listed.write_text("1.png\r\n")
+    with pytest.raises(InputError, match=r"as in folder/cats/1\.jpg or pairs\.csv/images/1\.jpg"):
+        read_subset(listed, [open_source(str(table), FIELDS)], FIELDS)
+    listed.write_text("pairs.csv/1.png\r\n")
+    assert len(read_subset(listed, [open_source(str(table), FIELDS)], FIELDS)[0]) == 1
+
+
 def test_a_key_that_two_rows_have_cannot_be_named(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     table = tmp_path / "pairs.csv"

@@ -12,7 +12,7 @@ from frugal.cit.recipes import RECIPES as CIT
 from frugal.clipa.recipes import RECIPES as CLIPA
 from frugal.cluster_masking.recipes import RECIPES as CLUSTER_MASKING
 from frugal.common.errors import InputError
-from frugal.common.plan.__main__ import Options, plan, recipe_named, recipes_of, table
+from frugal.common.plan.__main__ import Options, plan, table
 from frugal.common.plan.fake_step import StepMemory, step_memory
 from frugal.common.plan.partition import Zero, peak_memory
 from frugal.common.plan.report import (
@@ -24,6 +24,7 @@ from frugal.common.plan.report import (
     memory_table,
     published_shares,
 )
+from frugal.common.programs import recipe_named, recipes_of
 from frugal.flip.recipes import RECIPES as FLIP
 from frugal.flip.recipes import demo
 from frugal.milan.recipes import RECIPES as MILAN
@@ -113,8 +114,8 @@ def test_a_word_names_a_recipe_of_a_method_or_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "words"),
     [
-        ("milan:vit-b16", "there is no 'milan' to plan"),
-        ("nothing:demo", "there is no 'nothing' to plan"),
+        ("milan:vit-b16", "there is no program 'milan'"),
+        ("nothing:demo", "there is no program 'nothing'"),
         ("flip:dem", "there is no recipe 'dem'"),
         ("gone.json", "there is no recipe at gone.json"),
     ],

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from frugal.cit.curation import Chosen, Curation, Curator, gather_scores
 from frugal.cit.curation_files import CurationFiles
@@ -123,6 +124,19 @@ class CuratedData(PairData):
         """Digests of the classes whose captions are looked for, and of a list of samples."""
         classes = [[named.name, *named.prompts] for named in self.metadata.classes()]
         return super().also_read() | {"data.metadata": digest_json(classes)}
+
+    @override
+    def steps_alike(self, one: int, other: int) -> int:
+        """Before the first period that is cut short in one of two runs, and not in the other.
+
+        A checkpoint may hold what was chosen for the period behind its own, and in the background
+        for the one behind that.
+        """
+        shorter = min(one, other)
+        whole, rest = divmod(shorter, self.period)
+        if not rest and not self.background:
+            return shorter
+        return max((whole - 1 - self.background) * self.period, 0)
 
     @property
     def text_names(self) -> tuple[str, ...]:

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from frugal.cit.texts import TextChoice
-from frugal.common.data.config import PairData, entries_of, make_order, make_transform, open_sources
+from frugal.common.data.config import (
+    PairData,
+    check_groups,
+    entries_of,
+    make_order,
+    make_transform,
+    open_sources,
+)
 from frugal.common.data.contents import Contents, check_same_data, contents_of
 from frugal.common.data.damage import Damaged, DamageNote, note_of
 from frugal.common.data.loader import WAIT, Loader
@@ -127,9 +134,11 @@ def open_pool(
         )
     shards = [shard for source in sources for shard in source.shards]
     run.log.info("pool: %s pairs in %s shards", f"{order.samples:,}", f"{len(shards):,}")
+    readers = ReaderCache(shards, data.fields, sources=entries_of(sources))
+    check_groups(data, recipe, run, readers, order)
     return Pool(
         shards=shards,
-        readers=ReaderCache(shards, data.fields, sources=entries_of(sources)),
+        readers=readers,
         order=order,
         choice=TextChoice(seed=recipe.run.seed, tags=tags),
         transform=transform,

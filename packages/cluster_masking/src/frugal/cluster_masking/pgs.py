@@ -154,7 +154,8 @@ class PgsMasking(ClusterMasking):
     edge_border: Border = "replicate"
     """What lies outside of an image where edges are looked for; zero is as published."""
     protect_above: OpenShare | None = None
-    """Strength of an edge, from 0 to 1, from which on a patch is never masked."""
+    """Strength of an edge, between 0 (none) and 1 (the strongest of the image), from which on a
+    patch is never masked."""
     transport: Transport = "none"
     """What is added to similarities. sinkhorn: they themselves, their rows and columns scaled until
     all sums are 1. published: what the released code computes, which does not converge."""

@@ -158,7 +158,7 @@ def _rates(recipe: Recipe, steps: int) -> Iterator[float]:
 
 def _equal_steps(before: Recipe, recipe: Recipe, steps: int) -> int:
     """The first of a run's steps, ``steps`` at most, that a branch would have taken like it."""
-    steps = min(steps, recipe.steps)
+    steps = min(steps, before.data.steps_alike(before.steps, recipe.steps))
     pairs = zip(_rates(before, steps), _rates(recipe, steps), strict=True)
     return next((step for step, (was, would) in enumerate(pairs) if was != would), steps)
 
@@ -182,11 +182,15 @@ def _check_equal(before: Recipe, recipe: Recipe, begin: Checkpoint, *, which: st
     equal = _equal_steps(before, recipe, begin.step)
     if equal == begin.step:
         return
+    was, would = (list(_rates(each, equal + 1))[-1] for each in (before, recipe))
     if equal == recipe.steps:
         reason = f"the branch ends after step {equal}"
-    else:
-        was, would = (list(_rates(each, equal + 1))[-1] for each in (before, recipe))
+    elif was != would:
         reason = f"step {equal + 1} had a learning rate of {was:g}, in the branch it has {would:g}"
+    else:
+        reason = (
+            f"from step {equal + 1} on its data may be others, as they depend on where a run ends"
+        )
     raise InputError(
         f"{which} is too late to branch from: {reason}. End later, or take an earlier "
         "checkpoint (runs with a higher --run.keep leave more of them)"

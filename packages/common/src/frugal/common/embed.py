@@ -15,6 +15,7 @@ What is there already is kept, so that the same command goes on where it was int
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,11 +32,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from frugal.common.cli import read_options, run_politely
-from frugal.common.data.contents import below_common_folder
+from frugal.common.data.contents import below_common_folder, contents_of
 from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.loader import Loader
 from frugal.common.data.patterns import find_files, is_stream
-from frugal.common.data.samples import Fields
+from frugal.common.data.samples import Fields, Shard
 from frugal.common.data.sources import Source, index_missing, open_source
 from frugal.common.data.stores.index import count_altered
 from frugal.common.data.stream import ReaderCache
@@ -187,10 +188,17 @@ class _Towers:
         self._output = options.output
         self._device = torch.device(run.device)
         self._dtype = _DTYPES[options.dtype]
+        self.cut = 0
+        """Captions that had more tokens than the model sees; of equal ones at a time one."""
         self._alone: EncoderAlone | None = None
         if options.output != "projected" and not isinstance(bundle.model, DualEncoder):
             tower = image_encoder(bundle).build(needs_norm=False)
             self._alone = EncoderAlone(tower).to(self._device).eval()
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a caption that the model sees."""
+        return self._embedder.context_length
 
     def images(self, pixels: Tensor, views: int) -> dict[str, Tensor]:
         """(b V, 3, H, W) pixels to (b, V, E) on the CPU, by the name that they are stored under."""
@@ -211,7 +219,10 @@ class _Towers:
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """(T, E) on the CPU."""
-        return self._stored(self._embedder.texts(captions))
+        found = self._stored(self._embedder.texts(captions))
+        self.cut += len(self._embedder.cut)
+        self._embedder.cut.clear()  # of all captions of a large set it would hold too many
+        return found
 
     def _stored(self, rows: Tensor) -> Tensor:
         """As they are stored; raises ``InputError`` where that holds no embedding."""
@@ -268,7 +279,13 @@ def embed(options: Options) -> None:
     # of whichever process: the others would wait for it
     if mistakes := [each for each in gather_objects(mistake) if each]:
         raise InputError(mistakes[0])
+    cut = sum(gather_objects(towers.cut))
     if run.is_main:
+        if cut:
+            run.log.warning(
+                "%s captions have more than the %d tokens of the model and were cut",
+                f"{cut:,}", towers.context_length,
+            )  # fmt: skip
         _finish(options.out, about, jobs, run)
     barrier()
     leave_process_group()
@@ -324,11 +341,17 @@ def _jobs(options: Options, source: Source) -> list[_Job]:
     parts = zip(names, source.shards, source.digests, source.stamps, strict=True)
     return [
         _Job(
-            number, name, shard.num_samples, digest, stamp, Path(shard.name),
-            options.out / f"{number:0{digits}d}.safetensors",
+            number, name, shard.num_samples, digest or _digest_of_list(shard), stamp,
+            Path(shard.name), options.out / f"{number:0{digits}d}.safetensors",
         )
         for number, (name, shard, digest, stamp) in enumerate(parts)
     ]  # fmt: skip
+
+
+def _digest_of_list(shard: Shard) -> str:
+    """Of a list or folder, which has no index: its names, captions and some sizes."""
+    parts = contents_of([Source([shard], [], digests=[""], stamps=[""])])[0]
+    return hashlib.sha256(repr([(p.name, p.digest, p.stamp) for p in parts]).encode()).hexdigest()
 
 
 def _begin(out: Path, about: dict[str, Any], jobs: Sequence[_Job], run: Run) -> None:

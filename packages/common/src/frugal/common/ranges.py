@@ -53,6 +53,8 @@ class Range:
             return "must be positive and finite" if self.above == 0 else f"must be at least {low}"
         if self.above is not None and self.most is not None:
             return f"must lie above {low} and be at most {high}"
+        if self.above is not None and self.below is not None:
+            return f"must lie between {low} and {high}, and be neither"
         if self.least is not None and self.below is not None:
             return f"must lie in [{low}, {high})"
         return f"must lie between {low} and {high}"

@@ -314,6 +314,13 @@ class DataConfig(ABC):
         """
         return {}
 
+    def steps_alike(self, one: int, other: int) -> int:
+        """Up to which checkpoint two runs of different lengths, in steps, have read the same.
+
+        By default as far as both go: most data do not ask how long a run is.
+        """
+        return min(one, other)
+
     def save_tokenizer(self, folder: Path) -> None:
         """Keep with a run what is needed to tokenize as it did; usually nothing."""
         del folder

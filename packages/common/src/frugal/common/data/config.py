@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from abc import abstractmethod
 from collections import Counter
@@ -205,7 +206,16 @@ def _indexed(
         _keep_classes(sources, recipe, run, is_resumed=rank_slice.first_sample > 0)
     shards = [shard for source in sources for shard in source.shards]
     run.log.info("data: %s samples in %s shards", f"{order.samples:,}", f"{len(shards):,}")
+    if data.max_samples is not None and order.samples < data.max_samples:
+        run.log.warning("data.max_samples is %d, but there are no more", data.max_samples)
+    if data.sample_fields.group is not None and recipe.objective.groups_by != "field":
+        run.log.warning(
+            "data.fields.group is %s, which this objective does not ask for; give "
+            "--objective.positives group",
+            data.sample_fields.group,
+        )
     readers = ReaderCache(shards, data.sample_fields, sources=entries_of(sources))
+    check_groups(data, recipe, run, readers, order)
     return IndexedStream(
         OrderedSamples(readers, order, transform),
         rank_slice,
@@ -215,6 +225,35 @@ def _indexed(
         contents=contents,
         limit=60 * data.timeout_minutes,
     )
+
+
+_LOOKED_AT = 64
+"""Samples, evenly spread, that are asked for their group before a run begins."""
+
+
+def check_groups(
+    data: StoredData, recipe: Recipe, run: Run, readers: ReaderCache, order: Order
+) -> None:
+    """Say how many samples have a group, where an objective asks for the field of one.
+
+    Raises:
+        InputError: if none has, so that the field is probably another.
+    """
+    if recipe.objective.groups_by != "field":
+        return
+    numbers = np.unique(np.linspace(0, order.samples - 1, _LOOKED_AT).astype(np.int64))
+    places = list(zip(*(each.tolist() for each in order.locate(numbers)), strict=True))
+    groups = 0
+    for shard, index in places:
+        with contextlib.suppress(Damaged):
+            groups += readers.reader(shard).read(index).group is not None
+    name = data.sample_fields.group
+    if not groups:
+        raise InputError(
+            f"none of {len(places)} samples, evenly spread, has the data.fields.group {name}; name "
+            "another field, or leave out objective.positives"
+        )
+    run.log.info("%d of %d samples, evenly spread, have a %s", groups, len(places), name)
 
 
 def _resampled(

@@ -2,8 +2,9 @@
 
 A list has one sample per line, as the log and ``frugal.clipa.prune_pairs`` name them:
 ``00012.tar/000120034``, the shard from the folder on that all shards of an entry of ``data.train``
-lie in (or its whole path), and the key of the sample; of folders and CSV files the path of the
-image. A line that stands there twice is a sample that an epoch has twice.
+lie in (or its whole path), and the key of the sample. Of folders and CSV files the key is the path
+of the image as it stands there: ``classes/cats/1.jpg``, ``pairs.csv/images/1.jpg``. A line that
+stands there twice is a sample that an epoch has twice.
 """
 
 from __future__ import annotations
@@ -169,5 +170,6 @@ def _not_there(path: Path, missing: Sequence[str], of: int) -> InputError:
     return InputError(
         f"data.subset {path} names {len(missing):,} of {of:,} samples that data.train does not "
         f"have ({shown}); a line is a shard, a slash and the key of a sample, as in "
-        "00012.tar/000120034"
+        "00012.tar/000120034; of a folder of images or a CSV file its name and the path in it, as "
+        "in folder/cats/1.jpg or pairs.csv/images/1.jpg"
     )

@@ -10,7 +10,14 @@ from typing_extensions import override
 
 from frugal.common.contracts import Schedule
 from frugal.common.errors import InputError
-from frugal.common.ranges import Count, CountOrZero, NotNegative, check_choices, check_ranges
+from frugal.common.ranges import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    PositiveShare,
+    check_choices,
+    check_ranges,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +109,13 @@ class WarmupConstantCooldown(WarmupCosine):
                 f"schedule.cooldown_from is step {self.cooldown_from}, which is after {at_peak} "
                 f"samples, but schedule.warmup_samples is {self.warmup_samples}; cool down later"
             )
-        cooldown = self.cooldown_samples or -(-at_peak // 4)
-        return replace(self, samples=at_peak + cooldown)
+        samples = at_peak + (self.cooldown_samples or -(-at_peak // 4))
+        if samples >= 1 << 63:
+            raise InputError(
+                f"schedule.cooldown_from is step {self.cooldown_from}, so that the run would train "
+                f"on {samples} samples, must be less than 2^63; cool down earlier"
+            )
+        return replace(self, samples=samples)
 
     @override
     def _behind_warmup(self, samples_seen: int, *, peak: float) -> float:
@@ -111,3 +123,23 @@ class WarmupConstantCooldown(WarmupCosine):
         progress = min(max(cooled / self._cooldown, 0.0), 1.0)
         way = math.sqrt(progress) if self.shape == "1-sqrt" else progress
         return peak + (self.floor - peak) * way
+
+
+@dataclass(frozen=True, kw_only=True)
+class RisingRate(Schedule):
+    """From a small share of the peak up to all of it, by the same factor in every step.
+
+    For finding a learning rate: Smith, "Cyclical Learning Rates for Training Neural Networks"
+    (arXiv:1506.01186), section 3.3, with the exponential rise that is usual since.
+    """
+
+    least: PositiveShare = 1e-5
+    """Of the peak: the rate of the very first step."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "schedule")
+
+    @override
+    def learning_rate(self, samples_seen: int, *, peak: float) -> float:
+        """The learning rate of the step that starts after ``samples_seen`` samples."""
+        return peak * self.least ** (1 - min(samples_seen / self.samples, 1.0))
