@@ -44,7 +44,7 @@ from frugal.common.data.stores.index import read_summary, write_index
 from frugal.common.data.stores.streamed_tar import stream_tar
 from frugal.common.data.stores.tar import TarReader, index_tar
 from frugal.common.data.writing import NewSample, write_tars
-from frugal.common.recipe import load_recipe, to_json
+from frugal.common.recipe_json import load_recipe, to_json
 from frugal.common.weights.files import read_weights
 
 MEMORY = 512 << 20

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from frugal.common.cli import Recipes
-from frugal.common.recipe import to_json
+from frugal.common.recipe_json import to_json
 
 PACKAGES = Path(__file__).parents[2] / "packages"
 FOLDER = Path(__file__).parents[1] / "golden" / "recipes"

@@ -35,7 +35,7 @@ LAYERS = [
         "evaluation.metrics",
         "models.bundle",
     ),
-    ("cli", "contracts", "history", "recipe", "run"),
+    ("cli", "contracts", "history", "recipe", "recipe_json", "run"),
     ("optim",),
     ("data", "scenes"),
     ("models",),

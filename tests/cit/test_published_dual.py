@@ -23,7 +23,7 @@ from transformers import (
 from frugal.cit.convert import Options, convert
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TransformersImage
-from frugal.common.recipe import load_recipe
+from frugal.common.recipe_json import load_recipe
 from frugal.common.weights.load import load_model
 from support import command
 

@@ -5,7 +5,7 @@ import pytest
 from frugal.cit.curated_data import CuratedData
 from frugal.cit.recipes import RECIPES
 from frugal.common.evaluation.task_labels import TASKS
-from frugal.common.recipe import from_json, to_json
+from frugal.common.recipe_json import from_json, to_json
 
 PUBLISHED = {
     "yfcc15m-in1k-moco-b16": (16_384, 0.55, 0.003, "set", 2_048),

@@ -27,7 +27,7 @@ from transformers import (
 from frugal.cit.recipes import dual_encoder
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage, TransformersImage, TransformersText
-from frugal.common.recipe import from_json, to_json
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.reduction.image import KeptPatches
 
 NARROW = {

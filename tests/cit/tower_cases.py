@@ -21,7 +21,8 @@ from frugal.common.data.tokenizers import HuggingFace
 from frugal.common.models.pretrained import TransformersText
 from frugal.common.models.vit import ImageTower
 from frugal.common.optim.schedules import WarmupCosine
-from frugal.common.recipe import Recipe, Reductions, to_json
+from frugal.common.recipe import Recipe, Reductions
+from frugal.common.recipe_json import to_json
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate
 from frugal.common.run import Run

@@ -16,7 +16,7 @@ from frugal.common.checkpoint.init_from import init_from
 from frugal.common.errors import InputError
 from frugal.common.models.positions import resample_length, sincos_table
 from frugal.common.models.weight_names import to_open_clip
-from frugal.common.recipe import load_recipe
+from frugal.common.recipe_json import load_recipe
 from frugal.common.weights.load import load_model
 from support import command, run_code
 

@@ -20,7 +20,7 @@ from frugal.clipa.frequency_masking import (
 from frugal.common.data.tokenizers import ClipBpe, Tokenizer
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
-from frugal.common.recipe import difference, from_json, to_json
+from frugal.common.recipe_json import difference, from_json, to_json
 from frugal.common.reduction.text import Truncate
 from frugal.flip.recipes import demo
 

@@ -14,7 +14,7 @@ from frugal.common.data.color import NO_CHANGE, ColorJitter
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.vit import CLIP_MEAN, IMAGENET_MEAN
 from frugal.common.randomness import SampleNoise
-from frugal.common.recipe import from_json, to_json
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.text import Truncate
 from support import run_code

@@ -14,7 +14,7 @@ from frugal.common.cli import read_command_line
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
-from frugal.common.recipe import load_recipe, to_json
+from frugal.common.recipe_json import load_recipe, to_json
 from frugal.common.reduction.text import Truncate
 from frugal.flip.recipes import RECIPES
 from frugal.flip.recipes import demo as flip_demo

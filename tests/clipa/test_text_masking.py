@@ -18,7 +18,8 @@ from frugal.clipa.text_masking import BlockTextMasking, RandomTextMasking
 from frugal.common.data.tokenizers import Tokenizer
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
-from frugal.common.recipe import Recipe, from_json, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.reduction.text import TextReduction, Truncate
 from frugal.flip.recipes import demo
 

@@ -20,7 +20,8 @@ from frugal.common.evaluation.compositional import Compositional
 from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.randomness import SampleNoise
-from frugal.common.recipe import Recipe, load_recipe, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import load_recipe, to_json
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.report.examples import Examples

@@ -14,7 +14,8 @@ from frugal.cluster_masking.recipes import demo
 from frugal.common.contracts import Batch
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import SampleNoise
-from frugal.common.recipe import EngineOptions, Recipe, difference, with_calibrated
+from frugal.common.recipe import EngineOptions, Recipe
+from frugal.common.recipe_json import difference, with_calibrated
 from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 

@@ -18,7 +18,7 @@ from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.errors import InputError
 from frugal.common.models.named import image_tower
 from frugal.common.randomness import RecordedNoise, SampleNoise
-from frugal.common.recipe import from_json, to_json
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.reduction.image import ImageReduction, PatchView
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)

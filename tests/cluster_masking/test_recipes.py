@@ -10,7 +10,8 @@ from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.named import clip_encoder
-from frugal.common.recipe import Recipe, difference, from_json, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import difference, from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from support import command, run_code
 

@@ -12,7 +12,7 @@ from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.branch import Ending, Options, branch
 from frugal.common.errors import InputError
 from frugal.common.history import read_history
-from frugal.common.recipe import load_recipe, to_json
+from frugal.common.recipe_json import load_recipe, to_json
 from frugal.common.report.goodput import time_spent
 from support import (
     ALONE,

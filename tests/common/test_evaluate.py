@@ -36,15 +36,8 @@ from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import (
-    ModelConfig,
-    ModelInputs,
-    ObjectiveConfig,
-    Recipe,
-    from_json,
-    load_recipe,
-    to_json,
-)
+from frugal.common.recipe import ModelConfig, ModelInputs, ObjectiveConfig, Recipe
+from frugal.common.recipe_json import from_json, load_recipe, to_json
 from frugal.common.run import open_run
 from frugal.common.weights.load import load_model
 from support import ALONE, ROOT, command, described_with_tasks, environment, train

@@ -20,7 +20,8 @@ from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage
 from frugal.common.optim.schedules import WarmupCosine
 from frugal.common.ranges import Count, Range, check_ranges
-from frugal.common.recipe import DataConfig, from_json, to_json
+from frugal.common.recipe import DataConfig
+from frugal.common.recipe_json import from_json, to_json
 from frugal.flip.recipes import RECIPES
 from support import ROOT
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from frugal.common.recipe import load_recipe
+from frugal.common.recipe_json import load_recipe
 from frugal.common.train import train_recipe
 from support import ROOT, largest_difference, losses, newest, saved_tensors
 

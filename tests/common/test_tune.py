@@ -7,7 +7,8 @@ import pytest
 
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.errors import InputError
-from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import load_recipe
 from frugal.common.tune import batch_for, epochs_for, rate_for, tuned_recipe
 from frugal.common.weights.load import load_model
 from frugal.common.weights.save import save_model

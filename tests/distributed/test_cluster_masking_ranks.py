@@ -12,7 +12,8 @@ import torch
 
 from frugal.cluster_masking.masking import ClusterMasking
 from frugal.common.randomness import SampleNoise
-from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import load_recipe
 from frugal.common.reduction.image import PatchView
 from frugal.common.run import Run
 from support import (

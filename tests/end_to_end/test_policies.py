@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from frugal.common.recipe import load_recipe
+from frugal.common.recipe_json import load_recipe
 from support import ALONE, DDP, TINY, largest_difference, losses, newest, saved_tensors, train
 
 OF_EVERY_METHOD = (

@@ -64,7 +64,7 @@ from frugal.common.files import LARGEST_FILE, read_bytes, read_json, read_lines
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.named import clip_encoder
-from frugal.common.recipe import load_recipe, to_json
+from frugal.common.recipe_json import load_recipe, to_json
 from frugal.common.report.collect import read_metrics
 from frugal.common.transfer.masked_folder import _decode_mask
 from frugal.common.weights.files import read_weights

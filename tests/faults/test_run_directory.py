@@ -12,7 +12,8 @@ from forks import fork
 from frugal.common.checkpoint.store import CheckpointStore
 from frugal.common.errors import InputError
 from frugal.common.history import read_history
-from frugal.common.recipe import Recipe, load_recipe, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import load_recipe, to_json
 from frugal.common.run import Run, lock_run_dir
 from frugal.common.train import continued_recipe, train_recipe
 from frugal.flip.recipes import RECIPES

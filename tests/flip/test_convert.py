@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from frugal.common.data.tokenizers import WordPiece, load_tokenizer
 from frugal.common.errors import InputError
 from frugal.common.models.named import flip_encoder
-from frugal.common.recipe import load_recipe
+from frugal.common.recipe_json import load_recipe
 from frugal.common.weights.load import load_model
 from frugal.flip.convert import Options, convert
 from frugal.flip.published_weights import (

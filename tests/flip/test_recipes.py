@@ -8,7 +8,8 @@ import torch
 
 from frugal.common.cli import read_command_line
 from frugal.common.contracts import Batch
-from frugal.common.recipe import Recipe, difference
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import difference
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import PositionedTokens, Truncate

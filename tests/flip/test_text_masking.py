@@ -23,7 +23,8 @@ from frugal.common.models.text import TextTower, TextTransformer
 from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import sample_generator
-from frugal.common.recipe import EngineOptions, RunOptions, from_json, to_json
+from frugal.common.recipe import EngineOptions, RunOptions
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import PositionedTokens, TextReduction, Truncate
 from frugal.flip.text_masking import TextMasking

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from frugal.common.recipe import load_recipe
+from frugal.common.recipe_json import load_recipe
 from support import ROOT, environment, kill_at_step, metrics
 
 VOCABULARY = ROOT / "tests" / "golden" / "flip" / "bert_uncased_vocab.txt"

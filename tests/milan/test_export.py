@@ -31,7 +31,8 @@ from frugal.common.checkpoint.store import CheckpointStore, find_checkpoint
 from frugal.common.errors import InputError
 from frugal.common.export import Options, export
 from frugal.common.models.weight_names import from_timm, from_vit_mae
-from frugal.common.recipe import Recipe, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import to_json
 from frugal.common.run import Run
 from frugal.common.transfer.classifier import pooled
 from frugal.common.weights.image_towers import read_encoder

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from frugal.common.errors import InputError
 from frugal.common.models.vit import image_table
-from frugal.common.recipe import Reductions, from_json, to_json
+from frugal.common.recipe import Reductions
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate

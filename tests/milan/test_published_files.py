@@ -15,7 +15,7 @@ from frugal.common.cli import read_command_line
 from frugal.common.engine.accelerate import AccelerateEngine
 from frugal.common.engine.saving import restore
 from frugal.common.errors import InputError
-from frugal.common.recipe import difference, load_recipe
+from frugal.common.recipe_json import difference, load_recipe
 from frugal.common.run import Run, make_logger
 from frugal.common.weights.files import read_content, state_in
 from frugal.common.weights.image_towers import read_encoder

@@ -8,7 +8,8 @@ from frugal.common.cli import read_command_line
 from frugal.common.models.vit import CLIP_MEAN, CLIP_STD
 from frugal.common.old_names import TYPES
 from frugal.common.optim.optimizers import LARS, AdamW
-from frugal.common.recipe import Recipe, from_json, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.transfer.augmentation import RandAugmentedCrop, SingleDrawCrop
 from frugal.milan.recipes import demo
 from frugal.milan.segmentation_recipes import SEGMENTATION

@@ -9,7 +9,8 @@ import torch
 
 from frugal.common.checkpoint.init_from import init_from
 from frugal.common.checkpoint.store import CheckpointStore
-from frugal.common.recipe import Recipe, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import to_json
 from frugal.common.run import Run
 from frugal.flip.recipes import demo
 

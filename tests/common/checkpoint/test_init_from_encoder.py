@@ -19,7 +19,7 @@ from frugal.common.models.named import clip_encoder, text_tower
 from frugal.common.models.positions import resample_grid, sincos_table
 from frugal.common.models.vit import ImageTower
 from frugal.common.models.weight_names import to_open_clip
-from frugal.common.recipe import to_json
+from frugal.common.recipe_json import to_json
 from frugal.common.reduction.image import KeepAll
 from frugal.common.transfer.classification import (
     Classification,

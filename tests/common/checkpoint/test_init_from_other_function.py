@@ -22,7 +22,8 @@ from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.same_function import MAY_DIFFER, differences
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import Recipe, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import to_json
 from support import alter_state
 
 IMAGE = {

@@ -10,7 +10,7 @@ import pytest
 from frugal.common.checkpoint.state import refuse_strange
 from frugal.common.checkpoint.store import Checkpoint
 from frugal.common.errors import InputError
-from frugal.common.recipe import to_json
+from frugal.common.recipe_json import to_json
 from frugal.flip.recipes import RECIPES
 
 FILES = [{"name": "t.safetensors", "tensors": ["weight/a"], "bytes": 3, "crc32": 4}]

@@ -23,7 +23,7 @@ from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError
 from frugal.common.randomness import sample_generator
-from frugal.common.recipe import from_json, to_json
+from frugal.common.recipe_json import from_json, to_json
 
 SHARDS = [5, 3, 9, 1, 4]  # 22 samples
 

@@ -22,7 +22,7 @@ from frugal.common.evaluation.bootstrap import Measure, SampleResults
 from frugal.common.evaluation.results import COLUMNS, Subject, append, check_free, write
 from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.zero_shot import ZeroShot
-from frugal.common.recipe import to_json
+from frugal.common.recipe_json import to_json
 from frugal.common.report.compare import read_measured
 
 SUBJECT = Subject(

@@ -25,7 +25,7 @@ from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.prompts import named_templates
 from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.zero_shot import ZeroShot, open_dataset
-from frugal.common.recipe import from_json, to_json
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 from support import described, run_code

@@ -17,7 +17,7 @@ from frugal.common.models.named import (
 )
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import from_json, to_json
+from frugal.common.recipe_json import from_json, to_json
 
 IMAGE = ImageTower(width=32, depth=1, heads=4, mlp_width=64, patch_size=8, image_size=32)
 TEXT = TextTower(width=32, depth=1, heads=4, mlp_width=64, vocabulary=50, length=8)

@@ -19,7 +19,8 @@ from frugal.common.objectives.contrastive import Contrastive, ContrastiveObjecti
 from frugal.common.objectives.contrastive_loss import BOTH, contrastive_loss, sigmoid_loss
 from frugal.common.objectives.gradient_cache import cached_backward
 from frugal.common.randomness import NoiseSource, SampleNoise
-from frugal.common.recipe import EngineOptions, RunOptions, from_json, to_json
+from frugal.common.recipe import EngineOptions, RunOptions
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.reduction.image import ImageReduction, KeepAll, KeptPatches, PatchView
 from frugal.common.reduction.random_masking import RandomMasking
 

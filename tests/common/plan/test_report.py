@@ -24,7 +24,6 @@ from frugal.common.plan.report import (
     memory_table,
     published_shares,
 )
-from frugal.common.programs import recipe_named, recipes_of
 from frugal.flip.recipes import RECIPES as FLIP
 from frugal.flip.recipes import demo
 from frugal.milan.recipes import RECIPES as MILAN
@@ -100,15 +99,6 @@ def test_memory_of_every_file_is_a_row_of_a_table() -> None:
     planned = Plan(MILAN["demo-pixels"](), gpus=2, gpu="rtx4090")
     rows = list(memory_table(planned, {"zero3": Zero(stage=3)}))
     assert len(rows) == 2 + 2 and all(row.count("|") == rows[0].count("|") for row in rows)
-
-
-def test_a_word_names_a_recipe_of_a_method_or_a_run(tmp_path: Path) -> None:
-    assert recipe_named("flip:demo")[0] == demo()
-    assert recipe_named("flip.train:demo_tuning")[1].startswith("The short unmasked stage")
-    assert recipes_of("milan.segment") is SEGMENTATION
-    (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(InputError, match="is not a recipe"):
-        recipe_named(str(tmp_path))
 
 
 @pytest.mark.parametrize(

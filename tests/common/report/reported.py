@@ -20,7 +20,8 @@ from frugal.common.models.named import clip_encoder
 from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
-from frugal.common.recipe import Recipe, Reductions, to_json
+from frugal.common.recipe import Recipe, Reductions
+from frugal.common.recipe_json import to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate
 from frugal.common.report import write_report

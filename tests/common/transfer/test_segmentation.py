@@ -23,7 +23,7 @@ from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.models.weight_names import to_timm
 from frugal.common.optim.optimizers import learning_rate_scales
 from frugal.common.optim.schedules import WarmupLinear
-from frugal.common.recipe import from_json, to_json
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.transfer.classifier import ClassifierConfig
 from frugal.common.transfer.photometric import PhotometricDistortion

@@ -18,7 +18,8 @@ from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.objectives.contrastive import Contrastive
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
-from frugal.common.recipe import EngineOptions, Recipe, Reductions, to_json
+from frugal.common.recipe import EngineOptions, Recipe, Reductions
+from frugal.common.recipe_json import to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from frugal.common.reduction.text import Truncate
 from frugal.common.run import Run

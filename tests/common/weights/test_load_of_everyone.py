@@ -22,7 +22,7 @@ from frugal.common.checkpoint.init_from import init_from
 from frugal.common.errors import InputError
 from frugal.common.models.pretrained import TimmImage, TransformersImage, TransformersText
 from frugal.common.models.pretrained_models import stored_state
-from frugal.common.recipe import load_recipe
+from frugal.common.recipe_json import load_recipe
 from frugal.common.weights.files import read_weights
 from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.load import load_model

@@ -16,7 +16,7 @@ from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.image_encoder import ImageEncoder, image_encoder
 from frugal.common.models.preprocess import Pixels, Preparation
-from frugal.common.recipe import from_json, to_json
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.weights.library import (
     NO_TEXT,
     Library,

@@ -20,7 +20,7 @@ from frugal.common.data.sources import open_source
 from frugal.common.data.stores.folder import refuse_without_words
 from frugal.common.data.stores.image_walk import image_files
 from frugal.common.errors import InputError
-from frugal.common.recipe import difference, from_json, to_json, with_calibrated
+from frugal.common.recipe_json import difference, from_json, to_json, with_calibrated
 from frugal.flip.recipes import RECIPES
 
 IMAGES_ALONE = Fields(caption=())

@@ -39,7 +39,8 @@ from frugal.common.evaluation.retrieval import Retrieval
 from frugal.common.evaluation.zero_shot import ZeroShot
 from frugal.common.models.pretrained import PretrainedDualEncoderConfig
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import Recipe, Reductions, load_recipe, model_of
+from frugal.common.recipe import Recipe, Reductions, model_of
+from frugal.common.recipe_json import load_recipe
 from frugal.common.reduction.image import KeepAll
 from frugal.common.reduction.text import Truncate
 from frugal.common.weights.runs import write_converted

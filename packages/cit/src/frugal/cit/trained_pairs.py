@@ -36,7 +36,7 @@ from frugal.common.data.writing import (
 )
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
-from frugal.common.recipe import from_json, load_recipe, to_json
+from frugal.common.recipe_json import from_json, load_recipe, to_json
 
 SCHEMA = pa.schema(
     [

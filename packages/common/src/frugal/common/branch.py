@@ -39,7 +39,8 @@ from frugal.common.errors import InputError
 from frugal.common.files import cannot_write, write_json
 from frugal.common.history import note
 from frugal.common.ranges import Count, check_ranges
-from frugal.common.recipe import Recipe, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import to_json
 from frugal.common.run import make_logger
 from frugal.common.weights.runs import refuse_taken
 

@@ -27,7 +27,8 @@ from frugal.common.data.tokenizers import TokenizerConfig
 from frugal.common.distributed import forget_launchers, launcher_ranks
 from frugal.common.errors import InputError, RunStopped
 from frugal.common.files import reason_of, refuse_exhaustion
-from frugal.common.recipe import Recipe, load_recipe, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import load_recipe, to_json
 from frugal.common.reduction.image import ImageReduction
 from frugal.common.reduction.text import TextReduction
 

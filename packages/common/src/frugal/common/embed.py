@@ -51,7 +51,7 @@ from frugal.common.models.clip import DualEncoder
 from frugal.common.models.image_encoder import image_encoder
 from frugal.common.randomness import sample_generator
 from frugal.common.ranges import Count, CountOrZero, Seed, check_ranges
-from frugal.common.recipe import to_json
+from frugal.common.recipe_json import to_json
 from frugal.common.run import Run, join, open_run
 from frugal.common.weights.load import load_model
 

@@ -48,7 +48,8 @@ from frugal.common.files import read_json_lines, read_json_object
 from frugal.common.history import FILE as HISTORY
 from frugal.common.history import read_history
 from frugal.common.randomness import seed_step
-from frugal.common.recipe import Recipe, difference, from_json, load_recipe, recipe_if_whole
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import difference, from_json, load_recipe, recipe_if_whole
 from frugal.common.run import Run, make_logger, open_run
 from frugal.common.train import environment_of, make_engine, stream_state
 

@@ -54,8 +54,8 @@ from frugal.common.history import note
 from frugal.common.installed import code_version, package_versions
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.recipe import (
-    Recipe,
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import (
     computed_otherwise,
     difference,
     recipe_if_whole,

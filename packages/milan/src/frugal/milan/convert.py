@@ -27,7 +27,8 @@ from frugal.common.errors import InputError
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
-from frugal.common.recipe import Recipe, load_recipe, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import load_recipe, to_json
 from frugal.common.run import Run, make_logger
 from frugal.common.weights.files import read_content, state_in
 from frugal.milan.model import MaskedModel

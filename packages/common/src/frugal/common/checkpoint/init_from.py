@@ -43,7 +43,8 @@ from frugal.common.models.same_function import advice, differences, refuse_other
 from frugal.common.models.text import TextTower, TextTransformer
 from frugal.common.models.vit import ImageTower, ImageTransformer, image_table
 from frugal.common.models.weight_names import State
-from frugal.common.recipe import ModelConfig, Recipe, from_json, load_recipe
+from frugal.common.recipe import ModelConfig, Recipe
+from frugal.common.recipe_json import from_json, load_recipe
 from frugal.common.weights.files import without_prefix
 from frugal.common.weights.image_towers import read_encoder
 from frugal.common.weights.libraries import is_run

@@ -50,7 +50,8 @@ from frugal.common.distributed import gather_objects
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, read_bytes, reason_of, write_file
 from frugal.common.models.finite import refuse_not_finite, refuse_not_finite_parts
-from frugal.common.recipe import Recipe, from_json, load_recipe
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import from_json, load_recipe
 from frugal.common.run import Run
 
 _LOG = logging.getLogger("frugal")

@@ -25,7 +25,7 @@ from frugal.common.data.damage import Damaged
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of
 from frugal.common.ranges import Weight, check_ranges
-from frugal.common.recipe import FORMER_DEFAULTS
+from frugal.common.recipe_json import FORMER_DEFAULTS
 
 IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "jfif", "jpe", "apng", "gif", "bmp", "tif", "tiff", "ppm", "pgm",

@@ -15,7 +15,8 @@ from frugal.common.distributed import gather_objects
 from frugal.common.engine.engine import Engine
 from frugal.common.errors import InputError
 from frugal.common.randomness import NoiseSource
-from frugal.common.recipe import Recipe, with_calibrated
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import with_calibrated
 from frugal.common.reduction.image import PatchView
 from frugal.common.run import Run
 

@@ -17,7 +17,8 @@ from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.saving import WeightAverage
 from frugal.common.errors import InputError, NotFiniteError
 from frugal.common.files import read_json_object, write_json
-from frugal.common.recipe import Recipe, recipe_if_whole
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import recipe_if_whole
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
 

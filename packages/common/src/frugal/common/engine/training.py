@@ -30,7 +30,8 @@ from frugal.common.engine.throughput import Meter
 from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError
 from frugal.common.history import note, read_history
-from frugal.common.recipe import Recipe, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import to_json
 from frugal.common.run import Run, process_began
 
 

@@ -28,7 +28,7 @@ from frugal.common.evaluation.task import ImageEvaluation, Inputs
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import stable_key
 from frugal.common.ranges import Count, NotNegative, OpenShare, Positive, Seed
-from frugal.common.recipe import to_json
+from frugal.common.recipe_json import to_json
 from frugal.common.run import Run
 
 Solver = Literal["lbfgs", "adamw", "sgd"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from frugal.common.data.stored_images import IMAGE, digest_of, num_repeated
 from frugal.common.distributed import Ranks
 from frugal.common.models.bundle import ModelBundle
-from frugal.common.recipe import to_json
+from frugal.common.recipe_json import to_json
 
 _PACKAGES = (
     "frugal-common", "torch", "torchvision", "transformers", "open_clip_torch", "timm", "numpy",

@@ -28,7 +28,7 @@ from frugal.common.files import (
     write_file,
     write_json,
 )
-from frugal.common.recipe import to_json
+from frugal.common.recipe_json import to_json
 
 OUTCOMES = ".outcomes.safetensors"
 """Ends the name of the file with what was found image by image."""

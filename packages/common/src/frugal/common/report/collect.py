@@ -15,7 +15,8 @@ from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.errors import InputError
 from frugal.common.files import read_json_lines, read_json_object
 from frugal.common.history import read_history
-from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import load_recipe
 
 _LOG = logging.getLogger("frugal")
 REQUIRED = (

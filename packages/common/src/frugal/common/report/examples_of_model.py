@@ -22,7 +22,8 @@ from frugal.common.evaluation.retrieval import Retrieval, open_captioned
 from frugal.common.evaluation.zero_shot import ZeroShot, classify, open_dataset
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import SampleNoise
-from frugal.common.recipe import Recipe, load_recipe
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import load_recipe
 from frugal.common.reduction.image import ImageReduction, PatchView
 from frugal.common.report.examples import (
     Drawing,

@@ -33,7 +33,8 @@ from frugal.common.models.bundle import ModelBundle, Source, TokenizerSource
 from frugal.common.models.fit import misfit
 from frugal.common.models.image_encoder import ImageEncoder, image_encoder
 from frugal.common.models.vit import ImageTower
-from frugal.common.recipe import Recipe, from_json, to_json
+from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import from_json, to_json
 from frugal.common.weights.library import Library, Target, refuse_larger_than
 from frugal.common.weights.written import two_towers
 
