@@ -23,6 +23,7 @@ ELSEWHERE = {
     "data/patterns.py": "common/data/test_sources.py",
     "data/sample_transform.py": "common/data/test_stream.py",
     "data/stored_images.py": "common/data/test_labeled.py",
+    "data/stored_vectors.py": "cit/test_stored.py",
     "data/stores/class_folders.py": "common/data/test_config.py",
     "data/stores/grouping.py": "common/data/stores/test_tar.py",
     "data/stores/image_walk.py": "common/data/stores/test_folder.py",

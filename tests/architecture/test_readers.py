@@ -43,6 +43,7 @@ SAFE: dict[str, str] = {
     "common/data/jpeg.py": "a picture that it has drawn itself",
     "common/data/subset.py": "shards, whose keys are in their index",
     "common/embed.py": "safetensors",
+    "common/data/stored_vectors.py": "safetensors",
     "clipa/prune_pairs.py": "shards, whose captions are read by data/samples.py",
     "common/data/samples.py": "without pickles, of a member that was bounded",
     "common/data/stores/image_walk.py": "the first bytes of a text",

@@ -108,7 +108,8 @@ def test_a_branch_of_cit_begins_before_pairs_that_its_end_would_cut_short(
 ) -> None:
     long, out, direct = tmp_path / "long", tmp_path / "out", tmp_path / "direct"
     words = (
-        f"--data.train={scenes / 'train'}", *CONSTANT, "--run.save-every=1", "--batch-size=12",
+        f"--data.train={scenes / 'train'}", *CONSTANT, "--run.save-every=1", "--run.keep=30",
+        "--batch-size=12",
         f"--data.metadata.sources={scenes}/zero_shot/classnames.txt", "--data.scan=10",
         "--data.threshold=0.1", "--data.period=3",
     )  # fmt: skip

@@ -46,10 +46,9 @@ def test_of_a_known_curve_the_rates_are_found(best: float) -> None:
     assert found.suggested == pytest.approx(found.lowest / 10, rel=0.06)
     # what is not finite, and what comes behind it, counts no more
     rates, losses = curve(best)
-    place = next(n for n, rate in enumerate(rates) if rate > best)
-    cut = [*losses[: place + 2], math.nan, *losses[place + 3 :]]
-    again = analyze(rates, cut)
-    assert len(again.smoothed) == place + 2 and again.steepest == found.steepest
+    place = next(n for n, rate in enumerate(rates) if rate > best / 2)
+    again = analyze(rates, [*losses[:place], math.nan, *losses[place + 1 :]])
+    assert len(again.smoothed) == place and again.steepest == found.steepest
 
 
 def test_a_curve_without_an_answer_says_so() -> None:

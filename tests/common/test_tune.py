@@ -22,7 +22,7 @@ def test_batches_epochs_and_rates_follow_the_rules() -> None:
     assert [batch_for(count) for count in pairs] == [64, 64, 64, 128, 256, 1024, 1024, 1024]
     assert [epochs_for(count) for count in pairs] == [10, 10, 10, 10, 5, 5, 2, 1]
     assert rate_for(256, 768) == 2e-5
-    assert rate_for(1024, 768) == 4e-5 and rate_for(256, 384) == 4e-5
+    assert rate_for(256, 32) == 1e-3 and rate_for(1024, 768) == 4e-5 and rate_for(256, 384) == 8e-5
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def tuned(alone: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -
         "frugal.common.tune", alone, "--data.train", scenes / "train",
         "--evaluation.0.data", scenes, "--run.dir", run, *QUICK, "--schedule.samples", "384",
     ).stderr  # fmt: skip
-    assert "150 pairs: batches of 64, 2.6 epochs, learning rate 0.00024 at its peak" in said
+    assert "150 pairs: batches of 64, 2.6 epochs, learning rate 0.001 at its peak" in said
     return run
 
 

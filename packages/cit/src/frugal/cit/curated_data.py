@@ -113,7 +113,8 @@ class CuratedData(PairData):
             )
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse a recipe whose model reads no captions."""
+        """Refuse a recipe whose model reads no captions, and what all stored data refuse."""
+        super().check(recipe)
         if self.tokenizer is None or recipe.model.inputs().captions is None:
             raise InputError(
                 "curation asks the text tower which captions are near, but this recipe has none; "
@@ -184,6 +185,7 @@ class CuratedData(PairData):
             needed=min(self.period, recipe.steps) * recipe.batch_size,
             scan=self.scan,
             tags=self.tag_places,
+            engine=engine,
         )
         return CuratedStream(
             self, recipe, run, pool, engine=engine, first_sample=first_sample, state=state
@@ -368,7 +370,10 @@ class CuratedStream:
         """The micro-batches of a period, which began at a sample, from a later one on."""
         micro_batch = self._recipe.batch_size // self._recipe.engine.accumulate
         order = _PeriodOrder(chosen, start, self._pool.choice)
-        pairs = OrderedSamples(self._pool.readers, order, self._pool.transform, choose=order.choose)
+        pairs = OrderedSamples(
+            self._pool.readers, order, self._pool.transform, choose=order.choose,
+            vectors=self._pool.vectors,
+        )  # fmt: skip
         stream = IndexedStream(
             pairs,
             RankSlice.of(self._recipe, self._run, first_sample=sample),

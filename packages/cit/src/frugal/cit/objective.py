@@ -18,6 +18,7 @@ from frugal.cit.published_vision import read_vision
 from frugal.common.checkpoint.init_from import Freedom, init_image, init_text
 from frugal.common.contracts import Batch, Initializer
 from frugal.common.errors import InputError
+from frugal.common.evaluation.provenance import image_tower_digest
 from frugal.common.models.batch_norm import counting
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
@@ -50,6 +51,12 @@ class LockedContrastive(Contrastive):
     text_weights: str | None = None
     """What a text tower of Frugal's own kind starts from: a run directory, or the folder of a model
     of another library whose text tower is of that kind, such as open_clip's."""
+
+    @property
+    @override
+    def takes_vectors(self) -> bool:
+        """Where nothing of the image tower is trained."""
+        return self.train_image == "none"
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what the towers of a recipe do not have."""
@@ -137,9 +144,11 @@ class LockedObjective(ContrastiveObjective):
         """
         if source is not None:
             start.take_all(self, source)
-            return
-        self._init_image(start)
-        self._init_text(start)
+        else:
+            self._init_image(start)
+            self._init_text(start)
+        if self._config.takes_vectors:
+            self.frozen_image = image_tower_digest(self.model)
 
     def _init_image(self, start: Initializer) -> None:
         config, tower = self._config, self.model.image
@@ -188,8 +197,8 @@ class LockedObjective(ContrastiveObjective):
         Where something in a tower is trained behind a frozen part, the backward pass stops there.
         """
         config = self.model.config
-        patches = metrics["image_tokens"] - (config.image.class_token != "none")
-        image = tower_flops(config.image, patches)
+        patches = max(metrics["image_tokens"] - (config.image.class_token != "none"), 0.0)
+        image = tower_flops(config.image, patches) if patches else 0.0  # stored before
         text = tower_flops(config.text, metrics["text_tokens"])
         of_image = 3 if self._config.train_image == "all" else 1
         of_text = 3 if self._config.train_text == "all" else 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from frugal.cit.texts import TextChoice
+from frugal.common.contracts import TrainedModel
 from frugal.common.data.config import (
     PairData,
     check_groups,
@@ -20,6 +21,7 @@ from frugal.common.data.config import (
     make_order,
     make_transform,
     open_sources,
+    vectors_of,
 )
 from frugal.common.data.contents import Contents, check_same_data, contents_of
 from frugal.common.data.damage import Damaged, DamageNote, note_of
@@ -27,6 +29,7 @@ from frugal.common.data.loader import WAIT, Loader
 from frugal.common.data.order import Order
 from frugal.common.data.sample_transform import SampleTransform
 from frugal.common.data.samples import Shard
+from frugal.common.data.stored_vectors import StoredVectors
 from frugal.common.data.stream import ReaderCache
 from frugal.common.data.tokenizers import text_length
 from frugal.common.errors import InputError
@@ -64,6 +67,8 @@ class Pool:
     """Samples of a unit."""
     contents: Contents = ()
     """What it is read from."""
+    vectors: StoredVectors | None = None
+    """What is stored of images, which are not read then."""
     first_of_shard: np.ndarray = field(init=False)
     """(shards,) int64: samples in the shards before each."""
 
@@ -102,6 +107,7 @@ def open_pool(
     needed: int,
     scan: int,
     tags: tuple[int, ...] = (),
+    engine: TrainedModel | None = None,
 ) -> Pool:
     """The pool of a recipe; every process of a run must call this.
 
@@ -112,6 +118,7 @@ def open_pool(
         needed: pairs that one curation is to choose.
         scan: samples of a unit.
         tags: which texts of a sample are comma-separated tags.
+        engine: holds the model, whose frozen image tower stored vectors must be of.
 
     Raises:
         InputError: if there is none, it cannot be read, or it is smaller than one curation.
@@ -144,6 +151,7 @@ def open_pool(
         transform=transform,
         scan=scan,
         contents=contents,
+        vectors=vectors_of(data, sources, recipe, run, engine),
     )
 
 

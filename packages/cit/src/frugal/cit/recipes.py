@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from frugal.cit.curated_data import CuratedData
@@ -25,6 +26,7 @@ from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.models.named import image_tower
 from frugal.common.models.pretrained import PretrainedDualEncoderConfig, TransformersText
 from frugal.common.models.vit import ImageTower
+from frugal.common.objectives.contrastive_loss import BOTH
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
 from frugal.common.recipe import Recipe, Reductions, RunOptions, model_of
@@ -250,8 +252,42 @@ def demo_milan() -> Recipe:
     )
 
 
+def demo_stored() -> Recipe:
+    """``demo`` on stored vectors of FLIP's demo, whose tower stays as it is.
+
+    Store them first: ``python -m frugal.common.embed --checkpoint runs/flip-demo --output pooled
+    --data data/scenes_pool/train --out data/scenes_pool_vectors``.
+    """
+    recipe = demo()
+    data: Any = recipe.data
+    return replace(
+        recipe,
+        data=replace(data, stored=Path("data/scenes_pool_vectors")),
+        objective=LockedContrastive(train_image="none", image_weights="runs/flip-demo"),
+    )
+
+
+def demo_lit() -> Recipe:
+    """Locked-image tuning (LiT): ``demo-stored`` on all pairs of the scenes, in both directions.
+
+    Store them first, as for ``demo-stored``, with ``--data data/scenes/train --out
+    data/scenes_vectors``.
+    """
+    recipe = scenes_recipe(
+        small_encoder(patch_size=8, image_size=32, text_length=24), image=KeepAll()
+    )
+    objective = LockedContrastive(
+        directions=BOTH, train_image="none", image_weights="runs/flip-demo"
+    )
+    data: Any = recipe.data
+    data = replace(data, stored=Path("data/scenes_vectors"))
+    return replace(recipe, data=data, objective=objective)
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
+    "demo-stored": demo_stored,
+    "demo-lit": demo_lit,
     "demo-milan": demo_milan,
     "yfcc15m-in1k-moco-b16": yfcc15m_in1k_moco_b16,
     "yfcc100m-in1k-moco-b16": yfcc100m_in1k_moco_b16,

@@ -8,6 +8,7 @@ import errno
 import importlib
 import inspect
 import io
+import logging
 import os
 import re
 import signal
@@ -381,6 +382,9 @@ def run_politely(command: Callable[[], None], *, alone: bool = False) -> NoRetur
         command()
         sys.stdout.flush()
     except RunStopped as stopped:
+        if not stopped.exit_code:  # as it was asked to
+            logging.getLogger("frugal").info("%s", stopped)
+            sys.exit(0)
         _say(str(stopped), exit_code=stopped.exit_code)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)

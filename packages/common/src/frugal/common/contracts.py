@@ -36,7 +36,8 @@ class Batch:
     """The samples of one micro-batch of one process, in global order."""
 
     images: Tensor
-    """(B, 3, H, W) uint8, or float32 that is normalized already."""
+    """(B, 3, H, W) uint8, or float32 that is normalized already; (B, 3, 0, 0) where there are
+    ``features`` in their place."""
     sample_numbers: Tensor
     """(B,) int64: number of the sample since the start of the run; every random draw uses it."""
     valid: Tensor
@@ -51,6 +52,9 @@ class Batch:
     labels: Tensor | None = None
     """(B,) int64 class indices, where the data has classes; -1 for a sample that has none.
     Or (B, H, W) uint8, where every pixel has a class."""
+    features: Tensor | None = None
+    """(B, D) float32: what a frozen image tower has put out for each image, before its projection;
+    of training on stored vectors."""
     groups: Tensor | None = None
     """(B,) int64: samples of equal numbers are no strangers to each other, where an objective asks
     for that; of samples without a group their own number."""
@@ -234,6 +238,8 @@ class Objective(nn.Module):
     """Which patches stay; a run sets the calibrated one before it trains."""
     tokenizer: TokenizerSource | None = None
     """Of its captions, in its configuration: weights go with the ids of one."""
+    frozen_image: str = ""
+    """Digest of a frozen image tower that a new run has begun with; empty elsewhere."""
 
     @override
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,7 +15,6 @@ What is there already is kept, so that the same command goes on where it was int
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,11 +31,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from frugal.common.cli import read_options, run_politely
-from frugal.common.data.contents import below_common_folder, contents_of
+from frugal.common.data.contents import below_common_folder, shard_digests
 from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.loader import Loader
 from frugal.common.data.patterns import find_files, is_stream
-from frugal.common.data.samples import Fields, Shard
+from frugal.common.data.samples import Fields
 from frugal.common.data.sources import Source, index_missing, open_source
 from frugal.common.data.stores.index import count_altered
 from frugal.common.data.stream import ReaderCache
@@ -44,7 +43,11 @@ from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.distributed import barrier, gather_objects, leave_process_group
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder, EncoderAlone, autocast, evaluating
-from frugal.common.evaluation.provenance import config_digest, weights_digest
+from frugal.common.evaluation.provenance import (
+    config_digest,
+    image_tower_digest,
+    weights_digest,
+)
 from frugal.common.files import cannot_write, read_json_object, reason_of, write_json
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder
@@ -323,6 +326,9 @@ def _about(options: Options, bundle: ModelBundle) -> dict[str, Any]:
     """What embeddings depend on beside the samples."""
     told: dict[str, Any] = {
         "model": {"weights": weights_digest(bundle.model), "config": config_digest(bundle)},
+        "tower": image_tower_digest(bundle.model)
+        if isinstance(bundle.model, DualEncoder)
+        else image_tower_digest(image_encoder(bundle).build(needs_norm=False)),
         "dtype": options.dtype,
         "images": options.images,
         "texts": options.texts,
@@ -338,20 +344,14 @@ def _about(options: Options, bundle: ModelBundle) -> dict[str, Any]:
 def _jobs(options: Options, source: Source) -> list[_Job]:
     names = below_common_folder([shard.name for shard in source.shards])
     digits = max(5, len(str(len(names))))
-    parts = zip(names, source.shards, source.digests, source.stamps, strict=True)
+    parts = zip(names, source.shards, shard_digests(source), source.stamps, strict=True)
     return [
         _Job(
-            number, name, shard.num_samples, digest or _digest_of_list(shard), stamp,
+            number, name, shard.num_samples, digest, stamp,
             Path(shard.name), options.out / f"{number:0{digits}d}.safetensors",
         )
         for number, (name, shard, digest, stamp) in enumerate(parts)
     ]  # fmt: skip
-
-
-def _digest_of_list(shard: Shard) -> str:
-    """Of a list or folder, which has no index: its names, captions and some sizes."""
-    parts = contents_of([Source([shard], [], digests=[""], stamps=[""])])[0]
-    return hashlib.sha256(repr([(p.name, p.digest, p.stamp) for p in parts]).encode()).hexdigest()
 
 
 def _begin(out: Path, about: dict[str, Any], jobs: Sequence[_Job], run: Run) -> None:

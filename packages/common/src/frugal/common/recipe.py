@@ -110,6 +110,8 @@ class RunOptions:
     """Newest checkpoints that stay on disk."""
     evaluate_every: _EvaluateEvery | None = None
     """Steps between two evaluations; without it only after the last step."""
+    patience: Count | None = None
+    """Evaluations in a row without a higher run.best after which the run ends."""
     best: str | None = None
     """A number of the evaluations, such as accuracy_top1: the checkpoint with the highest one stays
     on disk beside the newest, and every evaluation has a checkpoint."""
@@ -220,6 +222,11 @@ class ObjectiveConfig(ABC):
     """Whether an image reduction is told how important each patch is."""
     takes_uneven: ClassVar[bool] = True
     """Whether another number of patches may stay of every image."""
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether stored vectors of a frozen image tower may stand in the place of images."""
+        return False
 
     @property
     def groups_by(self) -> GroupsBy | None:
@@ -387,6 +394,11 @@ class Recipe:
         if self.run.best is not None and not self.evaluation:
             raise InputError(
                 f"run.best is {self.run.best!r}, but this recipe evaluates nothing; leave it out"
+            )
+        if self.run.patience is not None and not (self.run.best and self.run.evaluate_every):
+            raise InputError(
+                f"run.patience is {self.run.patience}, but nothing says what is to get better, or "
+                "when that is seen; give run.best and run.evaluate_every"
             )
         self.model.check(self)
         self.data.check(self)

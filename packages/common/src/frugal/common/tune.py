@@ -40,11 +40,13 @@ from frugal.common.weights.load import load_model
 PROGRAM = "python -m frugal.common.tune"
 BEST = "image_retrieval_recall_at_5"
 """Chooses the best checkpoint, where there are held-out pairs."""
-_RATE, _BATCH, _WIDTH = 2e-5, 256, 768
-"""Peak of the learning rate at a batch and a width of the image tower."""
+_RATE, _BATCH, _WIDTH, _MOST = 2e-5, 256, 768, 1e-3
+"""Peak of the learning rate at a batch and a width of the image tower, and at most."""
 _LAYER_DECAY = 0.8
 _EPOCHS = ((10_000, 10), (100_000, 5), (1_000_000, 2))
 """Up to how many pairs how many epochs; one beyond."""
+_PATIENCE = 3
+"""Epochs without a better number of held-out pairs after which tuning ends."""
 _SMALLEST, _LARGEST = 64, 1_024
 _BATCHES_OF_AN_EPOCH = 40
 """A batch is the largest power of two that leaves an epoch so many, within these bounds."""
@@ -62,8 +64,11 @@ def epochs_for(pairs: int) -> int:
 
 
 def rate_for(batch_size: int, width: int) -> float:
-    """The peak of the learning rate: by the root of the batch, and less for wider models."""
-    return _RATE * math.sqrt(batch_size / _BATCH) * _WIDTH / width
+    """The peak of the learning rate: by the root of the batch, and less for wider models.
+
+    A rule of ours. ``frugal.common.find_learning_rate`` looks what a model stands.
+    """
+    return min(_RATE * math.sqrt(batch_size / _BATCH) * (_WIDTH / width) ** 2, _MOST)
 
 
 def recipe_for(
@@ -122,6 +127,7 @@ def recipe_for(
         run=RunOptions(
             start_from=path,
             best=BEST if held_out else None,
+            patience=_PATIENCE if held_out else None,
             evaluate_every=steps,
             save_every=steps,
             log_every=max(steps // 10, 1),

@@ -28,6 +28,11 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:09d}"
 
 
+def step_of(name: str) -> int:
+    """Of the folder of a checkpoint, by its name."""
+    return int(name.removeprefix("step_"))
+
+
 def aside_of(final: Path, attempt: str = "") -> Path:
     """Where a checkpoint is written before it is whole, perhaps by one of several attempts."""
     return final.with_name(f".{final.name}{attempt}.writing")

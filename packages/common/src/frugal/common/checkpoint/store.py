@@ -39,6 +39,7 @@ from frugal.common.checkpoint.commit import (
     read_best,
     remove,
     remove_old,
+    step_of,
     sync_file,
     whole_checkpoints,
 )
@@ -354,7 +355,7 @@ def _refuse(failures: Iterable[str], final: Path) -> None:
 
 def not_written(final: Path, reason: str) -> str:
     """The first half of a sentence about a checkpoint that failed."""
-    step = int(final.name.removeprefix("step_"))
+    step = step_of(final.name)
     return f"the checkpoint of step {step} could not be written to {final.parent}: {reason}"
 
 

@@ -24,6 +24,7 @@ from frugal.common.data.resampled import ResampledStream, ShardDraws
 from frugal.common.data.sample_transform import SampleTransform
 from frugal.common.data.samples import Fields, Shard, image_extensions
 from frugal.common.data.sources import Source, index_missing, open_source
+from frugal.common.data.stored_vectors import StoredVectors, digest_of, open_vectors, shape_of
 from frugal.common.data.stores.class_folders import keep_classes
 from frugal.common.data.stores.folder import FileList, refuse_without_words
 from frugal.common.data.stores.url import can_read
@@ -36,6 +37,7 @@ from frugal.common.errors import InputError
 from frugal.common.files import read_bytes
 from frugal.common.ranges import Count, CountOrZero, Positive, Share, Weight, check_ranges
 from frugal.common.recipe import DataConfig, ModelInputs, Recipe
+from frugal.common.reduction.image import KeepAll
 from frugal.common.run import Run
 
 
@@ -54,6 +56,9 @@ class StoredData(DataConfig):
     twice in an epoch."""
     max_samples: Count | None = None
     """Train on the first of the samples only, in the order in which they are stored: for trials."""
+    stored: Path | None = None
+    """What frugal.common.embed --output pooled has written of train: images are not read then, nor
+    cut; for objectives that leave the image tower as it is."""
     augmentation: Augmentation = field(default_factory=RandomResizedCrop)
     shuffle_shards: Count = 16
     """Shards whose samples are mixed with one another."""
@@ -95,10 +100,35 @@ class StoredData(DataConfig):
 
     @override
     def also_read(self) -> dict[str, str]:
-        """The digest of the list of samples, where there is one."""
-        if self.subset is None:
-            return {}
-        return {"data.subset": hashlib.sha256(read_bytes(self.subset)).hexdigest()}
+        """Digests of the list of samples and of stored vectors, where there are any."""
+        found = {}
+        if self.subset is not None:
+            found["data.subset"] = hashlib.sha256(read_bytes(self.subset)).hexdigest()
+        if self.stored is not None:
+            found["data.stored"] = digest_of(self.stored)
+        return found
+
+    @override
+    def check(self, recipe: Recipe) -> None:
+        """Refuse stored vectors where images are needed."""
+        if self.stored is None:
+            return
+        if not recipe.objective.takes_vectors:
+            raise InputError(
+                f"data.stored {self.stored} holds what an image tower puts out, which "
+                f"{type(recipe.objective).__name__} would train; choose "
+                "frugal.cit's LockedContrastive with --objective.train-image none, or leave it out"
+            )
+        if not isinstance(recipe.reduction.image, KeepAll):
+            raise InputError(
+                f"reduction.image {type(recipe.reduction.image).__name__} leaves out patches, but "
+                "data.stored has images no more; choose frugal.common.reduction.image.KeepAll"
+            )
+        if recipe.objective.groups_by == "field" or self.resampled_samples is not None:
+            raise InputError(
+                "data.stored goes with captions that are read by number; leave out "
+                "objective.positives group and data.resampled_samples"
+            )
 
     def build(
         self,
@@ -114,7 +144,6 @@ class StoredData(DataConfig):
         Raises:
             InputError: if there is no data, or it cannot be read.
         """
-        del engine  # such data does not ask the model
         if not self.train:
             what = "images" if self.caption_tokenizer is None else "image-text pairs"
             raise InputError(
@@ -136,7 +165,7 @@ class StoredData(DataConfig):
             )
         if self.resampled_samples is not None:
             return _resampled(self, self.resampled_samples, run, transform, rank_slice, state)
-        return _indexed(self, recipe, run, transform, rank_slice)
+        return _indexed(self, recipe, run, transform, rank_slice, engine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +223,41 @@ class ImageData(StoredData):
         return None
 
 
+def vectors_of(
+    data: StoredData,
+    sources: Sequence[Source],
+    recipe: Recipe,
+    run: Run,
+    engine: TrainedModel | None,
+) -> StoredVectors | None:
+    """The stored vectors of the images of a run, if it trains on such.
+
+    Raises:
+        InputError: if they are of other data, or of another tower than the run's.
+    """
+    if data.stored is None:
+        return None
+    vectors = open_vectors(data.stored, sources, seed=recipe.run.seed)
+    digest = "" if engine is None else engine.objective.frozen_image
+    if digest and digest != vectors.tower:
+        raise InputError(
+            f"data.stored {data.stored} is of another image tower than the one that this run "
+            "starts from; embed the data with that one"
+        )
+    run.log.info(
+        "images are not read: %s holds %d of their vectors, %d numbers each",
+        data.stored, vectors.views, vectors.width,
+    )  # fmt: skip
+    return vectors
+
+
 def _indexed(
-    data: StoredData, recipe: Recipe, run: Run, transform: SampleTransform, rank_slice: RankSlice
+    data: StoredData,
+    recipe: Recipe,
+    run: Run,
+    transform: SampleTransform,
+    rank_slice: RankSlice,
+    engine: TrainedModel | None,
 ) -> IndexedStream:
     """Samples that can be read in any order: each comes exactly once per epoch."""
     sources = open_sources(data, run, num_classes=transform.num_classes)
@@ -217,7 +279,9 @@ def _indexed(
     readers = ReaderCache(shards, data.sample_fields, sources=entries_of(sources))
     check_groups(data, recipe, run, readers, order)
     return IndexedStream(
-        OrderedSamples(readers, order, transform),
+        OrderedSamples(
+            readers, order, transform, vectors=vectors_of(data, sources, recipe, run, engine)
+        ),
         rank_slice,
         epoch_samples=order.samples,
         workers=data.workers,
@@ -337,6 +401,7 @@ def make_transform(data: StoredData, recipe: Recipe) -> SampleTransform:
         num_classes=inputs.num_classes,
         caption_weights=data.sample_fields.weights,
         groups_by=recipe.objective.groups_by,
+        vector_width=None if data.stored is None else shape_of(data.stored)[0],
     )
 
 

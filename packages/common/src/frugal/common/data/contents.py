@@ -101,6 +101,17 @@ def digest_of_sizes(
     return found.hexdigest()
 
 
+def shard_digests(source: Source) -> list[str]:
+    """What tells the samples of every shard of a source from others, lists and folders included."""
+    found = []
+    for shard, digest in zip(source.shards, source.digests, strict=True):
+        if isinstance(shard, FileList):  # which has no index that would tell
+            parts = [(part.digest, part.stamp) for part in _parts_of_list("", shard)]
+            digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+        found.append(digest)
+    return found
+
+
 def _rows(table: StringTable, start: int, end: int) -> StringTable:
     first = int(table.ends[start - 1]) if start else 0
     last = int(table.ends[end - 1]) if end else 0

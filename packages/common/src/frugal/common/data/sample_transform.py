@@ -39,6 +39,8 @@ class SampleTransform:
     """Where given, every sample needs a class below it."""
     caption_weights: tuple[float, ...] = ()
     """How often each of the captions is drawn, of samples with one for every field."""
+    vector_width: int | None = None
+    """Of stored vectors that stand in the place of images."""
     groups_by: GroupsBy | None = None
     """What samples belong together by, where an objective asks for that."""
 
@@ -104,7 +106,11 @@ class Collator:
 
     def __post_init__(self) -> None:
         count, transform = len(self.numbers), self.transform
-        self.images = np.zeros((count, 3, *transform.image_size), np.uint8)
+        size = transform.image_size if transform.vector_width is None else (0, 0)
+        self.images = np.zeros((count, 3, *size), np.uint8)
+        self.features: np.ndarray | None = None
+        if transform.vector_width is not None:
+            self.features = np.zeros((count, transform.vector_width), np.float32)
         self.valid = np.zeros(count, np.bool_)
         if transform.tokenizer is not None:
             shape = (count, transform.text_length)
@@ -118,10 +124,13 @@ class Collator:
         # damaged samples are strangers to everybody, and to each other
         self.groups = None if transform.groups_by is None else self.numbers.astype(np.int64)
 
-    def add(self, key: str, raw: RawSample, *, source: int = 0) -> None:
+    def add(
+        self, key: str, raw: RawSample, *, source: int = 0, vector: np.ndarray | None = None
+    ) -> None:
         """Prepare a sample and put it into the next slot; raises ``Damaged`` if it cannot be.
 
-        ``source`` is the entry of ``data.train`` that it comes from.
+        ``source`` is the entry of ``data.train`` that it comes from, ``vector`` what is stored of
+        its image, where vectors are stored.
         """
         slot = len(self.keys)
         number = int(self.numbers[slot])
@@ -133,7 +142,10 @@ class Collator:
             caption = self.transform.caption(raw, number)
             tokens = self.transform.token_ids(caption, number)
         label = self.transform.label(raw)
-        self.images[slot] = self.transform.image(raw, number)
+        if self.features is None:
+            self.images[slot] = self.transform.image(raw, number)
+        elif vector is not None:
+            self.features[slot] = vector
         if label is not None:
             self._add_label(slot, label)
         if tokens is not None:
@@ -181,6 +193,8 @@ class Collator:
         if self.transform.tokenizer is not None:
             fields["token_ids"] = torch.from_numpy(self.token_ids)  # (B, T)
             fields["text_lengths"] = torch.from_numpy(self.lengths)  # (B,)
+        if self.features is not None:
+            fields["features"] = torch.from_numpy(self.features)  # (B, D)
         if self.groups is not None:
             fields["groups"] = torch.from_numpy(self.groups)  # (B,)
         if self.labels is not None:

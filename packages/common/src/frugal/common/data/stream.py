@@ -23,6 +23,7 @@ from frugal.common.data.loader import WAIT, Loader
 from frugal.common.data.order import Order
 from frugal.common.data.sample_transform import Collator, SampleTransform
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard
+from frugal.common.data.stored_vectors import StoredVectors
 from frugal.common.files import raise_open_files_limit, reason_of, refuse_exhaustion
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -98,6 +99,7 @@ class OrderedSamples(Dataset[dict[str, Any]]):
         transform: SampleTransform,
         *,
         choose: Callable[[RawSample, int], RawSample] | None = None,
+        vectors: StoredVectors | None = None,
     ) -> None:
         """Put samples in an order.
 
@@ -106,11 +108,13 @@ class OrderedSamples(Dataset[dict[str, Any]]):
             order: which one a number stands for.
             transform: what is done to them.
             choose: what of a sample is used, from the sample and its number; all by default.
+            vectors: what is stored of images, which are not read then.
         """
         self._readers = readers
         self._order = order
         self._transform = transform
         self._choose = choose
+        self._vectors = vectors
 
     def __getitem__(self, numbers: np.ndarray) -> dict[str, Any]:
         """The fields of the ``Batch`` of some sample numbers (B,), damaged samples included."""
@@ -124,9 +128,14 @@ class OrderedSamples(Dataset[dict[str, Any]]):
             try:
                 reader = self._readers.reader(shard)
                 key = reader.key(index)
-                raw = reader.read(index)
+                vector = None
+                if self._vectors is None:
+                    raw = reader.read(index)
+                else:
+                    vector = self._vectors.of(shard, index, number)
+                    raw = RawSample(b"", reader.captions(index))
                 raw = raw if self._choose is None else self._choose(raw, number)
-                collator.add(key, raw, source=source)
+                collator.add(key, raw, source=source, vector=vector)
             except Damaged as damaged:
                 collator.skip(key, damaged, source=source)
         return collator.fields()

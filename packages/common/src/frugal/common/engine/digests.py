@@ -83,7 +83,7 @@ def sample_digests(batch: Batch) -> Tensor:
     """(B,) int64: of everything that is computed with a sample, its number and pixels included."""
     total = torch.zeros_like(batch.sample_numbers)
     for name, rows in sorted(vars(batch).items()):
-        if isinstance(rows, Tensor):
+        if isinstance(rows, Tensor) and rows.numel():  # images may be none, of stored vectors
             total = total + (stable_key(name) | 1) * _digest_rows(rows)
     return mix(total)
 

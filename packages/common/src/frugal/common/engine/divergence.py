@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from frugal.common.checkpoint.commit import step_of
 from frugal.common.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
 from frugal.common.distributed import gather_objects
 from frugal.common.errors import InputError
@@ -91,7 +92,7 @@ def last_good(store: CheckpointStore, *, before: int, left_out: set[int]) -> Che
 def _newest_sound(store: CheckpointStore, before: int, left_out: set[int]) -> Checkpoint | None:
     """As :func:`last_good`, of the first process; one that is damaged is passed over."""
     for folder in reversed(store.whole()):
-        first = int(folder.name.removeprefix("step_")) + 1
+        first = step_of(folder.name) + 1
         if any(step not in left_out for step in range(first, before)):
             try:
                 return open_checkpoint(folder)

@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from frugal.common.checkpoint.commit import BEST, read_best, step_of
 from frugal.common.contracts import Batch
-from frugal.common.distributed import Vote, gather_objects
+from frugal.common.distributed import Vote, barrier, gather_objects
 from frugal.common.engine.digests import fetch_digests
 from frugal.common.engine.divergence import (
     REWIND,
@@ -67,6 +68,7 @@ def _train(training: Training) -> None:
             try:
                 if first_step == training.first_step:
                     evaluate_if_missed(training)
+                    _stop_if_nothing_gets_better(training, first_step)
                 _take_steps(training, first_step, vote, stop_signal, peak)
                 break
             except Diverged as found:
@@ -137,6 +139,7 @@ def _take_steps(
         # behind the checkpoint, so that nothing is lost where an evaluation fails or is killed
         if evaluates:
             evaluate(training, done)
+            _stop_if_nothing_gets_better(training, done)
 
 
 def _read_step(
@@ -261,6 +264,33 @@ def evaluate(training: Training, step: int) -> None:
     is_there = training.run.is_main and training.saves.settle() and training.store.holds(step)
     if is_there and training.store.note_best(step, best, numbers[best]):
         training.run.log.info("step %d is the best so far: %s %.4g", step, best, numbers[best])
+
+
+def _stop_if_nothing_gets_better(training: Training, step: int) -> None:
+    """End a run whose evaluations have brought no new best one for ``run.patience`` times.
+
+    Every process calls this, after the same step; the checkpoints are there.
+
+    Raises:
+        RunStopped: with exit code 0.
+    """
+    recipe, run = training.recipe, training.run
+    patience, every = recipe.run.patience, recipe.run.evaluate_every
+    if patience is None or every is None or step >= recipe.steps:
+        return
+    best = read_best(training.store.folder) if run.is_main else {}
+    best = gather_objects(best)[0]
+    if not best or step // every - step_of(best["checkpoint"]) // every < patience:
+        return
+    training.watchdog.note("writing the last checkpoint", may_stand=True)
+    training.saves.close()
+    barrier()
+    raise RunStopped(
+        f"{patience} evaluations behind step {step_of(best['checkpoint'])} brought no higher "
+        f"{best['number']} than its {best['value']:.4g}: the run ends after step {step} of "
+        f"{recipe.steps} (run.patience); {training.store.folder / BEST} names the best checkpoint",
+        exit_code=0,
+    )
 
 
 def evaluate_if_missed(training: Training) -> None:

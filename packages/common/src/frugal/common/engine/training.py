@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.checkpoint.background import BackgroundSaves
+from frugal.common.checkpoint.commit import step_of
 from frugal.common.checkpoint.store import Checkpoint, CheckpointStore
 from frugal.common.contracts import Batch, Stream
 from frugal.common.data.damage import DamageCounter, warning
@@ -203,7 +204,7 @@ class Training:
             self._saved = step
             kept = self.store.whole()[-self.recipe.run.keep :]
             if self.digest_log is not None and len(kept) == self.recipe.run.keep:
-                self.digest_log.forget_parts_before(int(kept[0].name.removeprefix("step_")))
+                self.digest_log.forget_parts_before(step_of(kept[0].name))
 
     def has_saved(self, step: int) -> bool:
         """Whether a step's checkpoint is there; asked of a run of one process."""

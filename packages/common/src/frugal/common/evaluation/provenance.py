@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,27 @@ def weights_digest(model: nn.Module) -> str:
 
     Equal weights have equal digests wherever they were loaded from.
     """
+    return _digest(model.state_dict())
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         value = tensor.detach().cpu().contiguous()
         found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         found.update(value.view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def image_tower_digest(model: nn.Module) -> str:
+    """As :func:`weights_digest`, of an image tower without its projection.
+
+    Args:
+        model: the tower, or a dual encoder that holds it as ``image``.
+    """
+    tower = getattr(model, "image", model)
+    state = {n: t for n, t in tower.state_dict().items() if not n.startswith("projection.")}
+    return _digest(state)
 
 
 def config_digest(bundle: ModelBundle) -> str:

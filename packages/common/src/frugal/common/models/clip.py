@@ -91,6 +91,10 @@ class DualEncoder(nn.Module):
         """
         return unit(self.image(images, kept), self.config.norm_epsilon)
 
+    def project_image(self, pooled: Tensor) -> Tensor:
+        """(B, D) vectors that the image tower has pooled to (B, E) unit float32."""
+        return unit(self.image.projection(pooled), self.config.norm_epsilon)
+
     def encode_text(
         self,
         token_ids: Tensor,

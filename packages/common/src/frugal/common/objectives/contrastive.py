@@ -196,20 +196,30 @@ class ContrastiveObjective(Objective):
                 "a contrastive objective needs captions, but the data has none; choose a source "
                 "of image-text pairs"
             )
-        kept = self._keep(batch)
         bias = self.model.logit_bias
-        patches = batch.sample_numbers.new_full((len(batch),), self.model.config.image.num_patches)
+        images, patches = self._encode_images(batch)
         return Encoded(
-            images=self.model.encode_image(batch.images, kept),
+            images=images,
             texts=self.model.encode_text(batch.token_ids, batch.text_lengths, batch.text_positions),
             # copies: under ZeRO-3 and FSDP a parameter may be gone when this call returns
             log_scale=self.model.logit_scale.clone(),
             logit_bias=None if bias is None else bias.clone(),
-            patches=patches if kept is None else kept.counts,
+            patches=patches,
             text_tokens=self._text_tokens(batch, batch.token_ids),
         )
 
+    def _encode_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, E) unit vectors, and how many patches of each image the tower saw."""
+        if batch.features is not None:  # the tower has seen the image before
+            return self.model.project_image(batch.features), batch.sample_numbers * 0
+        kept = self._keep(batch)
+        patches = batch.sample_numbers.new_full((len(batch),), self.model.config.image.num_patches)
+        images = self.model.encode_image(batch.images, kept)
+        return images, patches if kept is None else kept.counts
+
     def _colored(self, batch: Batch) -> Batch:
+        if batch.features is not None:
+            return batch
         noise = SampleNoise(self._seed, batch.sample_numbers)
         return replace(batch, images=self._color.apply(batch.images, noise=noise))
 
@@ -289,7 +299,7 @@ class ContrastiveObjective(Objective):
         metrics = {
             "accuracy": accuracy,
             "logit_scale": log_scale.detach().float().exp().squeeze(),
-            "image_tokens": patches + (tower.class_token != "none"),
+            "image_tokens": patches + (patches > 0) * (tower.class_token != "none"),
             "text_tokens": encoded.text_tokens.float().mean(),
             "mask_ratio": 1 - patches / tower.num_patches,
         }
@@ -306,12 +316,14 @@ class ContrastiveObjective(Objective):
     def step_flops(self, metrics: dict[str, float]) -> float:
         """Forward and backward FLOPs of one sample; the backward pass costs twice the forward."""
         config = self.model.config
-        patches = metrics["image_tokens"] - (config.image.class_token != "none")
+        patches = max(metrics["image_tokens"] - (config.image.class_token != "none"), 0.0)
         return 3 * dual_encoder_flops(config, patches=patches, tokens=metrics["text_tokens"])
 
     @torch.no_grad()
-    def draw(self, batch: Batch) -> np.ndarray:
+    def draw(self, batch: Batch) -> np.ndarray | None:
         """Images above, what the tower sees of them below: (3, 2 H, B W) uint8."""
+        if batch.features is not None:
+            return None
         batch = self._colored(batch)
         images = self._as_bytes(batch.images)  # (B, 3, H, W)
         kept = self._keep(batch)
@@ -328,6 +340,8 @@ class ContrastiveObjective(Objective):
     @torch.no_grad()
     def draw_reduction(self, batch: Batch) -> np.ndarray | None:
         """What the image reduction draws of a batch, (3, H*, W*) uint8, where it draws itself."""
+        if batch.features is not None:
+            return None
         batch = self._colored(batch)
         view, noise = self._view(batch)
         return self.reduction.draw(view, self._as_bytes(batch.images), noise=noise)
