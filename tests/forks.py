@@ -191,14 +191,9 @@ def _serve(listener: socket.socket, imported: Sequence[str]) -> None:
                 _end(clients, listener)
             if key.fileobj is listener:
                 client, _ = listener.accept()
-                _, descriptors, _, _ = socket.recv_fds(client, 1, 3)
-                line = client.makefile().readline()
-                pid = os.fork()
-                if not pid:
-                    _become(json.loads(line), descriptors)
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                client.sendall(f"{pid}\n".encode())
+                if (pid := _forked_for(client)) is None:
+                    client.close()
+                    continue
                 clients[pid] = client
                 requests.register(client, selectors.EVENT_READ, data=pid)
             else:  # the client has ended, and says nothing more
@@ -213,6 +208,26 @@ def _serve(listener: socket.socket, imported: Sequence[str]) -> None:
                     requests.unregister(client)
                 with contextlib.suppress(OSError):
                     client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def _forked_for(client: socket.socket) -> int | None:
+    """The process that a client asks for; None where the client was killed before it had asked.
+
+    One that is killed right behind that is noticed like one that is killed later.
+    """
+    with contextlib.suppress(OSError):
+        _, descriptors, _, _ = socket.recv_fds(client, 1, 3)
+        line = client.makefile().readline()
+        pid = os.fork() if line.endswith("\n") else None
+        if pid == 0:
+            _become(json.loads(line), descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if pid is not None:
+            with contextlib.suppress(OSError):
+                client.sendall(f"{pid}\n".encode())
+        return pid
+    return None
 
 
 def _import(names: Sequence[str]) -> None:
