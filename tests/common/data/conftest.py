@@ -154,6 +154,7 @@ def open_stream(vocabulary: WordPiece) -> Callable[..., Any]:
         recipe = SimpleNamespace(
             batch_size=batch_size,
             engine=SimpleNamespace(accumulate=accumulate, virtual_processes=virtual_processes),
+            objective=SimpleNamespace(groups_by=None),
             virtual_per_process=lambda world_size: (virtual_processes or world_size) // world_size,
             run=SimpleNamespace(seed=seed),
             model=SimpleNamespace(inputs=lambda: ModelInputs(height_width=size, captions=captions)),

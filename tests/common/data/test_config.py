@@ -30,6 +30,7 @@ def open_images():
         recipe = SimpleNamespace(
             batch_size=batch_size,
             engine=SimpleNamespace(accumulate=1, virtual_processes=None),
+            objective=SimpleNamespace(groups_by=None),
             virtual_per_process=lambda world_size: 1,
             run=SimpleNamespace(seed=3),
             model=SimpleNamespace(

@@ -162,6 +162,8 @@ def test_the_same_name_in_two_folders_has_to_be_written_out(tars: Path, tmp_path
 def test_a_run_on_a_list_goes_on_where_it_was_and_not_with_another_list(
     launcher: Launcher, scenes: Path, tmp_path: Path
 ) -> None:
+    for path in sorted((scenes / "train").glob("*.tar")):
+        build_index(path)
     source = open_source(str(scenes / "train"), FIELDS)
     readers = [each.open(FIELDS) for each in source.shards]
     keys = [r.key(n) for r, count in zip(readers, source.counts, strict=True) for n in range(count)]
