@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,7 @@ from torch import nn
 
 from forks import TORCH, Forked, fork
 from frugal.common.contracts import EvaluationTask
+from frugal.common.data.stores.tfrecord import crc32c, mask_checksum
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.recipe import Recipe
 from frugal.common.weights.runs import bundle_of
@@ -282,6 +284,25 @@ def rewrite_shard(source: Path, target: Path, change: Callable[[str, bytes], byt
             if content is not None:
                 member.size = len(content)
                 new.addfile(member, io.BytesIO(content))
+
+
+def tfrecord(features: dict[str, bytes]) -> bytes:
+    """A tf.train.Example of byte strings in the framing of TFRecord."""
+
+    def field(number: int, content: bytes) -> bytes:
+        size, length = len(content), b""
+        while size >= 128:
+            length, size = length + bytes([size & 127 | 128]), size >> 7
+        return bytes([number << 3 | 2]) + length + bytes([size]) + content
+
+    entries = b"".join(
+        field(1, field(1, name.encode()) + field(2, field(1, field(1, value))))
+        for name, value in features.items()
+    )
+    data = field(1, entries)
+    header = struct.pack("<Q", len(data))
+    parts = [(part, struct.pack("<I", mask_checksum(crc32c(part)))) for part in (header, data)]
+    return b"".join(piece for pair in parts for piece in pair)
 
 
 def alter_state(checkpoint: Path, **changes: object) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import struct
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,18 @@ from frugal.common.data.damage import Damaged
 from frugal.common.data.sample_transform import Collator, SampleTransform
 from frugal.common.data.samples import Fields, RawSample, group_text
 from frugal.common.data.sources import build_index, open_source
-from frugal.common.data.stores.tfrecord import crc32c, mask_checksum
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.recipe import GroupsBy
-from support import ALONE, DDP, largest_difference, losses, rewrite_shard, saved_tensors, train
+from support import (
+    ALONE,
+    DDP,
+    largest_difference,
+    losses,
+    rewrite_shard,
+    saved_tensors,
+    tfrecord,
+    train,
+)
 
 FIELDS = Fields(group="json.id")
 
@@ -104,28 +111,9 @@ def test_the_field_is_read_from_tars_and_tfrecords(tmp_path: Path) -> None:
     assert plain.read(0).group is None
 
     records = tmp_path / "00000.tfrecord"
-    records.write_bytes(record({"png": picture(), "caption": b"x", "id": b" seven "}))
+    records.write_bytes(tfrecord({"png": picture(), "caption": b"x", "id": b" seven "}))
     build_index(records)
     assert open_source(str(records), FIELDS).shards[0].open(FIELDS).read(0).group == "seven"
-
-
-def record(features: dict[str, bytes]) -> bytes:
-    def part(number: int, content: bytes) -> bytes:
-        size, encoded = len(content), b""
-        while size >= 128:
-            encoded, size = encoded + bytes([size & 127 | 128]), size >> 7
-        return bytes([number << 3 | 2]) + encoded + bytes([size]) + content
-
-    entries = b"".join(
-        part(1, part(1, name.encode()) + part(2, part(1, part(1, value))))
-        for name, value in features.items()
-    )
-    data = part(1, entries)
-    length = struct.pack("<Q", len(data))
-    return (
-        length + struct.pack("<I", mask_checksum(crc32c(length))) + data
-        + struct.pack("<I", mask_checksum(crc32c(data)))
-    )  # fmt: skip
 
 
 def first_word(name: str, content: bytes) -> bytes | None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import struct
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -12,9 +11,9 @@ import pytest
 from frugal.common.data.sample_transform import SampleTransform
 from frugal.common.data.samples import Fields, RawSample
 from frugal.common.data.sources import build_index, open_source
-from frugal.common.data.stores.tfrecord import crc32c, mask_checksum
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.errors import InputError
+from support import tfrecord
 
 SEPARATE = Fields(caption=("json.title", "txt", "json.tag"), separate=True)
 SAMPLES = [
@@ -52,31 +51,10 @@ def encode(value: object) -> bytes:
 
 def test_a_tfrecord_gives_them_too(tmp_path: Path) -> None:
     path = tmp_path / "00000.tfrecord"
-    path.write_bytes(record({"jpg": b"x", "title": b" one ", "tag": b"a,b"}))
+    path.write_bytes(tfrecord({"jpg": b"x", "title": b" one ", "tag": b"a,b"}))
     build_index(path)
     reader = open_source(str(path), SEPARATE).shards[0].open(SEPARATE)
     assert reader.captions(0) == ["one", "", "a,b"]
-
-
-def record(features: dict[str, bytes]) -> bytes:
-    """A tf.train.Example of byte strings in the framing of TFRecord."""
-
-    def field(number: int, content: bytes) -> bytes:
-        assert len(content) < 128
-        return bytes([number << 3 | 2, len(content)]) + content
-
-    entries = b"".join(
-        field(1, field(1, name.encode()) + field(2, field(1, field(1, value))))
-        for name, value in features.items()
-    )
-    data = field(1, entries)
-    header = struct.pack("<Q", len(data))
-    return (
-        header
-        + struct.pack("<I", mask_checksum(crc32c(header)))
-        + data
-        + struct.pack("<I", mask_checksum(crc32c(data)))
-    )
 
 
 def test_training_draws_among_the_texts_that_are_there() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from frugal.common.data.config import PairData, make_order
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import build_index, open_source
-from frugal.common.data.subset import every_sample, first_samples, read_subset
+from frugal.common.data.subset import first_of, read_subset
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.errors import InputError
 from support import ALONE, DDP, Launcher, largest_difference, saved_tensors, train
@@ -72,7 +72,7 @@ def test_the_first_samples_are_those_that_are_stored_first(tars: Path) -> None:
         assert len(found) == most and all(found[f"{k[0]}.tar/{k}"] == 1 for k in expected)
     assert epochs(data_of(tars, max_samples=99), 1) == epochs(data_of(tars), 1)
     source = open_source(str(tars), FIELDS)
-    kept = first_samples(every_sample([source]), 6)
+    kept = first_of(source.counts, 6)
     assert [each.tolist() for each in kept] == [[0, 1, 2, 3], [0, 1], []]
 
 
@@ -124,10 +124,16 @@ def test_what_a_list_cannot_name_is_one_sentence(lines: str, sentence: str, tars
         read_subset(listed, [open_source(str(tars), FIELDS)], FIELDS)
 
 
+def table_of(folder: Path, *captions: str) -> Path:
+    """A CSV file with one image under several captions."""
+    Image.new("RGB", (4, 4)).save(folder / "1.png")
+    rows = "".join(f"1.png\t{caption}\n" for caption in captions)
+    (folder / "pairs.csv").write_text(f"filepath\ttitle\n{rows}")
+    return folder / "pairs.csv"
+
+
 def test_what_a_line_looks_like_is_said_of_folders_and_lists_too(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
-    table = tmp_path / "pairs.csv"
-    table.write_text("filepath\ttitle\n1.png\tone\n")
+    table = table_of(tmp_path, "one")
     listed = tmp_path / "list.txt"
     listed.write_text("1.png\r\n")
     with pytest.raises(InputError, match=r"as in folder/cats/1\.jpg or pairs\.csv/images/1\.jpg"):
@@ -137,9 +143,7 @@ def test_what_a_line_looks_like_is_said_of_folders_and_lists_too(tmp_path: Path)
 
 
 def test_a_key_that_two_rows_have_cannot_be_named(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
-    table = tmp_path / "pairs.csv"
-    table.write_text("filepath\ttitle\n1.png\tone\n1.png\ttwo\n")
+    table = table_of(tmp_path, "one", "two")
     listed = tmp_path / "list.txt"
     listed.write_text("pairs.csv/1.png\n")
     with pytest.raises(InputError, match=r"names 1\.png, of which .*pairs\.csv has several"):

@@ -75,12 +75,21 @@ def assert_same_gradients(ours: list[Tensor], reference: list[Tensor], tolerance
         assert error <= tolerance * scale + 1e-9
 
 
+GROUPS = torch.tensor([3, 1, 3, 0, 9, 9, 3, 5, -2, 1, 3, -2, 0])
+"""Of which tests bar one of four, all of a pair, and one of a pair."""
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["alone", "groups"])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 50, None])
 @pytest.mark.parametrize("directions", [BOTH, BOTH[:1], BOTH[1:]])
 @pytest.mark.parametrize("log_scale", [0.0, 2.659, LARGEST_LOG_SCALE])
 @pytest.mark.parametrize("all_valid", [True, False])
 def test_softmax_equals_the_float64_definition(
-    chunk: int | None, directions: tuple, log_scale: float, all_valid: bool
+    groups: Tensor | None,
+    chunk: int | None,
+    directions: tuple,
+    log_scale: float,
+    all_valid: bool,
 ) -> None:
     images, texts = unit_rows(1, 13, 5), unit_rows(2, 13, 5)
     valid = torch.ones(13).bool()
@@ -89,51 +98,7 @@ def test_softmax_equals_the_float64_definition(
     scale = torch.tensor([log_scale])
     ours = leaves(images, texts, scale, dtype=torch.float32)
     reference = leaves(images, texts, scale, dtype=torch.float64)
-    loss, _ = contrastive_loss(*ours, valid=valid, directions=directions, chunk=chunk)
-    expected = slow_softmax(*reference, valid=valid, directions=directions)
-    loss.backward()
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=2e-6, abs=1e-6)
-    assert_same_gradients(ours, reference, 2e-5)
-
-
-@pytest.mark.parametrize("chunk", [1, 4, None])
-@pytest.mark.parametrize(("log_scale", "bias"), [(math.log(10), -10.0), (4.0, 3.0)])
-@pytest.mark.parametrize("all_valid", [True, False])
-def test_sigmoid_equals_the_float64_definition(
-    chunk: int | None, log_scale: float, bias: float, all_valid: bool
-) -> None:
-    images, texts = unit_rows(3, 11, 6), unit_rows(4, 11, 6)
-    valid = torch.ones(11).bool()
-    if not all_valid:
-        valid[torch.tensor([2, 3, 10])] = False
-    values = (images, texts, torch.tensor([log_scale]), torch.tensor([bias]))
-    ours = leaves(*values, dtype=torch.float32)
-    reference = leaves(*values, dtype=torch.float64)
-    loss, _ = sigmoid_loss(*ours, valid=valid, chunk=chunk)
-    expected = slow_sigmoid(*reference, valid=valid)
-    loss.backward()
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
-    assert_same_gradients(ours, reference, 2e-5)
-
-
-GROUPS = torch.tensor([3, 1, 3, 0, 9, 9, 3, 5, -2, 1, 3, -2, 7])
-
-
-@pytest.mark.parametrize("chunk", [1, 3, None])
-@pytest.mark.parametrize("directions", [BOTH, BOTH[:1], BOTH[1:]])
-@pytest.mark.parametrize("log_scale", [0.0, 2.659, LARGEST_LOG_SCALE])
-@pytest.mark.parametrize("all_valid", [True, False])
-def test_softmax_over_groups_equals_the_float64_definition(
-    chunk: int | None, directions: tuple, log_scale: float, all_valid: bool
-) -> None:
-    valid = torch.ones(13).bool()
-    if not all_valid:  # one of a pair, all of a pair, one of four
-        valid[torch.tensor([1, 4, 5, 10])] = False
-    values = (unit_rows(7, 13, 5), unit_rows(8, 13, 5), torch.tensor([log_scale]))
-    ours, reference = leaves(*values, dtype=torch.float32), leaves(*values, dtype=torch.float64)
-    options = {"valid": valid, "directions": directions, "groups": GROUPS}
+    options = {"valid": valid, "directions": directions, "groups": groups}
     loss, _ = contrastive_loss(*ours, chunk=chunk, **options)
     expected = slow_softmax(*reference, **options)
     loss.backward()
@@ -142,20 +107,22 @@ def test_softmax_over_groups_equals_the_float64_definition(
     assert_same_gradients(ours, reference, 2e-5)
 
 
+@pytest.mark.parametrize("groups", [None, GROUPS[:11]], ids=["alone", "groups"])
 @pytest.mark.parametrize("chunk", [1, 4, None])
 @pytest.mark.parametrize(("log_scale", "bias"), [(math.log(10), -10.0), (4.0, 3.0)])
 @pytest.mark.parametrize("all_valid", [True, False])
-def test_sigmoid_over_groups_equals_the_float64_definition(
-    chunk: int | None, log_scale: float, bias: float, all_valid: bool
+def test_sigmoid_equals_the_float64_definition(
+    groups: Tensor | None, chunk: int | None, log_scale: float, bias: float, all_valid: bool
 ) -> None:
-    valid = torch.ones(13).bool()
+    images, texts = unit_rows(3, 11, 6), unit_rows(4, 11, 6)
+    valid = torch.ones(11).bool()
     if not all_valid:
-        valid[torch.tensor([1, 4, 5, 10])] = False
-    scalars = (torch.tensor([log_scale]), torch.tensor([bias]))
-    values = (unit_rows(7, 13, 5), unit_rows(8, 13, 5), *scalars)
-    ours, reference = leaves(*values, dtype=torch.float32), leaves(*values, dtype=torch.float64)
-    loss, _ = sigmoid_loss(*ours, valid=valid, groups=GROUPS, chunk=chunk)
-    expected = slow_sigmoid(*reference, valid=valid, groups=GROUPS)
+        valid[torch.tensor([2, 3, 10])] = False
+    values = (images, texts, torch.tensor([log_scale]), torch.tensor([bias]))
+    ours = leaves(*values, dtype=torch.float32)
+    reference = leaves(*values, dtype=torch.float64)
+    loss, _ = sigmoid_loss(*ours, valid=valid, groups=groups, chunk=chunk)
+    expected = slow_sigmoid(*reference, valid=valid, groups=groups)
     loss.backward()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=2e-6)

@@ -14,16 +14,8 @@ from torch.utils.data import Dataset, Sampler
 
 from frugal.cit.texts import TextChoice
 from frugal.common.contracts import TrainedModel
-from frugal.common.data.config import (
-    PairData,
-    check_groups,
-    entries_of,
-    make_order,
-    make_transform,
-    open_sources,
-    vectors_of,
-)
-from frugal.common.data.contents import Contents, check_same_data, contents_of
+from frugal.common.data.config import PairData, make_transform, open_data
+from frugal.common.data.contents import Contents
 from frugal.common.data.damage import Damaged, DamageNote, note_of
 from frugal.common.data.loader import WAIT, Loader
 from frugal.common.data.order import Order
@@ -129,29 +121,22 @@ def open_pool(
             "'path/to/{00000..00010}.tar'"
         )
     transform = make_transform(data, recipe)
-    sources = open_sources(data, run)
-    contents = contents_of(sources)
-    check_same_data(contents)
-    order = make_order(data, sources, seed=recipe.run.seed)
-    if order.samples < needed:
+    opened = open_data(data, recipe, run, engine, called=("pool", "pairs"))
+    if opened.order.samples < needed:
         raise InputError(
-            f"the pool holds {order.samples:,} pairs, fewer than one curation is to choose "
+            f"the pool holds {opened.order.samples:,} pairs, fewer than one curation is to choose "
             f"(data.period x batch_size = {needed:,}); give more shards in data.train, or lower "
             "data.period"
         )
-    shards = [shard for source in sources for shard in source.shards]
-    run.log.info("pool: %s pairs in %s shards", f"{order.samples:,}", f"{len(shards):,}")
-    readers = ReaderCache(shards, data.fields, sources=entries_of(sources))
-    check_groups(data, recipe, run, readers, order)
     return Pool(
-        shards=shards,
-        readers=readers,
-        order=order,
+        shards=opened.shards,
+        readers=opened.readers,
+        order=opened.order,
         choice=TextChoice(seed=recipe.run.seed, tags=tags),
         transform=transform,
         scan=scan,
-        contents=contents,
-        vectors=vectors_of(data, sources, recipe, run, engine),
+        contents=opened.contents,
+        vectors=opened.vectors,
     )
 
 

@@ -23,10 +23,8 @@ from frugal.cit.curated_data import CuratedData
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.cli import command_words, run_politely
 from frugal.common.data.damage import Damaged
-from frugal.common.data.patterns import needs_index
 from frugal.common.data.samples import Fields, Reader
-from frugal.common.data.sources import build_index, open_shard
-from frugal.common.data.stores.index import find_index
+from frugal.common.data.sources import open_indexed
 from frugal.common.data.writing import (
     MOST_SAMPLES,
     NewSample,
@@ -206,9 +204,7 @@ def _samples(
 def _open_shard(path: Path, fields: Fields) -> Reader:
     if not path.exists():
         raise InputError(f"the pairs lie in {path}, which does not exist any more; restore it")
-    if needs_index(path) and find_index(path) is None:
-        build_index(path)
-    return open_shard(path, fields)[0].open(fields)
+    return open_indexed(path, fields)[0].open(fields)
 
 
 def _sample(reader: Reader, row: dict[str, Any], fields: Fields) -> NewSample:

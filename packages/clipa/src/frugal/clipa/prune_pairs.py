@@ -26,11 +26,12 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from frugal.clipa.word_counts import Patterns, find_shards, open_indexed
+from frugal.clipa.word_counts import Patterns, find_shards
 from frugal.common.cli import command_words, exit_politely
 from frugal.common.data.contents import below_common_folder
 from frugal.common.data.damage import Damaged
 from frugal.common.data.samples import Fields, Shard
+from frugal.common.data.sources import open_indexed
 from frugal.common.data.subset import key_within
 from frugal.common.data.vocabularies import clean_caption
 from frugal.common.errors import InputError

@@ -22,11 +22,10 @@ import tyro
 from frugal.clipa.frequency_masking import find_words, keep_probability
 from frugal.common.cli import command_words, exit_politely
 from frugal.common.data.damage import Damaged, PassedOver
-from frugal.common.data.patterns import find_files, is_stream, needs_index
-from frugal.common.data.samples import Fields, Shard
-from frugal.common.data.sources import build_index, open_shard
+from frugal.common.data.patterns import find_files, is_stream
+from frugal.common.data.samples import Fields
+from frugal.common.data.sources import open_indexed
 from frugal.common.data.stores.folder import FileList
-from frugal.common.data.stores.index import ShardSummary, find_index
 from frugal.common.errors import InputError
 
 _THRESHOLDS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
@@ -140,13 +139,6 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
     for line in passed_over.lines():
         sys.stderr.write(line + "\n")
     return files
-
-
-def open_indexed(path: Path, fields: Fields) -> tuple[Shard, ShardSummary]:
-    """As :func:`open_shard`, of a shard that may have no index yet."""
-    if needs_index(path) and find_index(path) is None:
-        build_index(path)
-    return open_shard(path, fields)
 
 
 def _count_shard(path: Path, *, fields: Fields) -> WordCounts:

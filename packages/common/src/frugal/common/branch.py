@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from shutil import Error as ShutilError
@@ -35,6 +34,7 @@ from frugal.common.checkpoint.store import (
     recipe_of_run,
 )
 from frugal.common.cli import read_options, run_politely
+from frugal.common.engine.step import learning_rate_of
 from frugal.common.errors import InputError
 from frugal.common.files import cannot_write, write_json
 from frugal.common.history import note
@@ -150,18 +150,15 @@ def _ending_otherwise(before: Recipe, options: Options) -> Recipe:
     )
 
 
-def _rates(recipe: Recipe, steps: int) -> Iterator[float]:
-    """The learning rates of the first steps."""
-    peak = recipe.optimizer.peak(recipe.batch_size)
-    for step in range(steps):
-        yield recipe.schedule.learning_rate(step * recipe.batch_size, peak=peak)
-
-
 def _equal_steps(before: Recipe, recipe: Recipe, steps: int) -> int:
     """The first of a run's steps, ``steps`` at most, that a branch would have taken like it."""
     steps = min(steps, before.data.steps_alike(before.steps, recipe.steps))
-    pairs = zip(_rates(before, steps), _rates(recipe, steps), strict=True)
-    return next((step for step, (was, would) in enumerate(pairs) if was != would), steps)
+    others = (
+        step
+        for step in range(steps)
+        if learning_rate_of(before, step) != learning_rate_of(recipe, step)
+    )
+    return next(others, steps)
 
 
 def _last_before(newest: Checkpoint, steps: int) -> Checkpoint:
@@ -183,7 +180,7 @@ def _check_equal(before: Recipe, recipe: Recipe, begin: Checkpoint, *, which: st
     equal = _equal_steps(before, recipe, begin.step)
     if equal == begin.step:
         return
-    was, would = (list(_rates(each, equal + 1))[-1] for each in (before, recipe))
+    was, would = (learning_rate_of(each, equal) for each in (before, recipe))
     if equal == recipe.steps:
         reason = f"the branch ends after step {equal}"
     elif was != would:

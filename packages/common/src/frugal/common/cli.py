@@ -298,7 +298,7 @@ _EXAMPLES = {
     "frugal.common.reduction.image.KeepAll to leave nothing out",
     "--reduction.text": "frugal.common.reduction.text.Truncate, which leaves no more out than it "
     "must",
-    "--reduction.text.then": "frugal.clipa.syntax_masking.SyntaxMasking",
+    "--reduction.text.then": "frugal.common.reduction.text.Truncate",
     "--data.tokenizer": "frugal.common.data.tokenizers.HuggingFace with --data.tokenizer.name, or "
     "frugal.common.data.tokenizers.ClipBpe",
     "--optimizer": "frugal.common.optim.optimizers.LARS",

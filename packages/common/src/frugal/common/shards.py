@@ -24,7 +24,7 @@ from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.decoding import decode_rgb, open_image
 from frugal.common.data.patterns import find_files, find_streams, is_stream, needs_index
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard, assemble
-from frugal.common.data.sources import EMPTY, build_index, open_shard
+from frugal.common.data.sources import EMPTY, build_index, ensure_index, open_indexed, open_shard
 from frugal.common.data.stores.folder import FileList, refuse_without_words
 from frugal.common.data.stores.grouping import REPEATED
 from frugal.common.data.stores.index import find_index, read_summary
@@ -228,9 +228,7 @@ def _check_one(shard: Path | str, *, fields: Fields, decode: int | None) -> Cont
 
 
 def _check_file(path: Path, contents: Contents, *, fields: Fields, decode: int | None) -> None:
-    if needs_index(path) and find_index(path) is None:
-        build_index(path)
-    shard, summary = open_shard(path, fields)
+    shard, summary = open_indexed(path, fields)
     reader = shard.open(fields)
     lines = summary.lines(path)
     contents.details += lines
@@ -331,8 +329,7 @@ def convert(
     new_folder(out, samples_per_shard=samples_per_shard)
     paths = _files(patterns)
     for path in paths:
-        if needs_index(path) and find_index(path) is None:
-            build_index(path)
+        ensure_index(path)
     found = Contents()
     samples = _undamaged(paths, fields, found)
     written, number = write_tars(out, samples, samples_per_shard=samples_per_shard)

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from frugal.common.cli import command_words, overridden, run_politely, without_local_rank
 from frugal.common.data.config import PairData, StoredData
-from frugal.common.data.patterns import find_files, is_stream, needs_index
-from frugal.common.data.sources import build_index, open_shard
-from frugal.common.data.stores.index import find_index
+from frugal.common.data.patterns import find_files, is_stream
+from frugal.common.data.sources import open_indexed
 from frugal.common.data.tokenizers import TokenizerConfig
 from frugal.common.data.transforms import RandomResizedCrop
 from frugal.common.distributed import launcher_ranks
@@ -154,9 +153,7 @@ def count_pairs(data: StoredData) -> int:
     else:
         found = 0
         for path in (path for pattern in data.train for path in find_files(pattern)):
-            if needs_index(path) and find_index(path) is None:
-                build_index(path)
-            found += open_shard(path, data.sample_fields)[0].num_samples
+            found += open_indexed(path, data.sample_fields)[0].num_samples
     return min(found, data.max_samples or found)
 
 

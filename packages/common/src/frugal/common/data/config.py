@@ -16,7 +16,12 @@ from typing_extensions import override
 
 from frugal.common.contracts import Stream, TrainedModel
 from frugal.common.data.color import NO_CHANGE, ColorJitter
-from frugal.common.data.contents import check_same_data, contents_of, streamed_contents
+from frugal.common.data.contents import (
+    Contents,
+    check_same_data,
+    contents_of,
+    streamed_contents,
+)
 from frugal.common.data.damage import Damaged, PassedOver, shortened
 from frugal.common.data.order import GlobalOrder, Order, WeightedOrder
 from frugal.common.data.patterns import find_files, find_streams, is_stream
@@ -24,12 +29,12 @@ from frugal.common.data.resampled import ResampledStream, ShardDraws
 from frugal.common.data.sample_transform import SampleTransform
 from frugal.common.data.samples import Fields, Shard, image_extensions
 from frugal.common.data.sources import Source, index_missing, open_source
-from frugal.common.data.stored_vectors import StoredVectors, digest_of, open_vectors, shape_of
+from frugal.common.data.stored_vectors import INDEX, StoredVectors, open_vectors, width_of
 from frugal.common.data.stores.class_folders import keep_classes
 from frugal.common.data.stores.folder import FileList, refuse_without_words
 from frugal.common.data.stores.url import can_read
 from frugal.common.data.stream import IndexedStream, OrderedSamples, RankSlice, ReaderCache
-from frugal.common.data.subset import SubsetOrder, every_sample, first_samples, read_subset
+from frugal.common.data.subset import SubsetOrder, first_of, read_subset
 from frugal.common.data.tokenizers import Tokenizer, TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
 from frugal.common.distributed import require_same
@@ -101,12 +106,15 @@ class StoredData(DataConfig):
     @override
     def also_read(self) -> dict[str, str]:
         """Digests of the list of samples and of stored vectors, where there are any."""
-        found = {}
-        if self.subset is not None:
-            found["data.subset"] = hashlib.sha256(read_bytes(self.subset)).hexdigest()
-        if self.stored is not None:
-            found["data.stored"] = digest_of(self.stored)
-        return found
+        read = {
+            "data.subset": self.subset,
+            "data.stored": None if self.stored is None else self.stored / INDEX,
+        }
+        return {
+            name: hashlib.sha256(read_bytes(path)).hexdigest()
+            for name, path in read.items()
+            if path is not None
+        }
 
     @override
     def check(self, recipe: Recipe) -> None:
@@ -223,7 +231,7 @@ class ImageData(StoredData):
         return None
 
 
-def vectors_of(
+def _vectors_of(
     data: StoredData,
     sources: Sequence[Source],
     recipe: Recipe,
@@ -260,42 +268,76 @@ def _indexed(
     engine: TrainedModel | None,
 ) -> IndexedStream:
     """Samples that can be read in any order: each comes exactly once per epoch."""
-    sources = open_sources(data, run, num_classes=transform.num_classes)
+    opened = open_data(data, recipe, run, engine, num_classes=transform.num_classes)
+    if transform.num_classes is not None:
+        _keep_classes(opened.sources, recipe, run, is_resumed=rank_slice.first_sample > 0)
+    return IndexedStream(
+        OrderedSamples(opened.readers, opened.order, transform, vectors=opened.vectors),
+        rank_slice,
+        epoch_samples=opened.order.samples,
+        workers=data.workers,
+        pin_memory=run.device.type == "cuda",
+        contents=opened.contents,
+        limit=60 * data.timeout_minutes,
+    )
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """What a run reads by number: the samples of all entries of ``data.train``, in one order."""
+
+    sources: list[Source]
+    shards: list[Shard]
+    readers: ReaderCache
+    order: Order
+    contents: Contents
+    vectors: StoredVectors | None
+    """What is stored of images, which are not read then."""
+
+
+def open_data(
+    data: StoredData,
+    recipe: Recipe,
+    run: Run,
+    engine: TrainedModel | None,
+    *,
+    num_classes: int | None = None,
+    called: tuple[str, str] = ("data", "samples"),
+) -> OpenedData:
+    """Open all that a run reads by number; every process of it must call this.
+
+    Args:
+        data: the part of a recipe.
+        recipe: the whole.
+        run: is told what was found.
+        engine: holds the model, whose frozen image tower stored vectors must be of.
+        num_classes: classes that the model tells apart; None where it needs none.
+        called: what it is, and what it has, in the log.
+
+    Raises:
+        InputError: if something is missing, altered, named twice, or does not go together.
+    """
+    sources = open_sources(data, run, num_classes=num_classes)
     contents = contents_of(sources)
     check_same_data(contents)
     order = make_order(data, sources, seed=recipe.run.seed)
-    if transform.num_classes is not None:
-        _keep_classes(sources, recipe, run, is_resumed=rank_slice.first_sample > 0)
     shards = [shard for source in sources for shard in source.shards]
-    run.log.info("data: %s samples in %s shards", f"{order.samples:,}", f"{len(shards):,}")
+    run.log.info(
+        "%s: %s %s in %s shards", called[0], f"{order.samples:,}", called[1], f"{len(shards):,}"
+    )
     if data.max_samples is not None and order.samples < data.max_samples:
         run.log.warning("data.max_samples is %d, but there are no more", data.max_samples)
-    if data.sample_fields.group is not None and recipe.objective.groups_by != "field":
-        run.log.warning(
-            "data.fields.group is %s, which this objective does not ask for; give "
-            "--objective.positives group",
-            data.sample_fields.group,
-        )
-    readers = ReaderCache(shards, data.sample_fields, sources=entries_of(sources))
-    check_groups(data, recipe, run, readers, order)
-    return IndexedStream(
-        OrderedSamples(
-            readers, order, transform, vectors=vectors_of(data, sources, recipe, run, engine)
-        ),
-        rank_slice,
-        epoch_samples=order.samples,
-        workers=data.workers,
-        pin_memory=run.device.type == "cuda",
-        contents=contents,
-        limit=60 * data.timeout_minutes,
-    )
+    readers = ReaderCache(shards, data.sample_fields, sources=_entries_of(sources))
+    _check_groups(data, recipe, run, readers, order)
+    vectors = _vectors_of(data, sources, recipe, run, engine)
+    return OpenedData(sources, shards, readers, order, contents, vectors)
 
 
 _LOOKED_AT = 64
 """Samples, evenly spread, that are asked for their group before a run begins."""
 
 
-def check_groups(
+def _check_groups(
     data: StoredData, recipe: Recipe, run: Run, readers: ReaderCache, order: Order
 ) -> None:
     """Say how many samples have a group, where an objective asks for the field of one.
@@ -303,7 +345,14 @@ def check_groups(
     Raises:
         InputError: if none has, so that the field is probably another.
     """
+    name = data.sample_fields.group
     if recipe.objective.groups_by != "field":
+        if name is not None:
+            run.log.warning(
+                "data.fields.group is %s, which this objective does not ask for; give "
+                "--objective.positives group",
+                name,
+            )
         return
     numbers = np.unique(np.linspace(0, order.samples - 1, _LOOKED_AT).astype(np.int64))
     places = list(zip(*(each.tolist() for each in order.locate(numbers)), strict=True))
@@ -311,7 +360,6 @@ def check_groups(
     for shard, index in places:
         with contextlib.suppress(Damaged):
             groups += readers.reader(shard).read(index).group is not None
-    name = data.sample_fields.group
     if not groups:
         raise InputError(
             f"none of {len(places)} samples, evenly spread, has the data.fields.group {name}; name "
@@ -361,7 +409,7 @@ def _resampled(
     )
 
 
-def entries_of(sources: Sequence[Source]) -> list[int]:
+def _entries_of(sources: Sequence[Source]) -> list[int]:
     """The entry of ``data.train`` that each shard is of; empty where there is one."""
     if len(sources) == 1:
         return []
@@ -401,7 +449,7 @@ def make_transform(data: StoredData, recipe: Recipe) -> SampleTransform:
         num_classes=inputs.num_classes,
         caption_weights=data.sample_fields.weights,
         groups_by=recipe.objective.groups_by,
-        vector_width=None if data.stored is None else shape_of(data.stored)[0],
+        vector_width=None if data.stored is None else width_of(data.stored),
     )
 
 
@@ -603,16 +651,16 @@ def _order_of(counts: list[list[int]], data: StoredData, *, seed: int) -> Order:
 
 def _chosen_samples(data: StoredData, sources: list[Source]) -> list[np.ndarray] | None:
     """Of every shard the samples that are read; None where all are."""
-    if data.subset is None and data.max_samples is None:
-        return None
-    chosen = every_sample(sources)
-    if data.subset is not None:
-        require_same(
-            data.also_read()["data.subset"],
-            f"data.subset {data.subset}",
-            remedy="copy the same list to every machine",
-        )
-        chosen = read_subset(data.subset, sources, data.sample_fields)
-    if data.max_samples is not None:
-        chosen = first_samples(chosen, data.max_samples)
-    return chosen
+    if data.subset is None:
+        counts = [count for source in sources for count in source.counts]
+        return None if data.max_samples is None else first_of(counts, data.max_samples)
+    require_same(
+        data.also_read()["data.subset"],
+        f"data.subset {data.subset}",
+        remedy="copy the same list to every machine",
+    )
+    listed = read_subset(data.subset, sources, data.sample_fields)
+    if data.max_samples is None:
+        return listed
+    places = first_of([len(each) for each in listed], data.max_samples)
+    return [each[kept] for each, kept in zip(listed, places, strict=True)]

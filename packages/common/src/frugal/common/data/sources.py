@@ -151,6 +151,18 @@ def open_source(pattern: str, fields: Fields, files: Sequence[Path] | None = Non
     return source
 
 
+def ensure_index(path: Path) -> None:
+    """Index a shard that needs an index and has none; raises ``InputError`` if it cannot be."""
+    if needs_index(path) and find_index(path) is None:
+        build_index(path)
+
+
+def open_indexed(path: Path, fields: Fields) -> tuple[Shard, ShardSummary]:
+    """As :func:`open_shard`, of what may have no index yet; for commands of one process."""
+    ensure_index(path)
+    return open_shard(path, fields)
+
+
 def open_shard(path: Path, fields: Fields) -> tuple[Shard, ShardSummary]:
     """What lies at a path that :func:`find_files` found, and what was found when it was indexed.
 

@@ -7,10 +7,9 @@ more of an image whose tower is not trained.
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +20,36 @@ from frugal.common.data.contents import below_common_folder, shard_digests
 from frugal.common.data.damage import Damaged
 from frugal.common.data.sources import Source
 from frugal.common.errors import InputError
-from frugal.common.files import read_bytes, read_json_object, reason_of
+from frugal.common.files import read_json_object, reason_of
 from frugal.common.randomness import sample_generator
 
 INDEX = "index.json"
-POOLED = "image_pooled"
-"""Name of the tensor (S, V, D): what a tower hands to its projection, V views of every image."""
+POOLED, PROJECTED = "image_pooled", "image"
+"""Names of the tensors (S, V, D), V views of every image: what a tower hands to its projection, and
+what it puts out."""
 VALID = "image_valid"
+"""Of the tensor (S,) bool: which images could be read."""
 _OPEN = 16
 """Shards whose vectors a process holds: as many as are mixed with one another by default."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class StoredVectors:
     """The vectors of all shards of some sources."""
 
-    files: list[Path | None]
-    """Of every shard; None of one without samples."""
+    files: list[Path]
+    """Of every shard."""
     width: int
     views: int
     seed: int
     """Which view of an image is taken is drawn from it and the number of the sample."""
     tower: str
     """Digest of the tower that put them out."""
-    _opened: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=OrderedDict)
 
     def of(self, shard: int, index: int, number: int) -> np.ndarray:
         """(D,) float32 of a sample; raises ``Damaged`` where its image could not be read."""
         try:
-            is_valid, rows = self._shard(shard)
+            is_valid, rows = _read(self.files[shard])
         except (OSError, SafetensorError) as error:
             raise Damaged("unreadable", reason_of(error)) from None
         if not is_valid[index]:
@@ -59,22 +59,12 @@ class StoredVectors:
             view = int(sample_generator(self.seed, "stored view", number).integers(self.views))
         return rows[index, view].astype(np.float32)
 
-    def _shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """(S,) bool and (S, V, D): whole, as single rows of a file take long to ask for."""
-        if shard in self._opened:
-            self._opened.move_to_end(shard)
-            return self._opened[shard]
-        with safe_open(self.files[shard], framework="np") as file:
-            found = file.get_tensor(VALID), file.get_tensor(POOLED)
-        self._opened[shard] = found
-        if len(self._opened) > _OPEN:
-            self._opened.popitem(last=False)
-        return found
 
-
-def digest_of(folder: Path) -> str:
-    """Of what a folder says that it holds; raises ``InputError`` where it cannot be read."""
-    return hashlib.sha256(read_bytes(folder / INDEX)).hexdigest()
+@lru_cache(maxsize=_OPEN)
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(S,) bool and (S, V, D): whole, as single rows of a file take long to ask for."""
+    with safe_open(path, framework="np") as file:
+        return file.get_tensor(VALID), file.get_tensor(POOLED)
 
 
 def open_vectors(folder: Path, sources: Sequence[Source], *, seed: int) -> StoredVectors:
@@ -83,37 +73,33 @@ def open_vectors(folder: Path, sources: Sequence[Source], *, seed: int) -> Store
     Raises:
         InputError: if there are none, they are of other samples, or not all are there yet.
     """
-    told = _told(folder)
+    about, told = _told(folder)
     shards = {(each["name"], each["samples"], each["digest"]): each["file"] for each in told}
-    files: list[Path | None] = []
     # as they were embedded: all entries one after the other
-    names = below_common_folder([shard.name for source in sources for shard in source.shards])
-    found = [
-        (name, shard.num_samples, digest)
-        for name, (shard, digest) in zip(
-            names,
-            (pair for s in sources for pair in zip(s.shards, shard_digests(s), strict=True)),
-            strict=True,
-        )
-    ]
-    for key in found:
-        if key not in shards:
+    all_shards = [shard for source in sources for shard in source.shards]
+    names = below_common_folder([shard.name for shard in all_shards])
+    digests = [digest for source in sources for digest in shard_digests(source)]
+    files: list[Path] = []
+    for name, shard, digest in zip(names, all_shards, digests, strict=True):
+        file = shards.get((name, shard.num_samples, digest))
+        if file is None:
             raise InputError(
-                f"data.stored {folder} holds nothing of {key[0]} as it is now; embed the data of "
+                f"data.stored {folder} holds nothing of {name} as it is now; embed the data of "
                 "data.train with frugal.common.embed, all entries at once"
             )
-        files.append(folder / shards[key] if key[1] else None)
-    width, views = shape_of(folder)
-    return StoredVectors(files, width, views, seed, _tower(folder))
+        files.append(folder / file)
+    width, views = _shape(folder, told)
+    return StoredVectors(files, width, views, seed, str(about.get("tower", "")))
 
 
-def shape_of(folder: Path) -> tuple[int, int]:
-    """Width of a vector, and views of every image.
+def width_of(folder: Path) -> int:
+    """Of a vector; raises ``InputError`` if a folder holds no pooled vectors."""
+    return _shape(folder, _told(folder)[1])[0]
 
-    Raises:
-        InputError: if the folder holds no pooled vectors.
-    """
-    for each in _told(folder):
+
+def _shape(folder: Path, told: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Width of a vector, and views of every image, as the first file that has any tells."""
+    for each in told:
         path = folder / each["file"]
         try:
             with safe_open(path, framework="np") as file:
@@ -130,22 +116,25 @@ def shape_of(folder: Path) -> tuple[int, int]:
     )
 
 
-def _content(folder: Path) -> dict[str, Any]:
+def _told(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the index says of the model, and of every shard.
+
+    Raises:
+        InputError: if there is none, or it is of something else or not complete.
+    """
     try:
         content: dict[str, Any] = read_json_object(folder / INDEX)
     except FileNotFoundError:
         raise InputError(
             f"data.stored {folder} holds no {INDEX}; give a folder that frugal.common.embed wrote"
         ) from None
-    return content
-
-
-def _told(folder: Path) -> list[dict[str, Any]]:
-    """What the index says of every shard."""
-    content = _content(folder)
-    shards = content.get("shards")
+    about, shards = content.get("about"), content.get("shards")
     names = ("name", "samples", "digest", "file")
-    if not isinstance(shards, list) or any(name not in each for each in shards for name in names):
+    if (
+        not isinstance(about, dict)
+        or not isinstance(shards, list)
+        or any(name not in each for each in shards for name in names)
+    ):
         raise InputError(f"{folder / INDEX} is not of embeddings; give another data.stored")
     if any(Path(str(each["file"])).name != each["file"] for each in shards):
         raise InputError(f"{folder / INDEX} names files that do not lie beside it")
@@ -153,8 +142,4 @@ def _told(folder: Path) -> list[dict[str, Any]]:
         raise InputError(
             f"data.stored {folder} is not complete; give the command of frugal.common.embed again"
         )
-    return shards
-
-
-def _tower(folder: Path) -> str:
-    return str(_content(folder).get("about", {}).get("tower", ""))
+    return about, shards

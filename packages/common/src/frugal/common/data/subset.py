@@ -10,7 +10,7 @@ stands there twice is a sample that an epoch has twice.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,18 +52,16 @@ class SubsetOrder:
         return shards, self._chosen[self._first[shards] + places]
 
 
-def first_samples(subset: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
-    """The first ``most`` samples of shards in the order in which they are stored or listed."""
+def first_of(counts: Iterable[int], most: int) -> list[np.ndarray]:
+    """The places of the first ``most`` samples of shards with so many: of every shard, (n,) int64.
+
+    No more are made: a trial on a large set is to cost little.
+    """
     kept, left = [], most
-    for chosen in subset:
-        kept.append(chosen[:left])
+    for count in counts:
+        kept.append(np.arange(min(count, left)))
         left -= len(kept[-1])
     return kept
-
-
-def every_sample(sources: Sequence[Source]) -> list[np.ndarray]:
-    """Of every shard all samples."""
-    return [np.arange(count) for source in sources for count in source.counts]
 
 
 def key_within(shard: Shard, key: str) -> str:

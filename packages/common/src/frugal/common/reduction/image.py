@@ -11,6 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
@@ -128,9 +129,11 @@ class PatchView:
         patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, 3, side, side)
         return patches.reshape(len(self.images), rows * columns, 3 * side * side)
 
-    @property
+    @cached_property
     def normalized(self) -> Tensor:
         """(B, N, P) float32: the pixels of every patch as the model takes them.
+
+        Made once, for reductions that look at them more than once.
 
         Raises:
             ValueError: if the images are uint8 and mean and std were not given.
