@@ -25,9 +25,12 @@ from foreign_makers import (
 )
 from PIL import Image
 from run_directories import small
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from frugal.common.data.tokenizers import HuggingFace
+from frugal.common.embed import Options as EmbedOptions
+from frugal.common.embed import embed
 from frugal.common.errors import InputError
 from frugal.common.evaluation.embed import Embedder, evaluating
 from frugal.common.evaluation.provenance import weights_digest
@@ -355,3 +358,30 @@ def test_an_archive_gives_the_names_that_its_state_dict_has(tmp_path: Path) -> N
     assert found.keys() == module.state_dict().keys()
     for name, tensor in module.state_dict().items():
         assert torch.equal(found[name], tensor)
+
+
+# stored embeddings
+
+
+@pytest.mark.parametrize("kind", ["siglip", "vision-text-dual-encoder"])
+def test_what_only_another_library_computes_is_stored_as_it_puts_it_out(
+    kind: str, bert: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    save_with(tmp_path / "m", shaken(transformers_model(kind)), bert, image_processor(kind))
+    foreign = load_model(tmp_path / "m")
+    (tmp_path / "images").mkdir()
+    rows = ["filepath\ttitle"]
+    for number, image in enumerate(pictures(foreign.config.image.height_width)):
+        (tmp_path / "images" / f"{number}.png").write_bytes(encoded(image))
+        rows.append(f"images/{number}.png\t{CAPTIONS[number]}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    data, out = (str(tmp_path / "pairs.csv"),), tmp_path / "out"
+    given = {"checkpoint": tmp_path / "m", "data": data, "workers": 0, "dtype": "float32"}
+    embed(EmbedOptions(**given, out=out, texts=True))
+    stored = load_file(out / "00000.safetensors")
+    images, texts = made_here(foreign)
+    torch.testing.assert_close(stored["image"][:, 0], images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stored["text"], texts, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="without an image tower of this library"):
+        embed(EmbedOptions(**given, out=tmp_path / "pooled", output="pooled"))

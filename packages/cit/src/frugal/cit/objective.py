@@ -148,7 +148,7 @@ class LockedObjective(ContrastiveObjective):
             self._init_image(start)
             self._init_text(start)
         if self._config.takes_vectors:
-            self.frozen_image = image_tower_digest(self.model)
+            self.frozen_image = image_tower_digest(self.model.image)
 
     def _init_image(self, start: Initializer) -> None:
         config, tower = self._config, self.model.image

@@ -24,9 +24,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 -- the name everyone knows
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -37,12 +38,13 @@ from frugal.common.data.loader import Loader
 from frugal.common.data.patterns import find_files, is_stream
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import Source, index_missing, open_source
+from frugal.common.data.stored_vectors import INDEX, POOLED, PROJECTED, VALID
 from frugal.common.data.stores.index import count_altered
 from frugal.common.data.stream import ReaderCache
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.distributed import barrier, gather_objects, leave_process_group
 from frugal.common.errors import InputError
-from frugal.common.evaluation.embed import Embedder, EncoderAlone, autocast, evaluating
+from frugal.common.evaluation.embed import Embedder, autocast, evaluating
 from frugal.common.evaluation.provenance import (
     config_digest,
     image_tower_digest,
@@ -58,7 +60,6 @@ from frugal.common.recipe_json import to_json
 from frugal.common.run import Run, join, open_run
 from frugal.common.weights.load import load_model
 
-INDEX = "index.json"
 HEADER = "embeddings"
 """In the header of a file: what it is of, as JSON."""
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -185,18 +186,18 @@ class _Samples(Dataset[dict[str, Any]]):
 class _Towers:
     """A model that is asked for what is to be stored."""
 
-    def __init__(self, bundle: ModelBundle, run: Run, options: Options) -> None:
+    def __init__(
+        self, bundle: ModelBundle, run: Run, options: Options, tower: nn.Module | None
+    ) -> None:
+        """Take a model, and its image tower where what that pools is to be stored."""
         self._embedder = Embedder.of(bundle, run)
-        self._bundle = bundle
-        self._output = options.output
+        self._model: Any = bundle.model
+        self._tower: Any = None if tower is None else tower.to(run.device).eval()
+        self._projects = options.output != "pooled"
         self._device = torch.device(run.device)
         self._dtype = _DTYPES[options.dtype]
         self.cut = 0
         """Captions that had more tokens than the model sees; of equal ones at a time one."""
-        self._alone: EncoderAlone | None = None
-        if options.output != "projected" and not isinstance(bundle.model, DualEncoder):
-            tower = image_encoder(bundle).build(needs_norm=False)
-            self._alone = EncoderAlone(tower).to(self._device).eval()
 
     @property
     def context_length(self) -> int:
@@ -205,20 +206,23 @@ class _Towers:
 
     def images(self, pixels: Tensor, views: int) -> dict[str, Tensor]:
         """(b V, 3, H, W) pixels to (b, V, E) on the CPU, by the name that they are stored under."""
-        found = {}
-        if self._output != "pooled":
-            found["image"] = self._embedder.images(pixels)
-        if self._output != "projected":
-            found["image_pooled"] = self._pooled(pixels)
+        if self._tower is None:
+            found = {PROJECTED: self._embedder.images(pixels)}
+        else:
+            found = self._pooled(pixels)
         return {name: self._stored(each).unflatten(0, (-1, views)) for name, each in found.items()}
 
-    def _pooled(self, pixels: Tensor) -> Tensor:
+    def _pooled(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What the tower pools, and what becomes of it: the tower computes once for both."""
         pixels = self._embedder.normalized(pixels.to(self._device))
         with autocast(self._embedder.precision, self._device):
-            if self._alone is not None:
-                return self._alone.encode_image(pixels).float()
-            model: Any = self._bundle.model
-            return model.image.forward_pooled(pixels).float()
+            pooled = self._tower.forward_pooled(pixels).float()
+            found = {POOLED: pooled}
+            if self._projects:
+                has_space = isinstance(self._model, DualEncoder)
+                projected = self._model.project_image(pooled) if has_space else pooled
+                found[PROJECTED] = F.normalize(projected.float(), dim=-1)
+        return found
 
     def texts(self, captions: Sequence[str]) -> Tensor:
         """(T, E) on the CPU."""
@@ -258,7 +262,8 @@ def embed(options: Options) -> None:
     bundle.model.to(run.device)
     join(run)
     source = _open(options, run)
-    about = _about(options, bundle)
+    tower = _image_tower(bundle) if options.output != "projected" else None
+    about = _about(options, bundle, tower)
     jobs = _jobs(options, source)
     _begin(options.out, about, jobs, run)
     missing = [job for job in jobs if not _is_stored(job, about)]
@@ -272,19 +277,21 @@ def embed(options: Options) -> None:
     samples = _Samples(
         source, options, size=bundle.image.height_width, crop=bundle.transform, firsts=firsts
     )
-    towers = _Towers(bundle, run, options)
-    mistake = ""
+    towers = _Towers(bundle, run, options, tower)
+    mistake, remarks = "", list[str]()
     try:
         with evaluating(bundle.model):
-            _embed_shards(mine, samples, towers, options, about, run)
+            _embed_shards(mine, samples, towers, options, about, run, remarks)
     except InputError as error:
         mistake = str(error)
-    # of whichever process: the others would wait for it
-    if mistakes := [each for each in gather_objects(mistake) if each]:
+    # of whichever process: the first one speaks for all, and the others would wait for it
+    told = gather_objects((mistake, remarks, towers.cut))
+    if mistakes := [each for each, _, _ in told if each]:
         raise InputError(mistakes[0])
-    cut = sum(gather_objects(towers.cut))
     if run.is_main:
-        if cut:
+        for line in (line for _, lines, _ in told for line in lines):
+            run.log.warning("%s", line)
+        if cut := sum(count for _, _, count in told):
             run.log.warning(
                 "%s captions have more than the %d tokens of the model and were cut",
                 f"{cut:,}", towers.context_length,
@@ -322,13 +329,18 @@ def _open(options: Options, run: Run) -> Source:
     return source
 
 
-def _about(options: Options, bundle: ModelBundle) -> dict[str, Any]:
+def _image_tower(bundle: ModelBundle) -> nn.Module:
+    """What pools images; raises ``InputError`` where no tower of this library does."""
+    if isinstance(bundle.model, DualEncoder):
+        return bundle.model.image
+    return image_encoder(bundle).build(needs_norm=False)
+
+
+def _about(options: Options, bundle: ModelBundle, tower: nn.Module | None) -> dict[str, Any]:
     """What embeddings depend on beside the samples."""
     told: dict[str, Any] = {
         "model": {"weights": weights_digest(bundle.model), "config": config_digest(bundle)},
-        "tower": image_tower_digest(bundle.model)
-        if isinstance(bundle.model, DualEncoder)
-        else image_tower_digest(image_encoder(bundle).build(needs_norm=False)),
+        "tower": "" if tower is None else image_tower_digest(tower),
         "dtype": options.dtype,
         "images": options.images,
         "texts": options.texts,
@@ -442,8 +454,12 @@ def _embed_shards(
     options: Options,
     about: dict[str, Any],
     run: Run,
+    remarks: list[str],
 ) -> None:
-    """Embed shards one after the other, each file written when it is whole."""
+    """Embed shards one after the other, each file written when it is whole.
+
+    ``remarks`` takes up what is to be told of shards, a line each.
+    """
     items = [
         (job.number, start, min(start + options.batch_size, job.samples))
         for job in jobs
@@ -466,7 +482,7 @@ def _embed_shards(
             _write(job, parts, about)
             if damage:
                 told = ", ".join(f"{count} {kind}" for kind, count in sorted(damage.items()))
-                run.log.warning("%s: %s; these samples are marked", job.name, told)
+                remarks.append(f"{job.name}: {told}; these samples are marked")
 
 
 def _of_job(job: _Job, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -484,7 +500,7 @@ def _embedded(found: dict[str, Any], towers: _Towers, options: Options) -> dict[
     tensors: dict[str, Tensor] = {}
     if options.images:
         valid = torch.from_numpy(found["valid"])
-        tensors["image_valid"] = valid
+        tensors[VALID] = valid
         if "pixels" in found:
             for name, rows in towers.images(found["pixels"], options.views).items():
                 whole = rows.new_zeros(len(valid), *rows.shape[1:])
@@ -504,7 +520,7 @@ def _write(job: _Job, parts: Sequence[dict[str, Tensor]], about: dict[str, Any])
     dtypes = {name: each[name].dtype for each in parts for name in each}
     tensors = {}
     for name, shape in names.items():
-        counted = "text_sample" if name == "text" else "image_valid"
+        counted = "text_sample" if name == "text" else VALID
         tensors[name] = torch.cat(
             [
                 each[name] if name in each
@@ -530,8 +546,8 @@ def _finish(out: Path, about: dict[str, Any], jobs: Sequence[_Job], run: Run) ->
     for job in jobs:
         with safe_open(job.path, framework="pt") as file:
             found = {}
-            if "image_valid" in file.keys():  # noqa: SIM118 - it is no mapping
-                found["images"] = int(file.get_tensor("image_valid").sum())
+            if VALID in file.keys():  # noqa: SIM118 - it is no mapping
+                found["images"] = int(file.get_tensor(VALID).sum())
             if "text_sample" in file.keys():  # noqa: SIM118
                 found["texts"] = file.get_slice("text_sample").get_shape()[0]
         counts.append(found)

@@ -44,13 +44,8 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def image_tower_digest(model: nn.Module) -> str:
-    """As :func:`weights_digest`, of an image tower without its projection.
-
-    Args:
-        model: the tower, or a dual encoder that holds it as ``image``.
-    """
-    tower = getattr(model, "image", model)
+def image_tower_digest(tower: nn.Module) -> str:
+    """As :func:`weights_digest`, of an image tower without its projection."""
     state = {n: t for n, t in tower.state_dict().items() if not n.startswith("projection.")}
     return _digest(state)
 
