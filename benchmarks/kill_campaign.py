@@ -22,7 +22,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ import torch
 from safetensors import safe_open
 
 from frugal.common.files import read_json_lines
+from frugal.common.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -93,15 +93,9 @@ class Setting:
             words += [f"--engine.deepspeed-config={ROOT / 'ds_configs' / 'zero2.json'}"]
         start = [python, "-m", module]
         if self.processes > 1:
-            launch = [python, "-m", "torch.distributed.run", "--master_port", str(_free_port())]
+            launch = [python, "-m", "torch.distributed.run", "--master_port", str(free_port())]
             start = [*launch, "--nproc_per_node", str(self.processes), "-m", module]
         return [*start, "demo", f"--run.dir={run}", *words]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass

@@ -44,7 +44,7 @@ def main() -> None:
 
 def measure_apart(world_size: int, options: argparse.Namespace) -> dict[str, Any]:
     """The numbers of one kind of run, in processes of their own."""
-    from frugal.common.distributed import free_port
+    from frugal.common.ports import free_port
 
     words = [f"--batch={options.batch}", f"--steps={options.steps}", "--measure"]
     together = {

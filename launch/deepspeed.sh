@@ -26,6 +26,6 @@ else
     processes=${PROCESSES:-$(nproc)}
 fi
 # a free port, so that two runs on one machine do not meet
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+port=$(python -c 'from frugal.common.ports import free_port; print(free_port())')
 exec deepspeed --num_accelerators "$processes" --master_port "$port" \
     --module "$module" "$@"

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import resource
-import socket
 import struct
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from forks import TORCH, Forked, fork
 from frugal.common.contracts import EvaluationTask
 from frugal.common.data.stores.tfrecord import crc32c, mask_checksum
 from frugal.common.models.bundle import ModelBundle
+from frugal.common.ports import free_port
 from frugal.common.recipe import Recipe
 from frugal.common.weights.runs import bundle_of
 
@@ -110,13 +110,6 @@ def deepspeed(stage: int, processes: int = 2) -> Launcher:
     """Processes at a ZeRO stage under the deepspeed launcher, which hands on exit codes."""
     name = f"{processes} x ZeRO-{stage} under deepspeed"
     return Launcher(name, processes, deepspeed_stage=stage, launched_by="deepspeed")
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment(*, quick: bool = False) -> dict[str, str]:

@@ -17,6 +17,7 @@ LAYERS = [
         "files",
         "installed",
         "old_names",
+        "ports",
         "quiet_transformers",
         "randomness",
         "ranges",

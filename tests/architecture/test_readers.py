@@ -65,6 +65,7 @@ SAFE: dict[str, str] = {
     "common/models/pretrained_models.py": "facts, which were read by parse_json or are in a recipe",
     "common/models/same_function.py": "facts, which a tower has parsed",
     "common/distributed.py": "/proc",
+    "common/ports.py": "/proc",
     "common/checkpoint/host_copy.py": "/proc and /sys",
     "common/checkpoint/background.py": "what the writer that it started says",
     "common/checkpoint/commit.py": "syncs what was written here",

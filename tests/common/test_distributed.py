@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +17,12 @@ from frugal.common.cli import exit_politely
 from frugal.common.distributed import (
     Ranks,
     forget_launchers,
-    free_port,
     init_process_group,
     launcher_ranks,
     resolve_ranks,
 )
 from frugal.common.errors import InputError
+from frugal.common.ports import free_port
 from support import DDP, FLIP, ROOT, TINY, environment
 
 LOG = logging.getLogger("test")
@@ -118,6 +119,16 @@ def test_who_does_not_come_is_named_with_the_place_and_waited_for_with_a_limit(
     who = r"2 of the 3 processes (1, 2)" if rank == 0 else "process 0, which keeps"
     assert who in str(refused.value)
     assert f"waiting for {who}" in caplog.text and f"127.0.0.1:{port}" in caplog.text
+
+
+def test_a_place_that_another_program_keeps_is_refused(announce) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", free_port()))
+        other.listen()
+        port = other.getsockname()[1]
+        announce(WHOLE | {"RANK": "0", "MASTER_PORT": str(port)})
+        with pytest.raises(InputError, match=rf"127\.0\.0\.1:{port}.*another program listens"):
+            init_process_group(launcher_ranks(), "gloo", LOG, limit=5.0)
 
 
 def test_a_run_and_an_evaluation_wait_as_long_as_they_are_told(

@@ -22,6 +22,7 @@ from frugal.common.engine.metrics import fetch
 from frugal.common.engine.step import train_step
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
+from frugal.common.ports import free_port
 from frugal.common.recipe import EngineOptions, Recipe
 from frugal.common.reduction.image import KeepAll
 from frugal.common.run import Run, make_logger
@@ -31,7 +32,7 @@ from frugal.flip.recipes import demo
 from frugal.milan.recipes import demo_pixels
 from frugal.milan.segmentation_recipes import SEGMENTATION
 from frugal.milan.transfer_recipes import FINE_TUNING, LINEAR_PROBING
-from support import ROOT, free_port, start_ranks
+from support import ROOT, start_ranks
 
 GLOBAL, LENGTH, CLASSES = 24, 6, 5
 IMAGE = ImageTower(

@@ -25,11 +25,12 @@ from frugal.common.engine.accelerate import AccelerateEngine
 from frugal.common.engine.engine import Engine
 from frugal.common.engine.step import train_step
 from frugal.common.optim.optimizers import set_learning_rate, skip_unless_finite
+from frugal.common.ports import free_port
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run, make_logger
 from frugal.flip.recipes import RECIPES as FLIP
 from frugal.milan.recipes import RECIPES as MILAN
-from support import ROOT, TINY, free_port
+from support import ROOT, TINY
 
 ON = os.environ.get("FRUGAL_GPU_TESTS_ON", "cuda")
 DEVICE = torch.device(ON, 0) if ON == "cuda" else torch.device(ON)

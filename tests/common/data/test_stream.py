@@ -22,6 +22,7 @@ from frugal.common.data.stream import ReaderCache
 from frugal.common.data.tokenizers import ClipBpe
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.errors import InputError
+from frugal.common.ports import free_port
 from frugal.common.randomness import sample_generator
 from frugal.common.recipe_json import from_json, to_json
 
@@ -423,12 +424,8 @@ def _build_together(rank, folder, port, results):
 
 
 def test_processes_share_the_indexing(tmp_path, write_pairs):
-    import socket
-
     write_pairs(tmp_path / "d", SHARDS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = torch.multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [

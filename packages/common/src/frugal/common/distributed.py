@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from frugal.common.errors import InputError
+from frugal.common.ports import free_port
 
 MEETING = 10.0
 """Minutes in which all processes of a run must have come."""
@@ -262,13 +263,6 @@ def _forget(names: Any) -> None:
         os.environ.pop(name, None)
 
 
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def init_process_group(
     ranks: Ranks, backend: str, log: logging.Logger, *, limit: float = 60 * MEETING
 ) -> None:
@@ -299,6 +293,13 @@ def init_process_group(
             place,
             seconds,
             _shown("RANK", "WORLD_SIZE"),
+        )
+    if ranks.rank == 0 and "EADDRINUSE" in meeting.failure:
+        raise InputError(
+            f"process 0 of {ranks.world_size} is to keep the meeting place {place} "
+            "(MASTER_ADDR:MASTER_PORT), but another program listens at that port; start all "
+            "with another port (--master_port of deepspeed and torchrun, --main_process_port of "
+            f"accelerate), and {_way_out()}"
         )
     if meeting.store is None or not meeting.is_complete:
         why = f" ({meeting.failure})" if meeting.failure else ""

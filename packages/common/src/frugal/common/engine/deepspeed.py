@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from frugal.common.contracts import NormsOfWholeTensors, Objective
-from frugal.common.distributed import free_port, place_in_world, sum_over_processes
+from frugal.common.distributed import place_in_world, sum_over_processes
 from frugal.common.engine.engine import Engine, GradientPart, check_world_size, fresh_moments
 from frugal.common.errors import InputError
 from frugal.common.files import read_text, reason_of
@@ -42,6 +42,7 @@ from frugal.common.optim.optimizers import (
     set_learning_rate,
     skip_unless_finite,
 )
+from frugal.common.ports import free_port
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
 
