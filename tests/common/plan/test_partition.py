@@ -76,6 +76,10 @@ def test_communication_of_a_ring() -> None:
     }  # fmt: skip
     assert exchanged(STEP, Zero(stage=3), world_size=4)["weights"] == 2 * ring
     assert exchanged(STEP, None, world_size=1)["gradients"] == 0
+    # an optimizer of whole matrices: nothing is gathered where every process has them
+    assert exchanged(STEP, Zero(stage=1), world_size=4, gathered=100)["optimizer"] == 300
+    for zero in (None, Zero(stage=0)):
+        assert "optimizer" not in exchanged(STEP, zero, world_size=4, gathered=100)
 
 
 def test_every_file_of_ds_configs_is_read() -> None:

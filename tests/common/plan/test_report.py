@@ -12,6 +12,7 @@ from frugal.cit.recipes import RECIPES as CIT
 from frugal.clipa.recipes import RECIPES as CLIPA
 from frugal.cluster_masking.recipes import RECIPES as CLUSTER_MASKING
 from frugal.common.errors import InputError
+from frugal.common.optim.muon import Muon
 from frugal.common.plan.__main__ import Options, plan, table
 from frugal.common.plan.fake_step import StepMemory, step_memory
 from frugal.common.plan.partition import Zero, peak_memory
@@ -134,3 +135,23 @@ def test_flags_of_the_recipe_change_it(capsys: pytest.CaptureFixture[str]) -> No
     options = Options(recipe="flip:demo", gpus=2)
     plan(options, ["--reduction.image.mask-ratio=0.75"])
     assert "5 image tokens" in capsys.readouterr().out  # 4 of 16 patches and the class token
+
+
+def test_muon_keeps_one_moment_of_matrices_and_gathers_them() -> None:
+    given = demo()
+    options = Muon(learning_rate=given.optimizer.learning_rate)
+    plan = Plan(replace(given, optimizer=options), gpus=2, gpu="a100-40")
+    named = dict(plan.outline.named_parameters())
+    sizes = {name: parameter.numel() for name, parameter in named.items()}
+    matrices = {n for n in sizes if ".blocks." in n and n.endswith("weight") and named[n].ndim == 2}
+    of_matrices, total = sum(sizes[name] for name in matrices), sum(sizes.values())
+    assert plan.moments == pytest.approx(2 - of_matrices / total)
+    with_adamw = Plan(given, gpus=2, gpu="a100-40")
+    assert with_adamw.moments == 2
+    found, before = (one.memory(plan.step, Zero(stage=1)) for one in (plan, with_adamw))
+    assert before.moments - found.moments == pytest.approx(4 * of_matrices / 2, abs=4)
+    said = {
+        line.name: line.text
+        for line in lines(plan, Zero(stage=1), engine="ZeRO-1", about="", price=None)
+    }
+    assert f"{4 * of_matrices / 2 / 1e9:.2f} GB of optimizer" in said["communication"]

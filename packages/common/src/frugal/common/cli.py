@@ -301,7 +301,7 @@ _EXAMPLES = {
     "--reduction.text.then": "frugal.common.reduction.text.Truncate",
     "--data.tokenizer": "frugal.common.data.tokenizers.HuggingFace with --data.tokenizer.name, or "
     "frugal.common.data.tokenizers.ClipBpe",
-    "--optimizer": "frugal.common.optim.optimizers.LARS",
+    "--optimizer": "frugal.common.optim.muon.Muon, or frugal.common.optim.optimizers.LARS",
     "--schedule": "frugal.common.optim.schedules.WarmupLinear",
 }
 

@@ -156,7 +156,7 @@ class Optimizer(ABC):
     """Largest norm of the whole gradient."""
 
     moments: ClassVar[tuple[str, ...]] = ()
-    """What a checkpoint holds of every trainable parameter beside its weights: names of float32
+    """What a checkpoint holds of a trainable parameter beside its weights: names of float32
     tensors of the parameter's shape in the optimizer's ``state``."""
 
     def __post_init__(self) -> None:
@@ -175,6 +175,15 @@ class Optimizer(ABC):
         assert self.learning_rate_per_256 is not None
         return self.learning_rate_per_256 * batch_size / 256
 
+    def moments_of(self, module: nn.Module) -> dict[str, tuple[str, ...]]:
+        """The ``moments`` of every trainable parameter, by name; those of a group are alike."""
+        named = module.named_parameters()
+        return {name: self.moments for name, parameter in named if parameter.requires_grad}
+
+    def gathered(self, module: nn.Module) -> int:
+        """Numbers of what a step needs whole where each process has a piece: see below."""
+        return 0
+
     @abstractmethod
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over the trainable parameters, every group with an ``lr_scale``.
@@ -190,6 +199,15 @@ class NormsOfWholeTensors(Protocol):
 
     total: Callable[[Tensor], Tensor]
     """Adds up what the processes know of squared norms; an engine that cuts tensors up sets it."""
+
+
+@runtime_checkable
+class WholeTensors(Protocol):
+    """An optimizer that needs whole tensors, of which ZeRO gives each process a piece."""
+
+    gather: Callable[[Tensor], Tensor] | None
+    """(n,) to (W n,): the pieces of one tensor in the order of the processes, filled up at the end;
+    an engine that cuts tensors up sets it."""
 
 
 class Tower(Protocol):

@@ -226,7 +226,8 @@ def _write_file(source: Path, out: Path) -> None:
     model = to_published(parts["weight"], recipe.model)
     samples = checkpoint.step * recipe.batch_size
     content: dict[str, Any] = {"model": model, "epoch": max(samples // _epoch(recipe) - 1, 0)}
-    if {"exp_avg", "exp_avg_sq"} <= parts.keys() and isinstance(recipe.optimizer, AdamW):
+    # a subclass, as Muon, keeps them of some parameters alone
+    if {"exp_avg", "exp_avg_sq"} <= parts.keys() and type(recipe.optimizer) is AdamW:
         optimizer = recipe.optimizer
         settings = {
             "lr": recipe.schedule.learning_rate(samples, peak=optimizer.peak(recipe.batch_size)),
@@ -238,6 +239,11 @@ def _write_file(source: Path, out: Path) -> None:
         moments = {kind: parts[kind] for kind in ("exp_avg", "exp_avg_sq")}
         content["optimizer"] = to_published_moments(
             moments, recipe.model, updates=checkpoint.state["updates"], settings=settings
+        )
+    else:
+        sys.stdout.write(
+            f"{out} holds weights alone: such a file has moments of AdamW for every parameter, "
+            f"which {type(recipe.optimizer).__name__} does not keep\n"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, out)

@@ -2,8 +2,8 @@
 
 ``checkpoints/step_000001000/``
     ``tensors-00000-of-00002.safetensors``  float32 ``weight/<name>``, ``exp_avg/<name>``,
-    ``exp_avg_sq/<name>`` (LARS: ``momentum/<name>``), ``ema/<name>`` of the parameters this writer
-    owns, and ``buffer/<name>`` of buffers and frozen parameters;
+    ``exp_avg_sq/<name>`` (LARS, matrices of Muon: ``momentum/<name>``), ``ema/<name>`` of the
+    parameters this writer owns, and ``buffer/<name>`` of buffers and frozen parameters;
     ``state.json``  everything else, with size and checksum of every file;
     ``manifest.json``  the SHA-256 of every file, and of what the run is made of (``manifest.py``).
 ``checkpoints/latest``  the name of the newest whole checkpoint.

@@ -35,13 +35,12 @@ class AccelerateEngine(Engine):
         objective.to(run.device)
         self._clip_norm = recipe.optimizer.clip_norm
         self._optimizer = recipe.optimizer.build(objective)
+        moments = self._moments_of_groups(self._optimizer)
         self._wrapped, prepared = self._accelerator.prepare(objective, self._optimizer)
         self._optimizer = prepared.optimizer
-        for group in self._optimizer.param_groups:
+        for group, kinds in zip(self._optimizer.param_groups, moments, strict=True):
             for parameter in group["params"]:
-                self._optimizer.state[parameter] = fresh_moments(
-                    parameter, recipe.optimizer.moments
-                )
+                self._optimizer.state[parameter] = fresh_moments(parameter, kinds)
         self.objective = self._accelerator.unwrap_model(self._wrapped)
         self.name = _name(self._accelerator)
         if recipe.engine.virtual_processes is not None and self._sharded():

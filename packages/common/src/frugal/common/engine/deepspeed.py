@@ -32,8 +32,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from typing_extensions import override
 
-from frugal.common.contracts import NormsOfWholeTensors, Objective
-from frugal.common.distributed import place_in_world, sum_over_processes
+from frugal.common.contracts import NormsOfWholeTensors, Objective, WholeTensors
+from frugal.common.distributed import gather, place_in_world, sum_over_processes
 from frugal.common.engine.engine import Engine, GradientPart, check_world_size, fresh_moments
 from frugal.common.errors import InputError
 from frugal.common.files import read_text, reason_of
@@ -71,6 +71,7 @@ class DeepSpeedEngine(Engine):
         config = fill_config(recipe.engine.deepspeed_config, recipe, run.world_size)
         self._clip_norm = recipe.optimizer.clip_norm
         optimizer = recipe.optimizer.build(objective)
+        moments = self._moments_of_groups(optimizer)
         self._engine, _, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
@@ -88,9 +89,11 @@ class DeepSpeedEngine(Engine):
                     "their number; give a file of stage 0, or leave virtual processes out"
                 )
             optimizer.total = self._sum_of_parts
+        if isinstance(optimizer, WholeTensors) and self._stage > 0:
+            optimizer.gather = self._gather
         if self._stage > 0 and self._has_whole_gradients:
             leave_out_fused_kernels(optimizer)
-        self._create_moments(recipe.optimizer.moments)
+        self._create_moments(moments)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -252,16 +255,26 @@ class DeepSpeedEngine(Engine):
         total = sum_over_processes(squares.to(self.run.device))  # offloaded ones work on the CPU
         return total.to(squares.device)
 
-    def _create_moments(self, moments: Sequence[str]) -> None:
+    def _gather(self, piece: Tensor) -> Tensor:
+        """The pieces of all processes, in their order."""
+        return gather(piece.to(self.run.device)).to(piece.device)
+
+    def _create_moments(self, moments: Sequence[Sequence[str]]) -> None:
+        """Make what each group of the optimizer keeps."""
         optimizer = self._engine.optimizer
         if self._stage == 0:
-            flat = [p for group in optimizer.param_groups for p in group["params"]]
-        elif self._stage == 3:
+            for group, kinds in zip(optimizer.param_groups, moments, strict=True):
+                for parameter in group["params"]:
+                    self._state()[parameter] = fresh_moments(parameter, kinds)
+            return
+        if self._stage == 3:
             flat = optimizer.fp32_partitioned_groups_flat
+            groups = [optimizer.sub_group_to_group_id[part] for part in range(len(flat))]
         else:
             flat = optimizer.single_partition_of_fp32_groups
-        for tensor in flat:
-            self._state()[tensor] = fresh_moments(tensor, moments)
+            groups = list(range(len(flat)))
+        for group, tensor in zip(groups, flat, strict=True):
+            self._state()[tensor] = fresh_moments(tensor, moments[group])
         # parameters learn where their moments lie, which DeepSpeed does at the first step otherwise
         if self._stage in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()

@@ -45,8 +45,7 @@ class Engine(ABC):
         self.objective = objective
         prepare_towers(objective, recipe.engine)
         self.run = run
-        self.state_kinds = ("weight", *recipe.optimizer.moments)
-        """What a checkpoint holds of every trainable parameter."""
+        self._moments = recipe.optimizer.moments_of(objective)
         self.dtype = compute_dtype(recipe.engine.precision, run.device)
         if self.dtype != torch.float32:
             # inside the module, so that every wrapper around it computes alike
@@ -118,9 +117,18 @@ class Engine(ABC):
                 yield GradientPart(number, 0, parameter.grad)
             before += sizes[number]
 
+    def state_kinds(self, name: str) -> tuple[str, ...]:
+        """What a checkpoint holds of a trainable parameter."""
+        return ("weight", *self._moments[name])
+
+    def _moments_of_groups(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, ...]]:
+        """What each group of the optimizer keeps; to be asked before anything wraps it."""
+        names = {parameter: name for name, parameter in self.trainable()}
+        return [self._moments[names[group["params"][0]]] for group in optimizer.param_groups]
+
     @abstractmethod
     def read(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        """The whole float32 tensor of one of ``state_kinds``; every process must call it.
+        """The whole float32 tensor of one of :meth:`state_kinds`; every process must call it.
 
         Of a frozen parameter there are only weights, in their own dtype.
         """

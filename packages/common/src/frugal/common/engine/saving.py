@@ -75,7 +75,7 @@ def layout(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
     for name, parameter in engine.trainable():
         if owner[name] == engine.run.rank:
             like = torch.empty(engine.whole_shape(parameter), dtype=torch.float32, device="meta")
-            found |= {f"{kind}/{name}": like for kind in engine.state_kinds}
+            found |= {f"{kind}/{name}": like for kind in engine.state_kinds(name)}
     for name, tensor in (average.owned if average else {}).items():
         found[f"ema/{name}"] = tensor
     if engine.run.is_main:
@@ -103,7 +103,7 @@ def collect(engine: Engine, average: WeightAverage | None, into: Mapping[str, Te
             into[name].copy_(tensor)
 
     for name, parameter in engine.trainable():
-        for kind in engine.state_kinds:
+        for kind in engine.state_kinds(name):
             keep(f"{kind}/{name}", engine.read(kind, parameter))  # every process takes part
     for name, tensor in (average.owned if average else {}).items():
         keep(f"ema/{name}", tensor)
@@ -149,7 +149,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, average: WeightAverage | Non
     engine.set_updates(checkpoint.state["updates"])
     engine.load_scale_state(checkpoint.state["loss_scale"])
     for name, parameter in engine.trainable():
-        for kind in engine.state_kinds:
+        for kind in engine.state_kinds(name):
             engine.write(kind, parameter, read(f"{kind}/{name}"))
     for name, owned in (average.owned if average else {}).items():
         owned.copy_(read(f"ema/{name}"))

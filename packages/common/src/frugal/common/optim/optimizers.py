@@ -7,7 +7,7 @@ step.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,22 +61,26 @@ class AdamW(Optimizer):
         """
         decays = self.weight_decays(module)
         scales = learning_rate_scales(module, self.layer_decay)
+        groups = self.groups(dict(trained(module)), decays, scales)
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.epsilon, fused=True)
+
+    def groups(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        decays: Mapping[str, float],
+        scales: Mapping[str, float],
+    ) -> list[dict[str, Any]]:
+        """Parameters by what they have in common: their weight decay and factor on the rate."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         if self.layer_decay is None:
             groups = {(1.0, self.weight_decay): [], (1.0, 0.0): []}
-        for name, parameter in _trained(module):
+        for name, parameter in parameters.items():
             groups.setdefault((scales[name], decays[name]), []).append(parameter)
-        return torch.optim.AdamW(
-            [
-                {"params": parameters, "weight_decay": decay, "lr_scale": scale}
-                for (scale, decay), parameters in groups.items()
-                if parameters
-            ],
-            lr=0.0,
-            betas=self.betas,
-            eps=self.epsilon,
-            fused=True,
-        )
+        return [
+            {"params": alike, "weight_decay": decay, "lr_scale": scale}
+            for (scale, decay), alike in groups.items()
+            if alike
+        ]
 
     def weight_decays(self, module: nn.Module) -> dict[str, float]:
         """The weight decay of every parameter, by name.
@@ -140,6 +144,17 @@ _STEM = ("patch_embed", "token_embedding", "norm_pre")
 """Modules of a tower that stand before its blocks, as its own parameters do."""
 
 
+def towers_with_blocks(
+    module: nn.Module,
+) -> list[tuple[str, nn.Module, nn.ModuleList | nn.Sequential]]:
+    """What their names begin with, modules with a child ``blocks``, and those blocks."""
+    return [
+        (f"{path}." if path else "", tower, blocks)
+        for path, tower in module.named_modules()
+        if isinstance(blocks := getattr(tower, "blocks", None), (nn.ModuleList, nn.Sequential))
+    ]
+
+
 def learning_rate_scales(module: nn.Module, layer_decay: float | None) -> dict[str, float]:
     """The factor on the learning rate of every parameter, by name.
 
@@ -153,16 +168,13 @@ def learning_rate_scales(module: nn.Module, layer_decay: float | None) -> dict[s
     scales = {name: 1.0 for name, _ in module.named_parameters()}
     if layer_decay is None:
         return scales
-    towers = [
-        (f"{path}." if path else "", tower, len(blocks))
-        for path, tower in module.named_modules()
-        if isinstance(blocks := getattr(tower, "blocks", None), (nn.ModuleList, nn.Sequential))
-    ]
+    towers = towers_with_blocks(module)
     if not towers:
         raise InputError(
             f"optimizer.layer_decay is {layer_decay}, but this model has no blocks; leave it out"
         )
-    for prefix, tower, depth in towers:
+    for prefix, tower, blocks in towers:
+        depth = len(blocks)
         for name, _ in tower.named_parameters():
             if name.startswith("blocks."):
                 scales[prefix + name] = layer_decay ** (depth - int(name.split(".")[1]))
@@ -188,14 +200,14 @@ class LARS(Optimizer):
     @override
     def build(self, module: nn.Module) -> LarsOptimizer:
         """LARS over the trainable parameters: a group for every matrix, one for all vectors."""
-        trained = _trained(module)
-        matrices = [[p] for _, p in trained if p.ndim > 1]
-        vectors = [p for _, p in trained if p.ndim < 2]
+        parameters = [p for _, p in trained(module)]
+        matrices = [[p] for p in parameters if p.ndim > 1]
+        vectors = [p for p in parameters if p.ndim < 2]
         return LarsOptimizer(
             [
-                {"params": parameters, "is_matrix": parameters is not vectors, "lr_scale": 1.0}
-                for parameters in [*matrices, vectors]
-                if parameters
+                {"params": group, "is_matrix": group is not vectors, "lr_scale": 1.0}
+                for group in [*matrices, vectors]
+                if group
             ],
             self,
         )
@@ -245,13 +257,9 @@ class LarsOptimizer(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"]
                 moved = momentum.mul(group["momentum"]).add_(gradient)
-                self._replace(momentum, moved)
-                self._replace(parameter, parameter.add(moved, alpha=-group["lr"]))
-
-    def _replace(self, tensor: Tensor, value: Tensor) -> None:
-        if self.found_inf is not None:
-            value = torch.where(self.found_inf == 1, tensor, value)
-        tensor.copy_(value)
+                replace_unless_skipped(self.found_inf, momentum, moved)
+                stepped = parameter.add(moved, alpha=-group["lr"])
+                replace_unless_skipped(self.found_inf, parameter, stepped)
 
     def _factor(self, weight: Tensor, gradient: Tensor, trust: float) -> Tensor:
         """(): brings a gradient to ``trust`` times the norm of its weights; 1 if either is zero."""
@@ -269,7 +277,15 @@ def _square(tensor: Tensor) -> Tensor:
     return square.full_tensor() if isinstance(square, DTensor) else square
 
 
-def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def replace_unless_skipped(found_inf: Tensor | None, tensor: Tensor, value: Tensor) -> None:
+    """Write a value over a tensor, but not where ``found_inf``, (), is 1."""
+    if found_inf is not None:
+        value = torch.where(found_inf == 1, tensor, value)
+    tensor.copy_(value)
+
+
+def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Trainable parameters by name."""
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 

@@ -114,7 +114,7 @@ def peak_memory(
     zero: Zero | None,
     *,
     world_size: int,
-    moments: int,
+    moments: float,
     accumulate: int = 1,
     averages: bool = False,
 ) -> Memory:
@@ -124,7 +124,7 @@ def peak_memory(
         step: of one micro-batch.
         zero: how it is divided among the processes; None for Accelerate.
         world_size: processes.
-        moments: tensors of moments that the optimizer keeps.
+        moments: numbers that the optimizer keeps for each that is trained.
         accumulate: micro-batches of a step, all of which are on the device.
         averages: whether an average of the weights is kept.
     """
@@ -139,7 +139,7 @@ def peak_memory(
 
 
 def _moments(
-    step: StepMemory, zero: Zero, *, ddp: bool, world_size: int, moments: int, accumulate: int
+    step: StepMemory, zero: Zero, *, ddp: bool, world_size: int, moments: float, accumulate: int
 ) -> Iterator[Memory]:
     """Moments of the backward pass, the exchange behind it and the optimizer's step."""
     whole = _BYTES * step.num_trained
@@ -150,7 +150,7 @@ def _moments(
     fixed = {
         "weights": _weights(step, zero, world_size, gathered=0),
         "master_weights": part * (zero.stage > 0) * on_device,
-        "moments": moments * part * on_device,
+        "moments": round(moments * part) * on_device,
     }
     largest = _BYTES * max(step.trainable, default=0)
     # a flat copy is exchanged: of a bucket, or of a gradient that is larger than one
@@ -213,18 +213,22 @@ def _weights(step: StepMemory, zero: Zero, world_size: int, *, gathered: int) ->
     return part + min(gathered, _BYTES * zero.reuse_distance // 2)
 
 
-def host_memory(step: StepMemory, zero: Zero | None, *, world_size: int, moments: int) -> int:
+def host_memory(step: StepMemory, zero: Zero | None, *, world_size: int, moments: float) -> int:
     """Bytes of the host that one process offloads into: parts of what its optimizer steps."""
     if zero is None or not zero.offload_moments:
         return 0
     part = -(-_BYTES * step.num_trained // world_size)
     # master weights, gradients and, at stage 2, what goes back to the device
     copies = 2 + moments + (zero.stage == 2)
-    return copies * part + part * zero.offload_weights
+    return round(copies * part) + part * zero.offload_weights
 
 
-def exchanged(step: StepMemory, zero: Zero | None, *, world_size: int) -> dict[str, int]:
+def exchanged(
+    step: StepMemory, zero: Zero | None, *, world_size: int, gathered: int = 0
+) -> dict[str, int]:
     """Bytes that one process sends in a step with one micro-batch, by what they are.
+
+    ``gathered`` is how many numbers the optimizer needs whole where each process has a piece.
 
     A ring sends (W - 1) / W of a tensor to gather it or to add it up in parts, and twice that to
     add it up on every process. DeepSpeed adds whole buckets up on every process at stages 1 and 2
@@ -234,4 +238,6 @@ def exchanged(step: StepMemory, zero: Zero | None, *, world_size: int) -> dict[s
     stage = 0 if zero is None else zero.stage
     gradients = whole if stage == 3 else 2 * whole
     weights = {0: 0, 1: whole, 2: whole, 3: 2 * whole}[stage]
-    return {"gradients": gradients, "weights": weights, "loss": step.exchanged}
+    pieces = _BYTES * gathered * (world_size - 1) // world_size if stage else 0
+    sent = {"gradients": gradients, "weights": weights, "loss": step.exchanged}
+    return sent | ({"optimizer": pieces} if pieces else {})

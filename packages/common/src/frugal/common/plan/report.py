@@ -169,7 +169,7 @@ class Plan:
             step,
             zero,
             world_size=self.gpus,
-            moments=len(self.recipe.optimizer.moments),
+            moments=self.moments,
             accumulate=accumulate or engine.accumulate,
             averages=engine.ema_decay is not None,
         )
@@ -183,9 +183,21 @@ class Plan:
         )
 
     @cached_property
+    def outline(self) -> Objective:
+        """The objective without numbers."""
+        return self.recipe.objective.outline(self.recipe)
+
+    @cached_property
+    def moments(self) -> float:
+        """Numbers that the optimizer keeps for each that is trained."""
+        kinds = self.recipe.optimizer.moments_of(self.outline)
+        sizes = {name: self.outline.get_parameter(name).numel() for name in kinds}
+        return sum(sizes[name] * len(kinds[name]) for name in kinds) / sum(sizes.values())
+
+    @cached_property
     def cost(self) -> Cost:
         """From the tokens that the step saw."""
-        return Cost.of(self.recipe, self.recipe.objective.outline(self.recipe), self.step.tokens)
+        return Cost.of(self.recipe, self.outline, self.step.tokens)
 
     def samples_per_second(self, share: float) -> float:
         """Of all GPUs."""
@@ -284,7 +296,8 @@ def lines(
         "exact, matrix products",
     )
     yield from _memory_lines(plan, zero, engine)
-    sent = exchanged(step, zero, world_size=plan.gpus)
+    gathered = recipe.optimizer.gathered(plan.outline)
+    sent = exchanged(step, zero, world_size=plan.gpus, gathered=gathered)
     parts = ", ".join(f"{size / 1e9:.2f} GB of {name}" for name, size in sent.items() if size)
     yield Line("communication", f"{parts or 'none'}, sent by each GPU in a step", "counted")
     low, middle, high = plan.shares
@@ -335,7 +348,7 @@ def _memory_lines(plan: Plan, zero: Zero | None, engine: str) -> Iterator[Line]:
         "a step on fake tensors; room for CUDA and fragmentation is assumed"
         + ("; the features of further chunks are left out" if chunk else ""),
     )
-    host = host_memory(plan.step, zero, world_size=plan.gpus, moments=len(recipe.optimizer.moments))
+    host = host_memory(plan.step, zero, world_size=plan.gpus, moments=plan.moments)
     if host:
         yield Line("memory of the host", f"{host / 1e9:.1f} GB for each GPU", "exact")
     if memory.total <= room or chunk is not None:
