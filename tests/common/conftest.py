@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "evaluation"))  # for `import evaluated`
 sys.path.insert(0, str(Path(__file__).parent / "report"))  # for `import reported`
+sys.path.insert(0, str(Path(__file__).parent / "objectives"))  # for `import contrastive_cases`
 
 from frugal.common.run import Run
 

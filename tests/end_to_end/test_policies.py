@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from frugal.common.recipe_json import load_recipe
 from support import ALONE, DDP, TINY, largest_difference, losses, newest, saved_tensors, train
@@ -19,6 +20,7 @@ OF_PAIRS = (
     "--reduction.image=frugal.cluster_masking.pgs.PgsMasking",
     "--reduction.text=frugal.clipa.sub_captions.SubCaption",
     "--objective.positives=equal_captions",
+    "--objective.token-loss=0.5",
 )
 
 
@@ -78,7 +80,12 @@ def test_all_that_go_with_a_method_go_together(
     whole = saved_tensors(one)
     shutil.rmtree(newest(one))
     assert "from step 2 of 4" in method.train(ALONE, one, scenes)
-    assert largest_difference(saved_tensors(one), whole, ("weight", "exp_avg")) == 0.0
+    kinds = ("weight", "exp_avg", "buffer")
+    assert largest_difference(saved_tensors(one), whole, kinds) == 0.0
+    counted = {name: tensor for name, tensor in whole.items() if ".with_token" in name}
+    assert bool(counted) == ("--objective.token-loss=0.5" in method.words)
+    for name, tensor in counted.items():
+        assert torch.equal(tensor, saved_tensors(two)[name]) and tensor.any()
     recipe = load_recipe(one / "recipe.json")
     assert type(recipe.schedule).__name__ == "WarmupConstantCooldown"
     assert recipe.data.max_samples == 100  # type: ignore[attr-defined]
@@ -89,7 +96,7 @@ def test_all_that_go_with_a_method_go_together(
     [
         (OF_PAIRS[3:4], "keeps another number of patches of every image"),
         (OF_PAIRS[4:5], "reads no captions"),
-        (OF_PAIRS[5:], "there is no --objective.positives in this recipe"),
+        (OF_PAIRS[5:6], "there is no --objective.positives in this recipe"),
     ],
 )
 def test_what_does_not_go_with_milan_is_said(

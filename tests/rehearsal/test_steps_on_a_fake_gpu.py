@@ -60,6 +60,8 @@ ENCODER = (
 PRETRAIN = (*ENCODER, "--model.decoder.width=16", "--model.decoder.depth=2",
             "--model.decoder.heads=2")  # fmt: skip
 
+MUON = "frugal.common.optim.muon.Muon"
+
 CASES: dict[str, tuple[Recipes, str, tuple[str, ...]]] = {
     "flip 50 %, float32": (FLIP, "demo", (*TINY, DENSE)),
     "flip 75 %, packed text": (
@@ -76,6 +78,11 @@ CASES: dict[str, tuple[Recipes, str, tuple[str, ...]]] = {
     "flip, sigmoid": (
         FLIP, "demo",
         (*TINY, BFLOAT16, "--objective.loss=sigmoid", "--model.initial-logit-bias=-10"),
+    ),
+    "flip, tokens told, Muon": (
+        FLIP, "demo",
+        (*TINY, BFLOAT16, "--objective.token-loss=1", "--optimizer", MUON,
+         "--optimizer.clip-norm=1"),
     ),
     "clipa, colors": (CLIPA, "demo", (*TINY, BFLOAT16, "--data.color.probability=0.8")),
     "clipa, grid": (
@@ -111,6 +118,7 @@ READS = {
     # two chunks, each encoded twice
     "flip, float16, cached": {"Packed.of": 4},
     "flip, sigmoid": {"Packed.of": 1},
+    "flip, tokens told, Muon": {"Packed.of": 1},
     "clipa, colors": {"Packed.of": 1},
     "clipa, grid": {"Packed.of": 1},
     "clipa, block": {"Packed.of": 1},

@@ -63,6 +63,11 @@ class LockedContrastive(Contrastive):
         super().check(recipe)
         model = model_of(DualEncoderConfig, recipe.model)
         image, text = model.image, model.text
+        if self.token_loss and self.train_image != "all":
+            raise InputError(
+                f"objective.token_loss teaches the patches of the image tower, of which "
+                f"objective.train_image={self.train_image} trains none; leave one of them out"
+            )
         has_projector = isinstance(image, ImageTower) and image.projector_width is not None
         if self.train_image == "head" and not has_projector:
             raise InputError(
@@ -203,6 +208,8 @@ class LockedObjective(ContrastiveObjective):
         of_image = 3 if self._config.train_image == "all" else 1
         of_text = 3 if self._config.train_text == "all" else 1
         total = of_image * image + of_text * text + 3 * projection_flops(config)
+        if self.token_loss is not None:
+            total += 6 * config.image.width * config.text.vocabulary
         if self._config.train_image == "head":
             total += 2 * projector_flops(config.image)
         return total

@@ -256,6 +256,9 @@ class Objective(nn.Module):
     """Which patches stay; a run sets the calibrated one before it trains."""
     tokenizer: TokenizerSource | None = None
     """Of its captions, in its configuration: weights go with the ids of one."""
+    auxiliary: ClassVar[tuple[str, ...]] = ()
+    """What the names of parts begin with that help training and are no part of ``model``: a stage
+    begins without those of the run before it, or draws its own where that has none."""
     frozen_image: str = ""
     """Digest of a frozen image tower that a new run has begun with; empty elsewhere."""
 
@@ -269,6 +272,14 @@ class Objective(nn.Module):
         saw of one sample.
         """
         raise NotImplementedError
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """Meet all micro-batches of this process before the first forward pass of their step.
+
+        Every process is called at the same time. Where the step is skipped, buffers that this
+        changes are set back.
+        """
+        del batches
 
     def towers(self) -> Sequence[Tower]:
         """What is to be compiled and whose activations may be recomputed."""

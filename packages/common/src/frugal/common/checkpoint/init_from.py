@@ -15,7 +15,7 @@ square. Optimizer and counters begin afresh.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -233,6 +233,7 @@ def _init_whole(objective: Objective, weights: _Weights, start: Initializer) -> 
     way = advice(unlike, instead) or "start from a run of the same architecture"
     state, wanted = dict(weights.state), objective.state_dict()
     freedom = Freedom(kind="the model")
+    auxiliary = list(_fit_auxiliary(objective, state, wanted))
     # first what no interpolation can help
     _refuse_misfit(_without_tables(state), _without_tables(wanted), weights, way)
     notes = _bring_tables(objective, state, weights, freedom, start, way=way)
@@ -245,8 +246,21 @@ def _init_whole(objective: Objective, weights: _Weights, start: Initializer) -> 
         _tell_clamped(objective, state, start.log)
     objective.load_state_dict(state)
     step = "" if weights.step is None else f"step {weights.step} of "
-    said = ", ".join([f"{len(wanted)} tensors", *weights.notes, *notes])
+    said = ", ".join([f"{len(wanted)} tensors", *weights.notes, *notes, *auxiliary])
     start.log.info("started from %s%s: %s", step, weights.source, said)
+
+
+def _fit_auxiliary(objective: Objective, state: State, wanted: State) -> Iterator[str]:
+    """Leave behind what there is no place for here, keep what is new, and say so."""
+    for prefix in objective.auxiliary:
+        theirs, ours = ({n for n in names if n.startswith(prefix)} for names in (state, wanted))
+        if theirs and not ours:
+            yield f"without its {prefix.rstrip('.')}"
+        elif ours and not theirs:
+            yield f"{prefix.rstrip('.')} new"
+        for name in theirs - ours:
+            del state[name]
+        state |= {name: wanted[name] for name in ours - theirs}
 
 
 def _refuse_misfit(state: State, wanted: State, weights: _Weights, way: str) -> None:

@@ -282,13 +282,13 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], *, step: int) -> P
     return _save_alone(folder, step, tensors, lambda path: _write_tensors(path, tensors))
 
 
-def copy_weights(checkpoint: Checkpoint, folder: Path, *, average: bool = True) -> Path:
+def copy_weights(checkpoint: Checkpoint, folder: Path, names: Mapping[str, str]) -> Path:
     """What :func:`save_weights` writes, of a checkpoint, a few MiB in memory at a time.
 
     Args:
         checkpoint: of any engine, written by any number of processes.
         folder: ``checkpoints`` of a run directory; made if missing.
-        average: take the moving average of a weight where there is one.
+        names: of the weights to take, as :meth:`Checkpoint.weights` has them.
 
     Returns:
         The checkpoint's folder.
@@ -298,7 +298,6 @@ def copy_weights(checkpoint: Checkpoint, folder: Path, *, average: bool = True) 
             new then.
     """
     stored = checkpoint.tensor_bytes()
-    names = checkpoint.weights(average=average)
     tensors = {f"weight/{name}": stored[source] for name, source in names.items()}
     for name, source in names.items():
         refuse_not_finite_parts(stored[source].parts(), name, source=str(checkpoint.folder))

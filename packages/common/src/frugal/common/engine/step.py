@@ -38,6 +38,7 @@ def train_step(
     """
     learning_rate = learning_rate_of(recipe, step)
     buffers = {name: buffer.clone() for name, buffer in engine.objective.named_buffers()}
+    engine.objective.begin_step(micro_batches)
     if recipe.engine.virtual_processes is None:
         names, means = _backward(engine, recipe, micro_batches)
     else:

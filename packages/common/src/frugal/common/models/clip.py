@@ -91,6 +91,13 @@ class DualEncoder(nn.Module):
         """
         return unit(self.image(images, kept), self.config.norm_epsilon)
 
+    def encode_image_and_patches(
+        self, images: Tensor, kept: KeptPatches | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and (B, D) means of the patches that are seen, after the last norm."""
+        embeddings, patches = self.image(images, kept, output="embedding and patches")
+        return unit(embeddings, self.config.norm_epsilon), patches
+
     def project_image(self, pooled: Tensor) -> Tensor:
         """(B, D) vectors that the image tower has pooled to (B, E) unit float32."""
         return unit(self.image.projection(pooled), self.config.norm_epsilon)

@@ -194,7 +194,9 @@ class ImageTransformer(nn.Module):
         images: Tensor,
         kept: KeptPatches | None = None,
         *,
-        output: Literal["embedding", "pooled", "tokens", "blocks", "embedded"] = "embedding",
+        output: Literal[
+            "embedding", "embedding and patches", "pooled", "tokens", "blocks", "embedded"
+        ] = "embedding",
         blocks: Sequence[int] = (),
     ) -> Any:
         """Run the tower.
@@ -202,15 +204,16 @@ class ImageTransformer(nn.Module):
         Args:
             images: (B, 3, H, W) uint8, which is normalized here, or float that already is.
             kept: the patches that stay; None for all of them.
-            output: ``embedding``, the pooled and projected vector; ``pooled``, the same before
-                the projection, behind the projector where there is one; ``tokens``, every token
+            output: ``embedding``, the pooled and projected vector; ``embedding and patches``, that
+                and the mean of the patches among the ``tokens``; ``pooled``, the first before the
+                projection, behind the projector where there is one; ``tokens``, every token
                 after the last norm (before it, where the norm belongs to the pooled vector);
                 ``blocks``, what the given blocks put out; ``embedded``, the patches with their
                 positions, before anything else.
             blocks: numbers of blocks, from 0.
 
         Returns:
-            (B, E), (B, D), tokens, or a list of tokens. Tokens are (B, [1 +] K, D), or packed
+            (B, E), (B, D), both, tokens, or a list of tokens. Tokens are (B, [1 +] K, D), or packed
             (sum of [1 +] K_i, D), class token first and patches in the order of ``kept``.
         """
         if output == "embedded":
@@ -232,11 +235,23 @@ class ImageTransformer(nn.Module):
         tokens, layout = self._embed(images, kept, packed)
         if output == "blocks":
             return self.blocks(tokens, layout, outputs_of=blocks)[1]
-        pools_one = self.config.pooling == "class" and output != "tokens"
-        pooled_token = self._class_token(tokens, layout) if pools_one else None
-        tokens, _ = self.blocks(tokens, layout, pooled=pooled_token)
+        class_token = self._class_token(tokens, layout) if self.config.pooling == "class" else None
+        needs_all = output in ("tokens", "embedding and patches")
+        tokens, _ = self.blocks(tokens, layout, pooled=None if needs_all else class_token)
         if output == "tokens":
-            return tokens if self.config.norm_after_pooling else self.norm(tokens)
+            return self._normed(tokens)
+        if output == "embedding and patches":
+            skip = int(self.config.class_token != "none")
+            patches = layout.mean(self._normed(tokens), skip=skip)  # (B, D)
+            tokens = tokens if class_token is None else class_token.take(tokens)
+            return self._embedding(tokens, layout, "embedding"), patches
+        return self._embedding(tokens, layout, output)
+
+    def _normed(self, tokens: Tensor) -> Tensor:
+        return tokens if self.config.norm_after_pooling else self.norm(tokens)
+
+    def _embedding(self, tokens: Tensor, layout: Layout, output: str) -> Tensor:
+        """(B, E), or (B, D) before the projection, of tokens, or of (B, D) class tokens."""
         pooled = self._pool(tokens, layout)  # (B, D)
         if self.config.projector_width is not None:
             pooled = self.projector(pooled)
@@ -332,8 +347,7 @@ class ImageTransformer(nn.Module):
 
     def _pool(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Tokens, or (B, D) class tokens, to (B, D)."""
-        if not self.config.norm_after_pooling:
-            tokens = self.norm(tokens)
+        tokens = self._normed(tokens)
         if self.config.pooling != "class":
             has_class = self.config.class_token != "none"
             tokens = layout.mean(tokens, skip=int(has_class and self.config.pooling == "mean"))

@@ -17,16 +17,20 @@ from frugal.common.errors import InputError
 from frugal.common.models.bundle import TokenizerSource
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
 from frugal.common.models.flops import dual_encoder_flops
+from frugal.common.models.text import TextTower
+from frugal.common.models.vit import ImageTower
 from frugal.common.objectives.contrastive_loss import (
     BOTH,
     LARGEST_LOG_SCALE,
     Direction,
     clip_log_scale,
     contrastive_loss,
+    mean_of_valid,
     sigmoid_loss,
 )
+from frugal.common.objectives.token_loss import TokenLoss
 from frugal.common.randomness import SampleNoise, weight_generator
-from frugal.common.ranges import Count, check_choices, check_ranges
+from frugal.common.ranges import Count, NotNegative, check_choices, check_ranges
 from frugal.common.recipe import GroupsBy, ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.image import ImageReduction, KeptPatches, PatchView
 
@@ -48,6 +52,9 @@ class Contrastive(ObjectiveConfig):
     positives: Literal["partner", "equal_captions", "group"] = "partner"
     """Which captions an image belongs to: its own alone; those equal to it, too, which are no
     mistakes where it finds them; or those of all samples of its group (data.fields.group)."""
+    token_loss: NotNegative = 0.0
+    """Factor on a second loss, by which images tell the tokens of their captions, rare ones above
+    all (SuperCLIP, arXiv:2512.14480; 1 there). 0 leaves it out."""
     chunk: Count | None = None
     """Columns of the global batch compared at a time; by default few enough for 4 MiB of logits."""
 
@@ -82,6 +89,8 @@ class Contrastive(ObjectiveConfig):
                 "a contrastive objective needs captions, but data.tokenizer is None, which reads "
                 "images alone; choose a tokenizer"
             )
+        if self.token_loss:
+            self._check_token_loss(recipe)
         bias = recipe.model.initial_logit_bias
         if (bias is not None) != (self.loss == "sigmoid"):
             raise InputError(
@@ -89,11 +98,31 @@ class Contrastive(ObjectiveConfig):
                 "sigmoid loss needs a bias (-10 in SigLIP) and the softmax loss has no use for one"
             )
 
+    def _check_token_loss(self, recipe: Recipe) -> None:
+        config = model_of(DualEncoderConfig, recipe.model)
+        for part, tower, kind in (
+            ("image", config.image, ImageTower),
+            ("text", config.text, TextTower),
+        ):
+            if not isinstance(tower, kind):
+                raise InputError(
+                    f"objective.token_loss reads the patches of an image tower and the vocabulary "
+                    f"of a text tower of this library, but model.{part} is a "
+                    f"{type(tower).__name__}; leave it out, or choose a {kind.__name__}"
+                )
+
     def build(self, recipe: Recipe) -> ContrastiveObjective:
         """The objective with freshly drawn weights, on the CPU in float32."""
-        model = model_of(DualEncoderConfig, recipe.model).build(weight_generator(recipe.run.seed))
+        generator = weight_generator(recipe.run.seed)
+        config = model_of(DualEncoderConfig, recipe.model)
+        model = config.build(generator)
+        token_loss = None
+        if self.token_loss:
+            token_loss = TokenLoss(config.image.width, config.text.vocabulary)
+            token_loss.initialize(generator)
         return self.objective_of(
             model,
+            token_loss=token_loss,
             reduction=recipe.reduction.image,
             seed=recipe.run.seed,
             samples=recipe.schedule.samples,
@@ -126,12 +155,15 @@ class Encoded(NamedTuple):
     """(B,) patches that the tower saw of each image."""
     text_tokens: Tensor
     """(B,) tokens that the tower saw of each caption."""
+    token_losses: Tensor | None = None
+    """(B,) the second loss of each image, where there is one."""
 
 
 class ContrastiveObjective(Objective):
     """Pairs of a batch to their loss over the batch of all processes."""
 
     model: DualEncoder
+    auxiliary: ClassVar[tuple[str, ...]] = ("token_loss.",)
 
     def __init__(
         self,
@@ -143,6 +175,7 @@ class ContrastiveObjective(Objective):
         samples: int | None = None,
         color: ColorChange = NO_CHANGE,
         tokenizer: TokenizerSource | None = None,
+        token_loss: TokenLoss | None = None,
     ) -> None:
         """Take the model and train it.
 
@@ -154,10 +187,12 @@ class ContrastiveObjective(Objective):
             samples: that the run trains on, for reductions that change on the way.
             color: how the colors of images change; drawn from seed and sample too.
             tokenizer: of the data, in its configuration: weights go with the ids of one.
+            token_loss: the layer of the second loss, where there is one.
         """
         super().__init__()
         self.tokenizer = tokenizer
         self.model = model
+        self.token_loss = token_loss
         self._config = config
         self.reduction = reduction
         self._seed = seed
@@ -197,7 +232,7 @@ class ContrastiveObjective(Objective):
                 "of image-text pairs"
             )
         bias = self.model.logit_bias
-        images, patches = self._encode_images(batch)
+        images, patches, token_losses = self._encode_images(batch)
         return Encoded(
             images=images,
             texts=self.model.encode_text(batch.token_ids, batch.text_lengths, batch.text_positions),
@@ -206,16 +241,25 @@ class ContrastiveObjective(Objective):
             logit_bias=None if bias is None else bias.clone(),
             patches=patches,
             text_tokens=self._text_tokens(batch, batch.token_ids),
+            token_losses=token_losses,
         )
 
-    def _encode_images(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, E) unit vectors, and how many patches of each image the tower saw."""
+    def _encode_images(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, E) unit vectors, how many patches of each the tower saw, and (B,) second losses."""
         if batch.features is not None:  # the tower has seen the image before
-            return self.model.project_image(batch.features), batch.sample_numbers * 0
+            return self.model.project_image(batch.features), batch.sample_numbers * 0, None
         kept = self._keep(batch)
-        patches = batch.sample_numbers.new_full((len(batch),), self.model.config.image.num_patches)
-        images = self.model.encode_image(batch.images, kept)
-        return images, patches if kept is None else kept.counts
+        counts = batch.sample_numbers.new_full((len(batch),), self.model.config.image.num_patches)
+        counts = counts if kept is None else kept.counts
+        if self.token_loss is None:
+            return self.model.encode_image(batch.images, kept), counts, None
+        images, patches = self.model.encode_image_and_patches(batch.images, kept)
+        return images, counts, self.token_loss(patches, batch)
+
+    @override
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        if self.token_loss is not None:
+            self.token_loss.count(batches)
 
     def _colored(self, batch: Batch) -> Batch:
         if batch.features is not None:
@@ -296,7 +340,12 @@ class ContrastiveObjective(Objective):
             )
         tower = self.model.config.image
         patches = encoded.patches.float().mean()
-        metrics = {
+        metrics = {}
+        if encoded.token_losses is not None:
+            second = mean_of_valid(encoded.token_losses, batch.valid)
+            metrics["token_loss"] = second.detach()
+            loss = loss + self._config.token_loss * second
+        metrics |= {
             "accuracy": accuracy,
             "logit_scale": log_scale.detach().float().exp().squeeze(),
             "image_tokens": patches + (patches > 0) * (tower.class_token != "none"),
@@ -317,7 +366,10 @@ class ContrastiveObjective(Objective):
         """Forward and backward FLOPs of one sample; the backward pass costs twice the forward."""
         config = self.model.config
         patches = max(metrics["image_tokens"] - (config.image.class_token != "none"), 0.0)
-        return 3 * dual_encoder_flops(config, patches=patches, tokens=metrics["text_tokens"])
+        forward = dual_encoder_flops(config, patches=patches, tokens=metrics["text_tokens"])
+        if self.token_loss is not None:
+            forward += 2 * config.image.width * config.text.vocabulary
+        return 3 * forward
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> np.ndarray | None:
@@ -360,4 +412,6 @@ def _surrogate(encoded: Encoded, gradients: Encoded) -> Tensor:
     total = total + (encoded.log_scale * gradients.log_scale).sum()
     if encoded.logit_bias is not None and gradients.logit_bias is not None:
         total = total + (encoded.logit_bias * gradients.logit_bias).sum()
+    if encoded.token_losses is not None and gradients.token_losses is not None:
+        total = total + (encoded.token_losses * gradients.token_losses).sum()
     return total

@@ -94,6 +94,11 @@ def _joined(pieces: list[Encoded]) -> Encoded:
         logit_bias=None if first.logit_bias is None else leaf(first.logit_bias),
         patches=torch.cat([piece.patches for piece in pieces]),
         text_tokens=torch.cat([piece.text_tokens for piece in pieces]),
+        token_losses=None
+        if first.token_losses is None
+        else leaf(
+            torch.cat([piece.token_losses for piece in pieces if piece.token_losses is not None])
+        ),
     )
 
 
@@ -115,4 +120,5 @@ def _gradients(encoded: Encoded, start: int, count: int, *, with_scale: bool) ->
         logit_bias=None if encoded.logit_bias is None else of(encoded.logit_bias) * factor,
         patches=encoded.patches[rows],
         text_tokens=encoded.text_tokens[rows],
+        token_losses=None if encoded.token_losses is None else of(encoded.token_losses)[rows],
     )

@@ -107,7 +107,10 @@ def trained_objective(recipe: Recipe, checkpoint: Checkpoint) -> Objective:
     """
     plain = replace(recipe, engine=replace(recipe.engine, compile=False))
     objective = recipe.objective.build(plain)
-    _fill(objective, load_weights(checkpoint), checkpoint)
+    # an export has none of what only helped to train
+    own = objective.state_dict().items()
+    kept = {name: tensor for name, tensor in own if name.startswith(objective.auxiliary)}
+    _fill(objective, kept | load_weights(checkpoint), checkpoint)
     return objective.eval()
 
 
@@ -338,7 +341,10 @@ def copy_run(checkpoint: Checkpoint, recipe: Recipe, folder: Path, *, average: b
         InputError: if a number is not finite.
     """
     source = checkpoint.folder.parent.parent
-    copy_weights(checkpoint, folder / "checkpoints", average=average)
+    # parts beside the model helped to train it
+    weights = checkpoint.weights(average=average)
+    names = {name: stored for name, stored in weights.items() if name.startswith("model.")}
+    copy_weights(checkpoint, folder / "checkpoints", names)
     if (source / "tokenizer").is_dir():
         shutil.copytree(source / "tokenizer", folder / "tokenizer")
     if average:
@@ -352,7 +358,6 @@ def copy_run(checkpoint: Checkpoint, recipe: Recipe, folder: Path, *, average: b
         recipe = replace(recipe, engine=replace(recipe.engine, ema_decay=None))
         write_json(folder / "recipe.json", to_json(recipe))
     written, stored = find_checkpoint(folder).tensor_bytes(), checkpoint.tensor_bytes()
-    names = checkpoint.weights(average=average)
     assert all(written[f"weight/{n}"].equals(stored[source]) for n, source in names.items())
 
 
