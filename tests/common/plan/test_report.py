@@ -12,6 +12,7 @@ from frugal.cit.recipes import RECIPES as CIT
 from frugal.clipa.recipes import RECIPES as CLIPA
 from frugal.cluster_masking.recipes import RECIPES as CLUSTER_MASKING
 from frugal.common.errors import InputError
+from frugal.common.models.flops import image_flops
 from frugal.common.optim.muon import Muon
 from frugal.common.plan.__main__ import Options, plan, table
 from frugal.common.plan.fake_step import StepMemory, step_memory
@@ -155,3 +156,16 @@ def test_muon_keeps_one_moment_of_matrices_and_gathers_them() -> None:
         for line in lines(plan, Zero(stage=1), engine="ZeRO-1", about="", price=None)
     }
     assert f"{4 * of_matrices / 2 / 1e9:.2f} GB of optimizer" in said["communication"]
+
+
+def test_a_plan_of_stored_vectors_sees_no_image() -> None:
+    recipe = CIT["demo-lit"]()
+    assert recipe.data.stored is not None
+    plan = Plan(recipe, gpus=2, gpu="a100-40")
+    found = {line.name: line.text for line in lines(plan, None, engine="", about="", price=None)}
+    assert "loading" not in found and found["tokens of a sample"].startswith("0 image tokens")
+    with_images = replace(recipe, data=replace(recipe.data, stored=None))
+    other = Plan(with_images, gpus=2, gpu="a100-40")
+    tower = image_flops(recipe.model.image, recipe.model.image.num_patches)
+    assert other.cost.flops - plan.cost.flops == pytest.approx(tower)
+    assert "loading" in {line.name for line in lines(other, None, engine="", about="", price=None)}

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from frugal.common.contracts import Batch, Objective
+from frugal.common.data.config import StoredData
 from frugal.common.distributed import in_place_of
 from frugal.common.engine.engine import prepare_towers
 from frugal.common.models.attention import as_on_gpu
@@ -185,25 +186,36 @@ def _tokens(recipe: Recipe, kept: _WatchedReduction, text_tokens: int | None) ->
     tower, inputs = recipe.model.image, recipe.model.inputs()
     rows, columns = inputs.grid or (1, 1)
     patches = rows * columns if kept.count is None else kept.count
-    has_class = isinstance(tower, ImageTower) and tower.class_token != "none"
+    patches += isinstance(tower, ImageTower) and tower.class_token != "none"
+    if has_stored_vectors(recipe):
+        patches = 0
     captions = inputs.captions
     is_positioned = captions is not None and (text_tokens or 0) < captions.length
     if isinstance(captions, TextTower) and captions.padding_matters and not is_positioned:
         text_tokens = captions.length
     return {
-        "image_tokens": float(patches + has_class),
+        "image_tokens": float(patches),
         **({} if text_tokens is None else {"text_tokens": float(text_tokens)}),
     }
+
+
+def has_stored_vectors(recipe: Recipe) -> bool:
+    """Whether vectors that are stored stand in the place of images."""
+    return isinstance(recipe.data, StoredData) and recipe.data.stored is not None
 
 
 def _batch(recipe: Recipe, samples: int, text_tokens: int | None) -> Batch:
     """A micro-batch of nothing in the shapes of the data."""
     inputs = recipe.model.inputs()
+    is_stored = has_stored_vectors(recipe)
+    size = (0, 0) if is_stored else inputs.height_width
     fields: dict[str, Any] = {
-        "images": torch.empty(samples, 3, *inputs.height_width, dtype=torch.uint8),
+        "images": torch.empty(samples, 3, *size, dtype=torch.uint8),
         "sample_numbers": torch.empty(samples, dtype=torch.int64),
         "valid": torch.empty(samples, dtype=torch.bool),
     }
+    if is_stored:
+        fields["features"] = torch.empty(samples, recipe.model.image.pooled_width)  # type: ignore[attr-defined]
     if text_tokens is not None and inputs.captions is not None:
         fields["token_ids"] = torch.empty(samples, text_tokens, dtype=torch.int64)
         fields["text_lengths"] = torch.empty(samples, dtype=torch.int64)

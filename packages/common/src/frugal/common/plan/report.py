@@ -24,7 +24,13 @@ from frugal.common.errors import InputError
 from frugal.common.models.flops import dual_encoder_flops
 from frugal.common.models.named import clip_encoder
 from frugal.common.models.vit import ImageTower
-from frugal.common.plan.fake_step import Moment, StepMemory, step_memory, tokens_of
+from frugal.common.plan.fake_step import (
+    Moment,
+    StepMemory,
+    has_stored_vectors,
+    step_memory,
+    tokens_of,
+)
 from frugal.common.plan.partition import Memory, Zero, exchanged, host_memory, peak_memory
 from frugal.common.recipe import Recipe
 
@@ -388,8 +394,8 @@ def memory_table(plan: Plan, files: dict[str, Zero | None]) -> Iterator[str]:
 
 
 def decoding_rate(recipe: Recipe, *, seconds: float = 0.4) -> float | None:
-    """Images that one core decodes, crops and resizes in a second; None for other data."""
-    if not isinstance(recipe.data, StoredData):
+    """Images that one core decodes, crops and resizes in a second; None where there are none."""
+    if not isinstance(recipe.data, StoredData) or has_stored_vectors(recipe):
         return None
     draws = np.random.default_rng(0)
     coarse = Image.fromarray(draws.integers(256, size=(60, 80, 3), dtype=np.uint8))
