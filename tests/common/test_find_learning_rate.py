@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,11 +45,30 @@ def test_of_a_known_curve_the_rates_are_found(best: float) -> None:
     assert best / 2 < found.lowest < 2 * best
     assert best / 40 < found.steepest < best / 2
     assert found.suggested == pytest.approx(found.lowest / 10, rel=0.06)
-    # what is not finite, and what comes behind it, counts no more
+    # what is not finite, and what comes behind it, counts no more, and bounds the rate
     rates, losses = curve(best)
     place = next(n for n, rate in enumerate(rates) if rate > best / 2)
     again = analyze(rates, [*losses[:place], math.nan, *losses[place + 1 :]])
     assert len(again.smoothed) == place and again.steepest == found.steepest
+    assert again.lowest == rates[place - 1] and again.is_bounded
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_of_the_first_losses_is_no_fall(seed: int) -> None:
+    rates, losses = curve(3e-3)
+    draws = random.Random(seed)
+    noisy = [loss + draws.gauss(0, 0.3) * (step < 8) for step, loss in enumerate(losses)]
+    assert analyze(rates, noisy).steepest == pytest.approx(analyze(rates, losses).steepest, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--run.dir=a", "--schedule.samples", "--optimizer.learning_rate", "--run.patience=1"]
+)
+def test_flags_that_would_have_no_effect_are_refused(flag: str) -> None:
+    module = "frugal.common.find_learning_rate"
+    said = command(module, "flip:demo", flag, "7", expect=2).stderr
+    name = flag.partition("=")[0].replace("_", "-")
+    assert f"{name} has no effect here; leave it out (--out says" in said
 
 
 def test_a_curve_without_an_answer_says_so() -> None:
@@ -64,7 +84,7 @@ def test_a_curve_without_an_answer_says_so() -> None:
 
 def test_the_command_trains_and_tells(scenes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    small = [word for word in TINY if not word.startswith("--schedule")]
+    small = [word for word in TINY if not word.startswith(("--schedule", "--run"))]
     given = ("flip:demo", "--steps", 30, "--highest", 1, "--out", out)
     done = command(
         "frugal.common.find_learning_rate", *given, *small, f"--data.train={scenes / 'train'}"

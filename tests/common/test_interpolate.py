@@ -48,6 +48,16 @@ def test_models_that_have_no_mean_are_refused(
     for other, sentence in ((wider, "are of two sizes"), (deeper, "are of two architectures")):
         with pytest.raises(InputError, match=sentence):
             interpolate(Options(start=alone, tuned=other, out=tmp_path / "out"))
+    # equal shapes are not enough
+    heads, pixels = tmp_path / "heads", tmp_path / "pixels"
+    train(ALONE, heads, *words, "--model.image.heads=4")
+    train(ALONE, pixels, *words, "--model.image.mean", "0", "0", "0")
+    for other, sentence in (
+        (heads, "compute differently: model.image.heads is 2 and 4"),
+        (pixels, "compute differently: model.image.mean is"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            interpolate(Options(start=alone, tuned=other, out=tmp_path / "out"))
     with pytest.raises(InputError, match="share"):
         interpolate(Options(start=alone, tuned=tuned, share=1.5, out=tmp_path / "out"))
     with pytest.raises(InputError, match="is not empty"):

@@ -19,7 +19,9 @@ QUICK = ("--data.workers", "0", "--engine.precision", "float32", "--engine.devic
 
 def test_batches_epochs_and_rates_follow_the_rules() -> None:
     pairs = (1, 500, 1_850, 5_120, 20_000, 100_000, 1_000_000, 12_000_000)
-    assert [batch_for(count) for count in pairs] == [64, 64, 64, 128, 256, 1024, 1024, 1024]
+    assert [batch_for(count) for count in pairs] == [2, 64, 64, 128, 256, 1024, 1024, 1024]
+    # no pair comes twice in a batch
+    assert [batch_for(count) for count in (2, 3, 10, 63, 64)] == [2, 2, 8, 32, 64]
     assert [epochs_for(count) for count in pairs] == [10, 10, 10, 10, 5, 5, 2, 1]
     assert rate_for(256, 768) == 2e-5
     assert rate_for(256, 32) == 1e-3 and rate_for(1024, 768) == 4e-5 and rate_for(256, 384) == 8e-5
@@ -69,10 +71,19 @@ def test_flags_win_over_rules_and_rules_follow_flags(
     assert recipe.optimizer.peak(30) == rate_for(30, 32)
     assert recipe.optimizer.layer_decay == 0.9  # type: ignore[attr-defined]
     assert recipe.run.best is None and recipe.run.evaluate_every == 5
-    assert recipe_of(alone, *data, "--data.max-samples", "70").schedule.samples == 10 * 128
+    assert recipe_of(alone, *data, "--data.max-samples", "70").schedule.samples == 11 * 64
     listed = tmp_path / "list.txt"
     listed.write_text("00000.tar/1\n" * 3)
-    assert recipe_of(alone, *data, "--data.subset", listed).schedule.samples == 10 * 64
+    assert recipe_of(alone, *data, "--data.subset", listed).schedule.samples == 10 * 3
+
+
+@pytest.mark.parametrize("name", ["optimizers.LARS", "muon.Muon"])
+def test_other_optimizers_tune_too(
+    name: str, alone: Path, scenes: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = ("--data.train", scenes / "train", "--optimizer", f"frugal.common.optim.{name}")
+    recipe = recipe_of(alone, *given)
+    assert type(recipe.optimizer).__name__ == name.partition(".")[2]
 
 
 def test_models_of_open_clip_are_tuned_too(alone: Path, scenes: Path, tmp_path: Path) -> None:

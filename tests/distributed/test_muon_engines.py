@@ -84,3 +84,11 @@ def test_stage_3_agrees_and_goes_on_bit_for_bit(
     shutil.rmtree(newest(run))
     run_of(zero(3), scenes, tmp_path)
     assert largest_difference(saved_tensors(run), whole, KINDS) == 0.0
+
+
+def test_another_optimizer_is_another_recipe_by_the_name_of_its_class(
+    virtual: Path, scenes: Path
+) -> None:
+    words = (f"--data.train={scenes / 'train'}", *MUON[1:], VIRTUAL)
+    said = train(ALONE, virtual, *words, expect=2)
+    assert "(optimizer.type was 'frugal.common.optim.muon.Muon' and is now 'frugal.common" in said

@@ -194,3 +194,6 @@ def test_a_run_on_a_list_goes_on_where_it_was_and_not_with_another_list(
             file.unlink()
         folder.rmdir()
     assert "data.subset" in train(launcher, cut, *longer, expect=2)
+    listed.unlink()
+    said = train(launcher, cut, *longer, expect=2)
+    assert f"data.subset: {listed} cannot be read (No such file or directory)" in said

@@ -30,10 +30,19 @@ PROGRAM = "python -m frugal.common.find_learning_rate"
 RESULT = "learning_rate.json"
 _SMOOTHED = 0.9
 """Share of the mean so far in the mean of losses."""
+_SETTLED = 10
+"""Losses in that mean before it tells anything; a quarter of them where there are few."""
 _DIVERGED = 1.5
 """Times the lowest loss: beyond it, what follows tells nothing."""
 _AWAY = 10
 """By how much a rate is to stay below the one of the lowest loss."""
+
+_DECIDED = (
+    "--run.dir", "--schedule", "--evaluation", "--optimizer.learning-rate", "--run.best",
+    "--run.patience", "--run.evaluate-every", "--run.log-every", "--run.save-every",
+    "--run.max-skipped", "--run.on-divergence",
+)  # fmt: skip
+"""Beginnings of flags of a recipe that :func:`rising` decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ class Found:
     lowest: float
     """Where it was lowest."""
     is_bounded: bool
-    """Whether the loss rose again behind it."""
+    """Whether the loss rose again behind it, or was not finite."""
     rates: list[float]
     smoothed: list[float]
     """Losses, as far as they tell something."""
@@ -94,7 +103,7 @@ def rising(recipe: Recipe, options: Options) -> Recipe:
         evaluation=(),
         run=replace(
             recipe.run, dir=options.out, best=None, evaluate_every=None, log_every=1,
-            save_every=options.steps, max_skipped=3, on_divergence="stop",
+            save_every=options.steps, patience=None, max_skipped=3, on_divergence="stop",
         ),
     )  # fmt: skip
 
@@ -107,22 +116,27 @@ def analyze(rates: Sequence[float], losses: Sequence[float]) -> Found:
     """
     smoothed: list[float] = []
     mean = weight = 0.0
+    is_finite = True
     for loss in losses:
-        if not math.isfinite(loss):
+        is_finite = math.isfinite(loss)
+        if not is_finite:
             break
         mean = _SMOOTHED * mean + (1 - _SMOOTHED) * loss
         weight = _SMOOTHED * weight + (1 - _SMOOTHED)
         smoothed.append(mean / weight)
         if smoothed[-1] > _DIVERGED * min(smoothed):
             break
-    if len(smoothed) < 3 or min(range(len(smoothed)), key=smoothed.__getitem__) == 0:
+    # means of a few losses jump by more than any later one falls
+    first = min(_SETTLED, len(smoothed) // 4)
+    lowest = min(range(first, len(smoothed)), key=smoothed.__getitem__, default=first)
+    if len(smoothed) < 3 or lowest == first:
         raise InputError(
-            "the loss never fell below that of the first step; lower --lowest, or give more --steps"
+            "the loss never fell below that of the first steps; lower --lowest, or give more "
+            "--steps"
         )
-    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
-    falls = [smoothed[place - 1] - smoothed[place] for place in range(1, lowest + 1)]
-    steepest = 1 + max(range(len(falls)), key=falls.__getitem__)
-    is_bounded = lowest < len(smoothed) - 1 and smoothed[-1] > smoothed[lowest]
+    falls = [smoothed[place - 1] - smoothed[place] for place in range(first + 1, lowest + 1)]
+    steepest = first + 1 + max(range(len(falls)), key=falls.__getitem__)
+    is_bounded = not is_finite or smoothed[-1] > smoothed[lowest]
     return Found(rates[steepest], rates[lowest], is_bounded, list(rates[: len(smoothed)]), smoothed)
 
 
@@ -163,12 +177,24 @@ def _tell(found: Found, options: Options) -> None:
         )
 
 
+def _refuse_decided(words: Sequence[str]) -> None:
+    """Refuse flags of the recipe that the steps here replace."""
+    names = [word.partition("=")[0].replace("_", "-") for word in words]
+    for name in names:
+        if name.startswith(_DECIDED):
+            raise InputError(
+                f"{name} has no effect here; leave it out (--out says where the steps are kept, "
+                "--steps how many there are, --lowest and --highest between which rates)"
+            )
+
+
 def main() -> None:
     """The body of ``python -m frugal.common.find_learning_rate``."""
 
     def command() -> None:
         words = without_local_rank(command_words())
         options, rest = tyro.cli(Options, args=words, prog=PROGRAM, return_unknown_args=True)
+        _refuse_decided(rest)
         recipe, _ = recipe_named(options.recipe)
         recipe = overridden(recipe, rest, program=f"{PROGRAM} {options.recipe}")
         found = find_learning_rate(recipe, options)

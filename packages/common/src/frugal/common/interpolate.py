@@ -7,6 +7,7 @@ et al., arXiv:2109.01903, equation 2).
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,10 @@ import tyro
 from torch import Tensor
 
 from frugal.common.cli import read_options, run_politely
+from frugal.common.data.tokenizers import token_difference
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle
+from frugal.common.models.same_function import differences
 from frugal.common.ranges import Share, check_ranges
 from frugal.common.run import make_logger
 from frugal.common.weights.load import load_model
@@ -56,6 +59,7 @@ def interpolate(options: Options) -> ModelBundle:
     start, tuned = load_model(options.start), load_model(options.tuned)
     before, after = start.model.state_dict(), tuned.model.state_dict()
     _check_alike(before, after, options)
+    _check_function(start, tuned, options)
     mixed = {name: _between(before[name], after[name], options.share) for name in after}
     tuned.model.load_state_dict(mixed)
     # what was measured was measured with other weights
@@ -83,6 +87,28 @@ def _check_alike(start: dict[str, Tensor], tuned: dict[str, Tensor], options: Op
             )
         if not value.is_floating_point() and not torch.equal(before, value):
             raise InputError(f"{names} differ in {name}, which holds whole numbers")
+
+
+def _check_function(start: ModelBundle, tuned: ModelBundle, options: Options) -> None:
+    """Refuse two models that compute otherwise of equal weights, or read captions otherwise."""
+    names = f"{options.start} and {options.tuned}"
+    for found in differences(start.config, tuned.config, part="model"):
+        if found.reason is None:
+            raise InputError(
+                f"{names} compute differently: model.{found.field} is {found.there} and "
+                f"{found.here}; only models of one function have weights between them"
+            )
+    sources = (start.tokenizer_source, tuned.tokenizer_source)
+    if sources[0] is None or sources[1] is None or sources[0] == sources[1]:
+        return
+    odd = token_difference(sources[0].load(), sources[1].load())
+    if odd is None:
+        return
+    if not odd.of_odd_texts:
+        raise InputError(f"{names} read captions differently: the tokenizer {odd.words}")
+    logging.getLogger("frugal").warning(
+        "the tokenizers of %s differ in rare texts; the second is taken: it %s", names, odd.words
+    )
 
 
 def main() -> None:

@@ -261,8 +261,10 @@ def computed_otherwise(saved: Recipe, recipe: Recipe) -> list[str]:
 def _changes(saved: Recipe, recipe: Recipe) -> dict[str, str]:
     """Lines about the fields that differ, by their names."""
     old, new = _flatten(to_json(saved)), _flatten(to_json(recipe))
+    # which class a part is of first: its fields follow from that
+    names = sorted(old.keys() | new.keys(), key=lambda name: (not name.endswith(".type"), name))
     return {
         name: f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
+        for name in names
         if old.get(name) != new.get(name)
     }

@@ -48,13 +48,16 @@ _PATIENCE = 3
 """Epochs without a better number of held-out pairs after which tuning ends."""
 _SMALLEST, _LARGEST = 64, 1_024
 _BATCHES_OF_AN_EPOCH = 40
-"""A batch is the largest power of two that leaves an epoch so many, within these bounds."""
+"""A batch is the largest power of two that leaves an epoch so many, within these bounds, and no
+larger than the data."""
 
 
 def batch_for(pairs: int) -> int:
     """The batch for a number of pairs: larger ones tell apart more, smaller ones step more."""
-    wanted = max(pairs // _BATCHES_OF_AN_EPOCH, 1)
-    return min(max(1 << (wanted.bit_length() - 1), _SMALLEST), _LARGEST)
+    wanted = max(pairs // _BATCHES_OF_AN_EPOCH, _SMALLEST)
+    # none comes twice in a batch, which would tell it apart from itself
+    wanted = max(min(wanted, pairs), 2)
+    return min(1 << (wanted.bit_length() - 1), _LARGEST)
 
 
 def epochs_for(pairs: int) -> int:
@@ -99,7 +102,7 @@ def recipe_for(
         )
     width = config.image.width if isinstance(config.image, ImageTower) else _WIDTH
     steps = max(-(-pairs // batch_size), 1)
-    samples = samples or epochs_for(pairs) * steps * batch_size
+    samples = samples or max(-(-epochs_for(pairs) * pairs // batch_size), 1) * batch_size
     return Recipe(
         model=config,
         data=PairData(
@@ -180,7 +183,10 @@ def tuned_recipe(words: list[str]) -> Recipe:
         program=program,
         about="What is not given is chosen for the number of pairs.",
     )
-    assert isinstance(first.data, StoredData)
+    if not isinstance(first.data, StoredData):
+        raise InputError(
+            f"--data is a {type(first.data).__name__}, which holds no pairs; leave it out"
+        )
     pairs = count_pairs(first.data)
     given = {word.partition("=")[0].replace("_", "-") for word in flags}
     recipe = recipe_for(
@@ -199,14 +205,14 @@ def tuned_recipe(words: list[str]) -> Recipe:
 
 def _tell(recipe: Recipe, pairs: int) -> None:
     log = make_logger(launcher_ranks().rank)
-    assert isinstance(recipe.optimizer, AdamW)
+    decay = recipe.optimizer.layer_decay if isinstance(recipe.optimizer, AdamW) else None
     log.info(
-        "%s pairs: batches of %d, %.1f epochs, learning rate %.2g at its peak, %s per layer",
+        "%s pairs: batches of %d, %.1f epochs, learning rate %.2g at its peak, %s",
         f"{pairs:,}",
         recipe.batch_size,
         recipe.schedule.samples / pairs,
         recipe.optimizer.peak(recipe.batch_size),
-        recipe.optimizer.layer_decay,
+        "the same in all layers" if decay is None else f"{decay:g} times as much per layer down",
     )
     if recipe.evaluation and recipe.evaluation[0].data is None:
         log.warning(

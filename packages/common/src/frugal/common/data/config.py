@@ -39,7 +39,7 @@ from frugal.common.data.tokenizers import Tokenizer, TokenizerConfig
 from frugal.common.data.transforms import Augmentation, RandomResizedCrop
 from frugal.common.distributed import require_same
 from frugal.common.errors import InputError
-from frugal.common.files import read_bytes
+from frugal.common.files import read_bytes, reason_of
 from frugal.common.ranges import Count, CountOrZero, Positive, Share, Weight, check_ranges
 from frugal.common.recipe import DataConfig, ModelInputs, Recipe
 from frugal.common.reduction.image import KeepAll
@@ -110,11 +110,7 @@ class StoredData(DataConfig):
             "data.subset": self.subset,
             "data.stored": None if self.stored is None else self.stored / INDEX,
         }
-        return {
-            name: hashlib.sha256(read_bytes(path)).hexdigest()
-            for name, path in read.items()
-            if path is not None
-        }
+        return {name: _digest(path, name) for name, path in read.items() if path is not None}
 
     @override
     def check(self, recipe: Recipe) -> None:
@@ -280,6 +276,15 @@ def _indexed(
         contents=opened.contents,
         limit=60 * data.timeout_minutes,
     )
+
+
+def _digest(path: Path, name: str) -> str:
+    try:
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"{name}: {path} cannot be read ({reason_of(error)}); give another one"
+        ) from None
 
 
 @dataclass(frozen=True)
