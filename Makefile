@@ -26,7 +26,9 @@ demo: setup
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile \
 	--no-loadscope-reorder
 
+# Bytecode is made once, as every process that a test starts would compile the sources otherwise.
 test: setup
+	$(BIN)/python -m compileall -q packages examples tests
 	$(PYTEST)
 
 # No process is launched, nothing is trained and no other library's model is built: what to run

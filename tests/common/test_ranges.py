@@ -62,6 +62,7 @@ ALLOWED: dict[tuple[str, str], tuple[set[float], str]] = {
             ("PhotometricDistortion", "brightness"), ("PhotometricDistortion", "contrast"),
             ("PhotometricDistortion", "saturation"), ("PhotometricDistortion", "hue"),
             ("Optimizer", "learning_rate"), ("Optimizer", "learning_rate_per_256"),
+            ("Contrastive", "token_loss"),
             ("AdamW", "betas"), ("AdamW", "epsilon"), ("AdamW", "weight_decay"),
             ("AdamW", "projection_weight_decay"), ("LARS", "momentum"), ("LARS", "weight_decay"),
             ("WarmupCosine", "warmup_samples"), ("WarmupCosine", "start"),
