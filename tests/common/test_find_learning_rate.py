@@ -49,16 +49,18 @@ def test_of_a_known_curve_the_rates_are_found(best: float) -> None:
     rates, losses = curve(best)
     place = next(n for n, rate in enumerate(rates) if rate > best / 2)
     again = analyze(rates, [*losses[:place], math.nan, *losses[place + 1 :]])
-    assert len(again.smoothed) == place and again.steepest == found.steepest
+    assert len(again.smoothed) == place
+    assert again.steepest == pytest.approx(found.steepest, rel=0.1)
     assert again.lowest == rates[place - 1] and again.is_bounded
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_of_the_first_losses_is_no_fall(seed: int) -> None:
+def test_noise_is_no_fall(seed: int) -> None:
     rates, losses = curve(3e-3)
     draws = random.Random(seed)
-    noisy = [loss + draws.gauss(0, 0.3) * (step < 8) for step, loss in enumerate(losses)]
-    assert analyze(rates, noisy).steepest == pytest.approx(analyze(rates, losses).steepest, rel=0.5)
+    noisy = [loss + draws.gauss(0, 0.3) for loss in losses]
+    wanted = analyze(rates, losses).steepest
+    assert wanted / 4 < analyze(rates, noisy).steepest < 4 * wanted
 
 
 @pytest.mark.parametrize(
@@ -94,5 +96,10 @@ def test_the_command_trains_and_tells(scenes: Path, tmp_path: Path) -> None:
     lines = metrics(out)
     assert told["rates"] == [line["learning_rate"] for line in lines[: len(told["rates"])]]
     assert 1e-6 < told["steepest"] <= told["lowest"] <= 1
+    words = ("flip:demo", "--steps", 20, "--highest", 1, "--out", out, *small)
+    said = command(
+        "frugal.common.find_learning_rate", *words, f"--data.train={scenes / 'train'}", expect=2
+    ).stderr
+    assert f"{out} holds the steps of another recipe, or other rates; choose another --out" in said
     said = command("frugal.common.find_learning_rate", "flip:none", expect=2).stderr
     assert "there is no recipe 'none'" in said

@@ -1,5 +1,7 @@
 """Between the weights that a model was tuned from and those it was tuned to."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from support import ALONE, command, train
 def tuned(alone: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("tuned") / "run"
     words = (f"--data.train={scenes / 'train'}", f"--run.start-from={alone}")
-    train(ALONE, run, *words, "--schedule.samples=96")
+    train(ALONE, run, *words, "--schedule.samples=96", "--run.save-every=2", "--run.keep=9")
     return run
 
 
@@ -63,3 +65,14 @@ def test_models_that_have_no_mean_are_refused(
     with pytest.raises(InputError, match="is not empty"):
         interpolate(Options(start=alone, tuned=tuned, out=tuned))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_better_before_its_end_is_told(
+    alone: Path, tuned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tuned, run)
+    best = {"checkpoint": "step_000000002", "value": 0.5}
+    (run / "checkpoints" / "best.json").write_text(json.dumps(best))
+    interpolate(Options(start=alone, tuned=run, out=tmp_path / "out"))
+    assert "its last step, 4; its best checkpoint is of step 2: give" in caplog.text

@@ -1,6 +1,7 @@
 """Files of the published code: read without running anything, written back bit for bit."""
 
 import argparse
+import json
 import logging
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import torch
 from golden_cases import GOLDEN, case
 from safetensors.torch import load_file
 
-from frugal.common.checkpoint.store import find_checkpoint
+from frugal.common.checkpoint.store import find_checkpoint, save_weights
 from frugal.common.cli import read_command_line
 from frugal.common.engine.accelerate import AccelerateEngine
 from frugal.common.engine.saving import restore
 from frugal.common.errors import InputError
-from frugal.common.recipe_json import difference, load_recipe
+from frugal.common.recipe_json import difference, load_recipe, to_json
 from frugal.common.run import Run, make_logger
 from frugal.common.weights.files import read_content, state_in
 from frugal.common.weights.image_towers import read_encoder
@@ -281,3 +282,25 @@ def test_nothing_is_overwritten_and_a_wrong_recipe_is_refused(trained, tmp_path)
     with pytest.raises(InputError, match="there is no file or folder"):
         convert(Options(source=tmp_path / "b.pth", out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_any_heads_comes_back_as_it_was(tmp_path: Path, capsys) -> None:
+    recipe = RECIPES["demo-pixels"]()  # 4 heads where 2 are usual
+    weights = recipe.objective.build(recipe).state_dict()
+    save_weights(tmp_path / "run" / "checkpoints", weights, step=3)
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(to_json(recipe)))
+    convert(Options(source=tmp_path / "run", out=tmp_path / "file.pth"))
+    convert(Options(source=tmp_path / "file.pth", out=tmp_path / "back"))
+    assert "usual" not in capsys.readouterr().out
+    back = load_recipe(tmp_path / "back" / "recipe.json")
+    assert back.model == recipe.model and back.batch_size == recipe.batch_size
+    assert find_checkpoint(tmp_path / "back").step == 3
+    # the same without a word of ours: heads are guessed, and that is said
+    convert(Options(source=tmp_path / "file.safetensors", out=tmp_path / "guessed"))
+    assert "does not say how many heads" in capsys.readouterr().out
+    guessed = load_recipe(tmp_path / "guessed" / "recipe.json").model
+    assert guessed.image.heads == 2 != recipe.model.image.heads
+    content = torch.load(tmp_path / "file.pth", weights_only=True)
+    torch.save(content | {"frugal": {"recipe": 7, "step": 3}}, tmp_path / "odd.pth")
+    with pytest.raises(InputError, match="its own recipe and step is damaged"):
+        convert(Options(source=tmp_path / "odd.pth", out=tmp_path / "odd"))

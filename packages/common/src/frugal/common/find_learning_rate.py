@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tyro
 
+from frugal.common.checkpoint.store import recipe_of_run
 from frugal.common.cli import command_words, overridden, run_politely, without_local_rank
 from frugal.common.distributed import launcher_ranks
 from frugal.common.errors import InputError, RunStopped
@@ -24,6 +25,7 @@ from frugal.common.optim.schedules import RisingRate
 from frugal.common.programs import recipe_named
 from frugal.common.ranges import Count, Positive, check_ranges
 from frugal.common.recipe import Recipe
+from frugal.common.recipe_json import difference
 from frugal.common.train import train_recipe
 
 PROGRAM = "python -m frugal.common.find_learning_rate"
@@ -134,17 +136,26 @@ def analyze(rates: Sequence[float], losses: Sequence[float]) -> Found:
             "the loss never fell below that of the first steps; lower --lowest, or give more "
             "--steps"
         )
-    falls = [smoothed[place - 1] - smoothed[place] for place in range(first + 1, lowest + 1)]
-    steepest = first + 1 + max(range(len(falls)), key=falls.__getitem__)
+    # over a tenth of the curve: from step to step most of what falls is noise
+    width = min(max(len(smoothed) // 10, 1), lowest - first)
+    places = range(first, lowest - width + 1)
+    falls = [smoothed[place] - smoothed[place + width] for place in places]
+    steepest = first + max(range(len(falls)), key=falls.__getitem__) + width // 2
     is_bounded = not is_finite or smoothed[-1] > smoothed[lowest]
     return Found(rates[steepest], rates[lowest], is_bounded, list(rates[: len(smoothed)]), smoothed)
 
 
 def find_learning_rate(recipe: Recipe, options: Options) -> Found | None:
     """Train, and say what was found; None on all processes but the first."""
-    stopped = ""
+    stopped, recipe = "", rising(recipe, options)
+    before = recipe_of_run(options.out)
+    if before is not None and difference(before, recipe):
+        raise InputError(
+            f"{options.out} holds the steps of another recipe, or other rates; choose another "
+            "--out, or remove it"
+        )
     try:
-        train_recipe(rising(recipe, options))
+        train_recipe(recipe)
     except RunStopped as end:
         lines, _ = read_json_lines(options.out / "metrics.jsonl")
         if len(lines) < options.steps // 10:

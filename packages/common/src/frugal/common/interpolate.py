@@ -17,6 +17,8 @@ import torch
 import tyro
 from torch import Tensor
 
+from frugal.common.checkpoint.commit import read_best
+from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.cli import read_options, run_politely
 from frugal.common.data.tokenizers import token_difference
 from frugal.common.errors import InputError
@@ -57,6 +59,7 @@ def interpolate(options: Options) -> ModelBundle:
     check_ranges(options)
     refuse_taken(options.out)
     start, tuned = load_model(options.start), load_model(options.tuned)
+    _tell_which(options.tuned, tuned)
     before, after = start.model.state_dict(), tuned.model.state_dict()
     _check_alike(before, after, options)
     _check_function(start, tuned, options)
@@ -67,6 +70,20 @@ def interpolate(options: Options) -> ModelBundle:
     bundle = replace(tuned, source=source)
     save_model(bundle, options.out, to="frugal")
     return bundle
+
+
+def _tell_which(path: Path, tuned: ModelBundle) -> None:
+    """Say which step of a run is taken, where there is one that its evaluations found better."""
+    folder = path / "checkpoints"
+    if not (best := read_best(folder)):
+        return
+    step = find_checkpoint(folder / best["checkpoint"]).step
+    if step == tuned.source.step:
+        return
+    logging.getLogger("frugal").warning(
+        "%s is taken as it was at its last step, %s; its best checkpoint is of step %d: give %s in "
+        "its place for that", path, tuned.source.step, step, folder / "best.json",
+    )  # fmt: skip
 
 
 def _between(start: Tensor, tuned: Tensor, share: float) -> Tensor:

@@ -27,8 +27,8 @@ from frugal.common.errors import InputError
 from frugal.common.models.finite import refuse_not_finite
 from frugal.common.optim.optimizers import AdamW
 from frugal.common.optim.schedules import WarmupCosine
-from frugal.common.recipe import Recipe
-from frugal.common.recipe_json import load_recipe, to_json
+from frugal.common.recipe import Recipe, model_of
+from frugal.common.recipe_json import from_json, load_recipe, to_json
 from frugal.common.run import Run, make_logger
 from frugal.common.weights.files import read_content, state_in
 from frugal.milan.model import MaskedModel
@@ -92,13 +92,18 @@ def _write_run(options: Options) -> None:
     source = str(options.source)
     content = read_content(options.source)
     state = state_in(content, source=source)
-    published = from_published(
-        state, source=source, heads=options.heads, decoder_heads=options.decoder_heads
-    )
-    recipe = _recipe_of(published, options)
     details = content if isinstance(content, Mapping) else {}
-    epochs = int(details["epoch"]) + 1 if "epoch" in details else 0
-    step = _steps(recipe, epochs)
+    ours = _what_we_wrote(details, source=source)
+    heads, decoder_heads = options.heads, options.decoder_heads
+    if ours is not None:
+        model = model_of(MaskedModel, ours.recipe.model)
+        heads, decoder_heads = heads or model.image.heads, decoder_heads or model.decoder.heads
+    published = from_published(state, source=source, heads=heads, decoder_heads=decoder_heads)
+    if ours is not None and options.recipe is None and ours.recipe.model == published.model:
+        recipe, step = replace(ours.recipe, data=_data(ours.recipe, options)), ours.step
+    else:
+        recipe = _recipe_of(published, options)
+        step = _steps(recipe, int(details["epoch"]) + 1 if "epoch" in details else 0)
     tensors = {f"weight/model.{name}": tensor for name, tensor in published.state.items()}
     optimizer = details.get("optimizer")
     updates = None
@@ -114,6 +119,11 @@ def _write_run(options: Options) -> None:
         shutil.rmtree(options.out, ignore_errors=True)
         raise
     _tell(options.out, published.model, published.outputs, step)
+    if heads is None or decoder_heads is None:
+        sys.stdout.write(
+            "the file does not say how many heads: these are the usual ones of its widths; give "
+            "others as --heads and --decoder-heads\n"
+        )
     if updates is not None and options.data:
         sys.stdout.write(
             f"go on with: python -m frugal.milan.pretrain {options.out}/recipe.json --run.dir "
@@ -135,8 +145,35 @@ def _recipe_of(published: Published, options: Options) -> Recipe:
         raise InputError(
             f"{options.source} is not of the model of the recipe {name}; leave out --recipe"
         )
-    data: Any = replace(recipe.data, train=options.data)  # type: ignore[type-var]
-    return replace(recipe, model=published.model, data=data)
+    return replace(recipe, model=published.model, data=_data(recipe, options))
+
+
+def _data(recipe: Recipe, options: Options) -> Any:
+    return replace(recipe.data, train=options.data)  # type: ignore[type-var]
+
+
+_OURS = "frugal"
+"""Under this name a file that is written here says what published files leave to their readers."""
+
+
+@dataclass(frozen=True)
+class _Ours:
+    recipe: Recipe
+    step: int
+
+
+def _what_we_wrote(content: Mapping[str, Any], *, source: str) -> _Ours | None:
+    """The recipe and the step of a file that was written here; None of any other."""
+    told = content.get(_OURS)
+    if not isinstance(told, Mapping):
+        return None
+    step = told.get("step")
+    if not isinstance(step, int) or step < 0 or not isinstance(told.get("recipe"), Mapping):
+        raise InputError(f"what {source} says of its own recipe and step is damaged; write it anew")
+    recipe = from_json(dict(told["recipe"]), source=source)
+    if not isinstance(recipe.model, MaskedModel):
+        raise InputError(f"the recipe that {source} says it is of pretrains nothing; write it anew")
+    return _Ours(recipe, step)
 
 
 def _fitting(published: Published) -> str:
@@ -202,9 +239,10 @@ def _save(
 def _tell(out: Path, model: MaskedModel, outputs: int, step: int) -> None:
     image, decoder = model.image, model.decoder
     sys.stdout.write(
-        f"{out}: encoder {image.width} wide, {image.depth} blocks, patches of {image.patch_size}, "
-        f"{image.height_width[0]}x{image.height_width[1]} pixels; {decoder.kind} decoder "
-        f"{decoder.width} wide, {decoder.depth} blocks, predicts {outputs} numbers; step {step:,}\n"
+        f"{out}: encoder {image.width} wide, {image.depth} blocks of {image.heads} heads, patches "
+        f"of {image.patch_size}, {image.height_width[0]}x{image.height_width[1]} pixels; "
+        f"{decoder.kind} decoder {decoder.width} wide, {decoder.depth} blocks of {decoder.heads} "
+        f"heads, predicts {outputs} numbers; step {step:,}\n"
     )
 
 
@@ -226,6 +264,7 @@ def _write_file(source: Path, out: Path) -> None:
     model = to_published(parts["weight"], recipe.model)
     samples = checkpoint.step * recipe.batch_size
     content: dict[str, Any] = {"model": model, "epoch": max(samples // _epoch(recipe) - 1, 0)}
+    content[_OURS] = {"recipe": to_json(recipe), "step": checkpoint.step}
     # a subclass, as Muon, keeps them of some parameters alone
     if {"exp_avg", "exp_avg_sq"} <= parts.keys() and type(recipe.optimizer) is AdamW:
         optimizer = recipe.optimizer
