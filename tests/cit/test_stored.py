@@ -147,3 +147,23 @@ def test_vectors_of_another_tower_or_of_other_data_are_refused(
     again = embedded(alone, scenes / "train", tmp_path / "again", dtype="float16")
     said = train(ALONE, run, *lit(alone, scenes), f"--data.stored={again}", **options)
     assert "data.stored" in said
+
+
+def test_files_that_are_gone_or_of_another_shard_are_refused(
+    alone: Path, scenes: Path, vectors: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(vectors, odd)
+    files = sorted(odd.glob("*.safetensors"))
+    assert len(files) > 1
+    options = {"module": CIT, "recipe": "demo-lit", "expect": 2}
+    kept = files[-1].read_bytes()
+    for content, sentence in (
+        (None, "cannot be read ("),
+        (files[0].read_bytes(), "holds the vectors of another shard than"),
+        (kept[:100], "cannot be read ("),
+    ):
+        files[-1].unlink() if content is None else files[-1].write_bytes(content)
+        said = train(ALONE, tmp_path / "a", *lit(alone, scenes), f"--data.stored={odd}", **options)
+        assert f"{files[-1]} {sentence}" in said
+        assert "give the command of frugal.common.embed again" in said

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from frugal.common.data.sources import build_index
-from frugal.common.embed import HEADER, Options, embed
+from frugal.common.data.stored_vectors import HEADER
+from frugal.common.embed import Options, embed
 from frugal.common.errors import InputError
 from frugal.common.weights.load import load_model
 from support import command, rewrite_shard

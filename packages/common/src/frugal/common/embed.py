@@ -38,13 +38,13 @@ from frugal.common.data.loader import Loader
 from frugal.common.data.patterns import find_files, is_stream
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import Source, index_missing, open_source
-from frugal.common.data.stored_vectors import INDEX, POOLED, PROJECTED, VALID
+from frugal.common.data.stored_vectors import HEADER, INDEX, POOLED, PROJECTED, VALID
 from frugal.common.data.stores.index import count_altered
 from frugal.common.data.stream import ReaderCache
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.distributed import barrier, gather_objects, leave_process_group
 from frugal.common.errors import InputError
-from frugal.common.evaluation.embed import Embedder, autocast, evaluating
+from frugal.common.evaluation.embed import Embedder, autocast, evaluating, product_dtype
 from frugal.common.evaluation.provenance import (
     config_digest,
     image_tower_digest,
@@ -60,8 +60,6 @@ from frugal.common.recipe_json import to_json
 from frugal.common.run import Run, join, open_run
 from frugal.common.weights.load import load_model
 
-HEADER = "embeddings"
-"""In the header of a file: what it is of, as JSON."""
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 Output = Literal["projected", "pooled", "both"]
 
@@ -263,7 +261,7 @@ def embed(options: Options) -> None:
     join(run)
     source = _open(options, run)
     tower = _image_tower(bundle) if options.output != "projected" else None
-    about = _about(options, bundle, tower)
+    about = _about(options, bundle, tower, product_dtype(bundle.precision, run.device))
     jobs = _jobs(options, source)
     _begin(options.out, about, jobs, run)
     missing = [job for job in jobs if not _is_stored(job, about)]
@@ -336,12 +334,15 @@ def _image_tower(bundle: ModelBundle) -> nn.Module:
     return image_encoder(bundle).build(needs_norm=False)
 
 
-def _about(options: Options, bundle: ModelBundle, tower: nn.Module | None) -> dict[str, Any]:
+def _about(
+    options: Options, bundle: ModelBundle, tower: nn.Module | None, products: torch.dtype
+) -> dict[str, Any]:
     """What embeddings depend on beside the samples."""
     told: dict[str, Any] = {
         "model": {"weights": weights_digest(bundle.model), "config": config_digest(bundle)},
         "tower": "" if tower is None else image_tower_digest(tower),
         "dtype": options.dtype,
+        "products": str(products).removeprefix("torch."),
         "images": options.images,
         "texts": options.texts,
         "fields": to_json(options.fields),

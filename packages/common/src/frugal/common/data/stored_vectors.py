@@ -20,10 +20,12 @@ from frugal.common.data.contents import below_common_folder, shard_digests
 from frugal.common.data.damage import Damaged
 from frugal.common.data.sources import Source
 from frugal.common.errors import InputError
-from frugal.common.files import read_json_object, reason_of
+from frugal.common.files import parse_json, read_json_object, reason_of
 from frugal.common.randomness import sample_generator
 
 INDEX = "index.json"
+HEADER = "embeddings"
+"""In the header of a file: what it is of, as JSON."""
 POOLED, PROJECTED = "image_pooled", "image"
 """Names of the tensors (S, V, D), V views of every image: what a tower hands to its projection, and
 what it puts out."""
@@ -88,8 +90,29 @@ def open_vectors(folder: Path, sources: Sequence[Source], *, seed: int) -> Store
                 "data.train with frugal.common.embed, all entries at once"
             )
         files.append(folder / file)
+        _check_shard(files[-1], [name, shard.num_samples, digest])
     width, views = _shape(folder, told)
     return StoredVectors(files, width, views, seed, str(about.get("tower", "")))
+
+
+def _check_shard(path: Path, shard: list[Any]) -> None:
+    """Refuse a file that is gone, or holds the vectors of another shard."""
+    try:
+        with safe_open(path, framework="np") as file:
+            found = parse_json(file.metadata()[HEADER])["shard"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from None
+    if found != shard:
+        raise InputError(
+            f"{path} holds the vectors of another shard than {shard[0]}; remove it, and give the "
+            "command of frugal.common.embed again"
+        )
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} cannot be read ({reason_of(error)}); give the command of frugal.common.embed again"
+    )
 
 
 def width_of(folder: Path) -> int:
@@ -107,10 +130,7 @@ def _shape(folder: Path, told: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
                     _, views, width = file.get_slice(POOLED).get_shape()
                     return width, views
         except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path} cannot be read ({reason_of(error)}); give the command of "
-                "frugal.common.embed again"
-            ) from None
+            raise _unreadable(path, error) from None
     raise InputError(
         f"data.stored {folder} holds no pooled vectors of images; embed them with --output pooled"
     )

@@ -42,15 +42,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The precision that a recipe trains in, on CUDA; float32 elsewhere."""
+def product_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of matrix products: the precision that a recipe trains in, on CUDA; float32 elsewhere."""
     if device.type != "cuda" or precision == "float32":
-        return nullcontext()
+        return torch.float32
     if precision == "float16":
-        return torch.autocast("cuda", dtype=torch.float16)
+        return torch.float16
     if precision == "auto" and not torch.cuda.is_bf16_supported():
-        return nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16)
+        return torch.float32
+    return torch.bfloat16
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Compute matrix products in :func:`product_dtype`."""
+    dtype = product_dtype(precision, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cuda", dtype=dtype)
 
 
 def check_usable(made: str, *counts: tuple[int, int, str]) -> None:
