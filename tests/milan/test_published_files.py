@@ -290,6 +290,8 @@ def test_a_run_of_any_heads_comes_back_as_it_was(tmp_path: Path, capsys) -> None
     save_weights(tmp_path / "run" / "checkpoints", weights, step=3)
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(to_json(recipe)))
     convert(Options(source=tmp_path / "run", out=tmp_path / "file.pth"))
+    # of AdamW, but without its moments
+    assert f"which {tmp_path / 'run'} does not hold" in capsys.readouterr().out
     convert(Options(source=tmp_path / "file.pth", out=tmp_path / "back"))
     assert "usual" not in capsys.readouterr().out
     back = load_recipe(tmp_path / "back" / "recipe.json")
@@ -304,3 +306,7 @@ def test_a_run_of_any_heads_comes_back_as_it_was(tmp_path: Path, capsys) -> None
     torch.save(content | {"frugal": {"recipe": 7, "step": 3}}, tmp_path / "odd.pth")
     with pytest.raises(InputError, match="its own recipe and step is damaged"):
         convert(Options(source=tmp_path / "odd.pth", out=tmp_path / "odd"))
+    other = to_json(recipe.optimizer)
+    torch.save(content | {"frugal": {"recipe": other, "step": 3}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="says it is of pretrains nothing"):
+        convert(Options(source=tmp_path / "other.pth", out=tmp_path / "other"))

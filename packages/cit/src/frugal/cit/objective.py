@@ -209,7 +209,7 @@ class LockedObjective(ContrastiveObjective):
         of_text = 3 if self._config.train_text == "all" else 1
         total = of_image * image + of_text * text + 3 * projection_flops(config)
         if self.token_loss is not None:
-            total += 6 * config.image.width * config.text.vocabulary
+            total += 3 * self.token_loss.flops
         if self._config.train_image == "head":
             total += 2 * projector_flops(config.image)
         return total

@@ -171,7 +171,7 @@ def _what_we_wrote(content: Mapping[str, Any], *, source: str) -> _Ours | None:
     if not isinstance(step, int) or step < 0 or not isinstance(told.get("recipe"), Mapping):
         raise InputError(f"what {source} says of its own recipe and step is damaged; write it anew")
     recipe = from_json(dict(told["recipe"]), source=source)
-    if not isinstance(recipe.model, MaskedModel):
+    if not isinstance(recipe, Recipe) or not isinstance(recipe.model, MaskedModel):
         raise InputError(f"the recipe that {source} says it is of pretrains nothing; write it anew")
     return _Ours(recipe, step)
 
@@ -282,7 +282,7 @@ def _write_file(source: Path, out: Path) -> None:
     else:
         sys.stdout.write(
             f"{out} holds weights alone: such a file has moments of AdamW for every parameter, "
-            f"which {type(recipe.optimizer).__name__} does not keep\n"
+            f"which {source} does not hold\n"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, out)

@@ -368,7 +368,7 @@ class ContrastiveObjective(Objective):
         patches = max(metrics["image_tokens"] - (config.image.class_token != "none"), 0.0)
         forward = dual_encoder_flops(config, patches=patches, tokens=metrics["text_tokens"])
         if self.token_loss is not None:
-            forward += 2 * config.image.width * config.text.vocabulary
+            forward += self.token_loss.flops
         return 3 * forward
 
     @torch.no_grad()

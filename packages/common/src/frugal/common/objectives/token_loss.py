@@ -53,6 +53,11 @@ class TokenLoss(nn.Module):
         normal(self.head.weight, self.head.in_features**-0.5, generator)
         self.head.bias.zero_()
 
+    @property
+    def flops(self) -> int:
+        """Forward FLOPs of one image."""
+        return 2 * self.head.weight.numel()
+
     @torch.no_grad()
     def count(self, batches: Sequence[Batch]) -> None:
         """Count the captions of a step; every process brings its own."""
