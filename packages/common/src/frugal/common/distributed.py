@@ -589,6 +589,13 @@ def mean_over_processes(local: Tensor) -> Tensor:
     return sum_over_processes(local) / place_in_world()[1]
 
 
+def mean_over_valid(values: Tensor, valid: Tensor) -> Tensor:
+    """A scalar whose mean over the processes is the mean of all valid values; any one shape."""
+    world_size = place_in_world()[1]
+    count = sum_over_processes(valid.sum()).clamp(min=1)
+    return torch.where(valid, values, 0.0).sum() * (world_size / count)
+
+
 def broadcast(tensor: Tensor, *, source: int) -> None:
     """Overwrite a tensor with that of one process."""
     if place_in_world()[1] > 1:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from frugal.common.contracts import Batch, ColorChange, Objective, Tower
 from frugal.common.data.color import NO_CHANGE
+from frugal.common.distributed import mean_over_valid
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import TokenizerSource
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
@@ -25,7 +26,6 @@ from frugal.common.objectives.contrastive_loss import (
     Direction,
     clip_log_scale,
     contrastive_loss,
-    mean_of_valid,
     sigmoid_loss,
 )
 from frugal.common.objectives.token_loss import TokenLoss
@@ -342,7 +342,7 @@ class ContrastiveObjective(Objective):
         patches = encoded.patches.float().mean()
         metrics = {}
         if encoded.token_losses is not None:
-            second = mean_of_valid(encoded.token_losses, batch.valid)
+            second = mean_over_valid(encoded.token_losses, batch.valid)
             metrics["token_loss"] = second.detach()
             loss = loss + self._config.token_loss * second
         metrics |= {

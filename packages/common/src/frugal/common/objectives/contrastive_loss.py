@@ -112,15 +112,6 @@ def sigmoid_loss(
     return LossAndAccuracy(losses.sum() * samples.share, hits.sum() * samples.share)
 
 
-def mean_of_valid(losses: Tensor, valid: Tensor) -> Tensor:
-    """(): of (B,) losses that each belong to one sample; its mean over processes is the global one.
-
-    Every process calls it, as :func:`contrastive_loss`.
-    """
-    samples = _Samples.of(losses, valid, None, None, None)
-    return samples.blank(losses).sum() * samples.share
-
-
 def clip_log_scale(log_scale: Tensor) -> Tensor:
     """Within [0, ln 100]; outside of it the gradient is zero (FLIP)."""
     return log_scale.clamp(0.0, LARGEST_LOG_SCALE)

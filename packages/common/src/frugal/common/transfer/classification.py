@@ -20,7 +20,7 @@ from typing_extensions import override
 from frugal.common.checkpoint.init_from import init_encoder
 from frugal.common.contracts import Batch, Initializer, Objective, Tower
 from frugal.common.data.config import ImageData
-from frugal.common.distributed import place_in_world, sum_over_processes
+from frugal.common.distributed import mean_over_valid
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.flops import image_flops
@@ -276,10 +276,3 @@ def check_classifier(recipe: Recipe) -> None:
 def build_classifier(recipe: Recipe) -> VisionClassifier:
     """The model of a recipe, with freshly drawn weights, on the CPU in float32."""
     return model_of(ClassifierConfig, recipe.model).build(weight_generator(recipe.run.seed))
-
-
-def mean_over_valid(values: Tensor, valid: Tensor) -> Tensor:
-    """A scalar whose mean over the processes is the mean of all valid values; any one shape."""
-    world_size = place_in_world()[1]
-    count = sum_over_processes(valid.sum()).clamp(min=1)
-    return torch.where(valid, values, 0.0).sum() * (world_size / count)

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from frugal.common.checkpoint.init_from import init_encoder
 from frugal.common.contracts import Batch, Initializer, Objective, Tower
-from frugal.common.distributed import place_in_world, sum_over_processes
+from frugal.common.distributed import mean_over_valid, place_in_world, sum_over_processes
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.randomness import SampleNoise
@@ -29,7 +29,6 @@ from frugal.common.transfer.classification import (
     build_classifier,
     check_classifier,
     forward_flops,
-    mean_over_valid,
     token_metrics,
 )
 from frugal.common.transfer.classifier import ClassifierConfig, VisionClassifier

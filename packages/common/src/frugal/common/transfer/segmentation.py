@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from frugal.common.checkpoint.init_from import init_encoder
 from frugal.common.contracts import Batch, Initializer, Objective, Tower
+from frugal.common.distributed import mean_over_valid
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.vit import ImageTower
@@ -24,7 +25,6 @@ from frugal.common.randomness import SampleNoise, weight_generator
 from frugal.common.ranges import Positive, check_ranges
 from frugal.common.recipe import ObjectiveConfig, Recipe, model_of
 from frugal.common.reduction.image import KeepAll
-from frugal.common.transfer.classification import mean_over_valid
 from frugal.common.transfer.masked_folder import IGNORED, PADDING
 from frugal.common.transfer.photometric import PhotometricDistortion
 from frugal.common.transfer.pixels import gray_levels, normalized, paint
