@@ -13,12 +13,16 @@ import torch
 from run_directories import small, write_tensors
 from safetensors.torch import load_file
 
+from frugal.common.checkpoint.manifest import check_manifest
 from frugal.common.checkpoint.store import find_checkpoint
 from frugal.common.checkpoint.tensor_bytes import copy_tensors, find_tensors
 from frugal.common.errors import InputError
+from frugal.common.evaluate import evaluate
+from frugal.common.evaluation.cli import Options as Evaluate
 from frugal.common.export import Options, export
 from frugal.common.models.named import clip_encoder
-from support import ALONE, ROOT, environment, train, zero
+from frugal.common.weights.load import load_model
+from support import ALONE, ROOT, environment, newest, train, zero
 
 MIB = 1 << 20
 SCRIPT = """
@@ -141,3 +145,29 @@ def test_a_disk_that_is_full_is_a_sentence(clip_run, tmp_path, monkeypatch) -> N
     with pytest.raises(InputError, match=r"could not be written.*No space left"):
         export(Options(checkpoint=clip_run, to="frugal", out=tmp_path / "out"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_read_once_wherever_it_is_named_from(
+    alone, scenes, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Path] = []
+
+    def counted(folder: Path, **options: object) -> None:
+        checked.append(folder.resolve())
+        check_manifest(folder, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("frugal.common.checkpoint.store.check_manifest", counted)
+    step = newest(alone)
+    names = [alone, alone / "checkpoints", step, Path(), Path("../..")]
+    monkeypatch.chdir(step)
+    expected = load_model(alone)
+    for name in names:
+        checked.clear()
+        model = load_model(name)
+        assert checked == [step.resolve()]
+        assert model.config == expected.config and model.source.step == expected.source.step
+    checked.clear()
+    given = {"tasks": ("retrieval",), "data": scenes / "retrieval" / "test", "workers": 0}
+    evaluate(Evaluate(checkpoint=Path(), out=tmp_path, device="cpu", **given))
+    assert checked == [step.resolve()]
+    assert (tmp_path / "retrieval.json").is_file()

@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from frugal.common.checkpoint.store import find_checkpoint
+from frugal.common.checkpoint.store import run_directory
 from frugal.common.cli import (
     named_recipe,
     overridden,
@@ -78,7 +78,7 @@ def _folder(options: Options) -> Path:
     """Whose evaluations/ those of a model are: its run's, or the one beside a file, of its name."""
     path = options.checkpoint
     if is_run(path, options.model):
-        return find_checkpoint(path).folder.parent.parent
+        return run_directory(path)
     return path if path.is_dir() else path.with_suffix("")
 
 

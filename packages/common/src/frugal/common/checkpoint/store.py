@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -474,14 +475,32 @@ def recipe_of_run(folder: Path) -> Recipe | None:
         return newest.recipe()
 
 
+def run_directory(path: Path) -> Path:
+    """The run directory that a user means, or that a checkpoint is of, without opening one.
+
+    Args:
+        path: what :func:`find_checkpoint` takes, or the folder of a checkpoint.
+    """
+    path = _named(path)
+    if (path / "state.json").exists() or path.name == BEST:
+        return path.parent.parent
+    return path.parent if path.name == "checkpoints" else path
+
+
+def _named(path: Path) -> Path:
+    """The same path with a name of its own, which ``.`` and ``..`` have not."""
+    return path if path.name not in ("", "..") else Path(os.path.abspath(path))  # noqa: PTH100
+
+
 def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint a user means by a run directory, its ``checkpoints`` or one step's folder.
 
-    ``checkpoints/best.json`` stands for the best one.
+    ``checkpoints/best.json`` stands for the best one. It is read whole, to see that it is.
 
     Raises:
         InputError: if there is none.
     """
+    path = _named(path)
     if path.name == BEST and path.is_file():
         path = path.parent / read_best(path.parent).get("checkpoint", BEST)
     if (path / "state.json").exists():

@@ -18,6 +18,7 @@ from frugal.common.checkpoint.store import (
     find_checkpoint,
     load_weights,
     recipe_of_run,
+    run_directory,
     save_weights,
 )
 from frugal.common.contracts import Objective
@@ -88,7 +89,7 @@ def load_run(path: Path) -> ModelBundle:
     checkpoint = find_checkpoint(path)
     if _has_no_recipe(checkpoint):
         return _read_description(checkpoint, path)
-    checkpoint, recipe = open_checkpoint(path)
+    recipe = _recipe_in(run_directory(checkpoint.folder))
     weights = load_weights(checkpoint)
     state = {n.removeprefix("model."): t for n, t in weights.items() if n.startswith("model.")}
     plain = replace(recipe, engine=replace(recipe.engine, compile=False))
@@ -146,10 +147,14 @@ def open_checkpoint(path: Path) -> tuple[Checkpoint, Recipe]:
         InputError: if there is no whole checkpoint.
     """
     checkpoint = find_checkpoint(path)
-    folder = checkpoint.folder.parent.parent
+    return checkpoint, _recipe_in(run_directory(checkpoint.folder))
+
+
+def _recipe_in(folder: Path) -> Recipe:
+    """The recipe of a run that has a checkpoint, with the folder where it lies now."""
     recipe = recipe_of_run(folder)
-    assert recipe is not None  # it has a checkpoint
-    return checkpoint, replace(recipe, run=replace(recipe.run, dir=folder))
+    assert recipe is not None
+    return replace(recipe, run=replace(recipe.run, dir=folder))
 
 
 def recipe_if_any(path: Path) -> Recipe | None:
@@ -158,7 +163,11 @@ def recipe_if_any(path: Path) -> Recipe | None:
     Raises:
         InputError: if there is no whole checkpoint, or its recipe cannot be read.
     """
-    return None if _has_no_recipe(find_checkpoint(path)) else open_checkpoint(path)[1]
+    folder = run_directory(path)
+    # to open a checkpoint reads it whole, which whoever asks has done or will do
+    if not (folder / "recipe.json").exists() and _has_no_recipe(find_checkpoint(path)):
+        return None
+    return _recipe_in(folder)
 
 
 def _has_no_recipe(checkpoint: Checkpoint) -> bool:
@@ -426,7 +435,7 @@ def copy_recipe(source: Path, folder: Path) -> None:
 
 def folder_of(path: Path) -> Path:
     """The run directory of a checkpoint; any other path as it is."""
-    return find_checkpoint(path).folder.parent.parent if knows(path) else path
+    return run_directory(path) if knows(path) else path
 
 
 def _kept_tokenizer(source: TokenizerSource | None, folder: Path) -> TokenizerSource | None:
