@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def named(node: ast.AST) -> list[str]:
     return []
 
 
+@cache
 def is_module(module: str, name: str) -> bool:
     """Whether what is imported from a folder of ours is a module, or a folder, in it."""
     inside = Path(*module.split("."), name)
@@ -110,9 +112,15 @@ def is_module(module: str, name: str) -> bool:
     return any((root / inside).is_dir() or (root / f"{inside}.py").is_file() for root in roots)
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+@cache
 def imported(file: Path) -> set[str]:
     """Modules of ours that a file imports when it runs, type checking left out."""
-    tree = ast.parse(file.read_text())
+    tree = parsed(file)
     skipped: set[ast.AST] = set()
     for node in ast.walk(tree):
         if is_for_type_checkers(node):
@@ -149,7 +157,7 @@ IN_FUNCTIONS = {
 
 @pytest.mark.parametrize("file", [f for _, f in sources()], ids=lambda f: str(f)[-40:])
 def test_what_is_ours_is_imported_at_the_top_by_its_whole_name(file: Path) -> None:
-    tree = ast.parse(file.read_text())
+    tree = parsed(file)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = {name for one in functions for node in ast.walk(one) for name in named(node)}
     ours = {name for name in inside if name.split(".")[0] == "frugal"}
@@ -160,7 +168,7 @@ def test_what_is_ours_is_imported_at_the_top_by_its_whole_name(file: Path) -> No
 
 def test_no_module_of_ours_is_imported_by_a_string_that_says_its_name() -> None:
     for _, file in sources():
-        calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
+        calls = [n for n in ast.walk(parsed(file)) if isinstance(n, ast.Call)]
         for call in calls:
             if ast.unparse(call.func).endswith("import_module"):
                 assert not isinstance(call.args[0], ast.Constant), f"{file}: {ast.unparse(call)}"
