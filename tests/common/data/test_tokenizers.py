@@ -16,6 +16,7 @@ from frugal.common.data.tokenizers import (
     Tokenizer,
     WordPiece,
     load_tokenizer,
+    padded,
 )
 from frugal.common.errors import InputError
 from support import run_code
@@ -450,3 +451,11 @@ def test_forgetting_cached_words_changes_nothing(
     forgetful = WordPiece(vocab=BERT).load()
     for case in CAPTIONS:
         assert forgetful.encode(case["caption"]) == word_piece.encode(case["caption"])
+
+
+def test_texts_without_a_token_have_a_slot_all_the_same() -> None:
+    tokenizer = WordPiece(vocab=BERT).load()
+    texts = [tokenizer.assemble(tokenizer.encode(text), 8) for text in ("", " ")]
+    assert texts == [[], []]
+    token_ids, lengths = padded(texts, tokenizer)
+    assert token_ids.tolist() == [[0], [0]] and lengths.tolist() == [0, 0]

@@ -110,15 +110,17 @@ def text_length(ids: Sequence[int], tokenizer: Any) -> int:
 
 
 def padded(
-    captions: Sequence[Sequence[int]], tokenizer: Tokenizer, *, length: int
+    captions: Sequence[Sequence[int]], tokenizer: Tokenizer, *, length: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """(B, length) int64 token ids, padded on the right, and (B,) int64 tokens of each text.
 
     Args:
         captions: token ids, special tokens included; at most ``length`` of each.
         tokenizer: that they are of.
-        length: tokens that a text tower takes.
+        length: tokens that a text tower takes; by default those of the longest text, but one, as a
+            tokenizer without special tokens makes none of an empty text.
     """
+    length = max(1, *map(len, captions)) if length is None else length
     token_ids = torch.full((len(captions), length), tokenizer.pad_id, dtype=torch.int64)
     lengths = torch.zeros(len(captions), dtype=torch.int64)
     for row, ids in enumerate(captions):

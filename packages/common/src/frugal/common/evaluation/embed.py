@@ -301,8 +301,7 @@ class Embedder:
 
     def _text_features(self, texts: Sequence[Sequence[int]]) -> Tensor:
         # our towers fill captions up themselves where padding changes their vector
-        is_ours = isinstance(self.model, DualEncoder)
-        length = max(len(ids) for ids in texts) if is_ours else self.context_length
+        length = None if isinstance(self.model, DualEncoder) else self.context_length
         token_ids, lengths = padded(texts, self.tokenizer, length=length)
         with autocast(self.precision, self.device):
             return self.model.encode_text(token_ids.to(self.device), lengths.to(self.device))
