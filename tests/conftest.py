@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "reference"))  # for `import refe
 from forks import start_servers
 from frugal.common.scenes.settings import Settings
 from frugal.common.scenes.writing import write
-from support import ALONE, train
+from support import ALONE, TINY_WITH_CLIPS_WORDS, train
 
 _SLOW = {"Popen", "check_call", "check_output", "mp", "spawn", "subprocess", "train_recipe"}
 """What a test calls that launches a process or trains."""
@@ -120,6 +120,15 @@ def alone(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty steps of the tiny FLIP in one process, with a moving average of the weights."""
     run = tmp_path_factory.mktemp("alone") / "run"
     train(ALONE, run, f"--data.train={scenes / 'train'}", "--engine.ema-decay=0.9")
+    return run
+
+
+@pytest.fixture(scope="session")
+def alone_with_clips_words(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the vocabulary that other libraries know."""
+    run = tmp_path_factory.mktemp("alone_clip") / "run"
+    words = (f"--data.train={scenes / 'train'}", "--engine.ema-decay=0.9")
+    train(ALONE, run, *words, small=TINY_WITH_CLIPS_WORDS)
     return run
 
 

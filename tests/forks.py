@@ -244,13 +244,14 @@ def _warm_up() -> None:
     import torch
 
     from frugal.common.cli import read_command_line
-    from frugal.common.data.tokenizers import ClipBpe
+    from frugal.common.data.tokenizers import ClipBpe, WordPiece
     from frugal.common.engine.throughput import matmul_peak
     from frugal.common.installed import package_versions
     from frugal.flip.recipes import RECIPES
 
     read_command_line(RECIPES, program="test", arguments=["demo"])
     ClipBpe().load()
+    WordPiece(vocab=Path(__file__).with_name("words.txt")).load().encode("a red circle")
     matmul_peak(torch.device("cpu"), torch.float32)
     package_versions()
 

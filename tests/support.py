@@ -37,7 +37,7 @@ QUICK = ROOT / "tests" / "quick"
 """The folder of a ``python`` and of launchers that start at once."""
 FLIP = "frugal.flip.train"
 
-TINY = (
+TINY_WITH_CLIPS_WORDS = (
     "--model.image.width=32", "--model.image.depth=1", "--model.image.heads=2",
     "--model.image.mlp-width=64", "--model.image.image-size=32",
     "--model.text.width=32", "--model.text.depth=1", "--model.text.heads=2",
@@ -46,6 +46,11 @@ TINY = (
     "--batch-size=24", "--schedule.samples=480", "--schedule.warmup-samples=48",
 )  # fmt: skip
 """FLIP's demo, small enough for seconds: 20 steps of 24 samples in float32."""
+TINY = (
+    *TINY_WITH_CLIPS_WORDS, "--data.tokenizer=frugal.common.data.tokenizers.WordPiece",
+    f"--data.tokenizer.vocab={ROOT / 'tests' / 'words.txt'}", "--model.text.vocabulary=192",
+)  # fmt: skip
+"""The same with few words: in the table of CLIP's would be 98 of 100 parameters."""
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,10 @@ def test_other_optimizers_tune_too(
     assert type(recipe.optimizer).__name__ == name.partition(".")[2]
 
 
-def test_models_of_open_clip_are_tuned_too(alone: Path, scenes: Path, tmp_path: Path) -> None:
-    save_model(load_model(alone), tmp_path / "open_clip", to="open_clip")
+def test_models_of_open_clip_are_tuned_too(
+    alone_with_clips_words: Path, scenes: Path, tmp_path: Path
+) -> None:
+    save_model(load_model(alone_with_clips_words), tmp_path / "open_clip", to="open_clip")
     recipe = recipe_of(tmp_path / "open_clip", "--data.train", scenes / "train")
     assert recipe.run.start_from == tmp_path / "open_clip"
     run = tmp_path / "run"

@@ -40,10 +40,10 @@ def clip_benchmark(folder: Path, data: Path, task: str, out: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def exported(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(alone_with_clips_words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny FLIP as an open_clip folder."""
     folder = tmp_path_factory.mktemp("exported") / "tiny"
-    export(ExportOptions(checkpoint=alone, to="open_clip", out=folder))
+    export(ExportOptions(checkpoint=alone_with_clips_words, to="open_clip", out=folder))
     return folder
 
 
@@ -89,9 +89,13 @@ def test_an_exported_model_scores_the_same_under_clip_benchmark(
 
 
 def test_the_run_and_its_export_are_the_same_weights_with_the_same_numbers(
-    alone: Path, measured: Path, scenes: Path, tmp_path: Path
+    alone_with_clips_words: Path, measured: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    evaluate(Options(checkpoint=alone, data=scenes, out=tmp_path, workers=0, device="cpu"))
+    evaluate(
+        Options(
+            checkpoint=alone_with_clips_words, data=scenes, out=tmp_path, workers=0, device="cpu"
+        )
+    )
     for task in ("zero_shot", "retrieval", "compositional"):
         own, exported = (
             json.loads((folder / f"{task}.json").read_text()) for folder in (tmp_path, measured)

@@ -37,7 +37,7 @@ from frugal.common.weights.model_card import model_card
 from frugal.common.weights.transformers import clip as transformers_clip
 from frugal.common.weights.transformers import config_files
 from frugal.common.weights.written import two_towers
-from support import ALONE, command, run_code, train
+from support import ALONE, TINY_WITH_CLIPS_WORDS, command, run_code, train
 
 MODULE = "frugal.common.import_weights"
 State = dict[str, Tensor]
@@ -221,26 +221,27 @@ def test_a_name_of_open_clip_says_what_a_file_holds(tmp_path: Path, monkeypatch)
 
 
 def test_an_imported_run_is_evaluated_tuned_and_exported(
-    alone: Path, scenes: Path, tmp_path: Path
+    alone_with_clips_words: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    export(Export(checkpoint=alone, to="huggingface", out=tmp_path / "clip"))
+    export(Export(checkpoint=alone_with_clips_words, to="huggingface", out=tmp_path / "clip"))
     done = command(MODULE, tmp_path / "clip", "--out", tmp_path / "run")
     assert "image tower 32 wide, 1 blocks" in done.stdout and "parameters" in done.stdout
-    assert same(weights_of(tmp_path / "run"), weights_of(alone))
+    assert same(weights_of(tmp_path / "run"), weights_of(alone_with_clips_words))
     words = ("--tasks", "zero-shot", "--data", scenes, "--workers", 0, "--device", "cpu")
-    for run in (alone, tmp_path / "run"):
+    for run in (alone_with_clips_words, tmp_path / "run"):
         command(
             "frugal.common.evaluate", "--checkpoint", run, "--out", tmp_path / run.parent.name,
             *words,
         )  # fmt: skip
     measured = [
         json.loads((tmp_path / run.name / "zero_shot.json").read_text())["zero_shot_top1"]
-        for run in (alone.parent, tmp_path)
+        for run in (alone_with_clips_words.parent, tmp_path)
     ]
     assert measured[0] == measured[1]
     log = train(
         ALONE, tmp_path / "tuned", f"--data.train={scenes / 'train'}", "--schedule.samples=24",
         "--schedule.warmup-samples=0", f"--run.start-from={tmp_path / 'run'}",
+        small=TINY_WITH_CLIPS_WORDS,
     )  # fmt: skip
     assert f"started from step 0 of {tmp_path / 'run'}" in log
 

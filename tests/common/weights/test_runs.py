@@ -83,13 +83,17 @@ def test_a_zero_3_checkpoint_gives_the_file_of_a_single_process(scenes, tmp_path
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_trained_run_leaves_with_its_average_or_its_last_weights(alone, tmp_path) -> None:
+def test_a_trained_run_leaves_with_its_average_or_its_last_weights(
+    alone_with_clips_words, tmp_path
+) -> None:
     stored = {}
-    for file in find_checkpoint(alone).folder.glob("*.safetensors"):
+    for file in find_checkpoint(alone_with_clips_words).folder.glob("*.safetensors"):
         stored |= load_file(file)
     for average, kind in ((True, "ema"), (False, "weight")):
         out = tmp_path / kind
-        export(Options(checkpoint=alone, to="frugal", out=out, moving_average=average))
+        export(
+            Options(checkpoint=alone_with_clips_words, to="frugal", out=out, moving_average=average)
+        )
         found = load_file(weights_file(out))
         names = {name.partition("/")[2] for name in stored if name.startswith("weight/")}
         assert {name.partition("/")[2] for name in found} == names

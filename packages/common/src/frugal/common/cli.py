@@ -148,7 +148,7 @@ def overridden(
                 args=words,
                 prog=program,
                 description=about,
-                config=(tyro.conf.AvoidSubcommands,),
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff),
             )
     except SystemExit as end:
         known = list(_flags(to_json(recipe)))
