@@ -218,7 +218,11 @@ def test_runs_that_were_never_released_are_refused(tmp_path, bert_words) -> None
         run = write_run(tmp_path / f"run{number}", recipe_of(image, caption, bert_words))
         with pytest.raises(InputError, match=sentence):
             converted(run, tmp_path / "out")
-    moco = write_run(tmp_path / "moco", recipe_of(MOCO, text, bert_words))
+    plain = recipe_of(MOCO, text, bert_words)
+    heads = replace(plain, model=replace(plain.model, head_width=14))
+    with pytest.raises(InputError, match="projections of one layer"):
+        converted(write_run(tmp_path / "heads", heads), tmp_path / "out")
+    moco = write_run(tmp_path / "moco", plain)
     with pytest.raises(InputError, match="--kind is swag, but this tower has a projector"):
         converted(moco, tmp_path / "out", kind="swag")
     with pytest.raises(InputError, match="leave out --tokenizer"):

@@ -1,11 +1,25 @@
-"""Training on what a frozen image tower has put out, in the place of images."""
+"""Training on what frozen towers have put out, in the place of images and captions."""
 
+import io
+import json
 import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load, save
 
+from frugal.common import save_model
+from frugal.common.data.samples import Fields
+from frugal.common.data.stored_vectors import IMAGES, TEXTS, StoredVectors, width_of
 from frugal.common.embed import Options, embed
+from frugal.common.errors import InputError
+from frugal.common.models.image_encoder import image_encoder
 from frugal.common.weights.load import load_model
 from support import (
     ALONE,
@@ -149,21 +163,291 @@ def test_vectors_of_another_tower_or_of_other_data_are_refused(
     assert "data.stored" in said
 
 
-def test_files_that_are_gone_or_of_another_shard_are_refused(
-    alone: Path, scenes: Path, vectors: Path, tmp_path: Path
+def test_files_that_are_gone_or_of_another_shard_or_model_are_refused(
+    alone: Path, scenes: Path, both: Path, tmp_path: Path
 ) -> None:
-    odd = tmp_path / "odd"
-    shutil.copytree(vectors, odd)
+    odd, other = tmp_path / "odd", tmp_path / "other"
+    shutil.copytree(both, odd)
     files = sorted(odd.glob("*.safetensors"))
     assert len(files) > 1
-    options = {"module": CIT, "recipe": "demo-lit", "expect": 2}
-    kept = files[-1].read_bytes()
+    last = files[-1]
+    kept, header = last.read_bytes(), safe_open(last, "pt").metadata()
+    train(ALONE, other, f"--data.train={scenes / 'train'}", "--schedule.samples=24",
+          "--schedule.warmup-samples=0", "--run.seed=5")  # fmt: skip
+    foreign = embedded(other, scenes / "train", tmp_path / "foreign", texts=True) / last.name
+
+    def with_rows(name: str, rows: torch.Tensor) -> bytes:
+        return save(load(kept) | {name: rows.contiguous()}, metadata=header)
+
+    images, texts = (load(kept)[name] for name in ("image_pooled", "text_pooled"))
     for content, sentence in (
         (None, "cannot be read ("),
         (files[0].read_bytes(), "holds the vectors of another shard than"),
+        (foreign.read_bytes(), "holds the vectors of another model, or with other options,"),
         (kept[:100], "cannot be read ("),
+        (with_rows("image_pooled", images[:-1]), "holds image_pooled of shape"),
+        (with_rows("image_pooled", images[:, 0]), "holds image_pooled of shape"),
+        (with_rows("image_pooled", images[:, :, 1:]), "holds image_pooled of shape"),
+        (with_rows("text_pooled", texts[:-1]), "holds text_pooled of shape"),
+        (with_rows("text_pooled", texts[:, 1:]), "holds text_pooled of shape"),
     ):
-        files[-1].unlink() if content is None else files[-1].write_bytes(content)
-        said = train(ALONE, tmp_path / "a", *lit(alone, scenes), f"--data.stored={odd}", **options)
-        assert f"{files[-1]} {sentence}" in said
+        last.unlink() if content is None else last.write_bytes(content)
+        said = train(
+            ALONE, tmp_path / "a", *align(alone, scenes / "train", odd, odd),
+            module=CIT, recipe="demo-align", expect=2,
+        )  # fmt: skip
+        assert f"{last} {sentence}" in said and "Traceback" not in said
         assert "give the command of frugal.common.embed again" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda index: index.update(shards=[1, 2]), "is not of embeddings"),
+        (lambda index: index["shards"][0].update(samples=[1]), "is not of embeddings"),
+        (lambda index: index["shards"][0].update(file="../x"), "that do not lie beside it"),
+        (lambda index: index["about"].pop("version"), "was written by another version"),
+        (lambda index: index.update(complete=False), "is not complete"),
+    ],
+)
+def test_an_index_that_is_odd_or_old_is_a_sentence(
+    change: Callable[[dict], object], sentence: str, both: Path, scenes: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(both, folder)
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    for kind in (IMAGES, TEXTS):
+        with pytest.raises(InputError, match=sentence):
+            width_of(folder, kind)
+
+
+def test_vectors_of_images_of_another_size_are_of_another_tower(
+    scenes: Path, tmp_path: Path
+) -> None:
+    """Where positions are computed, no weight tells the size."""
+    fixed = ("--model.image.positions=sincos",)
+    flip, run = tmp_path / "flip", tmp_path / "run"
+    train(ALONE, flip, f"--data.train={scenes / 'train'}", "--schedule.samples=24",
+          "--schedule.warmup-samples=0", *fixed)  # fmt: skip
+    vectors = embedded(flip, scenes / "train", tmp_path / "vectors")
+    words = (*lit(flip, scenes), f"--data.stored={vectors}", *fixed)
+    options = {"module": CIT, "recipe": "demo-lit"}
+    said = train(
+        ALONE, run, *words, "--model.image.image-size=64", "--run.interpolate", expect=2, **options
+    )
+    assert "is of another image tower than the one that this run starts from" in said
+    train(ALONE, run, *words, **options)
+
+
+def test_a_shard_of_which_no_image_can_be_read_is_damaged_samples(
+    alone: Path, tmp_path: Path
+) -> None:
+    data = captioned(tmp_path / "data" / "train")
+    rewrite_shard(
+        data / "00001.tar", data / "00002.tar",
+        lambda name, content: b"xx" if name.endswith("png") else content,
+    )  # fmt: skip
+    fields = Fields(caption=("json.title",))
+    vectors = embedded(alone, data, tmp_path / "out", texts=True, fields=fields)
+    said = train(
+        ALONE, tmp_path / "run", *align(alone, data, vectors, vectors), "--data.max-damaged=0.9",
+        "--data.fields.caption=json.title", module=CIT, recipe="demo-align",
+    )  # fmt: skip
+    assert "it could not be read when it was embedded" in said and "unreadable" not in said
+
+
+def test_many_shards_are_mixed_and_none_is_read_whole(tmp_path: Path) -> None:
+    files = []
+    for number in range(300):
+        rows = torch.arange(12.0).view(3, 1, 4) + number
+        files.append(tmp_path / f"{number}.safetensors")
+        files[-1].write_bytes(save({"image_pooled": rows, "image_valid": torch.ones(3) > 0}))
+    vectors = StoredVectors(files, 4, 1, 0, "")
+    for shard in (*range(300), *range(300)):
+        np.testing.assert_array_equal(vectors.of(shard, 2, 0), [8 + shard, 9 + shard, 10 + shard,
+                                                                11 + shard])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both(alone: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("both") / "out"
+    return embedded(alone, scenes / "train", out, texts=True)
+
+
+def align(alone: Path, data: Path, *stored: Path | None) -> tuple[str, ...]:
+    images, texts = stored or (None, None)
+    return (
+        *lit(alone, data.parent), f"--data.train={data}", "--objective.train-text=none",
+        f"--objective.text-weights={alone}", f"--data.stored={images}",
+        f"--data.stored-texts={texts}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [(), ("--model.head-width=24",)], ids=["linear", "two layers"])
+def test_heads_learn_from_stored_vectors_as_from_images_and_captions(
+    heads: tuple[str, ...], alone: Path, scenes: Path, both: Path, tmp_path: Path
+) -> None:
+    data = scenes / "train"
+    runs = {name: tmp_path / name for name in ("pairs", "vectors", "two")}
+    options = {"module": CIT, "recipe": "demo-align"}
+    train(ALONE, runs["pairs"], *align(alone, data), *WHOLE, *heads, **options)
+    words = (*align(alone, data, both, both), *heads)
+    said = train(ALONE, runs["vectors"], *words, **options)
+    train(DDP, runs["two"], *words, **options)
+    assert f"captions are not encoded: {both} holds their vectors, 32 numbers each" in said
+    expected = losses(runs["pairs"])
+    assert losses(runs["vectors"]) == pytest.approx(expected, rel=1e-4)
+    assert losses(runs["two"]) == pytest.approx(expected, rel=1e-4)
+    whole = saved_tensors(runs["vectors"])
+    assert largest_difference(saved_tensors(runs["pairs"]), whole) < 1e-4
+    lines = metrics(runs["vectors"])
+    assert {(line["image_tokens"], line["text_tokens"]) for line in lines} == {(0.0, 0.0)}
+    trained = {name.partition("/")[2] for name in whole if name.startswith("exp_avg/")}
+    second = {f"model.{side}_head.1.weight" for side in ("image", "text")} if heads else set()
+    assert trained == second | {
+        "model.image.projection.weight", "model.text.projection.weight", "model.logit_scale"
+    }  # fmt: skip
+    shutil.rmtree(newest(runs["vectors"]))
+    assert "from step 3 of 6" in train(ALONE, runs["vectors"], *words, **options)
+    again = saved_tensors(runs["vectors"])
+    assert largest_difference(again, whole, ("weight", "exp_avg")) == 0.0
+
+
+def captioned(folder: Path) -> Path:
+    """Two tars of 24 pairs with a title and a description, some blank, one damaged, one bare."""
+    draw = np.random.default_rng(3)
+    folder.mkdir(parents=True)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(24):
+                file = io.BytesIO()
+                pixels = draw.integers(256, size=(32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(file, "PNG")
+                texts = {"title": f"a {number} of {shard}", "desc": "" if number % 3 == 0 else
+                         f"number {number * 7} and {shard}"}  # fmt: skip
+                image = file.getvalue()
+                if (shard, number) == (1, 4):
+                    texts = {"title": " "}
+                if (shard, number) == (0, 5):
+                    image = image[:50]
+                for extension, content in (("png", image), ("json", json.dumps(texts).encode())):
+                    member = tarfile.TarInfo(f"{number:06d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one folder", "a folder each"])
+def test_the_caption_that_is_drawn_is_the_one_whose_vector_is_taken(
+    apart: bool, alone: Path, tmp_path: Path
+) -> None:
+    data = captioned(tmp_path / "data" / "train")
+    fields = Fields(caption=("json.title", "json.desc"), separate=True)
+    vectors = embedded(alone, data, tmp_path / "out", texts=not apart, fields=fields)
+    texts = vectors
+    if apart:
+        texts = embedded(alone, data, tmp_path / "texts", images=False, texts=True, fields=fields)
+    words = (
+        "--data.fields.caption", "json.title", "json.desc", "--data.fields.separate",
+        "--data.fields.weights", "1", "3", "--data.max-damaged=0.2",
+    )  # fmt: skip
+    options = {"module": CIT, "recipe": "demo-align"}
+    train(ALONE, tmp_path / "pairs", *align(alone, data), *words, *WHOLE, **options)
+    said = train(
+        ALONE, tmp_path / "vectors", *align(alone, data, vectors, texts), *words, **options
+    )
+    expected = losses(tmp_path / "pairs")
+    assert losses(tmp_path / "vectors") == pytest.approx(expected, rel=1e-4)
+    assert "no image" in said and "no caption" in said
+    pairs, vectors = (
+        [sum(line["damaged"].values()) for line in metrics(tmp_path / name)]
+        for name in ("pairs", "vectors")
+    )
+    assert pairs == vectors and sum(pairs) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--objective.train-text=all",), "which LockedContrastive would train or reads the"),
+        (
+            ("--reduction.text=frugal.clipa.sub_captions.SubCaption",),
+            "chooses among the tokens of a caption, but data.stored_texts has none any more",
+        ),
+        (("--data.stored-texts=nowhere",), "nowhere/index.json"),
+        (
+            ("--data.stored-texts={vectors}",),
+            "holds no pooled vectors of captions; embed them with",
+        ),
+        (("--data.fields.caption=txt",), "holds captions of data.fields.caption"),
+        (("--data.fields.image=png",), "holds images of data.fields.image"),
+        (("--data.train={scenes}/retrieval/test",), "holds nothing of"),
+    ],
+)
+def test_what_stored_captions_do_not_go_with_is_said(
+    words: tuple[str, ...],
+    sentence: str,
+    alone: Path,
+    scenes: Path,
+    vectors: Path,
+    both: Path,
+    tmp_path: Path,
+) -> None:
+    given = [word.format(scenes=scenes, vectors=vectors) for word in words]
+    said = train(
+        ALONE, tmp_path / "run", *align(alone, scenes / "train", both, both), *given,
+        module=CIT, recipe="demo-align", expect=2,
+    )  # fmt: skip
+    assert sentence in said and "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+def test_captions_of_another_tower_and_curation_are_refused(
+    alone: Path, scenes: Path, both: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    words = (f"--data.train={scenes / 'train'}", "--schedule.samples=48", "--run.seed=5")
+    train(ALONE, other, *words, small=TINY)
+    foreign = align(alone, scenes / "train", both, both)
+    said = train(
+        ALONE, tmp_path / "a", *foreign, f"--objective.text-weights={other}",
+        module=CIT, recipe="demo-align", expect=2,
+    )  # fmt: skip
+    assert "is of another text tower than the one that this run starts from" in said
+    said = train(
+        ALONE, tmp_path / "b", *foreign,
+        f"--data.metadata.sources={scenes}/zero_shot/classnames.txt",
+        module=CIT, recipe="demo-stored", expect=2,
+    )  # fmt: skip
+    assert "curation asks the text tower which captions are near" in said
+
+
+def test_a_model_with_heads_of_two_layers_is_measured_and_exported_as_a_run_alone(
+    alone: Path, scenes: Path, both: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(
+        ALONE, run, *align(alone, scenes / "train", both, both), "--model.head-width=24",
+        module=CIT, recipe="demo-align",
+    )  # fmt: skip
+    bundle = load_model(run)
+    model = bundle.model
+    pixels = torch.from_numpy(
+        np.random.default_rng(1).integers(256, size=(3, 3, 32, 32), dtype=np.uint8)
+    )
+    weights = model.state_dict()
+    with torch.no_grad():
+        pooled = model.image.forward_pooled(pixels)  # type: ignore[union-attr, operator]
+        hidden = torch.nn.functional.gelu(pooled @ weights["image.projection.weight"].T)
+        expected = hidden @ weights["image_head.1.weight"].T
+        found = model.encode_image(pixels)  # type: ignore[operator]
+    torch.testing.assert_close(found, torch.nn.functional.normalize(expected, dim=-1))
+    for to in ("open_clip", "huggingface", "timm"):
+        with pytest.raises(InputError, match=r"cannot express model\.head_width 24.*--to frugal"):
+            save_model(bundle, tmp_path / to, to=to)
+    save_model(bundle, tmp_path / "frugal", to="frugal")
+    again = load_model(tmp_path / "frugal").model.state_dict()
+    assert all(again[name].equal(value) for name, value in weights.items())
+    # what stands alone is the tower: the first layer of a head is no projection
+    assert image_encoder(bundle).embed_dim is None

@@ -12,11 +12,13 @@ import pytest
 import reference_milan as readable
 import torch
 from golden_cases import GOLDEN
+from run_directories import write_run_of
 from safetensors.torch import load_file, save_file
 
 from frugal.common.errors import InputError
 from frugal.common.models.vit import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from frugal.common.weights.image_towers import read_encoder
+from frugal.flip.recipes import demo
 from frugal.milan.model import encoder
 from frugal.milan.teacher import FrozenTeacher, Teacher, load_teacher
 
@@ -409,6 +411,14 @@ def test_a_file_that_is_no_teacher_is_refused_in_words(content, sentence, tmp_pa
     torch.save(content, tmp_path / "file.pt")
     with pytest.raises(InputError, match=sentence):
         load_teacher(Teacher(source=str(tmp_path / "file.pt")), STUDENT)
+
+
+def test_a_teacher_whose_heads_know_no_patches_is_refused(tmp_path):
+    recipe = demo()
+    model = replace(recipe.model, head_width=40)
+    run = write_run_of(tmp_path / "run", replace(recipe, model=model))
+    with pytest.raises(InputError, match=r"has heads of two layers \(model\.head_width\)"):
+        load_teacher(Teacher(source=str(run)), STUDENT)
 
 
 def test_a_teacher_that_is_not_there_is_asked_for(tmp_path):

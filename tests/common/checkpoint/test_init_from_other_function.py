@@ -38,7 +38,7 @@ TEXT = {
     "causal": False, "pad_mask": True, "activation": "gelu_tanh", "norm_epsilon": 1e-3,
     "pooling": "mean", "layer_scale": 1e-05,
 }  # fmt: skip
-WHOLE = {"embed_dim": 12, "initial_logit_bias": -10.0, "norm_epsilon": 1e-6}
+WHOLE = {"embed_dim": 12, "head_width": 20, "initial_logit_bias": -10.0, "norm_epsilon": 1e-6}
 SHAPELESS = (
     "heads", "mean", "std", "activation", "norm_epsilon", "pooling", "norm_after_pooling",
     "causal", "pad_mask",

@@ -21,8 +21,8 @@ def test_flips_models_cost_what_was_published(name: str, image: float, text: flo
     assert text_flops(config.text, config.text.length) / 1e9 == pytest.approx(text, abs=0.06)
 
 
-@pytest.mark.parametrize("patches", [None, 5])
-def test_the_count_is_that_of_torch(patches: int | None) -> None:
+@pytest.mark.parametrize(("patches", "head_width"), [(None, None), (5, None), (5, 13)])
+def test_the_count_is_that_of_torch(patches: int | None, head_width: int | None) -> None:
     published = flip_encoder("B/16", image_size=(48, 64), text_length=9)
     small = {"width": 24, "depth": 3, "heads": 2, "mlp_width": 40}
     config = replace(
@@ -31,6 +31,7 @@ def test_the_count_is_that_of_torch(patches: int | None) -> None:
         # every token is pooled, so that no block may leave one out
         text=replace(published.text, **small, vocabulary=50, pooling="mean_all"),
         embed_dim=8,
+        head_width=head_width,
     )
     model = config.build()
     images = torch.zeros(2, 3, 48, 64, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from frugal.cit.recipes import RECIPES as CIT
 from frugal.clipa.recipes import RECIPES as CLIPA
 from frugal.cluster_masking.recipes import RECIPES as CLUSTER_MASKING
 from frugal.common.errors import InputError
-from frugal.common.models.flops import image_flops
+from frugal.common.models.flops import image_flops, projection_flops
 from frugal.common.optim.muon import Muon
 from frugal.common.plan.__main__ import Options, plan, table
 from frugal.common.plan.fake_step import StepMemory, step_memory
@@ -169,3 +169,12 @@ def test_a_plan_of_stored_vectors_sees_no_image() -> None:
     tower = image_flops(recipe.model.image, recipe.model.image.num_patches)
     assert other.cost.flops - plan.cost.flops == pytest.approx(tower)
     assert "loading" in {line.name for line in lines(other, None, engine="", about="", price=None)}
+
+
+def test_a_plan_of_heads_alone_sees_no_caption_either() -> None:
+    align = CIT["demo-align"]()
+    plan, of_images = (Plan(each, gpus=2, gpu="a100-40") for each in (align, CIT["demo-lit"]()))
+    found = {line.name: line.text for line in lines(plan, None, engine="", about="", price=None)}
+    assert found["tokens of a sample"].startswith("0 image tokens, 0 text tokens")
+    assert plan.cost.flops == pytest.approx(3 * projection_flops(align.model))
+    assert plan.step.num_trained < of_images.step.num_trained / 100

@@ -120,6 +120,12 @@ class CuratedData(PairData):
                 "curation asks the text tower which captions are near, but this recipe has none; "
                 "choose a model with two towers and a tokenizer"
             )
+        if self.stored_texts is not None:
+            raise InputError(
+                f"data.stored_texts is {self.stored_texts}, but curation asks the text tower which "
+                "captions are near; leave it out, or train on all pairs with demo-align or a "
+                "recipe of your own that takes PairData"
+            )
 
     def also_read(self) -> dict[str, str]:
         """Digests of the classes whose captions are looked for, and of a list of samples."""

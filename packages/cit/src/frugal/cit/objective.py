@@ -18,7 +18,7 @@ from frugal.cit.published_vision import read_vision
 from frugal.common.checkpoint.init_from import Freedom, init_image, init_text
 from frugal.common.contracts import Batch, Initializer
 from frugal.common.errors import InputError
-from frugal.common.evaluation.provenance import image_tower_digest
+from frugal.common.evaluation.provenance import tower_digest
 from frugal.common.models.batch_norm import counting
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder, DualEncoderConfig
@@ -35,8 +35,8 @@ from frugal.common.recipe import Recipe, model_of
 class LockedContrastive(Contrastive):
     """Images look for their captions, with towers of which a part may stay as it is.
 
-    The projections and the logit scale are always trained. What is not trained computes as in
-    evaluation: without dropout, and with batch norms' running statistics.
+    The projections (heads) and the logit scale are always trained. What is not trained computes as
+    in evaluation: without dropout, and with batch norms' running statistics.
     """
 
     directions: tuple[Direction, ...] = ("image_to_text",)
@@ -57,6 +57,12 @@ class LockedContrastive(Contrastive):
     def takes_vectors(self) -> bool:
         """Where nothing of the image tower is trained."""
         return self.train_image == "none"
+
+    @property
+    @override
+    def takes_text_vectors(self) -> bool:
+        """Where nothing of the text tower is trained, and no tokens are told."""
+        return self.train_text == "none" and not self.token_loss
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what the towers of a recipe do not have."""
@@ -153,7 +159,9 @@ class LockedObjective(ContrastiveObjective):
             self._init_image(start)
             self._init_text(start)
         if self._config.takes_vectors:
-            self.frozen_image = image_tower_digest(self.model.image)
+            self.frozen_image = tower_digest(self.model.image, self.model.config.image)
+        if self._config.takes_text_vectors:
+            self.frozen_text = tower_digest(self.model.text)
 
     def _init_image(self, start: Initializer) -> None:
         config, tower = self._config, self.model.image
@@ -203,8 +211,9 @@ class LockedObjective(ContrastiveObjective):
         """
         config = self.model.config
         patches = max(metrics["image_tokens"] - (config.image.class_token != "none"), 0.0)
+        tokens = metrics["text_tokens"]
         image = tower_flops(config.image, patches) if patches else 0.0  # stored before
-        text = tower_flops(config.text, metrics["text_tokens"])
+        text = tower_flops(config.text, tokens) if tokens else 0.0
         of_image = 3 if self._config.train_image == "all" else 1
         of_text = 3 if self._config.train_text == "all" else 1
         total = of_image * image + of_text * text + 3 * projection_flops(config)

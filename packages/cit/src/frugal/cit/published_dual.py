@@ -250,6 +250,11 @@ def kind_of(model: Any, wanted: str | None = None) -> str:
         raise InputError(
             "released models have a BERT that pools itself; model.text of this run is none"
         )
+    if model.head_width is not None:
+        raise InputError(
+            f"released models have projections of one layer; model.head_width={model.head_width} "
+            "has no place there: python -m frugal.common.export --to frugal keeps it"
+        )
     kind = transformers_config(text.facts).model_type
     if kind != "bert":
         raise InputError(f"released models have a BERT; model.text of this run is a {kind}")

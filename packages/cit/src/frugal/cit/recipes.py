@@ -284,10 +284,32 @@ def demo_lit() -> Recipe:
     return replace(recipe, data=data, objective=objective)
 
 
+def demo_align() -> Recipe:
+    """Both towers of FLIP's demo stored, and new heads alone trained, on all pairs of the scenes.
+
+    Store them first: ``python -m frugal.common.embed --checkpoint runs/flip-demo --texts --output
+    pooled --data data/scenes/train --out data/scenes_both_vectors``. As SAIL does it with towers
+    that were trained apart (arXiv:2412.04616); ``--model.head-width`` makes a head of two layers.
+    """
+    recipe = demo_lit()
+    data: Any = recipe.data
+    stored = Path("data/scenes_both_vectors")
+    return replace(
+        recipe,
+        data=replace(data, stored=stored, stored_texts=stored),
+        objective=replace(
+            recipe.objective,  # type: ignore[type-var]
+            train_text="none",
+            text_weights="runs/flip-demo",
+        ),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "demo-stored": demo_stored,
     "demo-lit": demo_lit,
+    "demo-align": demo_align,
     "demo-milan": demo_milan,
     "yfcc15m-in1k-moco-b16": yfcc15m_in1k_moco_b16,
     "yfcc100m-in1k-moco-b16": yfcc100m_in1k_moco_b16,

@@ -55,6 +55,8 @@ class Batch:
     features: Tensor | None = None
     """(B, D) float32: what a frozen image tower has put out for each image, before its projection;
     of training on stored vectors."""
+    text_features: Tensor | None = None
+    """(B, D) float32: the same of a frozen text tower and each caption; no tokens come then."""
     groups: Tensor | None = None
     """(B,) int64: samples of equal numbers are no strangers to each other, where an objective asks
     for that; of samples without a group their own number."""
@@ -261,6 +263,8 @@ class Objective(nn.Module):
     begins without those of the run before it, or draws its own where that has none."""
     frozen_image: str = ""
     """Digest of a frozen image tower that a new run has begun with; empty elsewhere."""
+    frozen_text: str = ""
+    """And of a frozen text tower."""
 
     @override
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,9 +5,10 @@
     and how many images and captions were embedded;
 ``OUT/00000.safetensors``, one per shard, rows in the order of its samples
     ``image`` (S, V, E), or ``image_pooled`` (S, V, D): V views of every image; ``image_valid`` (S,)
-    bool, False where an image could not be read, whose rows are 0; ``text`` (T, E): all captions;
-    ``text_sample`` (T,) int64: the sample that each is of. Where no image, or no caption, of a
-    shard can be read, its rows are not there. The header says what a file is of.
+    bool, False where an image could not be read, whose rows are 0; ``text`` (T, E), or
+    ``text_pooled`` (T, D): all captions; ``text_sample`` (T,) int64: the sample that each is of.
+    Where no image, or no caption, of a shard can be read, its rows are not there. The header says
+    what a file is of.
 
 Every shard is embedded by one process, alone: what is stored does not depend on how many there are.
 What is there already is kept, so that the same command goes on where it was interrupted.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,16 +39,33 @@ from frugal.common.data.loader import Loader
 from frugal.common.data.patterns import find_files, is_stream
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import Source, index_missing, open_source
-from frugal.common.data.stored_vectors import HEADER, INDEX, POOLED, PROJECTED, VALID
+from frugal.common.data.stored_vectors import (
+    HEADER,
+    INDEX,
+    POOLED,
+    POOLED_TEXT,
+    PROJECTED,
+    PROJECTED_TEXT,
+    TEXT_SAMPLE,
+    VALID,
+    VERSION,
+)
 from frugal.common.data.stores.index import count_altered
 from frugal.common.data.stream import ReaderCache
+from frugal.common.data.tokenizers import padded
 from frugal.common.data.transforms import CenterCrop, RandomResizedCrop
 from frugal.common.distributed import barrier, gather_objects, leave_process_group
 from frugal.common.errors import InputError
-from frugal.common.evaluation.embed import Embedder, autocast, evaluating, product_dtype
+from frugal.common.evaluation.embed import (
+    TEXTS_AT_ONCE,
+    Embedder,
+    autocast,
+    evaluating,
+    product_dtype,
+)
 from frugal.common.evaluation.provenance import (
     config_digest,
-    image_tower_digest,
+    tower_digest,
     weights_digest,
 )
 from frugal.common.files import cannot_write, read_json_object, reason_of, write_json
@@ -83,8 +101,9 @@ class Options:
     texts: bool = False
     """Embed captions, all that a sample has."""
     output: Output = "projected"
-    """Of images: projected, unit vectors in the space of captions (of a tower alone what it pools,
-    scaled to length 1); pooled, what the tower hands to its projection, as it is; or both."""
+    """Projected, unit vectors in the space that images and captions share (of an image tower alone
+    what it pools, scaled to length 1); pooled, what each tower hands to its projection, as it is;
+    or both."""
     views: Count = 1
     """Views of every image: one is the crop that the model is evaluated with, several are random
     ones, drawn as --augmentation says."""
@@ -185,12 +204,12 @@ class _Towers:
     """A model that is asked for what is to be stored."""
 
     def __init__(
-        self, bundle: ModelBundle, run: Run, options: Options, tower: nn.Module | None
+        self, bundle: ModelBundle, run: Run, options: Options, towers: Mapping[str, nn.Module]
     ) -> None:
-        """Take a model, and its image tower where what that pools is to be stored."""
+        """Take a model, and those of its towers of which what they pool is to be stored."""
         self._embedder = Embedder.of(bundle, run)
         self._model: Any = bundle.model
-        self._tower: Any = None if tower is None else tower.to(run.device).eval()
+        self._towers: Any = {name: each.to(run.device).eval() for name, each in towers.items()}
         self._projects = options.output != "pooled"
         self._device = torch.device(run.device)
         self._dtype = _DTYPES[options.dtype]
@@ -204,17 +223,17 @@ class _Towers:
 
     def images(self, pixels: Tensor, views: int) -> dict[str, Tensor]:
         """(b V, 3, H, W) pixels to (b, V, E) on the CPU, by the name that they are stored under."""
-        if self._tower is None:
-            found = {PROJECTED: self._embedder.images(pixels)}
-        else:
+        if "image" in self._towers:
             found = self._pooled(pixels)
+        else:
+            found = {PROJECTED: self._embedder.images(pixels)}
         return {name: self._stored(each).unflatten(0, (-1, views)) for name, each in found.items()}
 
     def _pooled(self, pixels: Tensor) -> dict[str, Tensor]:
         """What the tower pools, and what becomes of it: the tower computes once for both."""
         pixels = self._embedder.normalized(pixels.to(self._device))
         with autocast(self._embedder.precision, self._device):
-            pooled = self._tower.forward_pooled(pixels).float()
+            pooled = self._towers["image"].forward_pooled(pixels).float()
             found = {POOLED: pooled}
             if self._projects:
                 has_space = isinstance(self._model, DualEncoder)
@@ -222,11 +241,32 @@ class _Towers:
                 found[PROJECTED] = F.normalize(projected.float(), dim=-1)
         return found
 
-    def texts(self, captions: Sequence[str]) -> Tensor:
-        """(T, E) on the CPU."""
-        found = self._stored(self._embedder.texts(captions))
+    def texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """(T, E) on the CPU, by the name that they are stored under."""
+        if "text" in self._towers:
+            found = self._pooled_texts(captions)
+        else:
+            found = {PROJECTED_TEXT: self._embedder.texts(captions)}
         self.cut += len(self._embedder.cut)
         self._embedder.cut.clear()  # of all captions of a large set it would hold too many
+        return {name: self._stored(rows) for name, rows in found.items()}
+
+    def _pooled_texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        parts: list[Tensor] = []
+        for start in range(0, len(captions), TEXTS_AT_ONCE):
+            some = captions[start : start + TEXTS_AT_ONCE]
+            ids = [self._embedder.token_ids(text) for text in some]
+            token_ids, lengths = padded(ids, self._embedder.tokenizer)
+            with autocast(self._embedder.precision, self._device):
+                pooled = self._towers["text"].forward_pooled(
+                    token_ids.to(self._device), lengths.to(self._device)
+                )
+            parts.append(pooled.float())
+        found = {POOLED_TEXT: torch.cat(parts)}
+        if self._projects:
+            with autocast(self._embedder.precision, self._device):
+                projected = self._model.project_text(found[POOLED_TEXT])
+            found[PROJECTED_TEXT] = F.normalize(projected.float(), dim=-1)
         return found
 
     def _stored(self, rows: Tensor) -> Tensor:
@@ -260,8 +300,8 @@ def embed(options: Options) -> None:
     bundle.model.to(run.device)
     join(run)
     source = _open(options, run)
-    tower = _image_tower(bundle) if options.output != "projected" else None
-    about = _about(options, bundle, tower, product_dtype(bundle.precision, run.device))
+    pooling = _pooling_towers(options, bundle)
+    about = _about(options, bundle, pooling, product_dtype(bundle.precision, run.device))
     jobs = _jobs(options, source)
     _begin(options.out, about, jobs, run)
     missing = [job for job in jobs if not _is_stored(job, about)]
@@ -275,7 +315,7 @@ def embed(options: Options) -> None:
     samples = _Samples(
         source, options, size=bundle.image.height_width, crop=bundle.transform, firsts=firsts
     )
-    towers = _Towers(bundle, run, options, tower)
+    towers = _Towers(bundle, run, options, pooling)
     mistake, remarks = "", list[str]()
     try:
         with evaluating(bundle.model):
@@ -302,8 +342,8 @@ def embed(options: Options) -> None:
 def _check(options: Options) -> None:
     if not options.images and not options.texts:
         raise InputError("--no-images without --texts leaves nothing to embed; add --texts")
-    if not options.images and (options.views > 1 or options.output != "projected"):
-        raise InputError("--views and --output are of images; leave out --no-images")
+    if not options.images and options.views > 1:
+        raise InputError("--views are of images; leave out --no-images")
 
 
 def _open(options: Options, run: Run) -> Source:
@@ -327,20 +367,38 @@ def _open(options: Options, run: Run) -> Source:
     return source
 
 
-def _image_tower(bundle: ModelBundle) -> nn.Module:
-    """What pools images; raises ``InputError`` where no tower of this library does."""
-    if isinstance(bundle.model, DualEncoder):
-        return bundle.model.image
-    return image_encoder(bundle).build(needs_norm=False)
+def _pooling_towers(options: Options, bundle: ModelBundle) -> dict[str, nn.Module]:
+    """What pools images and captions, of those of which that is to be stored.
+
+    Raises:
+        InputError: where no tower of this library does.
+    """
+    if options.output == "projected":
+        return {}
+    towers: dict[str, nn.Module] = {}
+    model: Any = bundle.model
+    is_dual = isinstance(model, DualEncoder)
+    if options.images:
+        towers["image"] = model.image if is_dual else image_encoder(bundle).build(needs_norm=False)
+    if options.texts:
+        if not is_dual:
+            raise InputError(
+                f"--output {options.output} needs a text tower that pools captions, which the "
+                f"{type(model).__name__} of {options.checkpoint} does not have; take --output "
+                "projected"
+            )
+        towers["text"] = model.text
+    return towers
 
 
 def _about(
-    options: Options, bundle: ModelBundle, tower: nn.Module | None, products: torch.dtype
+    options: Options, bundle: ModelBundle, towers: Mapping[str, nn.Module], products: torch.dtype
 ) -> dict[str, Any]:
     """What embeddings depend on beside the samples."""
     told: dict[str, Any] = {
+        "version": VERSION,
         "model": {"weights": weights_digest(bundle.model), "config": config_digest(bundle)},
-        "tower": "" if tower is None else image_tower_digest(tower),
+        "tower": tower_digest(towers["image"], bundle.image) if "image" in towers else "",
         "dtype": options.dtype,
         "products": str(products).removeprefix("torch."),
         "images": options.images,
@@ -351,6 +409,8 @@ def _about(
         told |= {"output": options.output, "views": options.views}
         cut = options.augmentation if options.views > 1 else bundle.transform
         told |= {"crop": to_json(cut), "seed": options.seed if options.views > 1 else None}
+    if "text" in towers:
+        told |= {"text_output": options.output, "text_tower": tower_digest(towers["text"])}
     return told
 
 
@@ -392,6 +452,8 @@ def _refuse_others(out: Path, about: dict[str, Any], jobs: Sequence[_Job]) -> No
     found = read_json_object(out / INDEX)
     if not isinstance(found.get("about"), dict) or not isinstance(found.get("shards"), list):
         raise InputError(f"{out / INDEX} is not of embeddings; choose another --out")
+    if found["about"].get("version") != VERSION:
+        raise InputError(f"{out} holds embeddings that another version wrote; choose another --out")
     for name in sorted(about.keys() | found["about"].keys()):
         before, now = found["about"].get(name), about.get(name)
         if before != now:
@@ -509,9 +571,9 @@ def _embedded(found: dict[str, Any], towers: _Towers, options: Options) -> dict[
                 tensors[name] = whole
     if options.texts:
         places = [place for place, _ in found["captions"]]
-        tensors["text_sample"] = torch.tensor(places, dtype=torch.int64)
+        tensors[TEXT_SAMPLE] = torch.tensor(places, dtype=torch.int64)
         if places:
-            tensors["text"] = towers.texts([text for _, text in found["captions"]])
+            tensors |= towers.texts([text for _, text in found["captions"]])
     return tensors
 
 
@@ -521,7 +583,7 @@ def _write(job: _Job, parts: Sequence[dict[str, Tensor]], about: dict[str, Any])
     dtypes = {name: each[name].dtype for each in parts for name in each}
     tensors = {}
     for name, shape in names.items():
-        counted = "text_sample" if name == "text" else VALID
+        counted = TEXT_SAMPLE if name in (PROJECTED_TEXT, POOLED_TEXT) else VALID
         tensors[name] = torch.cat(
             [
                 each[name] if name in each
@@ -549,8 +611,8 @@ def _finish(out: Path, about: dict[str, Any], jobs: Sequence[_Job], run: Run) ->
             found = {}
             if VALID in file.keys():  # noqa: SIM118 - it is no mapping
                 found["images"] = int(file.get_tensor(VALID).sum())
-            if "text_sample" in file.keys():  # noqa: SIM118
-                found["texts"] = file.get_slice("text_sample").get_shape()[0]
+            if TEXT_SAMPLE in file.keys():  # noqa: SIM118
+                found["texts"] = file.get_slice(TEXT_SAMPLE).get_shape()[0]
         counts.append(found)
     write_json(out / INDEX, _index(about, jobs, counts))
     total = Counter[str]()

@@ -229,6 +229,11 @@ class ObjectiveConfig(ABC):
         return False
 
     @property
+    def takes_text_vectors(self) -> bool:
+        """Whether stored vectors of a frozen text tower may stand in the place of captions."""
+        return False
+
+    @property
     def groups_by(self) -> GroupsBy | None:
         """What makes samples of a batch belong together; None where each stands alone."""
         return None

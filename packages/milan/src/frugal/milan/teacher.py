@@ -223,6 +223,11 @@ def load_teacher(teacher: Teacher, student: ImageTower) -> FrozenTeacher:
             f"the teacher {teacher.source} has no class token, whose attention says which patches "
             "matter; choose another one"
         )
+    if any(name.startswith("image_head.") for name in stored.rest):
+        raise InputError(
+            f"the teacher {teacher.source} has heads of two layers (model.head_width), which know "
+            "whole images and no patches; choose another one"
+        )
     if missing := stored.missing():
         raise InputError(f"the teacher {teacher.source} has no {missing[0]}; it is incomplete")
     _log_teacher(stored, teacher, student)

@@ -29,7 +29,16 @@ from frugal.common.data.resampled import ResampledStream, ShardDraws
 from frugal.common.data.sample_transform import SampleTransform
 from frugal.common.data.samples import Fields, Shard, image_extensions
 from frugal.common.data.sources import Source, index_missing, open_source
-from frugal.common.data.stored_vectors import INDEX, StoredVectors, open_vectors, width_of
+from frugal.common.data.stored_vectors import (
+    IMAGES,
+    INDEX,
+    TEXTS,
+    StoredTexts,
+    StoredVectors,
+    open_texts,
+    open_vectors,
+    width_of,
+)
 from frugal.common.data.stores.class_folders import keep_classes
 from frugal.common.data.stores.folder import FileList, refuse_without_words
 from frugal.common.data.stores.url import can_read
@@ -43,6 +52,7 @@ from frugal.common.files import read_bytes, reason_of
 from frugal.common.ranges import Count, CountOrZero, Positive, Share, Weight, check_ranges
 from frugal.common.recipe import DataConfig, ModelInputs, Recipe
 from frugal.common.reduction.image import KeepAll
+from frugal.common.reduction.text import Truncate
 from frugal.common.run import Run
 
 
@@ -64,6 +74,9 @@ class StoredData(DataConfig):
     stored: Path | None = None
     """What frugal.common.embed --output pooled has written of train: images are not read then, nor
     cut; for objectives that leave the image tower as it is."""
+    stored_texts: Path | None = None
+    """What frugal.common.embed --texts --output pooled has written of train, perhaps the same
+    folder: captions are not encoded then; for objectives that leave the text tower as it is."""
     augmentation: Augmentation = field(default_factory=RandomResizedCrop)
     shuffle_shards: Count = 16
     """Shards whose samples are mixed with one another."""
@@ -109,14 +122,19 @@ class StoredData(DataConfig):
         read = {
             "data.subset": self.subset,
             "data.stored": None if self.stored is None else self.stored / INDEX,
+            "data.stored_texts": None if self.stored_texts is None else self.stored_texts / INDEX,
         }
         return {name: _digest(path, name) for name, path in read.items() if path is not None}
 
     @override
     def check(self, recipe: Recipe) -> None:
-        """Refuse stored vectors where images are needed."""
-        if self.stored is None:
-            return
+        """Refuse stored vectors where images or tokens are needed."""
+        if self.stored is not None:
+            self._check_stored(recipe)
+        if self.stored_texts is not None:
+            self._check_stored_texts(recipe)
+
+    def _check_stored(self, recipe: Recipe) -> None:
         if not recipe.objective.takes_vectors:
             raise InputError(
                 f"data.stored {self.stored} holds what an image tower puts out, which "
@@ -128,10 +146,35 @@ class StoredData(DataConfig):
                 f"reduction.image {type(recipe.reduction.image).__name__} leaves out patches, but "
                 "data.stored has images no more; choose frugal.common.reduction.image.KeepAll"
             )
-        if recipe.objective.groups_by == "field" or self.resampled_samples is not None:
+        if recipe.objective.groups_by == "field":
             raise InputError(
-                "data.stored goes with captions that are read by number; leave out "
-                "objective.positives group and data.resampled_samples"
+                "objective.positives is group, but of a sample whose image is stored nothing but "
+                "captions is read; leave it out, or data.stored"
+            )
+        if self.resampled_samples is not None:
+            raise InputError(
+                "data.stored goes with samples that are read by number; leave out "
+                "data.resampled_samples"
+            )
+
+    def _check_stored_texts(self, recipe: Recipe) -> None:
+        if not recipe.objective.takes_text_vectors:
+            raise InputError(
+                f"data.stored_texts {self.stored_texts} holds what a text tower puts out, which "
+                f"{type(recipe.objective).__name__} would train or reads the tokens of; choose "
+                "frugal.cit's LockedContrastive with --objective.train-text none and without a "
+                "token loss, or leave it out"
+            )
+        if type(recipe.reduction.text) is not Truncate:
+            raise InputError(
+                f"reduction.text {type(recipe.reduction.text).__name__} chooses among the tokens "
+                "of a caption, but data.stored_texts has none any more; choose "
+                "frugal.common.reduction.text.Truncate"
+            )
+        if self.resampled_samples is not None:
+            raise InputError(
+                "data.stored_texts goes with samples that are read by number; leave out "
+                "data.resampled_samples"
             )
 
     def build(
@@ -241,7 +284,7 @@ def _vectors_of(
     """
     if data.stored is None:
         return None
-    vectors = open_vectors(data.stored, sources, seed=recipe.run.seed)
+    vectors = open_vectors(data.stored, sources, data.sample_fields, seed=recipe.run.seed)
     digest = "" if engine is None else engine.objective.frozen_image
     if digest and digest != vectors.tower:
         raise InputError(
@@ -253,6 +296,30 @@ def _vectors_of(
         data.stored, vectors.views, vectors.width,
     )  # fmt: skip
     return vectors
+
+
+def _texts_of(
+    data: StoredData, sources: Sequence[Source], run: Run, engine: TrainedModel | None
+) -> StoredTexts | None:
+    """The stored vectors of the captions of a run, if it trains on such.
+
+    Raises:
+        InputError: if they are of other data, or of another tower than the run's.
+    """
+    if data.stored_texts is None:
+        return None
+    texts = open_texts(data.stored_texts, sources, data.sample_fields)
+    digest = "" if engine is None else engine.objective.frozen_text
+    if digest and digest != texts.tower:
+        raise InputError(
+            f"data.stored_texts {data.stored_texts} is of another text tower than the one that "
+            "this run starts from; embed the data with that one"
+        )
+    run.log.info(
+        "captions are not encoded: %s holds their vectors, %d numbers each",
+        data.stored_texts, texts.width,
+    )  # fmt: skip
+    return texts
 
 
 def _indexed(
@@ -268,7 +335,13 @@ def _indexed(
     if transform.num_classes is not None:
         _keep_classes(opened.sources, recipe, run, is_resumed=rank_slice.first_sample > 0)
     return IndexedStream(
-        OrderedSamples(opened.readers, opened.order, transform, vectors=opened.vectors),
+        OrderedSamples(
+            opened.readers,
+            opened.order,
+            transform,
+            vectors=opened.vectors,
+            texts=opened.texts,
+        ),
         rank_slice,
         epoch_samples=opened.order.samples,
         workers=data.workers,
@@ -298,6 +371,8 @@ class OpenedData:
     contents: Contents
     vectors: StoredVectors | None
     """What is stored of images, which are not read then."""
+    texts: StoredTexts | None
+    """What is stored of captions, which do not become tokens then."""
 
 
 def open_data(
@@ -315,7 +390,7 @@ def open_data(
         data: the part of a recipe.
         recipe: the whole.
         run: is told what was found.
-        engine: holds the model, whose frozen image tower stored vectors must be of.
+        engine: holds the model, whose frozen towers stored vectors must be of.
         num_classes: classes that the model tells apart; None where it needs none.
         called: what it is, and what it has, in the log.
 
@@ -335,7 +410,8 @@ def open_data(
     readers = ReaderCache(shards, data.sample_fields, sources=_entries_of(sources))
     _check_groups(data, recipe, run, readers, order)
     vectors = _vectors_of(data, sources, recipe, run, engine)
-    return OpenedData(sources, shards, readers, order, contents, vectors)
+    texts = _texts_of(data, sources, run, engine)
+    return OpenedData(sources, shards, readers, order, contents, vectors, texts)
 
 
 _LOOKED_AT = 64
@@ -454,7 +530,10 @@ def make_transform(data: StoredData, recipe: Recipe) -> SampleTransform:
         num_classes=inputs.num_classes,
         caption_weights=data.sample_fields.weights,
         groups_by=recipe.objective.groups_by,
-        vector_width=None if data.stored is None else width_of(data.stored),
+        vector_width=None if data.stored is None else width_of(data.stored, IMAGES),
+        text_vector_width=(
+            None if data.stored_texts is None else width_of(data.stored_texts, TEXTS)
+        ),
     )
 
 

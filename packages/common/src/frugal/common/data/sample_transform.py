@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ class SampleTransform:
     """How often each of the captions is drawn, of samples with one for every field."""
     vector_width: int | None = None
     """Of stored vectors that stand in the place of images."""
+    text_vector_width: int | None = None
+    """Of stored vectors that stand in the place of captions."""
     groups_by: GroupsBy | None = None
     """What samples belong together by, where an objective asks for that."""
 
@@ -51,19 +54,23 @@ class SampleTransform:
 
     def caption(self, raw: RawSample, number: int) -> str:
         """One of the captions, drawn by their weights; raises ``Damaged`` if there is none."""
+        row = self.caption_row(raw, number)
+        return _with_text(raw.captions)[row]
+
+    def caption_row(self, raw: RawSample, number: int) -> int:
+        """Which one is drawn, counted without blank ones; raises ``Damaged`` if there is none."""
         if not raw.captions:
             names = f"; its members are {describe_members(raw.names)}" if raw.names else ""
             raise Damaged("no caption", f"nothing that --data.fields.caption names has text{names}")
         if len(raw.captions) == 1:
-            return raw.captions[0]
-        # of separate fields, those that the sample lacks are blank and must not be drawn
-        captions = [text for text in raw.captions if text] or raw.captions
+            return 0
+        count = len(_with_text(raw.captions))
         generator = sample_generator(self.seed, "caption", number)
         if len(self.caption_weights) != len(raw.captions):  # a class folder has one for all fields
-            return captions[int(generator.integers(len(captions)))]
+            return int(generator.integers(count))
         pairs = zip(raw.captions, self.caption_weights, strict=True)
         weights = np.array([weight for text, weight in pairs if text])
-        return captions[int(generator.choice(len(captions), p=weights / weights.sum()))]
+        return int(generator.choice(count, p=weights / weights.sum()))
 
     def token_ids(self, caption: str, number: int) -> list[int] | PositionedTokens:
         """At most ``text_length`` ids of the tokens of a caption that stay."""
@@ -89,6 +96,11 @@ class SampleTransform:
         return raw.label
 
 
+def _with_text(captions: Sequence[str]) -> Sequence[str]:
+    """Those that may be drawn: of separate fields, those that a sample lacks are blank."""
+    return [text for text in captions if text] or captions
+
+
 @dataclass
 class Collator:
     """Collates samples: fills the slots of one batch in order.
@@ -111,8 +123,12 @@ class Collator:
         self.features: np.ndarray | None = None
         if transform.vector_width is not None:
             self.features = np.zeros((count, transform.vector_width), np.float32)
+        self.text_features: np.ndarray | None = None
+        if transform.text_vector_width is not None:
+            self.text_features = np.zeros((count, transform.text_vector_width), np.float32)
         self.valid = np.zeros(count, np.bool_)
-        if transform.tokenizer is not None:
+        self._reads_tokens = transform.tokenizer is not None and self.text_features is None
+        if transform.tokenizer is not None and self._reads_tokens:
             shape = (count, transform.text_length)
             self.token_ids = np.full(shape, transform.tokenizer.pad_id, np.int64)
             # one token, so that attention over the empty slot of a damaged sample stays finite
@@ -125,12 +141,18 @@ class Collator:
         self.groups = None if transform.groups_by is None else self.numbers.astype(np.int64)
 
     def add(
-        self, key: str, raw: RawSample, *, source: int = 0, vector: np.ndarray | None = None
+        self,
+        key: str,
+        raw: RawSample,
+        *,
+        source: int = 0,
+        vector: np.ndarray | None = None,
+        text_vector: np.ndarray | None = None,
     ) -> None:
         """Prepare a sample and put it into the next slot; raises ``Damaged`` if it cannot be.
 
         ``source`` is the entry of ``data.train`` that it comes from, ``vector`` what is stored of
-        its image, where vectors are stored.
+        its image and ``text_vector`` of the caption that is drawn, where vectors are stored.
         """
         slot = len(self.keys)
         number = int(self.numbers[slot])
@@ -140,12 +162,15 @@ class Collator:
         caption = ""
         if self.transform.tokenizer is not None:
             caption = self.transform.caption(raw, number)
-            tokens = self.transform.token_ids(caption, number)
+            if self._reads_tokens:
+                tokens = self.transform.token_ids(caption, number)
         label = self.transform.label(raw)
         if self.features is None:
             self.images[slot] = self.transform.image(raw, number)
         elif vector is not None:
             self.features[slot] = vector
+        if self.text_features is not None and text_vector is not None:
+            self.text_features[slot] = text_vector
         if label is not None:
             self._add_label(slot, label)
         if tokens is not None:
@@ -190,11 +215,13 @@ class Collator:
             "damage_notes": self.notes,
             "sources": dict(self.sources),
         }
-        if self.transform.tokenizer is not None:
+        if self._reads_tokens:
             fields["token_ids"] = torch.from_numpy(self.token_ids)  # (B, T)
             fields["text_lengths"] = torch.from_numpy(self.lengths)  # (B,)
         if self.features is not None:
             fields["features"] = torch.from_numpy(self.features)  # (B, D)
+        if self.text_features is not None:
+            fields["text_features"] = torch.from_numpy(self.text_features)  # (B, D)
         if self.groups is not None:
             fields["groups"] = torch.from_numpy(self.groups)  # (B,)
         if self.labels is not None:

@@ -23,7 +23,7 @@ from frugal.common.data.loader import WAIT, Loader
 from frugal.common.data.order import Order
 from frugal.common.data.sample_transform import Collator, SampleTransform
 from frugal.common.data.samples import Fields, RawSample, Reader, Shard
-from frugal.common.data.stored_vectors import StoredVectors
+from frugal.common.data.stored_vectors import StoredTexts, StoredVectors
 from frugal.common.files import raise_open_files_limit, reason_of, refuse_exhaustion
 from frugal.common.recipe import Recipe
 from frugal.common.run import Run
@@ -100,6 +100,7 @@ class OrderedSamples(Dataset[dict[str, Any]]):
         *,
         choose: Callable[[RawSample, int], RawSample] | None = None,
         vectors: StoredVectors | None = None,
+        texts: StoredTexts | None = None,
     ) -> None:
         """Put samples in an order.
 
@@ -109,12 +110,14 @@ class OrderedSamples(Dataset[dict[str, Any]]):
             transform: what is done to them.
             choose: what of a sample is used, from the sample and its number; all by default.
             vectors: what is stored of images, which are not read then.
+            texts: what is stored of captions, which do not become tokens then.
         """
         self._readers = readers
         self._order = order
         self._transform = transform
         self._choose = choose
         self._vectors = vectors
+        self._texts = texts
 
     def __getitem__(self, numbers: np.ndarray) -> dict[str, Any]:
         """The fields of the ``Batch`` of some sample numbers (B,), damaged samples included."""
@@ -135,7 +138,12 @@ class OrderedSamples(Dataset[dict[str, Any]]):
                     vector = self._vectors.of(shard, index, number)
                     raw = RawSample(b"", reader.captions(index))
                 raw = raw if self._choose is None else self._choose(raw, number)
-                collator.add(key, raw, source=source, vector=vector)
+                text = None
+                if self._texts is not None:
+                    row = self._transform.caption_row(raw, number)
+                    captions = sum(map(bool, raw.captions))
+                    text = self._texts.of(shard, index, row, captions)
+                collator.add(key, raw, source=source, vector=vector, text_vector=text)
             except Damaged as damaged:
                 collator.skip(key, damaged, source=source)
         return collator.fields()

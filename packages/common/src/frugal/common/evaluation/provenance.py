@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from frugal.common.data.stored_images import IMAGE, digest_of, num_repeated
 from frugal.common.distributed import Ranks
-from frugal.common.models.bundle import ModelBundle
+from frugal.common.models.bundle import ImageSpec, ModelBundle
 from frugal.common.recipe_json import to_json
 
 _PACKAGES = (
@@ -44,9 +44,21 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def image_tower_digest(tower: nn.Module) -> str:
-    """As :func:`weights_digest`, of an image tower without its projection."""
-    state = {n: t for n, t in tower.state_dict().items() if not n.startswith("projection.")}
+def tower_digest(tower: nn.Module, image: ImageSpec | None = None) -> str:
+    """As :func:`weights_digest`, of a tower without its projection, and of the images it takes.
+
+    Tables that are computed count as well. What else decides about what weights compute (heads,
+    activations, poolings) is compared wherever weights are taken, and is left to that.
+
+    Args:
+        tower: of images or texts.
+        image: what a tower of images takes.
+    """
+    whole = dict(tower.named_buffers()) | tower.state_dict()
+    state = {n: t for n, t in whole.items() if not n.startswith("projection.")}
+    if image is not None:
+        told = (*image.height_width, *image.mean, *image.std)
+        state["images"] = torch.tensor(told, dtype=torch.float64)
     return _digest(state)
 
 

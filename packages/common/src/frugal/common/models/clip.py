@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from frugal.common.errors import InputError
-from frugal.common.models.initialize import Initialization
+from frugal.common.models.initialize import Initialization, normal
 from frugal.common.models.positions import resample_grid, resample_length
 from frugal.common.models.text import TextTower
 from frugal.common.models.vit import ImageTower
@@ -28,6 +28,9 @@ class DualEncoderConfig(ModelConfig):
     text: TextTower
     embed_dim: Count
     """Width of the space that both project to, without bias."""
+    head_width: Count | None = None
+    """Hidden width of heads of two linear layers with a GELU between them, as vectors of frozen
+    towers may need; without it the head of a tower is one linear layer."""
     initial_logit_scale: float = math.log(1 / 0.07)
     """Logarithm of the factor on the cosines."""
     initial_logit_bias: float | None = None
@@ -76,8 +79,9 @@ class DualEncoder(nn.Module):
         """Build the layers; :func:`build` draws their weights from a generator."""
         super().__init__()
         self.config = config
-        self.image: Any = config.image.module(config.embed_dim)
-        self.text: Any = config.text.module(config.embed_dim)
+        self.image: Any = config.image.module(config.head_width or config.embed_dim)
+        self.text: Any = config.text.module(config.head_width or config.embed_dim)
+        self.image_head, self.text_head = _second_layer(config), _second_layer(config)
         # one dimension, not none: DeepSpeed cannot take a parameter without one
         self.logit_scale = nn.Parameter(torch.full((1,), config.initial_logit_scale))
         self.register_parameter("logit_bias", None)
@@ -89,18 +93,21 @@ class DualEncoder(nn.Module):
 
         Images are uint8, which is normalized here, or float that is normalized already.
         """
-        return unit(self.image(images, kept), self.config.norm_epsilon)
+        return self._unit_image(self.image(images, kept))
+
+    def _unit_image(self, projected: Tensor) -> Tensor:
+        return unit(self.image_head(projected), self.config.norm_epsilon)
 
     def encode_image_and_patches(
         self, images: Tensor, kept: KeptPatches | None = None
     ) -> tuple[Tensor, Tensor]:
         """The same, and (B, D) means of the patches that are seen, after the last norm."""
         embeddings, patches = self.image(images, kept, output="embedding and patches")
-        return unit(embeddings, self.config.norm_epsilon), patches
+        return self._unit_image(embeddings), patches
 
     def project_image(self, pooled: Tensor) -> Tensor:
         """(B, D) vectors that the image tower has pooled to (B, E) unit float32."""
-        return unit(self.image.projection(pooled), self.config.norm_epsilon)
+        return self._unit_image(self.image.projection(pooled))
 
     def encode_text(
         self,
@@ -113,7 +120,14 @@ class DualEncoder(nn.Module):
         Without lengths a caption ends where its padding begins; for a tower that pools the end of
         the text, at its largest id, as in CLIP: give the lengths of any other tokenizer.
         """
-        return unit(self.text(token_ids, text_lengths, text_positions), self.config.norm_epsilon)
+        return self._unit_text(self.text(token_ids, text_lengths, text_positions))
+
+    def _unit_text(self, projected: Tensor) -> Tensor:
+        return unit(self.text_head(projected), self.config.norm_epsilon)
+
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """(B, D) vectors that the text tower has pooled to (B, E) unit float32."""
+        return self._unit_text(self.text.projection(pooled))
 
     def forward(
         self,
@@ -148,9 +162,20 @@ class DualEncoder(nn.Module):
         """Draw every weight afresh, as ``config.initialization`` says."""
         for tower in (self.image, self.text):
             tower.initialize(generator, self.config.initialization)
+        for head in (self.image_head, self.text_head):
+            for layer in head.children():
+                if isinstance(layer, nn.Linear):
+                    normal(layer.weight, layer.in_features**-0.5, generator)
         self.logit_scale.fill_(self.config.initial_logit_scale)
         if self.logit_bias is not None and self.config.initial_logit_bias is not None:
             self.logit_bias.fill_(self.config.initial_logit_bias)
+
+
+def _second_layer(config: DualEncoderConfig) -> nn.Module:
+    """What follows the projection of a tower, in a head of two layers."""
+    if config.head_width is None:
+        return nn.Identity()
+    return nn.Sequential(nn.GELU(), nn.Linear(config.head_width, config.embed_dim, bias=False))
 
 
 def _evaluate_if_frozen(module: nn.Module) -> None:

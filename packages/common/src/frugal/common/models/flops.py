@@ -60,4 +60,6 @@ def projector_flops(tower: ImageTower) -> float:
 
 def projection_flops(config: DualEncoderConfig) -> float:
     """Forward FLOPs of both projections of one pair into the shared space."""
-    return 2 * config.embed_dim * (config.image.pooled_width + config.text.width)
+    width = config.head_width or config.embed_dim
+    second = 0 if config.head_width is None else 2 * width * config.embed_dim
+    return 2 * width * (config.image.pooled_width + config.text.width) + 2 * second

@@ -121,6 +121,8 @@ def image_encoder(bundle: ModelBundle, *, with_pooled_norm: bool = True) -> Imag
     weights = bundle.model.state_dict()
     state = {n.removeprefix("image."): t for n, t in weights.items() if n.startswith("image.")}
     rest = {name: tensor for name, tensor in weights.items() if not name.startswith("image.")}
+    if any(name.startswith("image_head.") for name in rest):
+        del state["projection.weight"]  # no projection: the first layer of a head
     for leaf in ("weight", "bias"):
         # a classifier has the norm of what it pools beside the tower
         if with_pooled_norm and (name := f"fc_norm.{leaf}") in rest:

@@ -226,21 +226,17 @@ class ContrastiveObjective(Objective):
 
     def _encode(self, batch: Batch) -> Encoded:
         batch = self._colored(batch)
-        if batch.token_ids is None:
-            raise InputError(
-                "a contrastive objective needs captions, but the data has none; choose a source "
-                "of image-text pairs"
-            )
         bias = self.model.logit_bias
         images, patches, token_losses = self._encode_images(batch)
+        texts, text_tokens = self._encode_texts(batch)
         return Encoded(
             images=images,
-            texts=self.model.encode_text(batch.token_ids, batch.text_lengths, batch.text_positions),
+            texts=texts,
             # copies: under ZeRO-3 and FSDP a parameter may be gone when this call returns
             log_scale=self.model.logit_scale.clone(),
             logit_bias=None if bias is None else bias.clone(),
             patches=patches,
-            text_tokens=self._text_tokens(batch, batch.token_ids),
+            text_tokens=text_tokens,
             token_losses=token_losses,
         )
 
@@ -255,6 +251,18 @@ class ContrastiveObjective(Objective):
             return self.model.encode_image(batch.images, kept), counts, None
         images, patches = self.model.encode_image_and_patches(batch.images, kept)
         return images, counts, self.token_loss(patches, batch)
+
+    def _encode_texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, E) unit vectors, and (B,) how many tokens of each the tower saw."""
+        if batch.text_features is not None:  # the tower has seen the caption before
+            return self.model.project_text(batch.text_features), batch.sample_numbers * 0
+        if batch.token_ids is None:
+            raise InputError(
+                "a contrastive objective needs captions, but the data has none; choose a source "
+                "of image-text pairs"
+            )
+        texts = self.model.encode_text(batch.token_ids, batch.text_lengths, batch.text_positions)
+        return texts, self._text_tokens(batch, batch.token_ids)
 
     @override
     def begin_step(self, batches: Sequence[Batch]) -> None:

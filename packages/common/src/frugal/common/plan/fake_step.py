@@ -189,6 +189,8 @@ def _tokens(recipe: Recipe, kept: _WatchedReduction, text_tokens: int | None) ->
     patches += isinstance(tower, ImageTower) and tower.class_token != "none"
     if has_stored_vectors(recipe):
         patches = 0
+    if has_stored_texts(recipe):
+        return {"image_tokens": float(patches), "text_tokens": 0.0}
     captions = inputs.captions
     is_positioned = captions is not None and (text_tokens or 0) < captions.length
     if isinstance(captions, TextTower) and captions.padding_matters and not is_positioned:
@@ -204,6 +206,11 @@ def has_stored_vectors(recipe: Recipe) -> bool:
     return isinstance(recipe.data, StoredData) and recipe.data.stored is not None
 
 
+def has_stored_texts(recipe: Recipe) -> bool:
+    """Whether vectors that are stored stand in the place of captions."""
+    return isinstance(recipe.data, StoredData) and recipe.data.stored_texts is not None
+
+
 def _batch(recipe: Recipe, samples: int, text_tokens: int | None) -> Batch:
     """A micro-batch of nothing in the shapes of the data."""
     inputs = recipe.model.inputs()
@@ -216,7 +223,9 @@ def _batch(recipe: Recipe, samples: int, text_tokens: int | None) -> Batch:
     }
     if is_stored:
         fields["features"] = torch.empty(samples, recipe.model.image.pooled_width)  # type: ignore[attr-defined]
-    if text_tokens is not None and inputs.captions is not None:
+    if has_stored_texts(recipe):
+        fields["text_features"] = torch.empty(samples, recipe.model.text_tower().width)  # type: ignore[union-attr]
+    elif text_tokens is not None and inputs.captions is not None:
         fields["token_ids"] = torch.empty(samples, text_tokens, dtype=torch.int64)
         fields["text_lengths"] = torch.empty(samples, dtype=torch.int64)
         most = recipe.reduction.text and recipe.reduction.text.most_tokens(inputs.captions.length)

@@ -313,6 +313,8 @@ def lines(
     )  # fmt: skip
     if recipe.engine.precision == "float32":
         known += "; the peak is that of bfloat16, which float32 products do not reach"
+    if not any(step.tokens.values()):
+        known += "; to read what is stored takes longer"
     hours = [cost.gpu_hours(plan.gpu, share) for share in (high, middle, low)]
     yield Line(
         "speed",

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 
 from frugal.common.errors import InputError
 from frugal.common.models.bundle import ModelBundle
+from frugal.common.models.clip import DualEncoderConfig
 from frugal.common.weights import runs
 from frugal.common.weights.libraries import writers
-from frugal.common.weights.library import Target
+from frugal.common.weights.library import Target, UnsupportedOption
 from frugal.common.weights.model_card import model_card
 
 _LOG = logging.getLogger("frugal")
@@ -61,15 +62,24 @@ def _target(bundle: ModelBundle, to: str) -> Target:
         InputError: if it cannot be, with the targets that it can be written for.
     """
     libraries = writers()
-    target = libraries[to].target(bundle, to)
+    target = _way(bundle, to)
     if isinstance(target, Target):
         return target
-    ways = {other: library.target(bundle, other) for other, library in libraries.items()}
+    ways = {other: _way(bundle, other) for other in libraries}
     others = [n for n, way in ways.items() if isinstance(way, Target) and way.is_whole]
     raise InputError(
         f"{libraries[to].name} cannot express {target.option}: {target.reason}; export "
         f"{bundle.source.path} with --to {' or '.join(others)} instead"
     )
+
+
+def _way(bundle: ModelBundle, to: str) -> Target | UnsupportedOption:
+    """How a model is written for a target, or why it cannot be."""
+    config = bundle.config
+    if to != "frugal" and isinstance(config, DualEncoderConfig) and config.head_width is not None:
+        reason = "a projection is one linear layer there"
+        return UnsupportedOption(f"model.head_width {config.head_width}", reason)
+    return writers()[to].target(bundle, to)
 
 
 def save_run(path: Path, folder: Path, *, average: bool = True) -> None:
