@@ -215,19 +215,20 @@ def _forked_for(client: socket.socket) -> int | None:
 
     One that is killed right behind that is noticed like one that is killed later.
     """
+    descriptors: list[int] = []
+    line = ""
     with contextlib.suppress(OSError):
         _, descriptors, _, _ = socket.recv_fds(client, 1, 3)
         line = client.makefile().readline()
-        pid = os.fork() if line.endswith("\n") else None
-        if pid == 0:
-            _become(json.loads(line), descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if pid is not None:
-            with contextlib.suppress(OSError):
-                client.sendall(f"{pid}\n".encode())
-        return pid
-    return None
+    pid = os.fork() if line.endswith("\n") else None
+    if pid == 0:
+        _become(json.loads(line), descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    if pid is not None:
+        with contextlib.suppress(OSError):
+            client.sendall(f"{pid}\n".encode())
+    return pid
 
 
 def _import(names: Sequence[str]) -> None:

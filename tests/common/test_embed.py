@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from forks import fork
 from frugal.common.data.sources import build_index
 from frugal.common.data.stored_vectors import HEADER
 from frugal.common.embed import Options, embed
 from frugal.common.errors import InputError
 from frugal.common.weights.load import load_model
-from support import command, rewrite_shard
+from support import DDP, ROOT, command, rewrite_shard
 
 WORDS = ("--workers", "0", "--device", "cpu")
 
@@ -117,6 +118,39 @@ def test_any_number_of_processes_stores_the_same_and_goes_on_where_it_was(
     assert "2 of 3 shards are to be embedded, 20 samples" in said
     assert {name: (one / name).read_bytes() for name in files} == whole
     assert (one / "00000.safetensors").stat().st_mtime_ns == before
+
+
+_LATE = """
+import os, sys, time
+from pathlib import Path
+import frugal.common.embed as module
+
+found = module._is_stored
+def late(job, about):
+    time.sleep(0.7 * (os.environ["RANK"] == "0"))
+    return found(job, about)
+
+module._is_stored = late
+checkpoint, data, out = sys.argv[1:]
+module.embed(module.Options(
+    checkpoint=Path(checkpoint), data=(data,), out=Path(out), workers=0, device="cpu"
+))
+"""
+"""The first process is late to look for what is stored: by then the others may have stored more."""
+
+
+def test_a_slow_process_shares_out_the_shards_as_all_others_do(
+    alone: Path, shards: Path, tmp_path: Path
+) -> None:
+    script, out = tmp_path / "late.py", tmp_path / "out"
+    script.write_text(_LATE)
+    words = [str(word) for word in (alone, shards, out)]
+    processes = fork(
+        str(script), words, log=tmp_path / "log", cwd=ROOT, environments=DDP.environments()
+    )
+    assert processes.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert "3 of 3 shards are to be embedded, 30 samples" in (tmp_path / "log").read_text()
+    assert index_of(out)["complete"] and len(stored(out)) == 3
 
 
 def run(alone: Path, shards: Path, out: Path, **options: object) -> None:

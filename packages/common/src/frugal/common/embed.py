@@ -304,7 +304,10 @@ def embed(options: Options) -> None:
     about = _about(options, bundle, pooling, product_dtype(bundle.precision, run.device))
     jobs = _jobs(options, source)
     _begin(options.out, about, jobs, run)
-    missing = [job for job in jobs if not _is_stored(job, about)]
+    # the first process looks: a slower one would find what faster ones have stored by then
+    stored = [_is_stored(job, about) for job in jobs] if run.is_main else None
+    stored = gather_objects(stored)[0]
+    missing = [job for job, is_there in zip(jobs, stored, strict=True) if not is_there]
     if run.is_main:
         run.log.info(
             "%d of %d shards are to be embedded, %s samples",

@@ -107,8 +107,9 @@ class _Opened:
         self._rows = file.get_slice(rows) if rows in file.keys() else None  # noqa: SIM118
 
     def row(self, number: int) -> np.ndarray:
-        """One row in float32."""
-        assert self._rows is not None
+        """One row in float32; raises ``Damaged`` where a file that says it is there has none."""
+        if self._rows is None:
+            raise Damaged("unreadable", "its embeddings are not in the file")
         return self._rows[number].astype(np.float32)
 
 
