@@ -339,9 +339,13 @@ def captioned(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["one folder", "a folder each"])
+@pytest.mark.parametrize(
+    ("apart", "weights"),
+    [(False, ("--data.fields.weights", "1", "3")), (True, ())],
+    ids=["one folder, weighted", "a folder each, captions not read"],
+)
 def test_the_caption_that_is_drawn_is_the_one_whose_vector_is_taken(
-    apart: bool, alone: Path, tmp_path: Path
+    apart: bool, weights: tuple[str, ...], alone: Path, tmp_path: Path
 ) -> None:
     data = captioned(tmp_path / "data" / "train")
     fields = Fields(caption=("json.title", "json.desc"), separate=True)
@@ -351,7 +355,7 @@ def test_the_caption_that_is_drawn_is_the_one_whose_vector_is_taken(
         texts = embedded(alone, data, tmp_path / "texts", images=False, texts=True, fields=fields)
     words = (
         "--data.fields.caption", "json.title", "json.desc", "--data.fields.separate",
-        "--data.fields.weights", "1", "3", "--data.max-damaged=0.2",
+        *weights, "--data.max-damaged=0.2",
     )  # fmt: skip
     options = {"module": CIT, "recipe": "demo-align"}
     train(ALONE, tmp_path / "pairs", *align(alone, data), *words, *WHOLE, **options)

@@ -62,15 +62,23 @@ class SampleTransform:
         if not raw.captions:
             names = f"; its members are {describe_members(raw.names)}" if raw.names else ""
             raise Damaged("no caption", f"nothing that --data.fields.caption names has text{names}")
-        if len(raw.captions) == 1:
-            return 0
-        count = len(_with_text(raw.captions))
-        generator = sample_generator(self.seed, "caption", number)
         if len(self.caption_weights) != len(raw.captions):  # a class folder has one for all fields
-            return int(generator.integers(count))
+            return self.row_of(len(_with_text(raw.captions)), number)
+        generator = sample_generator(self.seed, "caption", number)
         pairs = zip(raw.captions, self.caption_weights, strict=True)
         weights = np.array([weight for text, weight in pairs if text])
-        return int(generator.choice(count, p=weights / weights.sum()))
+        return int(generator.choice(len(weights), p=weights / weights.sum()))
+
+    def row_of(self, count: int, number: int) -> int:
+        """Which of so many captions is drawn, all alike."""
+        if count == 1:
+            return 0
+        return int(sample_generator(self.seed, "caption", number).integers(count))
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether captions are read though their vectors are stored: to weigh or compare them."""
+        return bool(self.caption_weights) or self.groups_by == "caption"
 
     def token_ids(self, caption: str, number: int) -> list[int] | PositionedTokens:
         """At most ``text_length`` ids of the tokens of a caption that stay."""
@@ -160,10 +168,10 @@ class Collator:
         # The image is decoded last, because it costs the most and text or class may be damaged.
         tokens: list[int] | PositionedTokens | None = None
         caption = ""
-        if self.transform.tokenizer is not None:
+        if self._reads_tokens or self.transform.groups_by == "caption":
             caption = self.transform.caption(raw, number)
-            if self._reads_tokens:
-                tokens = self.transform.token_ids(caption, number)
+        if self._reads_tokens:
+            tokens = self.transform.token_ids(caption, number)
         label = self.transform.label(raw)
         if self.features is None:
             self.images[slot] = self.transform.image(raw, number)

@@ -8,7 +8,7 @@ arXiv:2412.04616), captions need not be encoded either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -90,11 +90,32 @@ class StoredTexts:
         Raises:
             Damaged: where another number of captions was embedded.
         """
+        file, first, stored = self._rows(shard, index)
+        if stored != captions:
+            raise Damaged("no caption", f"{stored} of its {captions} captions were embedded")
+        return file.row(first + row)
+
+    def drawn(self, shard: int, index: int, draw: Callable[[int], int]) -> np.ndarray:
+        """(D,) float32 of one of the captions that were embedded of a sample.
+
+        Args:
+            shard: the number of its shard.
+            index: its place there.
+            draw: which one, of so many.
+
+        Raises:
+            Damaged: where there are none.
+        """
+        file, first, stored = self._rows(shard, index)
+        if not stored:
+            raise Damaged("no caption", "none was embedded")
+        return file.row(first + draw(stored))
+
+    def _rows(self, shard: int, index: int) -> tuple[_Opened, int, int]:
+        """The file of a shard, and the first row of a sample there and how many it has."""
         file = _opened(self.files[shard], TEXT_SAMPLE, POOLED_TEXT)
         first, end = np.searchsorted(file.about_samples, [index, index + 1])
-        if end - first != captions:
-            raise Damaged("no caption", f"{end - first} of its {captions} captions were embedded")
-        return file.row(int(first) + row)
+        return file, int(first), int(end - first)
 
 
 class _Opened:

@@ -131,22 +131,32 @@ class OrderedSamples(Dataset[dict[str, Any]]):
             try:
                 reader = self._readers.reader(shard)
                 key = reader.key(index)
-                vector = None
-                if self._vectors is None:
-                    raw = reader.read(index)
-                else:
-                    vector = self._vectors.of(shard, index, number)
-                    raw = RawSample(b"", reader.captions(index))
+                vector = None if self._vectors is None else self._vectors.of(shard, index, number)
+                raw = self._raw(reader, index)
                 raw = raw if self._choose is None else self._choose(raw, number)
-                text = None
-                if self._texts is not None:
-                    row = self._transform.caption_row(raw, number)
-                    captions = sum(map(bool, raw.captions))
-                    text = self._texts.of(shard, index, row, captions)
+                text = self._text_vector(raw, shard, index, number)
                 collator.add(key, raw, source=source, vector=vector, text_vector=text)
             except Damaged as damaged:
                 collator.skip(key, damaged, source=source)
         return collator.fields()
+
+    def _raw(self, reader: Reader, index: int) -> RawSample:
+        """What is read of a sample: as little as is needed."""
+        if self._vectors is None:
+            return reader.read(index)
+        if self._texts is None or self._transform.needs_captions:
+            return RawSample(b"", reader.captions(index))
+        return RawSample(b"", [])
+
+    def _text_vector(
+        self, raw: RawSample, shard: int, index: int, number: int
+    ) -> np.ndarray | None:
+        if self._texts is None:
+            return None
+        if not raw.captions:  # not read, or there are none
+            return self._texts.drawn(shard, index, lambda n: self._transform.row_of(n, number))
+        row = self._transform.caption_row(raw, number)
+        return self._texts.of(shard, index, row, sum(map(bool, raw.captions)))
 
 
 @dataclass(frozen=True, kw_only=True)
