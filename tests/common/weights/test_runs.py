@@ -175,3 +175,14 @@ def test_a_checkpoint_is_read_once_wherever_it_is_named_from(
     evaluate(Evaluate(checkpoint=Path(), out=tmp_path, device="cpu", **given))
     assert checked == [step.resolve()]
     assert (tmp_path / "retrieval.json").is_file()
+
+
+def test_a_run_without_a_checkpoint_is_a_sentence(alone, tmp_path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copyfile(alone / "recipe.json", run / "recipe.json")
+    for to in ("frugal", "open_clip"):
+        with pytest.raises(InputError, match="there is no checkpoint in"):
+            export(Options(checkpoint=run, to=to, out=tmp_path / to))
+    with pytest.raises(InputError, match="there is no checkpoint in"):
+        evaluate(Evaluate(checkpoint=run, device="cpu"))

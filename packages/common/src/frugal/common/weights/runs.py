@@ -164,10 +164,9 @@ def recipe_if_any(path: Path) -> Recipe | None:
         InputError: if there is no whole checkpoint, or its recipe cannot be read.
     """
     folder = run_directory(path)
-    # to open a checkpoint reads it whole, which whoever asks has done or will do
-    if not (folder / "recipe.json").exists() and _has_no_recipe(find_checkpoint(path)):
-        return None
-    return _recipe_in(folder)
+    if (folder / "recipe.json").exists() and recipe_of_run(folder) is not None:
+        return _recipe_in(folder)  # without a checkpoint, which is read whole to be opened
+    return None if _has_no_recipe(find_checkpoint(path)) else _recipe_in(folder)
 
 
 def _has_no_recipe(checkpoint: Checkpoint) -> bool:
