@@ -441,3 +441,22 @@ def test_a_killed_trainer_of_a_full_disk_leaves_no_half_of_a_checkpoint(
         assert newest_step(run) == 10 and not leftovers(run)
 
     on_disk(disk, train, tmp_path / "log")
+
+
+def test_a_process_that_was_forked_meanwhile_keeps_no_writer_from_its_end(tmp_path: Path) -> None:
+    """As loader processes are, which outlive the loop of a run."""
+    saves = saves_in(tmp_path / "run")
+    save(saves, 1)
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        ended = threading.Thread(target=lambda: (saves.finish(), saves.close()), daemon=True)
+        ended.start()
+        ended.join(timeout=30)
+        assert not ended.is_alive()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert newest_step(tmp_path / "run") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,20 @@ def test_going_back_ends_where_it_does_not_help(scenes: Path, tmp_path: Path) ->
     assert "there is no checkpoint to go back to" in output
 
 
+def test_steps_that_are_finite_in_between_do_not_make_a_useless_checkpoint_good(
+    scenes: Path, tmp_path: Path
+) -> None:
+    """At such a rate every way back takes one finite step, and diverges behind it."""
+    run = tmp_path / "run"
+    output = train(
+        ALONE, run, f"--data.train={scenes / 'train'}", "--run.on-divergence=rewind",
+        "--run.max-skipped=2", "--run.save-every=1", "--run.keep=4",
+        "--optimizer.learning-rate=1e20", "--schedule.warmup-samples=400", expect=1,
+    )  # fmt: skip
+    assert "there is no checkpoint to go back to" in output
+    assert max(Counter(event[1] for event in rewinds(run)).values()) == 2
+
+
 def test_what_is_left_out_is_read_from_the_history() -> None:
     begun = {"event": "began", "step": 0}
     first = {"event": "rewind", "to": 8, "left_out": [11, 12]}
@@ -234,7 +249,7 @@ def test_a_damaged_checkpoint_is_none_to_go_back_to(
     folders = [store.save({"weight/a": torch.ones(2)}, {"step": step}) for step in (4, 8, 12)]
 
     def found() -> int | None:
-        checkpoint = last_good(store, before=14, left_out={13})
+        checkpoint = last_good(store, before=14, left_out={13}, history=[])
         return None if checkpoint is None else checkpoint.step
 
     assert found() == 8, "behind the last one no step was taken"

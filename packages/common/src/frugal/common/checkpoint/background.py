@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class _WriterProcess:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
+        _WRITERS.add(self)
         self._buffer = b""
         self.is_gone = False
         """It was killed: nothing else ends it before its input does."""
@@ -107,12 +109,29 @@ class _WriterProcess:
             self.reason = f"the process that writes it ended (exit code {code})"
             self.failures += 1
 
+    def let_go(self) -> None:
+        """Hold its input no longer, in a fork of the trainer, for which it would wait too."""
+        with contextlib.suppress(ValueError), Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), self._input.fileno(), inheritable=False)
+
     def close(self) -> None:
         """Let it end, and wait for that."""
         with contextlib.suppress(OSError):
             self._input.close()
         self._process.wait()
         self._output.close()
+
+
+_WRITERS = weakref.WeakSet[_WriterProcess]()
+"""Those of this process, of whose inputs every fork has a copy: loader processes are forks."""
+
+
+def _let_go() -> None:
+    for writer in _WRITERS:
+        writer.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class BackgroundSaves:

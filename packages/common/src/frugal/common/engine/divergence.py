@@ -10,6 +10,7 @@ continues it leaves out the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -72,28 +73,42 @@ def steps_to_leave_out(
     return list(range(to + 1, not_finite[-1] + 1))
 
 
-def last_good(store: CheckpointStore, *, before: int, left_out: set[int]) -> Checkpoint | None:
+def last_good(
+    store: CheckpointStore,
+    *,
+    before: int,
+    left_out: set[int],
+    history: Iterable[Mapping[str, Any]],
+) -> Checkpoint | None:
     """The newest checkpoint whose weights are known to be sound; every process calls this.
 
-    They are where a step behind it had a finite gradient.
+    They are where a step behind it had a finite gradient, and where going back to it twice, the
+    second time without all samples since, was not in vain.
 
     Args:
         store: of the run.
         before: the first step in a row that had none.
         left_out: steps that were not taken.
+        history: of the run, as the first process knows it.
     """
-    found = _newest_sound(store, before, left_out) if store.run.is_main else None
+    found = _newest_sound(store, before, left_out, history) if store.run.is_main else None
     name = gather_objects(found.folder.name if found else None)[0]
     if name is None:
         return None
     return found or open_checkpoint(store.folder / name)
 
 
-def _newest_sound(store: CheckpointStore, before: int, left_out: set[int]) -> Checkpoint | None:
+def _newest_sound(
+    store: CheckpointStore,
+    before: int,
+    left_out: set[int],
+    history: Iterable[Mapping[str, Any]],
+) -> Checkpoint | None:
     """As :func:`last_good`, of the first process; one that is damaged is passed over."""
+    times = Counter(event["to"] for event in _rewinds(history))
     for folder in reversed(store.whole()):
         first = step_of(folder.name) + 1
-        if any(step not in left_out for step in range(first, before)):
+        if times[first - 1] < 2 and any(step not in left_out for step in range(first, before)):
             try:
                 return open_checkpoint(folder)
             except InputError as error:

@@ -393,7 +393,9 @@ def _rewind(training: Training, diverged: int) -> int:
     # where the last step was finite, and what was computed behind it not, it is the one to doubt
     count = max(training.skipped_in_row, 1)
     not_finite = steps_in_row(diverged, count, training.left_out) or [diverged]
-    checkpoint = last_good(training.store, before=not_finite[0], left_out=training.left_out)
+    checkpoint = last_good(
+        training.store, before=not_finite[0], left_out=training.left_out, history=history
+    )
     words = f"the loss was not finite for {count} steps in a row up to step {diverged}"
     if not training.skipped_in_row:
         words = f"the weights after step {diverged} are of no use"
