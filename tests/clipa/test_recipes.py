@@ -19,6 +19,8 @@ from frugal.common.reduction.image import PatchView
 from frugal.common.reduction.text import Truncate
 from support import run_code
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = {
     # image size, patches seen, text tokens, batch, peak, samples, warm-up steps, syntax masking
     "vit-b16-i50-t16": (112, 49, 16, 65_536, 2.048e-3, 6 * 407_332_084, 782, False),

@@ -15,6 +15,8 @@ from frugal.common.recipe_json import difference, from_json, to_json
 from frugal.common.reduction.random_masking import RandomMasking
 from support import command, run_code
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "--model.image.width=8", "--model.image.depth=1", "--model.image.heads=2",
     "--model.image.mlp-width=8", "--model.text.width=8", "--model.text.depth=1",

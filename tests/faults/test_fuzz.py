@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import fuzz
 
+pytestmark = pytest.mark.slow
+
 SHARE = 0.1
 
 

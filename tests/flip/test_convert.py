@@ -31,6 +31,8 @@ from frugal.flip.recipes import RECIPES
 from support import command, environment, run_code
 from t5x_writer import Style, array_extension, sides_of, write_checkpoint, zip_folder
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "flip"
 ARCHIVE = GOLDEN / "t5x_checkpoint_file.zip"
 EXPECTED = load_file(GOLDEN / "t5x_checkpoint_file_expected.safetensors")

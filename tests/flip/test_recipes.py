@@ -17,6 +17,8 @@ from frugal.flip.recipes import RECIPES, VIRTUAL_EPOCH
 from frugal.flip.text_masking import TextMasking
 from support import command
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "--model.image.width=8", "--model.image.depth=1", "--model.image.heads=2",
     "--model.image.mlp-width=8", "--model.text.width=8", "--model.text.depth=1",

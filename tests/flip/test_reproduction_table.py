@@ -15,6 +15,8 @@ from frugal.common.recipe import Recipe
 from frugal.flip.recipes import RECIPES
 from support import described_with_tasks
 
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parents[2] / "packages" / "flip" / "README.md"
 TEXT = README.read_text()
 ROWS = [
