@@ -148,7 +148,7 @@ def _write_released(options: Options) -> None:
             "--image-heads and --text-heads"
         )
     checkpoint = find_checkpoint(options.source)
-    recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
+    recipe = load_recipe(checkpoint.run_dir / "recipe.json")
     if recipe.model.inputs().captions is None:
         raise InputError(f"{options.source} trained no text tower; give a run of two towers")
     kind = kind_of(recipe.model, options.kind)

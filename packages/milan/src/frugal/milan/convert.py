@@ -252,7 +252,7 @@ def _tell(out: Path, model: MaskedModel, outputs: int, step: int) -> None:
 
 def _write_file(source: Path, out: Path) -> None:
     checkpoint = find_checkpoint(source)
-    recipe = load_recipe(checkpoint.folder.parent.parent / "recipe.json")
+    recipe = load_recipe(checkpoint.run_dir / "recipe.json")
     if not isinstance(recipe.model, MaskedModel):
         raise InputError(f"{source} is no pretraining run; only such a run has a file of this kind")
     read, names = checkpoint.reader(), sorted(checkpoint.names())

@@ -161,7 +161,7 @@ def _of_run(source: Path, log: logging.Logger) -> _Weights:
         step=checkpoint.step,
         notes=("moving average",) if has_average else (),
         tokenizer=tokenizer,
-        run=checkpoint.folder.parent.parent,
+        run=checkpoint.run_dir,
     )
 
 
@@ -182,7 +182,7 @@ def _saved_model(
     checkpoint: Checkpoint, log: logging.Logger
 ) -> tuple[object | None, TokenizerSource | None]:
     """The configuration of the model of a checkpoint and of its tokenizer, as far as known."""
-    folder = checkpoint.folder.parent.parent
+    folder = checkpoint.run_dir
     description = folder / MODEL_FILE
     ways: list[Callable[[], tuple[object, TokenizerSource | None]]] = []
     if (folder / "recipe.json").exists():

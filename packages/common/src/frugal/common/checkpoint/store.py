@@ -75,6 +75,11 @@ class Checkpoint:
         """Optimizer steps taken, skipped ones included."""
         return self.state["step"]
 
+    @property
+    def run_dir(self) -> Path:
+        """Of the run that wrote it."""
+        return self.folder.parent.parent
+
     def recipe(self) -> Recipe:
         """The recipe that was trained up to here.
 
@@ -476,11 +481,7 @@ def recipe_of_run(folder: Path) -> Recipe | None:
 
 
 def run_directory(path: Path) -> Path:
-    """The run directory that a user means, or that a checkpoint is of, without opening one.
-
-    Args:
-        path: what :func:`find_checkpoint` takes, or the folder of a checkpoint.
-    """
+    """The run directory of what :func:`find_checkpoint` takes, without opening a checkpoint."""
     path = _named(path)
     if (path / "state.json").exists() or path.name == BEST:
         return path.parent.parent

@@ -133,6 +133,12 @@ class StoredData(DataConfig):
             self._check_stored(recipe)
         if self.stored_texts is not None:
             self._check_stored_texts(recipe)
+        for name, folder in (("stored", self.stored), ("stored_texts", self.stored_texts)):
+            if folder is not None and self.resampled_samples is not None:
+                raise InputError(
+                    f"data.{name} goes with samples that are read by number; leave out "
+                    "data.resampled_samples"
+                )
 
     def _check_stored(self, recipe: Recipe) -> None:
         if not recipe.objective.takes_vectors:
@@ -151,11 +157,6 @@ class StoredData(DataConfig):
                 "objective.positives is group, but of a sample whose image is stored nothing but "
                 "captions is read; leave it out, or data.stored"
             )
-        if self.resampled_samples is not None:
-            raise InputError(
-                "data.stored goes with samples that are read by number; leave out "
-                "data.resampled_samples"
-            )
 
     def _check_stored_texts(self, recipe: Recipe) -> None:
         if not recipe.objective.takes_text_vectors:
@@ -170,11 +171,6 @@ class StoredData(DataConfig):
                 f"reduction.text {type(recipe.reduction.text).__name__} chooses among the tokens "
                 "of a caption, but data.stored_texts has none any more; choose "
                 "frugal.common.reduction.text.Truncate"
-            )
-        if self.resampled_samples is not None:
-            raise InputError(
-                "data.stored_texts goes with samples that are read by number; leave out "
-                "data.resampled_samples"
             )
 
     def build(
@@ -285,12 +281,8 @@ def _vectors_of(
     if data.stored is None:
         return None
     vectors = open_vectors(data.stored, sources, data.sample_fields, seed=recipe.run.seed)
-    digest = "" if engine is None else engine.objective.frozen_image
-    if digest and digest != vectors.tower:
-        raise InputError(
-            f"data.stored {data.stored} is of another image tower than the one that this run "
-            "starts from; embed the data with that one"
-        )
+    frozen = "" if engine is None else engine.objective.frozen_image
+    _check_tower(f"data.stored {data.stored}", "image", vectors.tower, frozen)
     run.log.info(
         "images are not read: %s holds %d of their vectors, %d numbers each",
         data.stored, vectors.views, vectors.width,
@@ -309,17 +301,22 @@ def _texts_of(
     if data.stored_texts is None:
         return None
     texts = open_texts(data.stored_texts, sources, data.sample_fields)
-    digest = "" if engine is None else engine.objective.frozen_text
-    if digest and digest != texts.tower:
-        raise InputError(
-            f"data.stored_texts {data.stored_texts} is of another text tower than the one that "
-            "this run starts from; embed the data with that one"
-        )
+    frozen = "" if engine is None else engine.objective.frozen_text
+    _check_tower(f"data.stored_texts {data.stored_texts}", "text", texts.tower, frozen)
     run.log.info(
         "captions are not encoded: %s holds their vectors, %d numbers each",
         data.stored_texts, texts.width,
     )  # fmt: skip
     return texts
+
+
+def _check_tower(stored: str, kind: str, digest: str, frozen: str) -> None:
+    """Refuse vectors of another tower than a run begins with, where it tells its digest."""
+    if frozen and frozen != digest:
+        raise InputError(
+            f"{stored} is of another {kind} tower than the one that this run starts from; embed "
+            "the data with that one"
+        )
 
 
 def _indexed(

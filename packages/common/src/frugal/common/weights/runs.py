@@ -89,7 +89,7 @@ def load_run(path: Path) -> ModelBundle:
     checkpoint = find_checkpoint(path)
     if _has_no_recipe(checkpoint):
         return _read_description(checkpoint, path)
-    recipe = _recipe_in(run_directory(checkpoint.folder))
+    recipe = _recipe_in(checkpoint.run_dir)
     weights = load_weights(checkpoint)
     state = {n.removeprefix("model."): t for n, t in weights.items() if n.startswith("model.")}
     plain = replace(recipe, engine=replace(recipe.engine, compile=False))
@@ -126,7 +126,7 @@ def describe_run(
 def _from_training(
     bundle: ModelBundle, path: Path, checkpoint: Checkpoint, recipe: Recipe, *, average: bool
 ) -> ModelBundle:
-    folder = checkpoint.folder.parent.parent
+    folder = checkpoint.run_dir
     source = Source(
         path=path,
         library="frugal",
@@ -147,13 +147,17 @@ def open_checkpoint(path: Path) -> tuple[Checkpoint, Recipe]:
         InputError: if there is no whole checkpoint.
     """
     checkpoint = find_checkpoint(path)
-    return checkpoint, _recipe_in(run_directory(checkpoint.folder))
+    return checkpoint, _recipe_in(checkpoint.run_dir)
 
 
 def _recipe_in(folder: Path) -> Recipe:
     """The recipe of a run that has a checkpoint, with the folder where it lies now."""
     recipe = recipe_of_run(folder)
     assert recipe is not None
+    return _lying_in(folder, recipe)
+
+
+def _lying_in(folder: Path, recipe: Recipe) -> Recipe:
     return replace(recipe, run=replace(recipe.run, dir=folder))
 
 
@@ -164,14 +168,16 @@ def recipe_if_any(path: Path) -> Recipe | None:
         InputError: if there is no whole checkpoint, or its recipe cannot be read.
     """
     folder = run_directory(path)
-    if (folder / "recipe.json").exists() and recipe_of_run(folder) is not None:
-        return _recipe_in(folder)  # without a checkpoint, which is read whole to be opened
+    # without a checkpoint, which is read whole to be opened
+    recipe = recipe_of_run(folder) if (folder / "recipe.json").exists() else None
+    if recipe is not None:
+        return _lying_in(folder, recipe)
     return None if _has_no_recipe(find_checkpoint(path)) else _recipe_in(folder)
 
 
 def _has_no_recipe(checkpoint: Checkpoint) -> bool:
     """Whether weights were trained elsewhere, so that ``model.json`` alone describes them."""
-    folder = checkpoint.folder.parent.parent
+    folder = checkpoint.run_dir
     has_recipe = (folder / "recipe.json").exists() or "recipe" in checkpoint.state
     return (folder / MODEL_FILE).is_file() and not has_recipe
 
@@ -348,7 +354,7 @@ def copy_run(checkpoint: Checkpoint, recipe: Recipe, folder: Path, *, average: b
     Raises:
         InputError: if a number is not finite.
     """
-    source = checkpoint.folder.parent.parent
+    source = checkpoint.run_dir
     # parts beside the model helped to train it
     weights = checkpoint.weights(average=average)
     names = {name: stored for name, stored in weights.items() if name.startswith("model.")}
@@ -384,7 +390,7 @@ def write_description(bundle: ModelBundle, folder: Path) -> None:
 
 def _read_description(checkpoint: Checkpoint, path: Path) -> ModelBundle:
     """The model of a folder that ``model.json`` describes and no recipe."""
-    folder = checkpoint.folder.parent.parent
+    folder = checkpoint.run_dir
     about = read_json_object(folder / MODEL_FILE)
     source = str(folder / MODEL_FILE)
     try:
