@@ -274,6 +274,10 @@ def _become(request: dict, descriptors: Sequence[int]) -> NoReturn:
     os.chdir(request["cwd"])
     sys.executable = request.get("executable", sys.executable)
     random.seed()
+    for stream in (sys.stdout, sys.stderr):
+        # Several write to one log: whole lines, also where PYTHONUNBUFFERED has print() write every
+        # word by itself.
+        stream.reconfigure(write_through=False, line_buffering=True)
     # libraries remark on what they leave behind when the interpreter has ended
     atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
     try:
