@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from frugal.common.checkpoint.manifest import write_manifest
 from frugal.common.data.sources import build_index
 from frugal.common.history import read_history
 from support import ALONE, DDP, ROOT, command, newest, train
@@ -111,19 +112,44 @@ def test_other_data_are_refused_by_name_or_noted_where_they_are_allowed(
     assert newest(run).name.endswith("3")
 
 
-def test_data_that_moved_as_a_whole_are_the_same(place: Path) -> None:
-    run, there = place / "run", place / "another disk"
+def moved(folder: Path) -> str:
+    there = folder / "another disk"
     there.mkdir()
-    (place / "data").rename(there / "data")
-    moved = f"--data.train={there}/data/{{00000..00002}}.tar"
-    kept = (run / "data.json").read_bytes()
-    (run / "data.json").unlink()  # nothing to compare them with
-    output = train(ALONE, run, *words(place), moved, expect=2, recipe=RECIPE)
-    assert "data.train was" in output
-    (run / "data.json").write_bytes(kept)
-    train(ALONE, run, *words(place), moved, recipe=RECIPE)
+    (folder / "data").rename(there / "data")
+    return f"--data.train={there}/data/{{00000..00002}}.tar"
+
+
+@pytest.mark.parametrize("notes", ["whole", "gone", "damaged"])
+def test_data_that_moved_as_a_whole_are_the_same(notes, place: Path) -> None:
+    run = place / "run"
+    now = moved(place)
+    if notes == "gone":
+        (run / "data.json").unlink()
+    if notes == "damaged":
+        (run / "data.json").write_text("{")
+    output = train(ALONE, run, *words(place), now, recipe=RECIPE)
+    assert ("taking what the checkpoint says of the data" in output) == (notes != "whole")
     assert [line["event"] for line in read_history(run)][2:] == ["continued", "ended"]
-    assert str(there) in (run / "recipe.json").read_text()
+    assert "another disk" in (run / "recipe.json").read_text()
+
+
+def test_another_place_is_refused_or_noted_where_nothing_tells_what_lay_there(place: Path) -> None:
+    run = place / "run"
+    now = moved(place)
+    (run / "data.json").unlink()
+    for checkpoint in run.glob("checkpoints/step_*"):  # as an earlier version wrote them
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        write_manifest(
+            checkpoint,
+            {name: about["sha256"] for name, about in manifest["files"].items()},
+            {name: manifest[name] for name in manifest.keys() - {"files", "manifest", "data"}},
+        )
+    output = train(ALONE, run, *words(place), now, expect=2, recipe=RECIPE)
+    assert "another recipe (data.train was" in output
+    train(ALONE, run, *words(place), now, "--run.allow-changed-data", recipe=RECIPE)
+    changed = read_history(run)[3]
+    assert changed["event"] == "data_changed" and "data.train was" in "; ".join(changed["changes"])
+    assert newest(run).name.endswith("3")
 
 
 def test_what_is_gone_is_noticed_though_the_notes_are_gone_too(place: Path) -> None:
@@ -140,7 +166,7 @@ def test_checkpoints_tell_their_data_and_the_report_tells_the_restarts(place: Pa
     train(ALONE, run, *words(place), "--run.allow-changed-data", recipe=RECIPE)
     manifest = json.loads((newest(run) / "manifest.json").read_text())
     kept = json.loads((run / "data.json").read_text())
-    assert manifest["data"]["train"] == kept["train"] and len(kept["train"][0]) == 3
+    assert manifest["data"] == kept and len(kept["train"][0]) == 3
     assert all(len(manifest[name]) == 64 for name in ("recipe", "tokenizer"))
     before = json.loads((run / "checkpoints/step_000000002/manifest.json").read_text())
     assert before["data"]["train"] != manifest["data"]["train"]

@@ -195,14 +195,33 @@ def test_where_the_notes_are_gone_or_damaged_the_checkpoint_tells(
 def test_only_what_is_noted_by_content_is_known_wherever_it_lies(
     tmp_path, run, write_pairs, open_stream
 ):
-    assert not is_known_by_content(run.dir)
+    assert not is_known_by_content(run.dir, None)
     write_pairs(tmp_path / "d", [3, 3])
     begin(run, open_stream(f"pipe:cat {tmp_path}/d/{{00000..00001}}.tar", resampled_samples=6))
-    assert not is_known_by_content(run.dir)
+    assert not is_known_by_content(run.dir, None)
     begin(run, open_stream(tmp_path / "d"))
-    assert is_known_by_content(run.dir)
-    (run.dir / FILE).write_text("{")
-    assert not is_known_by_content(run.dir)
+    told = json.loads((run.dir / FILE).read_text())
+    assert is_known_by_content(run.dir, None)
+    for content in (None, "{"):
+        (run.dir / FILE).unlink()
+        if content is not None:
+            (run.dir / FILE).write_text(content)
+        assert not is_known_by_content(run.dir, None)
+        assert is_known_by_content(run.dir, told)
+        assert not is_known_by_content(run.dir, {"train": told["train"]})
+        (run.dir / FILE).touch()
+
+
+def test_what_changed_beside_the_shards_is_refused_where_nothing_tells_of_them(
+    tmp_path, run, write_pairs, open_stream
+):
+    write_pairs(tmp_path / "d", [3])
+    contents = open_stream(tmp_path / "d").contents
+    changes = ["the tokenizer is another"]
+    with pytest.raises(InputError, match="the tokenizer is another"):
+        check_contents(run, contents, told=None, allowed=False, changes=changes)
+    assert check_contents(run, contents, told=None, allowed=True, changes=changes) == changes
+    assert check_contents(run, contents, told=None, allowed=False) == []
 
 
 def test_rows_of_lists_and_class_folders_are_compared(tmp_path, run, make_picture, open_stream):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from frugal.common.checkpoint.commit import whole_checkpoints
 from frugal.common.checkpoint.init_from import init_from
 from frugal.common.checkpoint.manifest import digest_file, digest_json, read_manifest
 from frugal.common.checkpoint.store import (
@@ -147,10 +148,10 @@ def _build_and_train(recipe: Recipe, run: Run, start: ModelBundle | None) -> Non
         changes = check_contents(
             run,
             stream.contents,
-            told=read_manifest(checkpoint.folder).get("data"),
+            told=_told(checkpoint.folder),
             allowed=recipe.run.allow_changed_data,
             also=also,
-            changes=_tokenizer_changes(recipe, run) if run.is_main else (),
+            changes=_changes_besides(recipe, run, checkpoint) if run.is_main else (),
         )
 
     if run.is_main and lock is None:  # of a new run, which is to be written from here on
@@ -234,9 +235,12 @@ def continued_recipe(recipe: Recipe) -> Recipe:
             )
         return recipe
     recipe = with_calibrated(recipe, before)
-    # by content data are compared wherever they lie now
-    compared = ("data.train",) if is_known_by_content(folder) else ()
-    changes = difference(before, recipe, compared=compared)
+    # by content data are compared wherever they lie now, and a change that is allowed is noted
+    is_compared = recipe.run.allow_changed_data or any(
+        is_known_by_content(folder, _told(checkpoint))
+        for checkpoint in whole_checkpoints(folder / "checkpoints")
+    )
+    changes = difference(before, recipe, compared=_WHERE if is_compared else ())
     if changes:
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
         remedy = "or give the same recipe to continue that run"
@@ -376,6 +380,29 @@ def _write_run_files(
         write_description(bundle_of(engine.objective.model, recipe), run.dir)
 
 
+_WHERE = ("data.train",)
+"""The field that says where data lie."""
+
+
+def _told(checkpoint: Path) -> Mapping[str, Any] | None:
+    """What the manifest of a checkpoint says of the data; None where it says nothing."""
+    try:
+        told = read_manifest(checkpoint).get("data")
+    except InputError:  # told by who opens the checkpoint
+        return None
+    return told if isinstance(told, dict) else None
+
+
+def _changes_besides(recipe: Recipe, run: Run, checkpoint: Checkpoint) -> list[str]:
+    """What is another than before and not among the shards, one phrase each."""
+    changes = _tokenizer_changes(recipe, run)
+    before = recipe_of_run(run.dir)
+    if before is not None and not is_known_by_content(run.dir, _told(checkpoint.folder)):
+        moved = set(difference(before, recipe)) - set(difference(before, recipe, compared=_WHERE))
+        changes += sorted(moved)
+    return changes
+
+
 def _tokenizer_changes(recipe: Recipe, run: Run) -> list[str]:
     """How the tokenizer differs from the one that a run keeps, in at most one phrase."""
     kept, source = run.dir / "tokenizer", recipe.data.caption_tokenizer
@@ -401,7 +428,7 @@ def _about(contents: Contents, also: Mapping[str, str], run: Run) -> dict[str, A
     tokenizer = run.dir / "tokenizer"
     return {
         "code": code_version(),
-        "data": {name: noted(contents, also)[name] for name in ("train", "also")},
+        "data": noted(contents, also),
         **({"tokenizer": _digest_folder(tokenizer)} if tokenizer.is_dir() else {}),
     }
 

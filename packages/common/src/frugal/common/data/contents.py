@@ -6,6 +6,7 @@ Processes of a run compare it with one another, and a run that goes on with what
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -179,11 +180,11 @@ def check_contents(
         InputError: if something was added, removed, renamed, replaced or put in another order
             since the run began, and that is not allowed.
     """
-    before = _before(run, told)
+    before = _before(run.dir, told, run.log)
     # as the first process sees it, and after all have looked: it writes the file before long
     if gather_objects(before is None)[0]:
         run.log.info("%s does not say what it was trained on; it is noted from now on", run.dir)
-        return []
+        before = None
     before = before or _Kept(contents, {})
     found = _differences(before.contents, contents)
     # files are read again by one process, while the others wait
@@ -211,19 +212,26 @@ def note_contents(run: Run, contents: Contents, also: Mapping[str, str]) -> None
     write_json(run.dir / FILE, noted(contents, also))
 
 
-def is_known_by_content(run_dir: Path) -> bool:
-    """Whether a run noted of all its data what tells them from others wherever they lie."""
-    path = run_dir / FILE
+def is_known_by_content(run_dir: Path, told: Mapping[str, Any] | None) -> bool:
+    """Whether a run noted of all its data what tells them from others wherever they lie.
+
+    Args:
+        run_dir: of the run.
+        told: as in :func:`check_contents`.
+    """
     try:
-        parts = [part for entry in _read(path).contents for part in entry] if path.exists() else []
+        before = _before(run_dir, told)
     except InputError:  # told by who compares
         return False
+    parts = [part for entry in before.contents for part in entry] if before else []
     return bool(parts) and all(part.digest and part.stamp for part in parts)
 
 
-def _before(run: Run, told: Mapping[str, Any] | None) -> _Kept | None:
+def _before(
+    run_dir: Path, told: Mapping[str, Any] | None, log: logging.Logger | None = None
+) -> _Kept | None:
     """What a run was trained on, as its directory says, or else its checkpoint."""
-    path = run.dir / FILE
+    path = run_dir / FILE
     try:
         if path.exists():
             return _read(path)
@@ -234,7 +242,8 @@ def _before(run: Run, told: Mapping[str, Any] | None) -> _Kept | None:
         problem = str(error)
     if told is None:
         return None
-    run.log.warning("%s: taking what the checkpoint says of the data", problem)
+    if log is not None:
+        log.warning("%s: taking what the checkpoint says of the data", problem)
     return _parse(told, path)
 
 
