@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from forks import fork
 from frugal.common.checkpoint.manifest import digest_file, write_manifest
+from frugal.common.engine.digests import digest_all, from_hex, to_hex
 from frugal.common.history import note
 from support import ALONE, DDP, ROOT, Launcher, train, zero
 
@@ -88,6 +89,20 @@ def alter(file: Path, step: int, change: Callable[[dict], None]) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def alter_gradient(run: Path, step: int) -> None:
+    """Note another gradient of a step, as another machine would have had it."""
+
+    def change(line: dict) -> None:
+        if "parameters" in line:
+            parameters = from_hex(line["parameters"])
+            parameters[0] += 1
+            line["parameters"], found[:] = to_hex(parameters), [digest_all(parameters)]
+
+    found = []
+    alter(run / "digests_of_parts.jsonl", step, change)
+    alter(run / "digests.jsonl", step, lambda line: line.update(gradient=found[0]))
+
+
 @pytest.mark.parametrize(("step", "first"), [(8, 5), (3, 1)])
 def test_an_undisturbed_run_is_repeated_bit_for_bit(step: int, first: int, finished: Path) -> None:
     before = bytes_of(finished)
@@ -109,7 +124,7 @@ def test_weights_that_every_process_keeps_whole_at_stage_3_are_put_back_a_second
 ) -> None:
     run, launcher = tmp_path / "run", zero(3)
     train(launcher, run, f"--data.train={scenes / 'train'}", *WORDS, "--schedule.samples=120")
-    alter(run / "digests.jsonl", 5, lambda line: line.update(gradient="0" * 16))
+    alter_gradient(run, 5)
     assert "a second time it came out as now" in replay(launcher, run, 5, expect=1)
 
 
@@ -117,7 +132,7 @@ def test_with_virtual_processes_one_repeats_a_run_of_two(scenes: Path, tmp_path:
     run = tmp_path / "run"
     words = ("--engine.virtual-processes=2", "--engine.accumulate=2")
     train(DDP, run, f"--data.train={scenes / 'train'}", *WORDS, *words)
-    alter(run / "digests.jsonl", 7, lambda line: line.update(gradient="0" * 16))
+    alter_gradient(run, 7)
     said = replay(ALONE, run, 7, expect=1)
     assert "step 7 has another gradient" in said, "those of steps 5 and 6 are the same"
     # neither the number of processes nor the engine can be the reason
@@ -136,11 +151,33 @@ def test_engines_and_stages_note_the_same_digests(scenes: Path, tmp_path: Path) 
     assert [step for step, _, _ in noted[0]] == [1, 2]
 
 
-def test_a_digest_that_was_altered_is_found(copy: Path) -> None:
-    alter(copy / "digests.jsonl", 7, lambda line: line.update(gradient="0" * 16))
+@pytest.mark.parametrize("name", ["gradient", "samples"])
+def test_notes_that_were_altered_are_not_called_the_machine(name: str, copy: Path) -> None:
+    alter(copy / "digests.jsonl", 7, lambda line: line.update({name: "0" * 16}))
     said = replay(ALONE, copy, 8, expect=1)
-    assert "step 7 has another gradient from the same samples" in said
-    assert "0 of 38 parameters" in said  # by parameter nothing was altered
+    assert "digests_of_parts.jsonl contradict each other about step 7: one of them was" in said
+    assert "machine" not in said.partition("contradict")[2]
+
+
+GARBAGE = (
+    "[]", "7", "{", '{"step": 9, "gradient": 5}', '{"step": "x"}', '{"step": true}',
+    '{"step": 9, "gradient": "' + "0" * 16 + '", "samples": "' + "0" * 16 + '"}',
+    '{"step": 9, "gradient": "' + "z" * 16 + '", "samples": "", "processes": 1, "engine": "e"}',
+)  # fmt: skip
+
+
+def test_lines_that_are_none_are_counted(copy: Path) -> None:
+    lines = "".join(line + "\n" for line in GARBAGE)
+    with (copy / "digests.jsonl").open("a") as file:
+        file.write(lines)
+    with (copy / "digests_of_parts.jsonl").open("a") as file:
+        file.write('{"step": 9, "weights": "0"}\n{"step": 9, "samples": [1]}\n{"step": 9}\n')
+    said = replay(ALONE, copy, 10)
+    assert "steps 9 to 10 agree" in said
+    assert f"digests.jsonl: {len(GARBAGE)} lines are damaged" in said
+    assert "digests_of_parts.jsonl: 3 lines are damaged" in said
+    (copy / "digests.jsonl").write_text(lines)
+    assert "no digests of steps 9 to 10" in replay(ALONE, copy, 10, expect=2)
 
 
 def test_a_flipped_bit_is_found_in_its_step_and_parameter(scenes: Path, tmp_path: Path) -> None:
@@ -223,7 +260,7 @@ def test_other_weights_to_start_from_are_named(
 def test_the_code_that_took_a_step_is_compared_and_not_that_of_the_last_start(copy: Path) -> None:
     history = copy / "history.jsonl"
     began = json.loads(history.read_text().splitlines()[0])
-    alter(copy / "digests.jsonl", 7, lambda line: line.update(gradient="0" * 16))
+    alter_gradient(copy, 7)
     earlier = began | {"environment": began["environment"] | {"code": "of yesterday"}}
     later = began | {"event": "continued", "step": 8}
     history.write_text(json.dumps(earlier) + "\n" + json.dumps(later) + "\n")
@@ -258,7 +295,7 @@ def test_a_stream_begins_at_the_same_place_a_second_time(scenes: Path, tmp_path:
     run = tmp_path / "run"
     words = (*WORDS, "--data.resampled-samples=150")
     train(ALONE, run, f"--data.train={scenes / 'train'}", *words)
-    alter(run / "digests.jsonl", 7, lambda line: line.update(gradient="0" * 16))
+    alter_gradient(run, 7)
     assert "a second time it came out as now" in replay(ALONE, run, 7, expect=1)
 
 
@@ -266,7 +303,7 @@ def test_a_damaged_checkpoint_is_passed_over(copy: Path) -> None:
     (file,) = (copy / "checkpoints" / "step_000000004").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
     said = replay(ALONE, copy, 5)
-    assert f"{file} has" in said and "taking the one before" in said
+    assert f"{file} has" in said and "taking the beginning of the run" in said
     assert "steps 1 to 5 agree" in said
 
 

@@ -350,7 +350,7 @@ def test_a_full_disk_is_waited_out_while_training_goes_on(disk: Path, tmp_path: 
 
     said = on_disk(disk, train, tmp_path / "log")
     assert "the checkpoint of step 20 could not be written" in said
-    assert "No space left on device (" in said and "MiB are free there, 1 MiB are needed" in said
+    assert "No space left on device (" in said and "MiB are free there, 1.0 MiB are needed" in said
     assert "training goes on, older checkpoints are untouched, and it is tried again in 1 s" in said
     assert "that of step 30 takes its place" in said
 

@@ -226,6 +226,59 @@ def test_a_pointer_to_nothing_is_no_reason_to_stop(tmp_path: Path, content: byte
     assert newest.step == 10
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to a checkpoint", "link to nothing"])
+def test_a_pointer_that_is_no_file_is_told_where_it_is_read_and_written(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = store_in(tmp_path)
+    pointer = tmp_path / "checkpoints" / "latest"
+    target = save(store, 10)
+    pointer.unlink()
+    if kind == "folder":
+        pointer.mkdir()
+        (pointer / "kept").touch()
+    elif kind == "pipe":
+        os.mkfifo(pointer)
+    else:
+        pointer.symlink_to(target if kind == "link to a checkpoint" else tmp_path / "nothing")
+    newest = store.newest()
+    assert newest is not None and newest.step == 10
+    assert f"{pointer} cannot be read (" in caplog.text
+    if kind == "folder":
+        with pytest.raises(InputError, match="a folder has that name: remove it"):
+            save(store, 20)
+        assert (pointer / "kept").exists()
+    else:
+        save(store, 20)
+        assert pointer.read_text() == "step_000000020\n" and not pointer.is_symlink()
+        assert open_checkpoint(target).step == 10, "what it led to is as it was"
+
+
+def test_where_all_checkpoints_are_damaged_each_is_named(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep=3)
+    files = [save(store, step) / "tensors-00000-of-00001.safetensors" for step in (10, 20, 30)]
+    files[0].unlink()
+    files[1].write_bytes(b"")
+    files[2].write_bytes(b"x" * files[2].stat().st_size)
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole: ") as refusal:
+        store.newest()
+    said = str(refusal.value)
+    assert f"{files[2]} was altered" in said and f"{files[1]} has 0 bytes" in said
+    assert f"{files[0]} is missing" in said and "older checkpoint" not in said
+
+
+def test_a_copy_that_somebody_keeps_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep=1)
+    kept = tmp_path / "checkpoints" / "step_000000010_backup"
+    shutil.copytree(save(store, 10), kept)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    newest = store.newest()
+    assert newest is not None and newest.folder.name == "step_000000010"
+    save(store, 20)
+    assert [folder.name for folder in store.whole()] == ["step_000000020"]
+    assert open_checkpoint(kept).step == 10
+
+
 @pytest.mark.parametrize("fits", ["nothing", "the tensors"])
 def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(tmp_path: Path, fits: str) -> None:
     """In a process whose files may not grow beyond some bytes."""

@@ -274,7 +274,7 @@ def test_without_room_in_shared_memory_data_comes_through_pipes(what, monkeypatc
         assert [view.shape for view in fields["views"]] == [(row + 1,)]
     (record,) = caplog.records
     said = record.getMessage()
-    assert ("ulimit -n" if what == "files" else "/no/such/place has 0.0 MiB free") in said
+    assert ("ulimit -n" if what == "files" else "/no/such/place has 0 bytes free") in said
     assert "--data.workers 0" in said
 
 

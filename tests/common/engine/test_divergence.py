@@ -257,4 +257,6 @@ def test_a_damaged_checkpoint_is_none_to_go_back_to(
         (file,) = folder.glob("*.safetensors")
         file.write_bytes(file.read_bytes()[::-1])
         assert found() == older
-        assert f"{file} was altered" in caplog.text and "going back further" in caplog.text
+        assert f"{file} was altered" in caplog.text
+    assert f"taking {folders[0]}" in caplog.text
+    assert "there is none before it to go back to" in caplog.text

@@ -30,6 +30,7 @@ from frugal.common.checkpoint.manifest import digest_file, read_manifest
 from frugal.common.checkpoint.store import (
     Checkpoint,
     find_checkpoint,
+    first_whole,
     open_checkpoint,
     recipe_of_run,
 )
@@ -167,12 +168,7 @@ def _last_before(newest: Checkpoint, steps: int) -> Checkpoint:
         return newest
     folders = whole_checkpoints(newest.folder.parent)
     early = [folder for folder in folders if folder.name <= checkpoint_name(steps)]
-    for folder in reversed(early):
-        try:
-            return open_checkpoint(folder)
-        except InputError as error:
-            _LOG.warning("%s: an earlier one is taken", error)
-    return newest
+    return first_whole(reversed(early), otherwise=f"taking {newest.folder}") or newest
 
 
 def _check_equal(before: Recipe, recipe: Recipe, begin: Checkpoint, *, which: str) -> None:

@@ -211,7 +211,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file that holds one per line, and how many of its lines are no JSON.
+    """The objects of a file that holds one per line, and how many of its lines are none.
 
     A crash may have cut the last line in two. Where there is no file there are no lines.
     """
@@ -222,10 +222,11 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             line = parse_json(text)
         except ValueError:
-            unreadable += bool(text.strip())
-            continue
+            line = None
         if isinstance(line, dict):
             lines.append(line)
+        else:
+            unreadable += bool(text.strip())
     return lines, unreadable
 
 
@@ -385,11 +386,18 @@ def cannot_write(path: Path, error: OSError) -> InputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(_existing(path)).free
-            room = f", {free / 2**20:.0f} MiB are free there"
-    return InputError(
-        f"{path} cannot be written ({reason_of(error)}{room}); make room or the folder writable, "
-        "or choose another place"
-    )
+            room = f", {size_words(free)} are free there"
+    remedy = "make room or the folder writable, or choose another place"
+    if path.is_dir():  # nothing takes its name
+        remedy = "a folder has that name: remove it, or choose another place"
+    return InputError(f"{path} cannot be written ({reason_of(error)}{room}); {remedy}")
+
+
+def size_words(count: int) -> str:
+    """Bytes in words: little does not look like nothing, as 0.3 MiB; 12,345 MiB."""
+    if count < 2**17:
+        return f"{count:,} bytes"
+    return f"{count / 2**20:.1f} MiB" if count < 10 * 2**20 else f"{count / 2**20:,.0f} MiB"
 
 
 def _existing(path: Path) -> Path:

@@ -9,21 +9,24 @@ the run directory. Exit code 0: they agree; 1: they do not.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from shutil import copytree, ignore_patterns
+from string import hexdigits
 from typing import Any
 
 import numpy as np
 import tyro
 
+from frugal.common.checkpoint.commit import step_of, whole_checkpoints
 from frugal.common.checkpoint.init_from import init_from
-from frugal.common.checkpoint.store import Checkpoint, open_checkpoint
+from frugal.common.checkpoint.store import Checkpoint, first_whole
 from frugal.common.cli import command_words, run_politely, without_local_rank
 from frugal.common.data.config import StoredData
 from frugal.common.data.contents import also_noted, changed_besides, differences_since
@@ -81,22 +84,66 @@ class Noted:
     """(P,) ``parameters``, (P,) ``weights`` and (G,) ``samples`` uint64, where they are kept."""
 
     @classmethod
-    def read(cls, folder: Path) -> Noted:
-        """What is in a run directory; lines that are cut or altered beyond reading are left out."""
-        steps = {line["step"]: line for line in _lines(folder / DIGESTS) if "gradient" in line}
+    def read(cls, folder: Path, log: logging.Logger) -> Noted:
+        """What is in a run directory; lines that are none are left out, and counted in the log."""
+        steps = {line["step"]: line for line in _lines(folder / DIGESTS, _is_step, log)}
         parts: dict[int, dict[str, np.ndarray]] = {}
-        for line in _lines(folder / DETAILED_DIGESTS):
-            of_step = parts.setdefault(line.pop("step"), {})
-            for name, digits in line.items():
-                try:
-                    of_step[name] = from_hex(digits)
-                except (ValueError, TypeError):
-                    continue
+        for line in _lines(folder / DETAILED_DIGESTS, _is_of_parts, log):
+            digits = {name: from_hex(line[name]) for name in _PARTS if name in line}
+            parts.setdefault(line["step"], {}).update(digits)
         return cls(steps, parts)
 
+    def contradiction(self, found: Difference) -> str:
+        """What the two files say of a step and cannot both be so, in words; or nothing.
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [line for line in read_json_lines(path)[0] if isinstance(line.get("step"), int)]
+        The digest of a gradient follows from those of its parameters, which were written with it.
+        """
+        line, parts = self.steps.get(found.step, {}), self.parts.get(found.step, {})
+        parameters = parts.get("parameters") if found.what == "gradient" else None
+        if found.places != [] and (
+            parameters is None or digest_all(parameters) == line["gradient"]
+        ):
+            return ""
+        return (
+            f"{DIGESTS} and {DETAILED_DIGESTS} contradict each other about step {found.step}: one "
+            "of them was altered after the run had written it"
+        )
+
+
+_PARTS = ("parameters", "weights", "samples")
+
+
+_DIGITS = 16
+"""Of a digest."""
+
+
+def _is_step(line: dict[str, Any]) -> bool:
+    digests = (line.get("gradient"), line.get("samples"))
+    return all(_num_digests(each) == 1 for each in digests) and (
+        type(line.get("processes")) is int and isinstance(line.get("engine"), str)
+    )
+
+
+def _is_of_parts(line: dict[str, Any]) -> bool:
+    there = [line[name] for name in _PARTS if name in line]
+    return bool(there) and all(_num_digests(each) for each in there)
+
+
+def _num_digests(digits: Any) -> int:
+    """How many digests there are in the place of some; 0 where there is something else."""
+    if not isinstance(digits, str) or len(digits) % _DIGITS or set(digits) - set(hexdigits):
+        return 0
+    return len(digits) // _DIGITS
+
+
+def _lines(
+    path: Path, is_whole: Callable[[dict[str, Any]], bool], log: logging.Logger
+) -> list[dict[str, Any]]:
+    found, unreadable = read_json_lines(path)
+    lines = [line for line in found if type(line.get("step")) is int and is_whole(line)]
+    if damaged := unreadable + len(found) - len(lines):
+        log.warning("%s: %d lines are damaged; the others are compared", path, damaged)
+    return lines
 
 
 @dataclass(frozen=True)
@@ -138,7 +185,7 @@ class Replay:
         Raises:
             InputError: if there is nothing to compare with, or the run was computed otherwise.
         """
-        self.noted = Noted.read(folder)
+        self.noted = Noted.read(folder, run.log)
         self.run, self.last = run, last
         self.history, self.checkpoint, self.recipe = history, checkpoint, recipe
         self.left_out = left_out_steps(self.history) - {last}
@@ -175,18 +222,17 @@ class Replay:
             )
         if self.recipe.engine.virtual_processes is not None:
             return  # the same bits on any number of processes
-        processes = {line.get("processes") for line in self.compared.values()}
+        processes = {line["processes"] for line in self.compared.values()}
         if processes != {self.run.world_size}:
-            known = sorted(number for number in processes if isinstance(number, int))
+            known = min(processes - {self.run.world_size})
             raise InputError(
-                f"steps {self.first + 1} to {self.last} were taken by {known[0] if known else '?'} "
-                f"processes, and here {self.run.world_size} would add up in another order; start "
-                "this command with a launcher of as many, as torchrun --nproc_per_node "
-                f"{known[0] if known else 'N'} -m frugal.common.replay"
+                f"steps {self.first + 1} to {self.last} were taken by {known} processes, and here "
+                f"{self.run.world_size} would add up in another order; start this command with a "
+                f"launcher of as many, as torchrun --nproc_per_node {known} -m frugal.common.replay"
             )
 
     def _check_engine(self) -> None:
-        engines = {str(line.get("engine")) for line in self.compared.values()}
+        engines = {line["engine"] for line in self.compared.values()}
         rounding, here = engines, self.engine.name
         if self.recipe.engine.virtual_processes is not None:  # any engine with the same kernels
             rounding, here = {_kernels_of(engine) for engine in engines}, _kernels_of(here)
@@ -303,10 +349,10 @@ def compare(replayed: Replay) -> Difference | None:
         line, parts = noted.steps.get(step), noted.parts.get(step, {})
         if line is None:
             continue
-        if line.get("samples") != found.digests.batch:
+        if line["samples"] != found.digests.batch:
             places = _places(parts.get("samples"), found.digests.samples)
             return Difference(step, "samples", places, found)
-        if line.get("gradient") != found.digests.gradient:
+        if line["gradient"] != found.digests.gradient:
             places = _places(parts.get("parameters"), found.digests.parameters)
             return Difference(step, "gradient", places, found)
         if found.weights is not None and (places := _places(parts.get("weights"), found.weights)):
@@ -323,6 +369,8 @@ def _places(before: np.ndarray | None, now: np.ndarray) -> list[int] | None:
 
 def explain(replayed: Replay, found: Difference, folder: Path) -> list[str]:
     """What a difference is and what it can come from, line by line; every process calls this."""
+    if (contradiction := replayed.noted.contradiction(found)) and not found.places:
+        return [contradiction]
     changes = _changes(folder, replayed, max(found.step, 1))
     if found.what == "samples":
         return _explain_samples(replayed, found, folder, changes)
@@ -337,7 +385,8 @@ def explain(replayed: Replay, found: Difference, folder: Path) -> list[str]:
     where = f"the weights after step {found.step} differ"
     if found.what == "gradient":
         where = f"step {found.step} has another gradient from the same samples"
-    lines = [f"{where}: {_named(found.places, replayed.names)}"]
+    lines = [contradiction] if contradiction else []
+    lines.append(f"{where}: {_named(found.places, replayed.names)}")
     lines += [f"changed since the run: {change}" for change in changes]
     if changes:
         return [*lines, "it was the code, the recipe or another machine, as listed"]
@@ -453,16 +502,10 @@ def _flat(environment: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in environment.items() if name != "packages"} | packages
 
 
-def _checkpoint_before(folder: Path, step: int, run: Run) -> Checkpoint | None:
+def _checkpoint_before(folder: Path, step: int) -> Checkpoint | None:
     """The newest whole checkpoint from which a step is still to come; None for the beginning."""
-    for candidate in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
-        number = candidate.name.removeprefix("step_")
-        if number.isdecimal() and int(number) < step and (candidate / "state.json").exists():
-            try:
-                return open_checkpoint(candidate)
-            except InputError as error:
-                run.log.warning("%s: taking the one before", error)
-    return None
+    earlier = [f for f in whole_checkpoints(folder / "checkpoints") if step_of(f.name) < step]
+    return first_whole(reversed(earlier), otherwise="taking the beginning of the run")
 
 
 def _recipe_of(
@@ -512,7 +555,7 @@ def replay(options: Options) -> None:
         copytree(folder, aside, ignore=ignore_patterns(*_NOT_READ), dirs_exist_ok=True)
         device = "cpu" if environment.get("device") == "cpu" else "auto"
         run = open_run(Path(aside), device, threads=environment.get("threads_per_process"))
-        checkpoint = _checkpoint_before(folder, options.step, run)
+        checkpoint = _checkpoint_before(folder, options.step)
         start = _start_of(history, checkpoint.step + 1 if checkpoint else 1)
         recipe = _moved(_recipe_of(folder, checkpoint, start, run), options.train)
         with deterministic_kernels(run.log, wanted=recipe.engine.deterministic):

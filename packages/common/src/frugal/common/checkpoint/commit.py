@@ -100,7 +100,16 @@ def sync_folder(path: Path) -> None:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Folders of complete checkpoints, oldest first."""
-    return sorted(f for f in folder.glob("step_*") if (f / "state.json").exists())
+    return [f for f in checkpoint_folders(folder) if (f / "state.json").exists()]
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Those that are called as checkpoints are and hold something, oldest first.
+
+    A copy that somebody keeps beside them, such as ``step_000000010_backup``, is none of them.
+    """
+    named = [f for f in folder.glob("step_*") if f.name.removeprefix("step_").isdecimal()]
+    return sorted(f for f in named if f.is_dir() and any(f.iterdir()))
 
 
 def read_best(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from frugal.common.checkpoint.tensor_bytes import TensorBytes, file_header
+from frugal.common.files import size_words
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -56,8 +57,8 @@ class HostCopy:
         available = available_memory()
         if 2 * self.size > available:
             raise MemoryError(
-                f"the copy takes {self.size / 2**20:,.0f} MiB of memory, of which "
-                f"{available / 2**20:,.0f} MiB are available"
+                f"the copy takes {size_words(self.size)} of memory, of which "
+                f"{size_words(available)} are available"
             )
         if not hasattr(os, "memfd_create"):
             raise OSError("this system has no memory that processes can hand over")

@@ -97,6 +97,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
+class DamagedError(InputError):
+    """A checkpoint is not as it was written."""
+
+    def __init__(self, what: str) -> None:
+        """``what`` is the first half of the sentence, without what to do."""
+        super().__init__(f"{what}; use an older checkpoint")
+        self.what = what
+
+
 def check_manifest(folder: Path, *, files: Iterable[str] = ()) -> None:
     """Compare every file of a checkpoint with its manifest.
 
@@ -105,28 +114,33 @@ def check_manifest(folder: Path, *, files: Iterable[str] = ()) -> None:
         files: that the manifest must tell of.
 
     Raises:
-        InputError: naming the file that is missing, truncated or altered.
+        DamagedError: naming the file that is missing, truncated or altered.
     """
-    older = f"remove {folder} to continue from an older one"
     expected = _expected(folder / FILE)
     if expected is None:
         what = "was altered" if (folder / FILE).exists() else "is missing"
-        raise InputError(f"{folder / FILE} {what}: the checkpoint is damaged; {older}")
+        raise DamagedError(f"{folder / FILE} {what}: the checkpoint is damaged")
     for name, (size, sha256) in expected.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            words = "is missing" if found is None else f"has {found} bytes"
-            raise InputError(
-                f"{path} {words} where {size} were written: the checkpoint is damaged; {older}"
-            )
-        if digest_file(path)["sha256"] != sha256:
-            raise InputError(
-                f"{path} was altered after it was written (its checksum differs); remove {folder} "
-                "to continue from an older checkpoint"
-            )
+        check_size(folder / name, size)
+        if digest_file(folder / name)["sha256"] != sha256:
+            raise DamagedError(f"{folder / name} {ALTERED}")
     if untold := sorted(set(files) - expected.keys()):
-        raise InputError(f"{folder / FILE} was altered: it tells nothing of {untold[0]}; {older}")
+        raise DamagedError(f"{folder / FILE} was altered: it tells nothing of {untold[0]}")
+
+
+ALTERED = "was altered after it was written (its checksum differs)"
+
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a file of a checkpoint that has another size than it was written with.
+
+    Raises:
+        DamagedError: naming it.
+    """
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+        words = "is missing" if found is None else f"has {found} bytes"
+        raise DamagedError(f"{path} {words} where {size} were written: the checkpoint is damaged")
 
 
 def _expected(path: Path) -> dict[str, tuple[int, str]] | None:

@@ -33,6 +33,7 @@ from frugal.common.checkpoint.commit import (
     BEST,
     FORMAT,
     aside_of,
+    checkpoint_folders,
     checkpoint_name,
     make_anew,
     make_whole,
@@ -44,8 +45,15 @@ from frugal.common.checkpoint.commit import (
     sync_file,
     whole_checkpoints,
 )
+from frugal.common.checkpoint.manifest import (
+    ALTERED,
+    DamagedError,
+    check_manifest,
+    check_size,
+    digest_file,
+    file_checksum,
+)
 from frugal.common.checkpoint.manifest import FILE as MANIFEST
-from frugal.common.checkpoint.manifest import check_manifest, digest_file, file_checksum
 from frugal.common.checkpoint.state import TO_CONTINUE, refuse_strange
 from frugal.common.checkpoint.tensor_bytes import TensorBytes, copy_tensors, find_tensors
 from frugal.common.distributed import gather_objects
@@ -423,9 +431,9 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     One that is damaged is passed over, and that is said.
 
     Raises:
-        InputError: if all are damaged.
+        InputError: naming each, if all are damaged.
     """
-    names = sorted((f.name for f in folder.glob("step_*") if f.is_dir()), reverse=True)
+    names = [f.name for f in reversed(checkpoint_folders(folder))]
     pointed = _pointed(folder)
     if pointed is not None and names and pointed not in names:
         _LOG.warning(
@@ -433,29 +441,56 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             folder / "latest", pointed[:40],
         )  # fmt: skip
     names.sort(key=lambda name: name != pointed)
-    damage: list[InputError] = []
-    for name in names:
-        if not any((folder / name).iterdir()):
-            continue
+    found, damage = _first_whole(folder / name for name in names)
+    if damage and found is None:
+        raise InputError(
+            f"no checkpoint in {folder} is whole: {'; '.join(damage)}; restore one, or begin anew "
+            "in another folder"
+        )
+    return found
+
+
+def first_whole(folders: Iterable[Path], *, otherwise: str) -> Checkpoint | None:
+    """The first of some checkpoints that is not damaged; what is passed over is told.
+
+    Args:
+        folders: of checkpoints.
+        otherwise: what is done where all are damaged, in words.
+    """
+    found, damage = _first_whole(folders)
+    for what in [] if found else damage:
+        _LOG.warning("%s: %s", what, otherwise)
+    return found
+
+
+def _first_whole(folders: Iterable[Path]) -> tuple[Checkpoint | None, list[str]]:
+    """As :func:`first_whole`, with what is told if there is one: what is damaged before it."""
+    damage: list[str] = []
+    for folder in folders:
         try:
-            found = open_checkpoint(folder / name)
-        except InputError as error:
-            damage.append(error)
+            found = open_checkpoint(folder)
+        except DamagedError as error:
+            damage.append(error.what)
             continue
-        for passed in damage:
-            _LOG.warning("%s: taking %s", passed, found.folder)
-        return found
-    if damage:
-        raise damage[0]
-    return None
+        for what in damage:
+            _LOG.warning("%s: taking %s", what, folder)
+        return found, damage
+    return None, damage
 
 
 def _pointed(folder: Path) -> str | None:
-    """What ``latest`` says; None where there is none that can be read."""
+    """What ``latest`` says; None where there is none, or, which is said, it cannot be read."""
+    path = folder / "latest"
     try:
-        return read_bytes(folder / "latest").strip().decode("utf-8", "replace")
-    except OSError:
-        return None
+        return read_bytes(path).strip().decode("utf-8", "replace")
+    except FileNotFoundError as error:
+        if not path.is_symlink():
+            return None
+        reason = reason_of(error)
+    except OSError as error:
+        reason = reason_of(error)
+    _LOG.warning("%s cannot be read (%s); the newest checkpoint is taken", path, reason)
+    return None
 
 
 def recipe_of_run(folder: Path) -> Recipe | None:
@@ -466,8 +501,7 @@ def recipe_of_run(folder: Path) -> Recipe | None:
     Raises:
         InputError: if no recipe can be read.
     """
-    checkpoints = [f for f in (folder / "checkpoints").glob("step_*") if any(f.iterdir())]
-    if not checkpoints:
+    if not checkpoint_folders(folder / "checkpoints"):
         return None
     path = folder / "recipe.json"
     try:
@@ -521,31 +555,33 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint, with the presence, size and checksum of every file verified.
 
     Raises:
-        InputError: naming the file that is missing, truncated or altered.
+        DamagedError: naming the file that is missing, truncated or altered.
     """
     try:
         state = parse_json(read_bytes(folder / "state.json"))
         files = state["files"]
         refuse_strange(state, files)
     except FileNotFoundError:
-        raise InputError(
+        raise DamagedError(
             f"{folder / 'state.json'} is not there, which is written last, so that this is no "
-            "whole checkpoint; use an older checkpoint"
+            "whole checkpoint"
         ) from None
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else reason_of(error)
-        raise InputError(
-            f"{folder / 'state.json'} is damaged ({reason}); use an older checkpoint"
-        ) from None
+        raise DamagedError(f"{folder / 'state.json'} is damaged ({reason})") from None
     if state.get("format") != FORMAT:
-        raise InputError(
+        raise DamagedError(
             f"{folder / 'state.json'} is of checkpoint format {state.get('format')}, this version "
             f"reads {FORMAT}"
         )
-    if "manifest" in state or (folder / MANIFEST).exists():
-        check_manifest(folder, files=["state.json", *(file["name"] for file in files)])
-    else:  # of an earlier version
-        _check_files(folder, files)
+    try:
+        if "manifest" in state or (folder / MANIFEST).exists():
+            check_manifest(folder, files=["state.json", *(file["name"] for file in files)])
+        else:  # of an earlier version
+            _check_files(folder, files)
+    except OSError as error:
+        where = error.filename or folder
+        raise DamagedError(f"{where} cannot be read ({reason_of(error)})") from None
     return Checkpoint(folder, state)
 
 
@@ -553,14 +589,6 @@ def _check_files(folder: Path, files: list[dict[str, Any]]) -> None:
     """Compare the files of a checkpoint with what its ``state.json`` says of them."""
     for file in files:
         path = folder / file["name"]
-        if not path.exists() or path.stat().st_size != file["bytes"]:
-            found = f"has {path.stat().st_size} bytes" if path.exists() else "is missing"
-            raise InputError(
-                f"{path} {found} where {file['bytes']} were written: the checkpoint is damaged; "
-                f"remove {folder} to continue from an older one"
-            )
+        check_size(path, file["bytes"])
         if file_checksum(path) != file["crc32"]:
-            raise InputError(
-                f"{path} was altered after it was written (its checksum differs); remove {folder} "
-                "to continue from an older checkpoint"
-            )
+            raise DamagedError(f"{path} {ALTERED}")

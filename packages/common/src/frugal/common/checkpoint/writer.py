@@ -28,7 +28,7 @@ from typing import Any
 from frugal.common.checkpoint.commit import make_whole, point_at, remove_old
 from frugal.common.checkpoint.manifest import Digests
 from frugal.common.errors import InputError
-from frugal.common.files import parse_json, reason_of, write_file
+from frugal.common.files import parse_json, reason_of, size_words, write_file
 from frugal.common.history import note
 
 LAST_ATTEMPTS = 4
@@ -173,7 +173,7 @@ class Writer:
             with contextlib.suppress(OSError):
                 free = shutil.disk_usage(Path(job["final"]).parents[1]).free
                 needed = len(self._memory) * self.world_size
-                room = f" ({_mebibytes(free)} are free there, {_mebibytes(needed)} are needed)"
+                room = f" ({size_words(free)} are free there, {size_words(needed)} are needed)"
         self._reason = reason_of(error) + room
         pause = min(_LONGEST_PAUSE, 2.0 ** min(self._failures if before is None else before, 10))
         self._failures += 1
@@ -281,10 +281,6 @@ def _sign_of_life(folder: Path) -> list[tuple[str, int, int]]:
             status = file.stat()
             found.append((file.name, status.st_size, status.st_mtime_ns))
     return found
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from frugal.common.errors import InputError
-from frugal.common.files import reason_of, refuse_exhaustion
+from frugal.common.files import reason_of, refuse_exhaustion, size_words
 
 PREFETCHED = 2
 """Batches that each loader process keeps ready."""
@@ -401,8 +401,8 @@ def _no_sharing(fields: dict[str, Any], workers: int) -> str:
     claims = workers * max(int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
     if (free := _free_shared_memory()) < claims * sum(sizes):
         return (
-            f"{SHARED_MEMORY} has {free / 2**20:.1f} MiB free, too little for batches of "
-            f"{sum(sizes) / 2**20:.1f} MiB; give it more (docker run --shm-size=8g)"
+            f"{SHARED_MEMORY} has {size_words(free)} free, too little for batches of "
+            f"{size_words(sum(sizes))}; give it more (docker run --shm-size=8g)"
         )
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if len(list(Path("/proc/self/fd").iterdir())) + _DESCRIPTORS > most:

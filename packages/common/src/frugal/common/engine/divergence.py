@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from frugal.common.checkpoint.commit import step_of
-from frugal.common.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
+from frugal.common.checkpoint.store import Checkpoint, CheckpointStore, first_whole, open_checkpoint
 from frugal.common.distributed import gather_objects
-from frugal.common.errors import InputError
 
 REWIND = "rewind"
 """The event in the history of a run; see :mod:`frugal.common.history`."""
@@ -106,11 +106,11 @@ def _newest_sound(
 ) -> Checkpoint | None:
     """As :func:`last_good`, of the first process; one that is damaged is passed over."""
     times = Counter(event["to"] for event in _rewinds(history))
-    for folder in reversed(store.whole()):
+
+    def is_sound(folder: Path) -> bool:
         first = step_of(folder.name) + 1
-        if times[first - 1] < 2 and any(step not in left_out for step in range(first, before)):
-            try:
-                return open_checkpoint(folder)
-            except InputError as error:
-                store.run.log.warning("%s: going back further", error)
-    return None
+        steps = range(first, before)
+        return times[first - 1] < 2 and any(step not in left_out for step in steps)
+
+    sound = filter(is_sound, reversed(store.whole()))
+    return first_whole(sound, otherwise="there is none before it to go back to")
