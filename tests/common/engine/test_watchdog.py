@@ -53,7 +53,10 @@ def test_a_process_that_stands_still_before_it_told_anything_is_named_too(
     wait_for_step(process, run, 1)
     os.kill(process.pids[1], signal.SIGSTOP)
     assert process.wait(timeout=60) in (1, -9)
-    assert "process 1 of 2" in log_of(run).read_text()
+    said = log_of(run).read_text()
+    assert "process 1 of 2" in said
+    # that tells of a process in its steps, whatever the other one told before it had taken one
+    assert re.search(r"; this process is (computing|waiting for the data of) step \d", said)
 
 
 def test_a_slow_process_is_waited_for(scenes: Path, tmp_path: Path) -> None:

@@ -200,28 +200,33 @@ class Watchdog:
     def _fault(self) -> str:
         """Which process is gone or stuck, in words; "" where none is."""
         now, seen = self._clock.now(), dict(self._seen)
+        here = f"; this process is {self._doing}"
         if now - self._answered_at > self._limit:
-            last = f"; what it did last was {seen[0].doing}" if 0 in seen else ""
-            return f"process 0, which keeps the meeting place, does not answer{last}"
+            last = f"; {self._told_last(seen[0])}" if 0 in seen else ""
+            return f"process 0, which keeps the meeting place, does not answer{last}{here}"
         first = max((one.position for one in seen.values()), default=0)
         for rank in range(self._run.world_size):
             one, named = seen.get(rank), f"process {rank} of {self._run.world_size}"
             if one is None:
                 if now - self._begun > self._limit:
-                    return f"{named} has told nothing since this one began to train"
+                    return f"{named} has told nothing since this one began to train{here}"
                 continue
             named += f" (on {one.host})"
             if now - one.alive_at > self._limit:
                 return (
-                    f"{named} has given no sign of life for {now - one.alive_at:.0f} seconds; what "
-                    f"it did last was {one.doing}"
+                    f"{named} has given no sign of life for {now - one.alive_at:.0f} seconds; "
+                    f"{self._told_last(one)}{here}"
                 )
             if self._stayed_behind(rank, one, first, now) > self._limit:
                 return (
                     f"{named} has been {one.doing} for {now - one.moved_at:.0f} seconds, while "
-                    "others wait for it"
+                    f"others wait for it{here}"
                 )
         return self._standstill(seen, now)
+
+    def _told_last(self, one: _Seen) -> str:
+        """What a process did, as far as it could tell: it may have come further after that."""
+        return f"when it told last, as every {self._pause:.2g} seconds, it was {one.doing}"
 
     def _stayed_behind(self, rank: int, one: _Seen, first: int, now: float) -> float:
         """Seconds for which others have been further than a process that did not move.
