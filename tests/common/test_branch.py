@@ -17,6 +17,7 @@ from frugal.common.report.goodput import time_spent
 from support import (
     ALONE,
     DDP,
+    TINY,
     Launcher,
     command,
     largest_difference,
@@ -49,8 +50,14 @@ def early(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that cools down from step 7 by itself."""
     run = tmp_path_factory.mktemp("early") / "run"
     cooled = ("--schedule.cooldown-from=7", "--engine.ema-decay=0.9")
-    train(ALONE, run, f"--data.train={scenes / 'train'}", *CONSTANT, *cooled)
+    words = (f"--data.train={scenes / 'train'}", *CONSTANT, *cooled)
+    train(ALONE, run, small=without_samples(words))
     return run
+
+
+def without_samples(words: tuple[str, ...]) -> list[str]:
+    """Of a tiny run that ends where its cooldown does."""
+    return [word for word in (*TINY, *words) if not word.startswith("--schedule.samples=")]
 
 
 def go_on(branch: Path, launcher: Launcher = ALONE, *words: str, **options: object) -> str:
@@ -117,7 +124,7 @@ def test_a_branch_of_cit_begins_before_pairs_that_its_end_would_cut_short(
     train(ALONE, long, *words, module=cit)  # 24 steps, 8 of them cooldown
     # ends after 13 steps, which cut the fifth period short
     ending = ("--schedule.cooldown-from=11", "--schedule.cooldown-samples=24")
-    train(ALONE, direct, *words, *ending, module=cit)
+    train(ALONE, direct, module=cit, small=without_samples((*words, *ending)))
     assert "behind step 9 of" in branch_of(long, out, *ending)
     go_on(out, module=cit)
     assert largest_difference(saved_tensors(out), saved_tensors(direct), ALL[:3]) == 0.0

@@ -10,6 +10,8 @@ import pytest
 from frugal.common.cli import command_words, read_command_line, read_options
 from frugal.common.errors import InputError
 from frugal.common.evaluation.cli import Options
+from frugal.common.files import write_json
+from frugal.common.recipe_json import to_json
 from frugal.flip.recipes import RECIPES
 
 PACKAGES = Path(__file__).parents[2] / "packages"
@@ -96,3 +98,22 @@ def test_a_command_refuses_an_empty_path_in_one_sentence(
     monkeypatch.setattr(module, "run_politely", lambda command, **_: command())
     with pytest.raises(InputError, match="--out is empty"):
         module.main()
+
+
+def test_samples_beside_the_step_that_sets_them_are_refused(tmp_path: Path) -> None:
+    cooled = [
+        "demo", "--schedule=frugal.common.optim.schedules.WarmupConstantCooldown",
+        "--schedule.cooldown-from=90", "--schedule.warmup-samples=0",
+    ]  # fmt: skip
+    _, recipe = read_command_line(RECIPES, program="train", arguments=cooled)
+    assert recipe.schedule.samples > 90 * recipe.batch_size
+    saved = tmp_path / "recipe.json"
+    write_json(saved, to_json(recipe))
+    for words in (cooled, [str(saved)]):
+        with pytest.raises(InputError, match="cooldown_from is step 90, which sets"):
+            read_command_line(
+                RECIPES, program="train", arguments=[*words, "--schedule.samples", "9000"]
+            )
+    words = [str(saved), "--schedule.samples=9000", "--schedule.cooldown-from=None"]
+    _, recipe = read_command_line(RECIPES, program="train", arguments=words)
+    assert recipe.schedule.samples == 9000

@@ -142,7 +142,7 @@ def overridden(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            found = tyro.cli(
                 Recipe,
                 default=recipe,
                 args=words,
@@ -156,6 +156,20 @@ def overridden(
             raise InputError(mistake) from None
         sys.stderr.write(said.getvalue())
         raise
+    _refuse_samples_twice(found, words)
+    return found
+
+
+def _refuse_samples_twice(recipe: Recipe, words: Iterable[str]) -> None:
+    """Refuse a number of samples beside a step of the cooldown, which sets it."""
+    step = getattr(recipe.schedule, "cooldown_from", None)
+    flags = {_dashed(word.partition("=")[0]) for word in words}
+    if step is not None and "--schedule.samples" in flags:
+        raise InputError(
+            f"schedule.cooldown_from is step {step}, which sets schedule.samples to "
+            f"{recipe.schedule.samples}; leave out --schedule.samples, or give "
+            "--schedule.cooldown-from None with it"
+        )
 
 
 def read_options(kind: type[OptionsT], program: str, *, description: str | None = None) -> OptionsT:
