@@ -5,25 +5,38 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, save
+from transformers import BertConfig, BertModel, BertTokenizer
 
+from frugal.cit.recipes import RECIPES
 from frugal.common import save_model
 from frugal.common.data.samples import Fields
 from frugal.common.data.stored_vectors import IMAGES, TEXTS, StoredVectors, width_of
-from frugal.common.embed import Options, embed
+from frugal.common.data.tokenizers import HuggingFace
+from frugal.common.embed import Options, Start, embed
 from frugal.common.errors import InputError
+from frugal.common.files import write_json
 from frugal.common.models.image_encoder import image_encoder
+from frugal.common.models.pretrained import (
+    PretrainedDualEncoderConfig,
+    TimmImage,
+    TransformersText,
+)
+from frugal.common.recipe_json import to_json
 from frugal.common.weights.load import load_model
 from support import (
     ALONE,
     DDP,
+    ROOT,
     TINY,
     largest_difference,
     losses,
@@ -47,7 +60,7 @@ def vectors(alone: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory)
     return embedded(alone, scenes / "train", tmp_path_factory.mktemp("vectors") / "out")
 
 
-def embedded(checkpoint: Path, data: Path, out: Path, **options: object) -> Path:
+def embedded(checkpoint: Path | None, data: Path, out: Path, **options: object) -> Path:
     options = {"output": "pooled", "dtype": "float32", "workers": 0} | options
     embed(Options(checkpoint=checkpoint, data=(str(data),), out=out, **options))  # type: ignore[arg-type]
     return out
@@ -313,6 +326,85 @@ def test_heads_learn_from_stored_vectors_as_from_images_and_captions(
     assert "from step 3 of 6" in train(ALONE, runs["vectors"], *words, **options)
     again = saved_tensors(runs["vectors"])
     assert largest_difference(again, whole, ("weight", "exp_avg")) == 0.0
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of a ViT of timm and a BERT of transformers, which have never met."""
+    folder = tmp_path_factory.mktemp("apart")
+    torch.manual_seed(1)
+    vit = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **vit)
+    timm.models.save_for_hf(model, folder / "timm", model_args=vit)
+    words = BertTokenizer(str(ROOT / "tests" / "words.txt"))
+    words.save_pretrained(folder / "bert")
+    bert = BertConfig(
+        vocab_size=len(words), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48,
+    )  # fmt: skip
+    BertModel(bert).save_pretrained(folder / "bert")
+    recipe = RECIPES["demo-align"]()
+    write_json(folder / "recipe.json", to_json(replace(
+        recipe,
+        model=PretrainedDualEncoderConfig(
+            image=TimmImage(name=str(folder / "timm"), image_size=32),
+            text=TransformersText(name=str(folder / "bert"), length=24),
+            embed_dim=16,
+        ),
+        objective=replace(
+            recipe.objective, image_weights=None, text_weights=None  # type: ignore[type-var]
+        ),
+        data=replace(
+            recipe.data, tokenizer=HuggingFace(name=str(folder / "bert")), workers=0  # type: ignore[type-var]
+        ),
+        schedule=replace(recipe.schedule, samples=144, warmup_samples=0),
+        batch_size=24,
+        engine=replace(recipe.engine, precision="float32"),
+    )))  # fmt: skip
+    return folder
+
+
+def test_towers_that_learned_apart_are_aligned(apart: Path, scenes: Path, tmp_path: Path) -> None:
+    recipe, out = str(apart / "recipe.json"), tmp_path / "vectors"
+    start = Start(recipe=recipe, changes=("model.text.pooling=mean",))
+    embedded(None, scenes / "train", out, texts=True, start=start)
+    runs = {name: tmp_path / name for name in ("pairs", "vectors")}
+    words = (f"--data.train={scenes / 'train'}", "--model.text.pooling=mean", "--run.log-every=1")
+    stored = (f"--data.stored={out}", f"--data.stored-texts={out}")
+    options = {"module": CIT, "recipe": recipe, "small": ()}
+    whole = ("--data.stored=None", "--data.stored-texts=None")
+    train(ALONE, runs["pairs"], *words, *whole, *WHOLE, **options)
+    train(ALONE, runs["vectors"], *words, *stored, **options)
+    assert losses(runs["vectors"]) == pytest.approx(losses(runs["pairs"]), rel=1e-4)
+    state = load_model(runs["vectors"]).model.state_dict()
+    bert = BertModel.from_pretrained(apart / "bert").state_dict()
+    name = "encoder.layer.1.output.dense.weight"
+    assert state[f"text.model.{name}"].equal(bert[name]), "a run keeps the whole model"
+    shutil.copytree(apart / "bert", tmp_path / "bert")
+    BertModel(BertConfig.from_pretrained(apart / "bert")).save_pretrained(tmp_path / "bert")
+    said = train(
+        ALONE, tmp_path / "other", *words, *stored, f"--model.text.name={tmp_path / 'bert'}",
+        expect=2, **options,
+    )  # fmt: skip
+    assert "is of another text tower than the one that this run starts from" in said
+
+
+def test_a_model_that_is_not_named_once_is_refused(
+    alone: Path, apart: Path, tmp_path: Path
+) -> None:
+    recipe = Start(recipe=str(apart / "recipe.json"))
+    for checkpoint, start, more, sentence in (
+        (None, Start(), {}, "neither is there"),
+        (alone, recipe, {}, "both are there"),
+        (alone, Start(changes=("batch-size=2",)), {}, "--start.changes goes with --start.recipe"),
+        (None, recipe, {"model": "RN50"}, "--model goes with --checkpoint"),
+        (None, recipe, {"output": "both"}, "are random; take --output pooled"),
+        (None, Start(recipe="cit:nothing"), {}, "there is no recipe 'nothing'"),
+        (None, replace(recipe, changes=("nothing",)), {}, "--start.changes has 'nothing'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            embedded(checkpoint, tmp_path, tmp_path / "out", start=start, **more)
+    assert not (tmp_path / "out").exists()
 
 
 def captioned(folder: Path) -> Path:

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -170,6 +171,37 @@ def _refuse_samples_twice(recipe: Recipe, words: Iterable[str]) -> None:
             f"{recipe.schedule.samples}; leave out --schedule.samples, or give "
             "--schedule.cooldown-from None with it"
         )
+
+
+AS_CHANGES = 'NAME=VALUE without dashes, such as batch-size=512 or "model.image.mean=0.5 0.5 0.5"'
+
+
+def as_flags(changes: Iterable[str], option: str) -> list[str]:
+    """Changes of a recipe, as ``model.image.mean=0.5 0.5 0.5``, as the words of a command line.
+
+    Args:
+        changes: that a command was given.
+        option: behind which they stand.
+
+    Raises:
+        InputError: if one is neither that nor the name of a field that is turned on or off.
+    """
+    return [word for change in changes for word in _as_flag(change, option)]
+
+
+def _as_flag(change: str, option: str) -> list[str]:
+    name, equals, value = change.removeprefix("--").partition("=")
+    try:
+        if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or not (
+            equals or "." in name or name == "help"
+        ):
+            raise ValueError
+        return [f"--{name}", *shlex.split(value)]
+    except ValueError:  # also of quotes that are not closed
+        raise InputError(
+            f"{option} has {change!r}, which changes no field of a recipe; write each change as "
+            f"{AS_CHANGES}"
+        ) from None
 
 
 def read_options(kind: type[OptionsT], program: str, *, description: str | None = None) -> OptionsT:

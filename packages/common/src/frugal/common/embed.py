@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from frugal.common.cli import read_options, run_politely
+from frugal.common.checkpoint.init_from import init_from
+from frugal.common.cli import as_flags, overridden, read_options, run_politely
 from frugal.common.data.contents import below_common_folder, shard_digests
 from frugal.common.data.damage import Damaged, PassedOver
 from frugal.common.data.loader import Loader
@@ -72,22 +73,38 @@ from frugal.common.files import cannot_write, read_json_object, reason_of, write
 from frugal.common.models.bundle import ModelBundle
 from frugal.common.models.clip import DualEncoder
 from frugal.common.models.image_encoder import image_encoder
+from frugal.common.programs import recipe_named
 from frugal.common.randomness import sample_generator
 from frugal.common.ranges import Count, CountOrZero, Seed, check_ranges
 from frugal.common.recipe_json import to_json
 from frugal.common.run import Run, join, open_run
 from frugal.common.weights.load import load_model
+from frugal.common.weights.runs import bundle_of
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 Output = Literal["projected", "pooled", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """In the place of --checkpoint: the model that a run is to start from.
+
+    Its towers may be of several libraries. What nothing starts from, as projections, is random.
+    """
+
+    recipe: str | None = None
+    """PROGRAM:NAME, such as cit:demo-align; or a recipe.json."""
+    changes: tuple[str, ...] = ()
+    """What the run is to do differently, such as model.text.name=FOLDER."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Embed the images and captions of a data set; under torchrun, on several processes."""
 
-    checkpoint: Path
+    checkpoint: Path | None = None
     """The model: whatever frugal.common.evaluate takes."""
+    start: Start = field(default_factory=Start)
     model: str | None = None
     """Of a file of weights: open_clip's or timm's name of the model, or openai."""
     weights_key: str | None = None
@@ -291,9 +308,9 @@ def embed(options: Options) -> None:
     check_ranges(options)
     _check(options)
     run = open_run(options.out, options.device)
-    bundle = load_model(options.checkpoint, name=options.model, weights_key=options.weights_key)
+    bundle = _model_of(options, run)
     if options.texts and bundle.text is None:
-        raise InputError(f"{options.checkpoint} holds a model that reads no captions; leave out "
+        raise InputError(f"{bundle.source.path} holds a model that reads no captions; leave out "
                          "--texts")  # fmt: skip
     if options.precision is not None:
         bundle = replace(bundle, precision=options.precision)
@@ -348,6 +365,39 @@ def _check(options: Options) -> None:
     if not options.images and options.views > 1:
         raise InputError("--views are of images; leave out --no-images")
 
+    named = (options.checkpoint, options.start.recipe)
+    if named.count(None) != 1:
+        raise InputError(
+            "give the model with --checkpoint, or with --start.recipe the run that is to start "
+            f"from it; {'neither is' if None in named else 'both are'} there"
+        )
+    of_start = options.start.changes and options.start.recipe is None
+    of_checkpoint = (options.model or options.weights_key) and options.checkpoint is None
+    if of_start or of_checkpoint:
+        words = ("--start.changes", "--start.recipe")
+        if of_checkpoint:
+            words = ("--model" if options.model else "--weights-key", "--checkpoint")
+        raise InputError(f"{words[0]} goes with {words[1]}, which is not given; leave it out")
+    if options.output != "pooled" and options.start.recipe is not None:
+        raise InputError(
+            "the projections of a run that is yet to begin are random; take --output pooled"
+        )
+
+
+def _model_of(options: Options, run: Run) -> ModelBundle:
+    """The model that is named, or that a run is to start from."""
+    if options.checkpoint is not None:
+        return load_model(options.checkpoint, name=options.model, weights_key=options.weights_key)
+    assert options.start.recipe is not None
+    recipe, _ = recipe_named(options.start.recipe)
+    changes = as_flags(options.start.changes, "--start.changes")
+    called = f"python -m frugal.common.embed --start.recipe {options.start.recipe} --start.changes"
+    recipe = overridden(recipe, changes, program=called)
+    objective = recipe.objective.build(recipe)
+    init_from(objective, recipe.run.start_from, interpolate=recipe.run.interpolate, log=run.log)
+    bundle = bundle_of(objective.model, recipe)
+    return replace(bundle, source=replace(bundle.source, path=Path(options.start.recipe)))
+
 
 def _open(options: Options, run: Run) -> Source:
     """The shards of all entries, one after the other."""
@@ -387,7 +437,7 @@ def _pooling_towers(options: Options, bundle: ModelBundle) -> dict[str, nn.Modul
         if not is_dual:
             raise InputError(
                 f"--output {options.output} needs a text tower that pools captions, which the "
-                f"{type(model).__name__} of {options.checkpoint} does not have; take --output "
+                f"{type(model).__name__} of {bundle.source.path} does not have; take --output "
                 "projected"
             )
         towers["text"] = model.text

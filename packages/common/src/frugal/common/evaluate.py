@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from frugal.common.checkpoint.store import run_directory
 from frugal.common.cli import (
+    AS_CHANGES,
+    as_flags,
     named_recipe,
     overridden,
     read_options,
@@ -117,7 +117,7 @@ def _training(word: str, options: Options, out: Path) -> _Training:
     recipe, _ = named_recipe(task.recipes, options.transfer.recipe)
     recipe = task.on(recipe, options.checkpoint, options.data, out / _name(word))
     recipe = replace(recipe, engine=replace(recipe.engine, device=options.device))
-    changes = [word for given in options.transfer.changes for word in _as_flag(given)]
+    changes = as_flags(options.transfer.changes, "--transfer.changes")
     called = (
         f"python -m frugal.common.evaluate --tasks {word} --transfer.recipe "
         f"{options.transfer.recipe} --transfer.changes"
@@ -134,29 +134,6 @@ def _training(word: str, options: Options, out: Path) -> _Training:
 def _name(word: str) -> str:
     """What the numbers and the run directory of a task are called."""
     return word.replace("-", "_")
-
-
-_AS_CHANGES = 'NAME=VALUE without dashes, such as batch-size=512 or "model.image.mean=0.5 0.5 0.5"'
-
-
-def _as_flag(change: str) -> list[str]:
-    """``model.image.mean=0.5 0.5 0.5`` as the words of a command line.
-
-    Raises:
-        InputError: if it is neither that nor the name of a field that is turned on or off.
-    """
-    name, equals, value = change.removeprefix("--").partition("=")
-    try:
-        if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or not (
-            equals or "." in name or name == "help"
-        ):
-            raise ValueError
-        return [f"--{name}", *shlex.split(value)]
-    except ValueError:  # also of quotes that are not closed
-        raise InputError(
-            f"--transfer.changes has {change!r}, which changes no field of a recipe; write each "
-            f"change as {_AS_CHANGES}"
-        ) from None
 
 
 def _refuse_other_start(recipe: Recipe, bundle: ModelBundle) -> None:
@@ -184,7 +161,7 @@ def _train_and_measure(training: _Training, start: ModelBundle, options: Options
     try:
         train_recipe(recipe, start=start)
     except InputError as error:
-        hint = f"; a flag of the recipe goes behind --transfer.changes as {_AS_CHANGES}"
+        hint = f"; a flag of the recipe goes behind --transfer.changes as {AS_CHANGES}"
         raise InputError(f"{error}{hint if ' --' in str(error) else ''}") from None
     folder = recipe.run.dir
     assert folder is not None
