@@ -1,5 +1,6 @@
 """A run's history is added to, whatever a crash has left of it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,25 @@ def test_a_history_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
     with pytest.raises(InputError, match=r"history\.jsonl cannot be written"):
         note(tmp_path, "began", step=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ({"event": "rewind", "step": 2, "to": 1}, "None as left_out"),
+        ({"event": "rewind", "step": 2, "to": 1, "left_out": 5}, "5 as left_out"),
+        ({"event": "rewind", "step": 2, "to": 1, "left_out": [[1]]}, r"\[\[1\]\] as left_out"),
+        ({"event": "rewind", "step": 2, "left_out": [2]}, "None as to"),
+        ({"event": "data_changed", "step": 2, "changes": 5}, "5 as changes"),
+        ({"event": "ended", "step": "2"}, "'2' as step"),
+        ({"event": "continued", "step": True}, "True as step"),
+    ],
+)
+def test_a_line_that_was_altered_is_refused_by_what_it_lacks(
+    line: dict, named: str, tmp_path: Path
+) -> None:
+    note(tmp_path, "began", step=0)
+    with (tmp_path / FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=f"was altered: its line of '{line['event']}' has {named}"):
+        read_history(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -157,6 +158,61 @@ def test_notes_that_were_altered_are_not_called_the_machine(name: str, copy: Pat
     said = replay(ALONE, copy, 8, expect=1)
     assert "digests_of_parts.jsonl contradict each other about step 7: one of them was" in said
     assert "machine" not in said.partition("contradict")[2]
+
+
+def test_weights_that_were_noted_otherwise_may_be_an_altered_note(copy: Path) -> None:
+    def change(line: dict) -> None:
+        if "weights" in line:
+            line["weights"] = "0" * 16 + line["weights"][16:]
+
+    for step, last in ((4, 6), (8, 8)):
+        notes = copy / "digests_of_parts.jsonl"
+        kept = notes.read_text()
+        alter(notes, step, change)
+        assert "or digests_of_parts.jsonl was altered" in replay(ALONE, copy, last, expect=1)
+        notes.write_text(kept)
+
+
+def test_a_step_of_which_nothing_was_noted_does_not_agree(copy: Path) -> None:
+    notes = copy / "digests.jsonl"
+    lines = notes.read_text().splitlines(keepends=True)
+    notes.write_text("".join(line for line in lines if json.loads(line)["step"] != 6))
+    said = replay(ALONE, copy, 6, expect=2)
+    assert f"step 6 of {copy} has no digest in digests.jsonl" in said and "such as 5" in said
+    assert "of 2 steps are the same, bit for bit (of 1 between" in replay(ALONE, copy, 7)
+
+
+def test_a_history_that_leaves_out_a_step_that_was_taken_is_altered(copy: Path) -> None:
+    note(copy, "rewind", step=3, to=1, left_out=[2])
+    said = replay(ALONE, copy, 3, expect=2)
+    assert "history.jsonl and digests.jsonl in" in said and "about step 2" in said
+
+
+@pytest.mark.parametrize("kind", ["gone", "damaged"])
+def test_where_the_notes_of_the_data_are_gone_the_checkpoint_tells(kind: str, copy: Path) -> None:
+    data = Path(shutil.copytree(recipe_of(copy)["data"]["train"][0], copy.parent / "fewer"))
+    sorted(data.glob("*.tar"))[-1].unlink()
+    (copy / "data.json").unlink()
+    if kind == "damaged":
+        (copy / "data.json").write_text("{")
+    assert "steps 5 to 6 agree" in replay(ALONE, copy, 6)
+    said = replay(ALONE, copy, 6, f"--train={data}", expect=1)
+    assert "1 gone (00003.tar)" in said and "it was the data" in said
+
+
+def test_what_else_lies_in_a_run_directory_is_left_alone(copy: Path) -> None:
+    (copy / "a").symlink_to("/nowhere")
+    (copy / "b").symlink_to(copy / "b")
+    (copy / "c").symlink_to(copy)
+    os.mkfifo(copy / "d")
+    (copy / "e").mkdir()
+    os.mkfifo(copy / "e" / "f")
+    for threads, packages in ((-4, "abc"), (2.5, []), ("abc", 3), (10**30, None)):
+        environment = json.loads((copy / "environment.json").read_text())
+        environment |= {"threads_per_process": threads, "packages": packages}
+        (copy / "environment.json").write_text(json.dumps(environment))
+        alter_gradient(copy, 5)
+        assert "step 5 has another gradient" in replay(ALONE, copy, 5, expect=1)
 
 
 GARBAGE = (

@@ -152,6 +152,48 @@ def test_another_place_is_refused_or_noted_where_nothing_tells_what_lay_there(pl
     assert newest(run).name.endswith("3")
 
 
+def test_what_was_allowed_is_noted_before_the_run_takes_it_for_its_own(place: Path) -> None:
+    """A recipe that named the new place already would be asked about it no more."""
+    run, pipe = place / "run", "--data.resampled-samples=120"
+    old = f"--data.train=pipe:cat {place}/data/{{00000..00002}}.tar"
+    new = f"--data.train=pipe:cat {place}/there/{{00000..00002}}.tar"
+    shutil.rmtree(run)
+    train(ALONE, run, *words(place), old, pipe, recipe=RECIPE)
+    shutil.rmtree(newest(run))
+    (place / "data").rename(place / "there")
+    history = (run / "history.jsonl").rename(place / "history.jsonl")
+    (run / "history.jsonl").mkdir()
+    for flags in ((), ("--run.allow-changed-data",)):
+        train(ALONE, run, *words(place), new, pipe, *flags, expect=2, recipe=RECIPE)
+    (run / "history.jsonl").rmdir()
+    history.rename(run / "history.jsonl")
+    said = train(ALONE, run, *words(place), new, pipe, expect=2, recipe=RECIPE)
+    assert "another recipe (data.train was" in said
+    train(ALONE, run, *words(place), new, pipe, "--run.allow-changed-data", recipe=RECIPE)
+    assert "data_changed" in [line["event"] for line in read_history(run)]
+
+
+@pytest.mark.parametrize("kind", ["link to nothing", "file", "pipe", "nothing", "empty folders"])
+def test_a_run_whose_checkpoints_are_not_there_is_not_begun_anew(kind: str, place: Path) -> None:
+    run = place / "run"
+    checkpoints = run / "checkpoints"
+    checkpoints.rename(place / "elsewhere")
+    if kind == "link to nothing":
+        checkpoints.symlink_to(place / "not mounted")
+    elif kind == "file":
+        checkpoints.touch()
+    elif kind == "pipe":
+        os.mkfifo(checkpoints)
+    elif kind == "empty folders":
+        (checkpoints / "step_000000002").mkdir(parents=True)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    said = train(ALONE, run, *words(place), expect=2, recipe=RECIPE)
+    expected = {"link to nothing": "which is not there", "file": "no folder", "pipe": "no folder"}
+    assert f"{checkpoints}" in said
+    assert expected.get(kind, "came to step 3, as its history says, but no checkpoint") in said
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
 def test_what_is_gone_is_noticed_though_the_notes_are_gone_too(place: Path) -> None:
     run = place / "run"
     one_fewer(place)

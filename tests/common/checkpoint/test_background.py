@@ -33,10 +33,12 @@ LARGE = 16_000_000
 """Numbers of a tensor whose writing takes longer than it takes to look."""
 
 
-def saves_in(folder: Path, *, keep: int = 2, max_failures: int = 9) -> BackgroundSaves:
+def saves_in(
+    folder: Path, *, keep: int = 2, max_failures: int = 9, stall_minutes: float | None = None
+) -> BackgroundSaves:
     folder.mkdir(exist_ok=True)
     store = CheckpointStore(Run(folder, 0, 1, 0, torch.device("cpu"), LOG), keep=keep)
-    return BackgroundSaves(store, max_failures=max_failures)
+    return BackgroundSaves(store, max_failures=max_failures, stall_minutes=stall_minutes)
 
 
 def tensors(seed: int, numbers: int = 15) -> dict[str, Tensor]:
@@ -205,6 +207,29 @@ def test_on_several_processes_only_what_all_have_copied_counts(
         assert line["reason"].endswith("ended before it was copied")
         assert newest_step(run) == step
     assert (run / "checkpoints" / "latest").read_text() == f"step_{step:09d}\n"
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_writer_that_stands_still_is_ended_and_replaced(
+    is_last: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saves = saves_in(tmp_path / "run", stall_minutes=1 / 60)
+    save(saves, 10, is_last=True)
+    (process,) = writers()
+    os.kill(process.pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    save(saves, 20, is_last=is_last)  # which training would wait for, at the next one or its end
+    save(saves, 30, is_last=True)
+    assert 1 <= time.monotonic() - begun < 10
+    assert newest_step(tmp_path / "run") == 30
+    assert "the process that writes it stood still for 1 seconds and was ended" in caplog.text
+    assert (checkpoint_path(tmp_path, 20)).exists() == is_last, "it is written by the trainer then"
+    saves.close()
+    assert not leftovers(tmp_path / "run")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / "run" / "checkpoints" / f"step_{step:09d}"
 
 
 def test_a_writer_that_was_killed_is_told_and_replaced(

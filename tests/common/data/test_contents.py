@@ -174,7 +174,16 @@ def test_data_may_move_as_a_whole(tmp_path, run, write_pairs, open_stream):
         go_on(run, open_stream(tmp_path / "b/y/{00001,00000}.tar"))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b'{"train": 3}', b'{"train": [[3]]}'])
+OF_OTHER_KINDS = (
+    b'{"train": 3}', b'{"train": [[3]]}', b'{"train": []}', b'{"train": [[[["x"], 40, "d"]]]}',
+    b'{"train": [[["00000.tar", {"a": 1}, ["d"]]]], "stamps": [["a"]]}',
+    b'{"train": [[["a", 1, "d"]]], "stamps": [[3]]}', b'{"train": [[["a", true, "d"]]]}',
+    b'{"train": [[["a", 1, "d"]]], "also": [1]}',
+    b'{"train": [[["a", 1, "d"]]], "also": {"x": []}}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", *OF_OTHER_KINDS])
 def test_where_the_notes_are_gone_or_damaged_the_checkpoint_tells(
     content, tmp_path, run, write_pairs, open_stream, caplog
 ):

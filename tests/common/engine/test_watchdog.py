@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from frugal.common.run import lock_run_dir
 from support import DDP, log_of, start, wait_for_step, zero
 
 SHORT = ("--schedule.samples=240000", "--run.save-every=5", "--run.stall-minutes=0.1")
@@ -57,6 +59,24 @@ def test_a_process_that_stands_still_before_it_told_anything_is_named_too(
     assert "process 1 of 2" in said
     # that tells of a process in its steps, whatever the other one told before it had taken one
     assert re.search(r"; this process is (computing|waiting for the data of) step \d", said)
+
+
+def test_a_run_directory_that_somebody_still_writes_to_is_waited_for(
+    scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lock = lock_run_dir(run, patience=0, log=logging.getLogger("frugal.test"))
+    assert lock is not None
+    words = (f"--data.train={scenes / 'train'}", "--run.stall-minutes=0.05")
+    process = start(DDP, run, *words, "--schedule.samples=48")
+    while "waiting for the run in" not in log_of(run).read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(8)  # longer than a process may stand still
+    assert process.poll() is None
+    lock.close()
+    assert process.wait(timeout=60) == 0
 
 
 def test_a_slow_process_is_waited_for(scenes: Path, tmp_path: Path) -> None:

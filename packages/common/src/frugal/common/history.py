@@ -25,9 +25,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from frugal.common.errors import InputError
 from frugal.common.files import cannot_write, finite, read_json_lines
 
 FILE = "history.jsonl"
@@ -59,6 +61,37 @@ def note(run_dir: Path, event: str, *, step: int, **facts: Any) -> None:
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's history, oldest first; one that was cut by a crash is left out."""
+    """The lines of a run's history, oldest first; one that was cut by a crash is left out.
+
+    Raises:
+        InputError: if a line was altered so that it does not tell what it must.
+    """
     lines, _ = read_json_lines(run_dir / FILE)
-    return [line for line in lines if isinstance(line.get("event"), str)]
+    lines = [line for line in lines if isinstance(line.get("event"), str)]
+    for line in lines:
+        for name, is_right in {"step": _is_step, **_FACTS.get(line["event"], {})}.items():
+            if not is_right(line.get(name)):
+                raise InputError(
+                    f"{run_dir / FILE} was altered: its line of {line['event']!r} has "
+                    f"{line.get(name)!r} as {name}; restore it as it was written"
+                )
+    return lines
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _all_steps(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_step(step) for step in value)
+
+
+def _all_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+_FACTS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "rewind": {"to": _is_step, "left_out": _all_steps},
+    "data_changed": {"changes": _all_words},
+}
+"""What is computed with of an event, and how it is known to be what was written."""

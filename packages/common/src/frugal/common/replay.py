@@ -15,9 +15,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copyfile, copytree
 from string import hexdigits
 from typing import Any
 
@@ -26,6 +27,7 @@ import tyro
 
 from frugal.common.checkpoint.commit import step_of, whole_checkpoints
 from frugal.common.checkpoint.init_from import init_from
+from frugal.common.checkpoint.manifest import data_of
 from frugal.common.checkpoint.store import Checkpoint, first_whole
 from frugal.common.cli import command_words, run_politely, without_local_rank
 from frugal.common.data.config import StoredData
@@ -34,6 +36,7 @@ from frugal.common.distributed import gather_objects, launcher_ranks
 from frugal.common.engine.calibration import calibrate_reduction
 from frugal.common.engine.deterministic import deterministic_kernels
 from frugal.common.engine.digests import (
+    GROUPS,
     StepDigests,
     current_weight_digests,
     digest_all,
@@ -47,7 +50,7 @@ from frugal.common.engine.saving import restore
 from frugal.common.engine.step import train_step
 from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError, RunStopped
-from frugal.common.files import read_json_lines, read_json_object
+from frugal.common.files import LARGEST_FILE, read_json_lines, read_json_object
 from frugal.common.history import FILE as HISTORY
 from frugal.common.history import read_history
 from frugal.common.randomness import seed_step
@@ -60,6 +63,8 @@ _SHOWN = 8
 """Names of parameters or samples that are listed."""
 _NOT_READ = ("checkpoints", "tensorboard", "evaluation", "*.jsonl", ".lock", "report.*")
 """What lies in a run directory and no step is computed from."""
+TOKENIZER = "tokenizer"
+"""The only folder there that steps are computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +104,14 @@ class Noted:
         The digest of a gradient follows from those of its parameters, which were written with it.
         """
         line, parts = self.steps.get(found.step, {}), self.parts.get(found.step, {})
-        parameters = parts.get("parameters") if found.what == "gradient" else None
-        if found.places != [] and (
-            parameters is None or digest_all(parameters) == line["gradient"]
-        ):
+        gradient, batch = parts.get("parameters"), parts.get("samples")
+        if found.what not in ("gradient", "samples") or not parts:
+            return ""
+        agree = gradient is None or digest_all(gradient) == line["gradient"]
+        # of larger batches there are digests of groups, of which that of all does not follow
+        if batch is not None and len(batch) < GROUPS:
+            agree &= digest_all(batch) == line["samples"]
+        if found.places != [] and agree:
             return ""
         return (
             f"{DIGESTS} and {DETAILED_DIGESTS} contradict each other about step {found.step}: one "
@@ -115,12 +124,19 @@ _PARTS = ("parameters", "weights", "samples")
 
 _DIGITS = 16
 """Of a digest."""
+_MOST_PROCESSES = 1 << 20
 
 
 def _is_step(line: dict[str, Any]) -> bool:
     digests = (line.get("gradient"), line.get("samples"))
-    return all(_num_digests(each) == 1 for each in digests) and (
-        type(line.get("processes")) is int and isinstance(line.get("engine"), str)
+    processes, engine = line.get("processes"), line.get("engine")
+    return (
+        all(_num_digests(each) == 1 for each in digests)
+        and type(processes) is int
+        and 0 < processes < _MOST_PROCESSES
+        and isinstance(engine, str)
+        and engine.isprintable()
+        and bool(engine)
     )
 
 
@@ -204,11 +220,25 @@ class Replay:
         self.watchdog = Watchdog(run, minutes=minutes, remedy="run.stall_minutes of the run")
         self._check_engine()
         self.names = [name for name, _ in self.engine.trainable()]
+        self.told = data_of(checkpoint.folder) if checkpoint else _told_by_any(folder)
+        """What a checkpoint says of the data, where the run does not."""
         self.contents: Any = ()
         """Of the data, once a step was computed."""
         self._is_used = False
 
     def _check_noted(self, folder: Path) -> None:
+        if untaken := sorted(self.left_out & self.compared.keys()):
+            raise InputError(
+                f"{HISTORY} and {DIGESTS} in {folder} contradict each other about step "
+                f"{untaken[0]}, which one of them leaves out and the other has: one was altered"
+            )
+        if self.compared and self.last not in self.compared:
+            left_out = self.last in left_out_steps(self.history)
+            why = "was not taken again" if left_out else f"has no digest in {DIGESTS}"
+            raise InputError(
+                f"step {self.last} of {folder} {why}, so that there is nothing to compare with; "
+                f"choose another, such as {max(self.compared)}"
+            )
         if not self.compared:
             steps = range(self.first + 1, self.last + 1)
             if left_out_steps(self.history).issuperset(steps):
@@ -341,7 +371,7 @@ def compare(replayed: Replay) -> Difference | None:
     before = noted.parts.get(replayed.first, {}).get("weights")
     if before is not None and (places := _places(before, replayed.weights())):
         return Difference(replayed.first, "weights before", places, None)
-    began = _start_of(replayed.history, 1).get("weights")
+    began = str(_start_of(replayed.history, 1).get("weights", "")).lower()
     if replayed.checkpoint is None and began and began != digest_all(replayed.weights()):
         return Difference(0, "start", None, None)
     for found in replayed.steps():
@@ -369,8 +399,8 @@ def _places(before: np.ndarray | None, now: np.ndarray) -> list[int] | None:
 
 def explain(replayed: Replay, found: Difference, folder: Path) -> list[str]:
     """What a difference is and what it can come from, line by line; every process calls this."""
-    if (contradiction := replayed.noted.contradiction(found)) and not found.places:
-        return [contradiction]
+    if contradiction := replayed.noted.contradiction(found):
+        return [contradiction, "what was computed then cannot be told"]
     changes = _changes(folder, replayed, max(found.step, 1))
     if found.what == "samples":
         return _explain_samples(replayed, found, folder, changes)
@@ -380,18 +410,19 @@ def explain(replayed: Replay, found: Difference, folder: Path) -> list[str]:
         return [
             f"the weights of the checkpoint of step {found.step} are not those that the run had "
             f"when it saved them: {_named(found.places, replayed.names)}",
-            "it was the machine: the file, or the memory it was written from, was altered",
+            "its files are as they were written: it was the machine, whose memory was altered "
+            f"before, or {DETAILED_DIGESTS} was altered since",
         ]
     where = f"the weights after step {found.step} differ"
     if found.what == "gradient":
         where = f"step {found.step} has another gradient from the same samples"
-    lines = [contradiction] if contradiction else []
-    lines.append(f"{where}: {_named(found.places, replayed.names)}")
+    lines = [f"{where}: {_named(found.places, replayed.names)}"]
     lines += [f"changed since the run: {change}" for change in changes]
     if changes:
         return [*lines, "it was the code, the recipe or another machine, as listed"]
+    altered = f"or {DETAILED_DIGESTS if found.what == 'weights' else DIGESTS} was altered"
     if not replayed.can_begin_again:
-        return [*lines, "it was the machine: samples, code and recipe are the same"]
+        return [*lines, f"it was the machine: samples, code and recipe are the same; {altered}"]
     again = compare(replayed)
     first = found.recomputed.digests.parameters if found.recomputed else None
     second = again.recomputed.digests.parameters if again and again.recomputed else None
@@ -406,7 +437,7 @@ def explain(replayed: Replay, found: Difference, folder: Path) -> list[str]:
     return [
         *lines,
         "computed a second time it came out as now, and samples, code and recipe are the same: it "
-        "was the machine of the run, or one that computes otherwise than this one",
+        f"was the machine of the run, or one that computes otherwise than this one; {altered}",
     ]
 
 
@@ -419,7 +450,7 @@ def _explain_start(replayed: Replay, changes: list[str]) -> list[str]:
         return [*lines, "it was the code, the recipe or another machine, as listed"]
     if (source := replayed.recipe.run.start_from) is not None:
         return [*lines, f"it was what run.start_from names ({source}): it holds other weights"]
-    return [*lines, "it was the machine: code and recipe are the same"]
+    return [*lines, f"it was the machine: code and recipe are the same; or {HISTORY} was altered"]
 
 
 def _explain_samples(
@@ -433,18 +464,23 @@ def _explain_samples(
         keys = [str(key) for place in found.places for key in groups[place]]
         more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
         which = f"{', '.join(keys[:_SHOWN])}{more}"
-    changes = differences_since(folder, replayed.contents, replayed.run)
+    changes = differences_since(folder, replayed.contents, replayed.run, replayed.told)
     cause = "it was the data"
     if not changes and others:
         cause = "it was the code, the recipe or another machine, as listed"
+    elif changes is None:
+        cause = (
+            "code and recipe are the same: it was the data, of which the run noted nothing that "
+            "could be compared, or the machine"
+        )
     elif not changes:
         cause = (
             "no name, size or index of the data has changed, and neither have code and recipe: it "
-            "was the bytes that the storage gave, or the machine"
+            f"was the bytes that the storage gave, or the machine; or {DIGESTS} was altered"
         )
     return [
         f"step {found.step} has other samples: {which}",
-        *(f"changed since the run: {change}" for change in [*changes, *others]),
+        *(f"changed since the run: {change}" for change in [*(changes or ()), *others]),
         cause,
     ]
 
@@ -494,11 +530,15 @@ def _changes(folder: Path, replayed: Replay, step: int) -> list[str]:
     # where the data lie decides nothing: their digests are compared
     lines += difference(replayed.recipe, saved, compared=("data.train",)) if saved else []
     also = replayed.recipe.data.also_read() | replayed.engine.objective.also_read()
-    return lines + changed_besides(also_noted(folder), also)
+    try:
+        return lines + changed_besides(also_noted(folder, replayed.told), also)
+    except InputError:  # told where the data are compared
+        return lines
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:
-    packages = environment.get("packages", {})
+    packages = environment.get("packages")
+    packages = packages if isinstance(packages, dict) else {}
     return {name: value for name, value in environment.items() if name != "packages"} | packages
 
 
@@ -552,9 +592,9 @@ def replay(options: Options) -> None:
     folder, history = options.run, read_history(options.run)
     environment = _environment_at(folder, history, options.step)
     with tempfile.TemporaryDirectory() as aside:
-        copytree(folder, aside, ignore=ignore_patterns(*_NOT_READ), dirs_exist_ok=True)
+        _copy_small(folder, Path(aside))
         device = "cpu" if environment.get("device") == "cpu" else "auto"
-        run = open_run(Path(aside), device, threads=environment.get("threads_per_process"))
+        run = open_run(Path(aside), device, threads=_threads_of(environment))
         checkpoint = _checkpoint_before(folder, options.step)
         start = _start_of(history, checkpoint.step + 1 if checkpoint else 1)
         recipe = _moved(_recipe_of(folder, checkpoint, start, run), options.train)
@@ -569,10 +609,41 @@ def replay(options: Options) -> None:
     if found is not None:
         raise RunStopped("; ".join(lines), exit_code=1)
     if run.is_main:
+        steps = replayed.last - replayed.first
+        lacking = steps - len(replayed.compared)
+        of_all = f" (of {lacking} between them the run has none)" if lacking else ""
         sys.stdout.write(
             f"steps {replayed.first + 1} to {replayed.last} agree: samples and gradients of "
-            f"{len(replayed.compared)} steps are the same, bit for bit\n{_end_of(replayed)}"
+            f"{len(replayed.compared)} steps are the same, bit for bit{of_all}\n"
+            f"{_end_of(replayed)}"
         )
+
+
+def _copy_small(folder: Path, aside: Path) -> None:
+    """Copy what steps are computed from beside checkpoints, whatever else somebody put there."""
+    for entry in folder.iterdir():
+        if any(fnmatch(entry.name, pattern) for pattern in _NOT_READ):
+            continue
+        if entry.is_file() and entry.stat().st_size <= LARGEST_FILE:
+            copyfile(entry, aside / entry.name)
+    if (folder / TOKENIZER).is_dir():
+        copytree(
+            folder / TOKENIZER,
+            aside / TOKENIZER,
+            ignore=lambda place, names: [n for n in names if not Path(place, n).is_file()],
+        )
+
+
+def _threads_of(environment: Mapping[str, Any]) -> int | None:
+    """Of a process of the run; None where that is not told."""
+    threads = environment.get("threads_per_process")
+    return threads if type(threads) is int and 0 < threads < _MOST_PROCESSES else None
+
+
+def _told_by_any(folder: Path) -> Mapping[str, Any] | None:
+    """What the manifest of some checkpoint of a run says of its data."""
+    told = map(data_of, whole_checkpoints(folder / "checkpoints"))
+    return next((each for each in told if each is not None), None)
 
 
 def _end_of(replayed: Replay) -> str:

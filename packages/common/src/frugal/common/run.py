@@ -197,7 +197,10 @@ def lock_run_dir(folder: Path, *, patience: float, log: logging.Logger) -> TextI
                     "choose another --run.dir"
                 ) from None
             if not is_told:
-                log.info("waiting for the run in %s to end", folder)
+                log.info(
+                    "waiting for the run in %s to end, or for its last checkpoint to be written: "
+                    "at most %.0f minutes from when nobody writes to it", folder, patience / 60,
+                )  # fmt: skip
                 is_told = True
             time.sleep(0.2)
         except OSError:

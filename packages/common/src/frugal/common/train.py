@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from frugal.common.checkpoint.commit import whole_checkpoints
+from frugal.common.checkpoint.commit import checkpoint_folders, whole_checkpoints
 from frugal.common.checkpoint.init_from import init_from
-from frugal.common.checkpoint.manifest import digest_file, digest_json, read_manifest
+from frugal.common.checkpoint.manifest import data_of, digest_file, digest_json
 from frugal.common.checkpoint.store import (
     Checkpoint,
     CheckpointStore,
@@ -51,7 +51,7 @@ from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError
 from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.files import cannot_write, write_json
-from frugal.common.history import note
+from frugal.common.history import note, read_history
 from frugal.common.installed import code_version, package_versions
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
@@ -119,12 +119,30 @@ def _build_and_train(recipe: Recipe, run: Run, start: ModelBundle | None) -> Non
         init_from(objective, source, interpolate=recipe.run.interpolate, log=run.log)
     engine = make_engine(objective, recipe, run)
     watchdog = Watchdog(run, minutes=recipe.run.stall_minutes, remedy=_STALLED)
+    try:
+        _train_watched(recipe, run, start, store, engine, watchdog)
+    finally:  # what it asks of the first process would fail once that one has ended
+        watchdog.close()
+
+
+def _train_watched(
+    recipe: Recipe,
+    run: Run,
+    start: ModelBundle | None,
+    store: CheckpointStore,
+    engine: Engine,
+    watchdog: Watchdog,
+) -> None:
+    """Train a model that is built, from its newest checkpoint or its first weights on."""
+    objective = engine.objective
     _require_same_run(recipe)
     average = None
     if recipe.engine.ema_decay is not None:
         average = WeightAverage(engine, recipe.engine.ema_decay)
 
+    watchdog.note("waiting for the run directory", may_stand=True)
     lock = _lock_existing(run)
+    watchdog.note("starting")
     checkpoint = _newest_of_all(store)
     if checkpoint is not None:
         continued_recipe(recipe)  # once more: another process may have begun it meanwhile
@@ -148,7 +166,7 @@ def _build_and_train(recipe: Recipe, run: Run, start: ModelBundle | None) -> Non
         changes = check_contents(
             run,
             stream.contents,
-            told=_told(checkpoint.folder),
+            told=data_of(checkpoint.folder),
             allowed=recipe.run.allow_changed_data,
             also=also,
             changes=_changes_besides(recipe, run, checkpoint) if run.is_main else (),
@@ -156,9 +174,6 @@ def _build_and_train(recipe: Recipe, run: Run, start: ModelBundle | None) -> Non
 
     if run.is_main and lock is None:  # of a new run, which is to be written from here on
         lock = _lock_new(store, begins=checkpoint is None)
-    _write_run_files(recipe, run, engine, begins=checkpoint is None, trains=not is_complete)
-    if run.is_main and not is_complete:
-        store.about = _about(stream.contents, also, run)
     weights = ""
     if recipe.run.digests and checkpoint is None:
         weights = digest_all(current_weight_digests(engine))
@@ -166,6 +181,9 @@ def _build_and_train(recipe: Recipe, run: Run, start: ModelBundle | None) -> Non
         _note_start(recipe, run, engine, checkpoint, changes, weights)
         # behind the history: who is killed in between is asked about a change once more
         note_contents(run, stream.contents, also)
+    _write_run_files(recipe, run, engine, begins=checkpoint is None, trains=not is_complete)
+    if run.is_main and not is_complete:
+        store.about = _about(stream.contents, also, run)
     barrier()  # what the history says is read by all
     logger = MetricsLogger(run, first_step=first_step, steps=recipe.steps)
     logger.text("recipe", "```json\n" + json.dumps(to_json(recipe), indent=2) + "\n```")
@@ -198,7 +216,6 @@ def _build_and_train(recipe: Recipe, run: Run, start: ModelBundle | None) -> Non
     watchdog.note("writing the last checkpoint", may_stand=True)
     training.saves.close()
     barrier()  # what the first process wrote last, such as which checkpoint is best, is there
-    watchdog.close()
     logger.close()
     engine.close()
     if lock is not None:
@@ -227,6 +244,7 @@ def continued_recipe(recipe: Recipe) -> Recipe:
     assert folder is not None
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run.dir {folder} is a file; give a folder")
+    _refuse_lost_checkpoints(folder)
     before = recipe_of_run(folder)
     if before is None:
         if (folder / "recipe.json").exists():
@@ -237,7 +255,7 @@ def continued_recipe(recipe: Recipe) -> Recipe:
     recipe = with_calibrated(recipe, before)
     # by content data are compared wherever they lie now, and a change that is allowed is noted
     is_compared = recipe.run.allow_changed_data or any(
-        is_known_by_content(folder, _told(checkpoint))
+        is_known_by_content(folder, data_of(checkpoint))
         for checkpoint in whole_checkpoints(folder / "checkpoints")
     )
     changes = difference(before, recipe, compared=_WHERE if is_compared else ())
@@ -251,6 +269,32 @@ def continued_recipe(recipe: Recipe) -> Recipe:
             f"--run.dir, {remedy}"
         )
     return recipe
+
+
+def _refuse_lost_checkpoints(folder: Path) -> None:
+    """Refuse to begin anew in place of a run that has saved something, and whose files are gone.
+
+    Raises:
+        InputError: naming what is not there.
+    """
+    checkpoints = folder / "checkpoints"
+    remedy = "restore it, or choose another --run.dir"
+    if checkpoints.is_symlink() and not checkpoints.exists():
+        raise InputError(
+            f"{checkpoints} leads to {checkpoints.readlink()}, which is not there (a disk that is "
+            f"not mounted?); {remedy}"
+        )
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise InputError(f"{checkpoints} is no folder; {remedy}")
+    if checkpoint_folders(checkpoints):
+        return
+    saved = max((line["step"] for line in read_history(folder)), default=0)
+    if saved:
+        raise InputError(
+            f"{folder} holds a run that came to step {saved}, as its history says, but no "
+            f"checkpoint is in {checkpoints}; restore them, choose another --run.dir, or remove "
+            "that folder to begin anew"
+        )
 
 
 def _threads(recipe: Recipe) -> int | None:
@@ -384,20 +428,11 @@ _WHERE = ("data.train",)
 """The field that says where data lie."""
 
 
-def _told(checkpoint: Path) -> Mapping[str, Any] | None:
-    """What the manifest of a checkpoint says of the data; None where it says nothing."""
-    try:
-        told = read_manifest(checkpoint).get("data")
-    except InputError:  # told by who opens the checkpoint
-        return None
-    return told if isinstance(told, dict) else None
-
-
 def _changes_besides(recipe: Recipe, run: Run, checkpoint: Checkpoint) -> list[str]:
     """What is another than before and not among the shards, one phrase each."""
     changes = _tokenizer_changes(recipe, run)
     before = recipe_of_run(run.dir)
-    if before is not None and not is_known_by_content(run.dir, _told(checkpoint.folder)):
+    if before is not None and not is_known_by_content(run.dir, data_of(checkpoint.folder)):
         moved = set(difference(before, recipe)) - set(difference(before, recipe, compared=_WHERE))
         changes += sorted(moved)
     return changes

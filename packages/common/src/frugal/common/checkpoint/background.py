@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch import Tensor
 from frugal.common.checkpoint.commit import aside_of, checkpoint_name
 from frugal.common.checkpoint.host_copy import HostCopy
 from frugal.common.checkpoint.store import CheckpointStore, not_written
+from frugal.common.checkpoint.writer import sign_of_life
 from frugal.common.distributed import gather_objects
 from frugal.common.errors import InputError
 from frugal.common.files import reason_of
@@ -35,6 +38,12 @@ _NOT_FOR_WRITERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 """What launchers and schedulers send to all processes to make a run save and end."""
 Fill = Callable[[Mapping[str, Tensor]], None]
 """Copies what is to be saved into tensors of these names."""
+
+
+_LOOK = 5.0
+"""Seconds between two looks at a writer that is waited for, at most."""
+_UNTIL_GONE = 5.0
+"""Seconds that one is waited for that was killed."""
 
 
 class _WriterProcess:
@@ -102,11 +111,18 @@ class _WriterProcess:
         return event
 
     def _end(self) -> None:
+        self._lose(f"ended (exit code {self._process.wait()})")
+
+    def kill(self, seconds: float) -> None:
+        """End one that has done nothing for so long; a disk that hangs may keep it for longer."""
+        self._process.kill()
+        self._lose(f"stood still for {seconds:.0f} seconds and was ended")
+
+    def _lose(self, what: str) -> None:
         self.is_gone = True
-        code = self._process.wait()
         if self.state not in ("complete", "cancelled", "gave_up"):
             self.state = "gave_up"
-            self.reason = f"the process that writes it ended (exit code {code})"
+            self.reason = f"the process that writes it {what}"
             self.failures += 1
 
     def let_go(self) -> None:
@@ -118,7 +134,8 @@ class _WriterProcess:
         """Let it end, and wait for that."""
         with contextlib.suppress(OSError):
             self._input.close()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_UNTIL_GONE if self.is_gone else None)
         self._output.close()
 
 
@@ -137,7 +154,17 @@ os.register_at_fork(after_in_child=_let_go)
 class BackgroundSaves:
     """The checkpoints of a run while it trains; every process calls the same methods."""
 
-    def __init__(self, store: CheckpointStore, *, max_failures: int) -> None:
+    def __init__(
+        self, store: CheckpointStore, *, max_failures: int, stall_minutes: float | None = None
+    ) -> None:
+        """Begin; nothing is written yet.
+
+        Args:
+            store: of the run.
+            max_failures: attempts in a row that may fail.
+            stall_minutes: for which a writer may do nothing; None waits for ever.
+        """
+        self._stall = math.inf if stall_minutes is None else 60 * stall_minutes
         self._store = store
         self._run = store.run
         self._max_failures = max_failures
@@ -151,6 +178,8 @@ class BackgroundSaves:
         """In a row, where they are written by the trainer itself."""
         self._pending: Path | None = None
         """The folder of what is being written."""
+        self._aside = Path()
+        """Where it is written before it is whole."""
         self._is_last = False
         """Whether no other checkpoint follows that one."""
         self.lock: int | None = None
@@ -210,9 +239,10 @@ class BackgroundSaves:
         run, final = self._run, self._store.folder / checkpoint_name(state["step"])
         attempt = gather_objects(uuid.uuid4().hex[:8] if run.is_main else "")[0]
         self._pending, self._is_last = final, is_last
+        self._aside = aside_of(final, f".{attempt}").absolute()
         self._writer.begin(
             {
-                "aside": str(aside_of(final, f".{attempt}").absolute()),
+                "aside": str(self._aside),
                 "final": str(final.absolute()),
                 "file": f"tensors-{run.rank:05d}-of-{run.world_size:05d}.safetensors",
                 "step": state["step"],
@@ -271,9 +301,21 @@ class BackgroundSaves:
     def _wait_for(self, *states: str) -> None:
         writer = self._writer
         self.poll()
-        while self._pending is not None and writer is not None and writer.state not in states:
-            if (event := writer.poll(timeout=None)) is not None:
+        if self._pending is not None and writer is not None:
+            self._hear(writer, states)
+
+    def _hear(self, writer: _WriterProcess, states: Container[str]) -> None:
+        """Wait for a writer to come to some state; one that stands still is ended."""
+        sign, seen, pause = sign_of_life(self._aside), time.monotonic(), 0.0
+        while writer.state not in states and not writer.is_gone:
+            event = writer.poll(timeout=min(_LOOK, self._stall / 5))
+            if event is not None:
                 self._tell(event)
+                pause = event.get("pause", 0.0)
+            if event is not None or sign != (sign := sign_of_life(self._aside)):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > self._stall + pause:
+                writer.kill(time.monotonic() - seen)
 
     def _tell(self, event: dict[str, Any]) -> None:
         """Log that an attempt failed."""
@@ -326,8 +368,7 @@ class BackgroundSaves:
         """Have it do nothing."""
         if writer.state not in ("complete", "gave_up"):
             writer.send({"do": "cancel"})
-            while writer.state != "cancelled" and not writer.is_gone:
-                writer.poll(timeout=None)
+            self._hear(writer, ("cancelled",))
 
     def _too_many(self, final: Path, reason: str, failures: int) -> str:
         return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,7 @@ def read_best(folder: Path) -> dict[str, Any]:
         best = parse_json(read_bytes(folder / BEST))
         name, value = best["checkpoint"], float(best["value"])
         is_there = Path(name).name == name and (folder / name / "state.json").exists()
-        return best | {"value": value} if is_there else {}
+        return best | {"value": value} if is_there and math.isfinite(value) else {}
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return {}
 

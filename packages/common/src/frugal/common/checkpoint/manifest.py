@@ -97,6 +97,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
+def data_of(folder: Path) -> dict[str, Any] | None:
+    """What the manifest of a checkpoint says of a run's data; None where it says nothing."""
+    try:
+        told = read_manifest(folder).get("data")
+    except InputError:  # told by who opens the checkpoint
+        return None
+    return told if isinstance(told, dict) else None
+
+
 class DamagedError(InputError):
     """A checkpoint is not as it was written."""
 

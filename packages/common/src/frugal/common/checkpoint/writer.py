@@ -241,10 +241,10 @@ class Writer:
 
     def _entry_of(self, rank: int, aside: Path) -> dict[str, Any]:
         path = aside / _entry_name(rank)
-        sign, seen = _sign_of_life(aside), time.monotonic()
+        sign, seen = sign_of_life(aside), time.monotonic()
         while not path.exists():
             self._pause(time.monotonic() + 0.05)
-            if sign != (sign := _sign_of_life(aside)):
+            if sign != (sign := sign_of_life(aside)):
                 seen = time.monotonic()
             if time.monotonic() - seen > _STALLED:
                 raise _HopelessError(
@@ -273,7 +273,7 @@ def _entry_name(rank: int) -> str:
     return f"entry-{rank:05d}.json"
 
 
-def _sign_of_life(folder: Path) -> list[tuple[str, int, int]]:
+def sign_of_life(folder: Path) -> list[tuple[str, int, int]]:
     """What changes while any writer works in a folder."""
     found = []
     with contextlib.suppress(OSError):

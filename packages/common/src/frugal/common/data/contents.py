@@ -247,10 +247,10 @@ def _before(
     return _parse(told, path)
 
 
-def also_noted(run_dir: Path) -> Mapping[str, str]:
+def also_noted(run_dir: Path, told: Mapping[str, Any] | None = None) -> Mapping[str, str]:
     """Digests of what else decides about a run, by what it is called, as the run noted them."""
-    path = run_dir / FILE
-    return _read(path).also if path.exists() else {}
+    before = _before(run_dir, told)
+    return before.also if before else {}
 
 
 def noted(contents: Contents, also: Mapping[str, str]) -> dict[str, Any]:
@@ -262,20 +262,26 @@ def noted(contents: Contents, also: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def differences_since(folder: Path, contents: Contents, run: Run) -> list[str]:
-    """What has changed of the data since a run began, one phrase each; empty where it noted none.
+def differences_since(
+    folder: Path, contents: Contents, run: Run, told: Mapping[str, Any] | None
+) -> list[str] | None:
+    """What has changed of the data since a run began, one phrase each; None where nothing tells.
 
     Args:
         folder: the run directory.
         contents: what there is now.
         run: this process; only the first one of a run reads again what was touched.
+        told: as in :func:`check_contents`.
     """
-    path = folder / FILE
-    if not path.exists():
-        return []
-    before = _read(path).contents
-    touched = _touched(before, contents, run) if run.is_main else []
-    return [*_differences(before, contents), *touched]
+    try:
+        before = _before(folder, told, run.log)
+    except InputError as error:
+        run.log.warning("%s", error)
+        return None
+    if before is None:
+        return None
+    touched = _touched(before.contents, contents, run) if run.is_main else []
+    return [*_differences(before.contents, contents), *touched]
 
 
 def changed_besides(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -293,6 +299,7 @@ def _read(path: Path) -> _Kept:
 
 def _parse(kept: Mapping[str, Any], path: Path) -> _Kept:
     rows: Any = kept.get("train")
+    also: Any = kept.get("also", {})
     try:
         stamps = kept.get("stamps") or [[""] * len(parts) for parts in rows]
         contents = [
@@ -302,11 +309,21 @@ def _parse(kept: Mapping[str, Any], path: Path) -> _Kept:
             ]
             for parts, stamps_of_entry in zip(rows, stamps, strict=True)
         ]
-        return _Kept(contents, dict(kept.get("also", {})))
-    except (TypeError, ValueError):
+        if not contents or not all(_is_part(part) for parts in contents for part in parts):
+            raise ValueError
+        if not all(isinstance(each, str) for each in also.values()):
+            raise ValueError
+        return _Kept(contents, dict(also))
+    except (TypeError, ValueError, AttributeError):
         raise InputError(
             f"{path} does not say what the run was trained on; remove it to go on without it"
         ) from None
+
+
+def _is_part(part: Part) -> bool:
+    """Whether what was read of a file is of the kinds that were written."""
+    is_count = part.samples is None or type(part.samples) is int
+    return is_count and all(isinstance(each, str) for each in (part.name, part.digest, part.stamp))
 
 
 def _touched(before: Contents, now: Contents, run: Run) -> list[str]:

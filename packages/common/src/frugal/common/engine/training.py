@@ -82,7 +82,12 @@ class Training:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.run.device)
-        self.saves = BackgroundSaves(self.store, max_failures=self.recipe.run.max_failed_saves)
+        options = self.recipe.run
+        self.saves = BackgroundSaves(
+            self.store,
+            max_failures=options.max_failed_saves,
+            stall_minutes=options.stall_minutes,
+        )
         self.done = self.first_step
         self.starting = max(time.time() - process_began(), 0.0)
         self.left_out = left_out_steps(gather_objects(read_history(self.run.dir))[0])
