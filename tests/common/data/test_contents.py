@@ -201,6 +201,17 @@ def test_where_the_notes_are_gone_or_damaged_the_checkpoint_tells(
     assert "taking what the checkpoint says" in caplog.text
 
 
+def test_a_folder_in_the_place_of_the_notes_is_told_before_anything_is_noted(
+    tmp_path, run, write_pairs, open_stream
+):
+    write_pairs(tmp_path / "d", [3])
+    contents = open_stream(tmp_path / "d").contents
+    (run.dir / FILE).mkdir(parents=True)
+    told = json.loads(json.dumps(noted(contents, {})))
+    with pytest.raises(InputError, match=r"data\.json is a folder, where a file belongs"):
+        go_on(run, open_stream(tmp_path / "d"), told=told)
+
+
 def test_only_what_is_noted_by_content_is_known_wherever_it_lies(
     tmp_path, run, write_pairs, open_stream
 ):

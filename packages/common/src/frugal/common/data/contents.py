@@ -232,6 +232,8 @@ def _before(
 ) -> _Kept | None:
     """What a run was trained on, as its directory says, or else its checkpoint."""
     path = run_dir / FILE
+    if path.is_dir():  # which no file would take the place of
+        raise InputError(f"{path} is a folder, where a file belongs; remove it")
     try:
         if path.exists():
             return _read(path)
