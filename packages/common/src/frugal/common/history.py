@@ -69,7 +69,8 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     lines, _ = read_json_lines(run_dir / FILE)
     lines = [line for line in lines if isinstance(line.get("event"), str)]
     for line in lines:
-        for name, is_right in {"step": _is_step, **_FACTS.get(line["event"], {})}.items():
+        facts = _FACTS.get(line["event"], {}) | ({"step": _is_step} if "step" in line else {})
+        for name, is_right in facts.items():
             if not is_right(line.get(name)):
                 raise InputError(
                     f"{run_dir / FILE} was altered: its line of {line['event']!r} has "

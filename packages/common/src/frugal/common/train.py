@@ -288,7 +288,7 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
         raise InputError(f"{checkpoints} is no folder; {remedy}")
     if checkpoint_folders(checkpoints):
         return
-    saved = max((line["step"] for line in read_history(folder)), default=0)
+    saved = max((line.get("step", 0) for line in read_history(folder)), default=0)
     if saved:
         raise InputError(
             f"{folder} holds a run that came to step {saved}, as its history says, but no "
