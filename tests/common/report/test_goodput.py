@@ -57,7 +57,7 @@ def test_a_run_without_a_history_has_the_report_that_it_had(alone: Path, tmp_pat
 def test_every_second_is_told_once(tmp_path: Path) -> None:
     events = [
         {"event": "began", "time": 110.0, "since": 100.0, "step": 0, "seconds": 0.0, "before": {}},
-        {"event": "rewind", "time": 130.0, "lost_seconds": 5.0},
+        {"event": "rewind", "time": 130.0, "to": 4, "left_out": [8], "lost_seconds": 5.0},
         # killed, last seen at 160; of its 40 s of steps a checkpoint keeps 30
         {
             "event": "continued", "time": 212.0, "since": 200.0, "step": 8, "seconds": 30.0,
@@ -95,7 +95,10 @@ def test_what_was_lost_by_going_back_and_then_killed_is_told_once(tmp_path: Path
     # the checkpoint of step 4 after 10 s; back to it after 20 s; killed after 35 s
     events = [
         {"event": "began", "time": 1.0, "since": 0.0, "step": 0, "seconds": 0.0, "before": {}},
-        {"event": "rewind", "time": 22.0, "step": 8, "lost_seconds": 10.0},
+        {
+            "event": "rewind", "time": 22.0, "step": 8, "to": 4, "left_out": [8],
+            "lost_seconds": 10.0,
+        },
         {
             "event": "continued", "time": 41.0, "since": 40.0, "step": 4, "seconds": 10.0,
             "lost_seconds": 0.0,
