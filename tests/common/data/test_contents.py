@@ -175,7 +175,7 @@ def test_data_may_move_as_a_whole(tmp_path, run, write_pairs, open_stream):
 
 
 OF_OTHER_KINDS = (
-    b'{"train": 3}', b'{"train": [[3]]}', b'{"train": []}', b'{"train": [[[["x"], 40, "d"]]]}',
+    b'{"train": 3}', b'{"train": [[3]]}', b'{"train": [[[["x"], 40, "d"]]]}',
     b'{"train": [[["00000.tar", {"a": 1}, ["d"]]]], "stamps": [["a"]]}',
     b'{"train": [[["a", 1, "d"]]], "stamps": [[3]]}', b'{"train": [[["a", true, "d"]]]}',
     b'{"train": [[["a", 1, "d"]]], "also": [1]}',

@@ -85,7 +85,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(InputError, match=r"cannot be written \(No space left on device, \d+ MiB"):
+    with pytest.raises(
+        InputError, match=r"cannot be written \(No space left on device, [\d,.]+ MiB"
+    ):
         written(tmp_path, {"zero_shot_top1": 0.2}, seed=2)
     with pytest.raises(InputError, match=r"cannot be added to .*\(No space left on device"):
         append(out / "results.csv", [{"model": "b", "acc1": 0.2}])

@@ -15,10 +15,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
-from shutil import copyfile, copytree
+from shutil import copytree, ignore_patterns
 from string import hexdigits
 from typing import Any
 
@@ -63,8 +62,6 @@ _SHOWN = 8
 """Names of parameters or samples that are listed."""
 _NOT_READ = ("checkpoints", "tensorboard", "evaluation", "*.jsonl", ".lock", "report.*")
 """What lies in a run directory and no step is computed from."""
-TOKENIZER = "tokenizer"
-"""The only folder there that steps are computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -621,17 +618,20 @@ def replay(options: Options) -> None:
 
 def _copy_small(folder: Path, aside: Path) -> None:
     """Copy what steps are computed from beside checkpoints, whatever else somebody put there."""
-    for entry in folder.iterdir():
-        if any(fnmatch(entry.name, pattern) for pattern in _NOT_READ):
-            continue
-        if entry.is_file() and entry.stat().st_size <= LARGEST_FILE:
-            copyfile(entry, aside / entry.name)
-    if (folder / TOKENIZER).is_dir():
-        copytree(
-            folder / TOKENIZER,
-            aside / TOKENIZER,
-            ignore=lambda place, names: [n for n in names if not Path(place, n).is_file()],
-        )
+    left = ignore_patterns(*_NOT_READ)
+
+    def ignored(place: str, names: list[str]) -> set[str]:
+        paths = {name: Path(place, name) for name in names}
+        odd = {name for name, path in paths.items() if not _is_small_file(path) and (
+            path.is_symlink() or not path.is_dir()
+        )}  # fmt: skip
+        return odd | (left(place, names) if Path(place) == folder else set())
+
+    copytree(folder, aside, ignore=ignored, dirs_exist_ok=True)
+
+
+def _is_small_file(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= LARGEST_FILE
 
 
 def _threads_of(environment: Mapping[str, Any]) -> int | None:

@@ -284,7 +284,8 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
             f"{checkpoints} leads to {checkpoints.readlink()}, which is not there (a disk that is "
             f"not mounted?); {remedy}"
         )
-    if checkpoints.exists() and not checkpoints.is_dir():
+    was_begun = (folder / "recipe.json").exists()
+    if was_begun and checkpoints.exists() and not checkpoints.is_dir():
         raise InputError(f"{checkpoints} is no folder; {remedy}")
     if checkpoint_folders(checkpoints):
         return

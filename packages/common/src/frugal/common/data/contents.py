@@ -311,7 +311,7 @@ def _parse(kept: Mapping[str, Any], path: Path) -> _Kept:
             ]
             for parts, stamps_of_entry in zip(rows, stamps, strict=True)
         ]
-        if not contents or not all(_is_part(part) for parts in contents for part in parts):
+        if not all(_is_part(part) for parts in contents for part in parts):
             raise ValueError
         if not all(isinstance(each, str) for each in also.values()):
             raise ValueError
