@@ -50,13 +50,59 @@ main(RECIPES, method="flip")
 """FLIP on a machine whose memory flips one bit of one gradient in step 7."""
 
 
-def replay(launcher: Launcher, run: Path, step: int, *more: str, expect: int = 0) -> str:
+GOES_BACK = """
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import torch
+
+import frugal.common.engine.loop as loop
+import frugal.common.replay as replay
+from frugal.common.engine.logger import MetricsLogger
+from frugal.common.train import main
+from frugal.flip.recipes import RECIPES
+
+honest = loop.train_step
+
+
+def poisoned(engine, recipe, step, micro_batches, average=None):
+    if step + 1 in (6, 7):
+        images = torch.full_like(micro_batches[0].images, torch.nan, dtype=torch.float32)
+        micro_batches = [replace(micro_batches[0], images=images), *micro_batches[1:]]
+    return honest(engine, recipe, step, micro_batches, average)
+
+
+def killed(logger, step):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+loop.train_step = replay.train_step = poisoned
+if {is_killed}:
+    MetricsLogger.rewind = killed
+if any(word.startswith("--step") for word in sys.argv):
+    replay.main()
+else:
+    main(RECIPES, method="flip")
+"""
+"""FLIP on data of which steps 6 and 7 are not finite, perhaps killed while it goes back."""
+
+
+def replay(
+    launcher: Launcher,
+    run: Path,
+    step: int,
+    *more: str,
+    expect: int = 0,
+    module: str = "frugal.common.replay",
+) -> str:
     """What it says."""
     log = run.parent / "replay.log"
     log.unlink(missing_ok=True)
     words = [str(run), f"--step={step}", *more, "--local_rank=0"]  # which deepspeed adds
     process = fork(
-        "frugal.common.replay", words, log=log, cwd=ROOT,
+        module, words, log=log, cwd=ROOT,
         environments=launcher.environments(),
     )  # fmt: skip
     code = process.wait(timeout=300)
@@ -184,6 +230,8 @@ def test_a_step_of_which_nothing_was_noted_does_not_agree(copy: Path) -> None:
 
 def test_a_history_that_leaves_out_a_step_that_was_taken_is_altered(copy: Path) -> None:
     note(copy, "rewind", step=3, to=1, left_out=[2])
+    assert "killed while it went back" in replay(ALONE, copy, 3)
+    note(copy, "continued", step=1)
     said = replay(ALONE, copy, 3, expect=2)
     assert "history.jsonl and digests.jsonl in" in said and "about step 2" in said
 
@@ -390,6 +438,38 @@ def test_what_cannot_be_replayed_is_refused(copy: Path, alone: Path) -> None:
         ALONE, Path(shutil.copytree(alone, copy.parent / "a")), 7, expect=2
     )
     assert "holds no run (recipe.json)" in replay(ALONE, copy / "tokenizer", 7, expect=2)
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["went back", "killed meanwhile"])
+def test_a_step_that_a_run_went_back_for_is_computed_again(
+    is_killed: bool, scenes: Path, tmp_path: Path
+) -> None:
+    run, module = tmp_path / "run", tmp_path / "goes_back.py"
+    module.write_text(GOES_BACK.replace("{is_killed}", str(is_killed)))
+    words = (*WORDS, "--run.on-divergence=rewind", "--run.max-skipped=2")
+    output = train(
+        ALONE, run, f"--data.train={scenes / 'train'}", *words,
+        module=str(module), expect=-9 if is_killed else 0,
+    )  # fmt: skip
+    assert f"python -m frugal.common.replay {run} --step 7 computes that step again" in output
+    said = replay(ALONE, run, 7, module=str(module))
+    compared = "3 steps" if is_killed else "1 steps are the same, bit for bit (of 2 between"
+    assert f"steps 5 to 7 agree: samples and gradients of {compared}" in said
+    assert "step 7 has loss nan and no finite gradient, on " in said
+    assert ("the run went back and left it out" in said) != is_killed
+    assert "1 steps are the same" in replay(ALONE, run, 5, module=str(module))
+    if is_killed:
+        assert f"{run} was killed while it went back" in said
+        assert "of 4 steps are the same" in replay(ALONE, run, 8, module=str(module))
+        said = replay(ALONE, run, 9, module=str(module), expect=2)
+        assert "step 9 of" in said and "has no digest in digests.jsonl" in said
+    else:
+        assert "of 2 steps are the same" in replay(ALONE, run, 8, module=str(module))
+
+
+def test_where_a_run_left_out_all_that_it_had_taken_nothing_is_compared(copy: Path) -> None:
     note(copy, "rewind", step=10, to=8, left_out=[9, 10])
     (copy / "digests.jsonl").write_text(json.dumps({"step": 8, "gradient": "0" * 16}) + "\n")
-    assert "did not take steps 9 to 10 again" in replay(ALONE, copy, 10, expect=2)
+    said = replay(ALONE, copy, 10)
+    assert "steps 9 to 10 were computed, and compared with nothing: the run went back" in said
+    assert "step 10 has loss" in said and "a gradient of norm" in said

@@ -12,7 +12,7 @@ import pytest
 
 from frugal.common.checkpoint.manifest import write_manifest
 from frugal.common.data.sources import build_index
-from frugal.common.history import read_history
+from frugal.common.history import read_history, saved_step
 from support import ALONE, DDP, ROOT, command, newest, train
 
 VOCAB = ROOT / "tests" / "golden" / "runs_before" / "vocab.txt"
@@ -97,10 +97,10 @@ def test_other_data_are_refused_by_name_or_noted_where_they_are_allowed(
     run = place / "run"
     output = train(launcher, run, *words(place), expect=2, recipe=RECIPE)
     assert sentence in output and "--run.allow-changed-data" in output
-    assert [line["event"] for line in read_history(run)] == ["began", "ended"]
+    assert [line["event"] for line in read_history(run)] == ["began", "saved", "ended"]
     assert not (run / "checkpoints" / "step_000000003").exists()
     train(launcher, run, *words(place), "--run.allow-changed-data", recipe=RECIPE)
-    began, ended, continued, changed, last = read_history(run)
+    began, _, ended, continued, changed, last = read_history(run)
     assert [(line["event"], line["step"]) for line in (ended, last)] == [
         ("ended", 3),
         ("ended", 3),
@@ -129,7 +129,7 @@ def test_data_that_moved_as_a_whole_are_the_same(notes, place: Path) -> None:
         (run / "data.json").write_text("{")
     output = train(ALONE, run, *words(place), now, recipe=RECIPE)
     assert ("taking what the checkpoint says of the data" in output) == (notes != "whole")
-    assert [line["event"] for line in read_history(run)][2:] == ["continued", "ended"]
+    assert [line["event"] for line in read_history(run)][3:] == ["continued", "ended"]
     assert "another disk" in (run / "recipe.json").read_text()
 
 
@@ -147,7 +147,7 @@ def test_another_place_is_refused_or_noted_where_nothing_tells_what_lay_there(pl
     output = train(ALONE, run, *words(place), now, expect=2, recipe=RECIPE)
     assert "another recipe (data.train was" in output
     train(ALONE, run, *words(place), now, "--run.allow-changed-data", recipe=RECIPE)
-    changed = read_history(run)[3]
+    changed = read_history(run)[4]
     assert changed["event"] == "data_changed" and "data.train was" in "; ".join(changed["changes"])
     assert newest(run).name.endswith("3")
 
@@ -190,8 +190,30 @@ def test_a_run_whose_checkpoints_are_not_there_is_not_begun_anew(kind: str, plac
     said = train(ALONE, run, *words(place), expect=2, recipe=RECIPE)
     expected = {"link to nothing": "which is not there", "file": "no folder", "pipe": "no folder"}
     assert f"{checkpoints}" in said
-    assert expected.get(kind, "came to step 3, as its history says, but no checkpoint") in said
+    assert expected.get(kind, "had a checkpoint of step 1, as its history says, but none") in said
     assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("lives", [1, 2], ids=["replaced", "replaced twice"])
+def test_a_run_that_saved_nothing_is_begun_anew_and_one_that_did_is_not(
+    lives: int, scenes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    data = f"--data.train={scenes / 'train'}"
+    diverges = ("--optimizer.learning-rate=1e30", "--optimizer.clip-norm=None",
+                "--schedule.warmup-samples=0", "--run.max-skipped=2")  # fmt: skip
+    for _ in range(lives):  # it comes to some step, and to no checkpoint
+        train(ALONE, run, data, "--schedule.samples=240", *diverges, expect=1)
+        assert read_history(run)[-1]["event"] == "ended" and read_history(run)[-1]["step"] >= 2
+    said = train(ALONE, run, data, "--schedule.samples=240", "--run.save-every=4")
+    assert ("never wrote a checkpoint; it is replaced" in said) and saved_step(run) == 4
+    assert [event["event"] for event in read_history(run)].count("saved") == 1
+    shutil.rmtree(run / "checkpoints")
+    said = train(ALONE, run, data, "--schedule.samples=240", expect=2)
+    assert (
+        f"{run} holds a run that had a checkpoint of step 4" in said
+        and f"remove {run} to begin" in said
+    )
 
 
 def test_what_is_gone_is_noticed_though_the_notes_are_gone_too(place: Path) -> None:

@@ -133,6 +133,6 @@ def test_of_two_that_start_at_once_one_trains_and_the_other_changes_nothing(
     with pytest.raises(InputError, match=refusal):
         train_recipe(recipe)
     assert load_recipe(run / "recipe.json").run.seed == 1
-    assert [line["event"] for line in read_history(run)] == ["began", "ended"]
+    assert [line["event"] for line in read_history(run)] == ["began", "saved", "ended"]
     assert newest(run).name == "step_000000003"
     assert all(lock is not None for lock in locks)

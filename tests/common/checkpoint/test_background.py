@@ -200,8 +200,9 @@ def test_on_several_processes_only_what_all_have_copied_counts(
         read = newest.reader()
         assert [read(f"weight/{rank}").unique().item() for rank in (0, 1)] == [20.0, 21.0]
     else:
-        wait_until(lambda: read_history(run))
-        (line,) = read_history(run)
+        wait_until(lambda: len(read_history(run)) > 1)
+        saved, line = read_history(run)
+        assert saved["event"] == "saved" and saved["step"] == 10
         assert line["event"] == "checkpoint_lost" and line["step"] == 20
         # the first one too is killed where another has died, as launchers do
         assert line["reason"].endswith("ended before it was copied")
@@ -226,6 +227,23 @@ def test_a_writer_that_stands_still_is_ended_and_replaced(
     assert (checkpoint_path(tmp_path, 20)).exists() == is_last, "it is written by the trainer then"
     saves.close()
     assert not leftovers(tmp_path / "run")
+
+
+@pytest.mark.parametrize("pending", [False, True], ids=["nothing to write", "something to write"])
+def test_a_writer_that_stands_still_at_the_end_does_not_keep_the_run(
+    pending: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saves = saves_in(tmp_path / "run", stall_minutes=1 / 60)
+    save(saves, 10, is_last=True)
+    (process,) = writers()
+    os.kill(process.pid, signal.SIGSTOP)
+    if pending:
+        save(saves, 20)
+    begun = time.monotonic()
+    saves.close()
+    assert 1 <= time.monotonic() - begun < 10
+    assert not writers() and newest_step(tmp_path / "run") == 10
+    assert ("checkpoint of step 20 could not be written" in caplog.text) == pending, caplog.text
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -460,9 +478,9 @@ def test_a_killed_trainer_of_a_full_disk_leaves_no_half_of_a_checkpoint(
             os.kill(os.getpid(), signal.SIGKILL)
 
         assert in_child(killed) == -signal.SIGKILL
-        wait_until(lambda: read_history(run), 30)
-        assert read_history(run)[0]["event"] == "checkpoint_lost"
-        assert "No space left" in read_history(run)[0]["reason"]
+        wait_until(lambda: len(read_history(run)) > 1, 30)
+        assert read_history(run)[1]["event"] == "checkpoint_lost"
+        assert "No space left" in read_history(run)[1]["reason"]
         assert newest_step(run) == 10 and not leftovers(run)
 
     on_disk(disk, train, tmp_path / "log")

@@ -9,6 +9,7 @@
     (of these, of steps that were done again after going back), ``before`` (of the last log line of
     the process before: ``step``, ``time``, ``session_seconds``), ``environment`` (as in
     ``environment.json``), ``weights`` (a digest of those that a run with digests began with);
+``saved``  when the first checkpoint of the run is there;
 ``ended``  ``session_seconds``: what the first process spent its time on, by name; a process that is
     killed has no such line;
 ``rewind``  ``to``, ``left_out``, ``lost_seconds``: the step of the checkpoint that the run went
@@ -33,6 +34,7 @@ from frugal.common.errors import InputError
 from frugal.common.files import cannot_write, finite, read_json_lines
 
 FILE = "history.jsonl"
+SAVED = "saved"
 
 
 def note(run_dir: Path, event: str, *, step: int, **facts: Any) -> None:
@@ -77,6 +79,23 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
                     f"{line.get(name)!r} as {name}; restore it as it was written"
                 )
     return lines
+
+
+def saved_step(run_dir: Path) -> int:
+    """The last step of which the history tells that a checkpoint was there; 0 where none was.
+
+    Raises:
+        InputError: as :func:`read_history`.
+    """
+    saved = 0
+    for event in read_history(run_dir):
+        if event["event"] == "began":
+            saved = 0  # in the place of what a run left that saved nothing
+        elif event["event"] in (SAVED, "continued", "branched"):
+            saved = max(saved, event.get("step", 0))
+        elif event["event"] == "rewind":
+            saved = max(saved, event["to"])
+    return saved
 
 
 def _is_step(value: Any) -> bool:

@@ -42,7 +42,7 @@ from frugal.common.engine.digests import (
     fetch_digests,
     from_hex,
 )
-from frugal.common.engine.divergence import left_out_steps
+from frugal.common.engine.divergence import REWIND, left_out_before
 from frugal.common.engine.logger import DETAILED_DIGESTS, DIGESTS
 from frugal.common.engine.metrics import fetch
 from frugal.common.engine.saving import restore
@@ -201,7 +201,15 @@ class Replay:
         self.noted = Noted.read(folder, run.log)
         self.run, self.last = run, last
         self.history, self.checkpoint, self.recipe = history, checkpoint, recipe
-        self.left_out = left_out_steps(self.history) - {last}
+        rewinds = self.history
+        if _is_amid_rewind(rewinds, self.noted):
+            run.log.warning(
+                "%s was killed while it went back to an earlier checkpoint, or %s was altered: "
+                "steps are computed as %s has them", folder, HISTORY, DIGESTS,
+            )  # fmt: skip
+            rewinds = rewinds[: _last_turn(rewinds)]
+        self.left_out, self.went_back = left_out_before(rewinds, last)
+        """The steps that were left out when the last one was taken, and whether that one is now."""
         self.end: Recomputed | None = None
         """The last step, once it was computed."""
         self.first = self.checkpoint.step if self.checkpoint else 0
@@ -224,33 +232,27 @@ class Replay:
         self._is_used = False
 
     def _check_noted(self, folder: Path) -> None:
-        if untaken := sorted(self.left_out & self.compared.keys()):
+        untaken = sorted(self.left_out & self.compared.keys())
+        first, last = self.first + 1, self.last
+        if self.compared and last not in self.compared and not self.went_back:
+            raise InputError(
+                f"step {last} of {folder} has no digest in {DIGESTS}, so that there is nothing to "
+                f"compare with; choose another, such as {max(self.compared)}"
+            )
+        if not self.compared and not self.went_back:
+            raise InputError(
+                f"{folder} has no digests of steps {first} to {last} to compare with ({DIGESTS}); "
+                "they are noted with --run.digests"
+            )
+        if untaken:
             raise InputError(
                 f"{HISTORY} and {DIGESTS} in {folder} contradict each other about step "
                 f"{untaken[0]}, which one of them leaves out and the other has: one was altered"
             )
-        if self.compared and self.last not in self.compared:
-            left_out = self.last in left_out_steps(self.history)
-            why = "was not taken again" if left_out else f"has no digest in {DIGESTS}"
-            raise InputError(
-                f"step {self.last} of {folder} {why}, so that there is nothing to compare with; "
-                f"choose another, such as {max(self.compared)}"
-            )
-        if not self.compared:
-            steps = range(self.first + 1, self.last + 1)
-            if left_out_steps(self.history).issuperset(steps):
-                raise InputError(
-                    f"{folder} went back and did not take steps {steps[0]} to {steps[-1]} again, "
-                    "so that there is nothing to compare with; choose a later step"
-                )
-            raise InputError(
-                f"{folder} has no digests of steps {self.first + 1} to {self.last} to compare "
-                f"with ({DIGESTS}); they are noted with --run.digests"
-            )
         if self.recipe.engine.virtual_processes is not None:
             return  # the same bits on any number of processes
         processes = {line["processes"] for line in self.compared.values()}
-        if processes != {self.run.world_size}:
+        if processes - {self.run.world_size}:
             known = min(processes - {self.run.world_size})
             raise InputError(
                 f"steps {self.first + 1} to {self.last} were taken by {known} processes, and here "
@@ -263,7 +265,7 @@ class Replay:
         rounding, here = engines, self.engine.name
         if self.recipe.engine.virtual_processes is not None:  # any engine with the same kernels
             rounding, here = {_kernels_of(engine) for engine in engines}, _kernels_of(here)
-        if rounding != {here}:
+        if rounding - {here}:
             raise InputError(
                 f"steps {self.first + 1} to {self.last} were taken by {' and '.join(engines)}, "
                 f"and the recipe of the newest checkpoint makes it {self.engine.name}; choose a "
@@ -330,6 +332,18 @@ class Replay:
                 gradient_norm=values["gradient_norm"],
             )
             yield self.end
+
+
+def _last_turn(history: list[dict[str, Any]]) -> int:
+    """The place of the last start or rewind in a history; -1 where there is none."""
+    turns = ("began", "continued", REWIND)
+    return max((n for n, event in enumerate(history) if event["event"] in turns), default=-1)
+
+
+def _is_amid_rewind(history: list[dict[str, Any]], noted: Noted) -> bool:
+    """Whether a run ended between its decision to go back and what follows from that."""
+    last = history[_last_turn(history)] if history else {}
+    return last.get("event") == REWIND and not noted.steps.keys().isdisjoint(last["left_out"])
 
 
 def _kernels_of(engine: str) -> str:
@@ -606,14 +620,23 @@ def replay(options: Options) -> None:
     if found is not None:
         raise RunStopped("; ".join(lines), exit_code=1)
     if run.is_main:
-        steps = replayed.last - replayed.first
-        lacking = steps - len(replayed.compared)
-        of_all = f" (of {lacking} between them the run has none)" if lacking else ""
-        sys.stdout.write(
-            f"steps {replayed.first + 1} to {replayed.last} agree: samples and gradients of "
-            f"{len(replayed.compared)} steps are the same, bit for bit{of_all}\n"
-            f"{_end_of(replayed)}"
+        sys.stdout.write(_agreement(replayed) + _end_of(replayed))
+
+
+def _agreement(replayed: Replay) -> str:
+    """What was compared and is the same, in a line."""
+    first, last, compared = replayed.first + 1, replayed.last, len(replayed.compared)
+    if not compared:
+        return (
+            f"steps {first} to {last} were computed, and compared with nothing: the run went back "
+            "and keeps no digests of them\n"
         )
+    lacking = last + 1 - first - compared
+    of_all = f" (of {lacking} between them the run has none)" if lacking else ""
+    return (
+        f"steps {first} to {last} agree: samples and gradients of {compared} steps are the same, "
+        f"bit for bit{of_all}\n"
+    )
 
 
 def _copy_small(folder: Path, aside: Path) -> None:
@@ -649,10 +672,14 @@ def _told_by_any(folder: Path) -> Mapping[str, Any] | None:
 def _end_of(replayed: Replay) -> str:
     """What there is to say of the last step, if it is what a run stopped or went back for."""
     end = replayed.end
-    if end is None or math.isfinite(end.gradient_norm):
+    if end is None or (math.isfinite(end.gradient_norm) and not replayed.went_back):
         return ""
     shown = ", ".join(end.keys[:_SHOWN])
-    return f"step {replayed.last} has loss {end.loss} and no finite gradient, on {shown}\n"
+    went_back = ", and the run went back and left it out" if replayed.went_back else ""
+    gradient = f"a gradient of norm {end.gradient_norm:.4g}"
+    if not math.isfinite(end.gradient_norm):
+        gradient = "no finite gradient"
+    return f"step {replayed.last} has loss {end.loss} and {gradient}, on {shown}{went_back}\n"
 
 
 def main() -> None:

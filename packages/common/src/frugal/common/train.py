@@ -51,7 +51,7 @@ from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError
 from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.files import cannot_write, write_json
-from frugal.common.history import note, read_history
+from frugal.common.history import note, saved_step
 from frugal.common.installed import code_version, package_versions
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
@@ -289,12 +289,11 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
         raise InputError(f"{checkpoints} is no folder; {remedy}")
     if checkpoint_folders(checkpoints):
         return
-    saved = max((line.get("step", 0) for line in read_history(folder)), default=0)
-    if saved:
+    if saved := saved_step(folder):
         raise InputError(
-            f"{folder} holds a run that came to step {saved}, as its history says, but no "
-            f"checkpoint is in {checkpoints}; restore them, choose another --run.dir, or remove "
-            "that folder to begin anew"
+            f"{folder} holds a run that had a checkpoint of step {saved}, as its history says, "
+            f"but none is in {checkpoints}; restore them, choose another folder, or remove "
+            f"{folder} to begin anew"
         )
 
 

@@ -40,8 +40,12 @@ Fill = Callable[[Mapping[str, Tensor]], None]
 """Copies what is to be saved into tensors of these names."""
 
 
+_ENDS = ("complete", "cancelled", "gave_up")
+"""States of a writer that has nothing more to do."""
 _LOOK = 5.0
 """Seconds between two looks at a writer that is waited for, at most."""
+_LONGEST = 1e6
+"""Seconds to wait at most, where nothing else bounds them."""
 _UNTIL_GONE = 5.0
 """Seconds that one is waited for that was killed."""
 
@@ -120,7 +124,7 @@ class _WriterProcess:
 
     def _lose(self, what: str) -> None:
         self.is_gone = True
-        if self.state not in ("complete", "cancelled", "gave_up"):
+        if self.state not in _ENDS:
             self.state = "gave_up"
             self.reason = f"the process that writes it {what}"
             self.failures += 1
@@ -130,12 +134,18 @@ class _WriterProcess:
         with contextlib.suppress(ValueError), Path(os.devnull).open("wb") as nothing:
             os.dup2(nothing.fileno(), self._input.fileno(), inheritable=False)
 
-    def close(self) -> None:
-        """Let it end, and wait for that."""
+    def let_end(self) -> None:
+        """Ask for nothing more: it finishes what it writes, with a last few attempts."""
         with contextlib.suppress(OSError):
             self._input.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_UNTIL_GONE if self.is_gone else None)
+
+    def close(self, seconds: float) -> None:
+        """Wait until it has ended that was let; one that still has not after some is killed."""
+        for patience in (_UNTIL_GONE if self.is_gone else min(seconds, _LONGEST), _UNTIL_GONE):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+                break
+            self._process.kill()  # a disk that hangs may keep it
         self._output.close()
 
 
@@ -292,7 +302,13 @@ class BackgroundSaves:
     def close(self) -> None:
         """Let the writer end; it finishes what it writes."""
         if self._writer is not None:
-            self._writer.close()
+            self._writer.let_end()
+            self._wait_for(*_ENDS)
+            if self._pending is not None and not self._writer.is_complete:
+                words = not_written(self._pending, self._writer.reason or "a process ended")
+                self._run.log.warning("%s; older checkpoints are untouched", words)
+            self._pending = None
+            self._writer.close(self._stall)
             self._writer = None
         if self._copy is not None:
             self._copy.close()

@@ -18,6 +18,7 @@ from typing import Any
 from frugal.common.checkpoint.manifest import FILE as MANIFEST
 from frugal.common.checkpoint.manifest import digest_file, digest_json, write_manifest
 from frugal.common.files import parse_json, read_bytes, write_file
+from frugal.common.history import SAVED, note
 
 FORMAT = 1
 BEST = "best.json"
@@ -77,6 +78,19 @@ def make_whole(
     aside.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def count_as_newest(final: Path) -> None:
+    """Make a whole checkpoint the newest of its run, whose history tells of the first one.
+
+    Who finds the history and no checkpoint knows then that something was lost.
+
+    Raises:
+        InputError: if that cannot be written.
+    """
+    point_at(final)
+    if whole_checkpoints(final.parent) == [final]:
+        note(final.parents[1], SAVED, step=step_of(final.name))
 
 
 def point_at(final: Path) -> None:

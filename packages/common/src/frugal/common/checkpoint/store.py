@@ -35,6 +35,7 @@ from frugal.common.checkpoint.commit import (
     aside_of,
     checkpoint_folders,
     checkpoint_name,
+    count_as_newest,
     make_anew,
     make_whole,
     point_at,
@@ -381,7 +382,7 @@ def _complete(
 ) -> None:
     """Make a checkpoint whose files are written the newest one."""
     make_whole(aside, final, state, files, about)
-    point_at(final)
+    count_as_newest(final)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:

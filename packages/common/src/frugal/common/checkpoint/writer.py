@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from frugal.common.checkpoint.commit import make_whole, point_at, remove_old
+from frugal.common.checkpoint.commit import count_as_newest, make_whole, remove_old
 from frugal.common.checkpoint.manifest import Digests
 from frugal.common.errors import InputError
 from frugal.common.files import parse_json, reason_of, size_words, write_file
@@ -236,7 +236,7 @@ class Writer:
         if not self._is_renamed:
             make_whole(aside, final, job["state"], self._entries, job["about"])
             self._is_renamed = True
-        point_at(final)
+        count_as_newest(final)
         remove_old(final, keep=job["keep"])
 
     def _entry_of(self, rank: int, aside: Path) -> dict[str, Any]:

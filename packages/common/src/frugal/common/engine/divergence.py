@@ -48,6 +48,19 @@ def left_out_steps(history: Iterable[Mapping[str, Any]]) -> set[int]:
     return {step for event in _rewinds(history) for step in event["left_out"]}
 
 
+def left_out_before(history: Iterable[Mapping[str, Any]], step: int) -> tuple[set[int], bool]:
+    """The steps that were left out when some step was taken, and whether that one is now.
+
+    Of a step that was taken more than once it is the first time.
+    """
+    left_out: set[int] = set()
+    for event in _rewinds(history):
+        if step in event["left_out"]:
+            return left_out, True
+        left_out |= set(event["left_out"])
+    return left_out, False
+
+
 def steps_in_row(last: int, count: int, left_out: set[int]) -> list[int]:
     """The last ``count`` steps up to one that were taken, in order."""
     found: list[int] = []
