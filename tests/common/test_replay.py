@@ -228,6 +228,16 @@ def test_a_step_of_which_nothing_was_noted_does_not_agree(copy: Path) -> None:
     assert "of 2 steps are the same, bit for bit (of 1 between" in replay(ALONE, copy, 7)
 
 
+def test_a_history_that_lacks_why_a_step_is_missing_is_not_called_the_machine(copy: Path) -> None:
+    notes = copy / "digests.jsonl"
+    lines = notes.read_text().splitlines(keepends=True)
+    notes.write_text("".join(line for line in lines if json.loads(line)["step"] != 6))
+    alter_gradient(copy, 7)
+    said = replay(ALONE, copy, 7, expect=1)
+    assert "has nothing of step 6, which history.jsonl does not leave out: one of them" in said
+    assert "why step 7 comes out otherwise cannot be told" in said and "machine" not in said
+
+
 def test_a_history_that_leaves_out_a_step_that_was_taken_is_altered(copy: Path) -> None:
     note(copy, "rewind", step=3, to=1, left_out=[2])
     assert "killed while it went back" in replay(ALONE, copy, 3)

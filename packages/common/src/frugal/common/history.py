@@ -91,7 +91,9 @@ def saved_step(run_dir: Path) -> int:
     for event in read_history(run_dir):
         if event["event"] == "began":
             saved = 0  # in the place of what a run left that saved nothing
-        elif event["event"] in (SAVED, "continued", "branched"):
+        elif event["event"] == "branched":
+            saved = event["step"]  # what stands before it is of another run
+        elif event["event"] in (SAVED, "continued"):
             saved = max(saved, event.get("step", 0))
         elif event["event"] == "rewind":
             saved = max(saved, event["to"])
@@ -111,6 +113,8 @@ def _all_words(value: Any) -> bool:
 
 
 _FACTS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    SAVED: {"step": _is_step},
+    "branched": {"step": _is_step},
     "rewind": {"to": _is_step, "left_out": _all_steps},
     "data_changed": {"changes": _all_words},
 }

@@ -278,6 +278,11 @@ class Replay:
         steps = range(self.first + 1, self.last + 1)
         return {step: self.noted.steps[step] for step in steps if step in self.noted.steps}
 
+    def holes_before(self, step: int) -> list[int]:
+        """Steps that are recomputed before one, of which the run noted nothing."""
+        taken = set(range(self.first + 1, step)) - self.left_out
+        return sorted(taken - self.noted.steps.keys())
+
     def begin(self) -> None:
         """Put the weights of the checkpoint back; those of an initialization come once."""
         if self.checkpoint is not None:
@@ -412,6 +417,12 @@ def explain(replayed: Replay, found: Difference, folder: Path) -> list[str]:
     """What a difference is and what it can come from, line by line; every process calls this."""
     if contradiction := replayed.noted.contradiction(found):
         return [contradiction, "what was computed then cannot be told"]
+    if holes := replayed.holes_before(found.step):
+        return [
+            f"{DIGESTS} has nothing of step {holes[0]}, which {HISTORY} does not leave out: one of "
+            "them was altered or is damaged",
+            f"why step {found.step} comes out otherwise cannot be told",
+        ]
     changes = _changes(folder, replayed, max(found.step, 1))
     if found.what == "samples":
         return _explain_samples(replayed, found, folder, changes)

@@ -17,8 +17,9 @@ from typing import Any
 
 from frugal.common.checkpoint.manifest import FILE as MANIFEST
 from frugal.common.checkpoint.manifest import digest_file, digest_json, write_manifest
+from frugal.common.errors import InputError
 from frugal.common.files import parse_json, read_bytes, write_file
-from frugal.common.history import SAVED, note
+from frugal.common.history import SAVED, note, saved_step
 
 FORMAT = 1
 BEST = "best.json"
@@ -81,7 +82,7 @@ def make_whole(
 
 
 def count_as_newest(final: Path) -> None:
-    """Make a whole checkpoint the newest of its run, whose history tells of the first one.
+    """Make a whole checkpoint the newest of its run, and have the history tell that there is one.
 
     Who finds the history and no checkpoint knows then that something was lost.
 
@@ -89,8 +90,13 @@ def count_as_newest(final: Path) -> None:
         InputError: if that cannot be written.
     """
     point_at(final)
-    if whole_checkpoints(final.parent) == [final]:
-        note(final.parents[1], SAVED, step=step_of(final.name))
+    run_dir = final.parents[1]
+    with contextlib.suppress(
+        InputError
+    ):  # one that was altered meanwhile is told at the next start
+        if saved_step(run_dir):
+            return
+    note(run_dir, SAVED, step=step_of(final.name))
 
 
 def point_at(final: Path) -> None:
