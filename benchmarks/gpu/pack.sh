@@ -7,8 +7,16 @@
 # Takes PYTHON_VERSION from the machine that packs; there is no wheel of DeepSpeed, which is built.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-folder=${1:?give a folder}
+if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
+    exit 2
+fi
+folder=$1
 python=${PYTHON:-.venv/bin/python}
+if ! command -v "$python" >/dev/null; then
+    echo "error: there is no $python; run make setup, or set PYTHON to one with pip" >&2
+    exit 2
+fi
 version=${2:-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
 ours='^(torch|torchvision|triton|nvidia-.*|cuda-.*|numpy|setuptools|deepspeed|mypy.*|ruff)=='
 grep -vE "^#|$ours" constraints.txt >"$folder.txt" || true

@@ -12,18 +12,25 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
+refuse() { echo "error: $1" >&2; exit 2; }
 wheels="" out="runs/benchmarks/gpu" words=()
 while [ $# -gt 0 ]; do
     case "$1" in
+        -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+        --wheels | --out | --device) [ -n "${2:-}" ] || refuse "$1 needs a value; --help tells which" ;;&
         --wheels) wheels="$2"; shift 2 ;;
         --out) out="$2"; shift 2 ;;
         --device) words+=("$1" "$2"); shift 2 ;;
         --small) words+=("$1"); shift ;;
-        *) echo "unknown option $1; see the head of $0" >&2; exit 2 ;;
+        *) refuse "there is no option $1; --help lists those that there are" ;;
     esac
 done
 python=${PYTHON:-python3}
-mkdir -p "$out"
+command -v "$python" >/dev/null || refuse "there is no $python; set PYTHON to one with torch and CUDA"
+if [ -n "$wheels" ] && ! compgen -G "$wheels/*.whl" >/dev/null; then
+    refuse "there is no wheel in $wheels; fill a folder with benchmarks/gpu/pack.sh"
+fi
+mkdir -p "$out" || refuse "$out cannot be made; choose another --out"
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 

@@ -3,16 +3,19 @@
 import json
 import math
 import random
+import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from forks import fork
 from frugal.common.errors import InputError
 from frugal.common.find_learning_rate import Options, analyze, rising
 from frugal.common.optim.schedules import RisingRate
 from frugal.flip.recipes import demo
-from support import TINY, command, metrics
+from support import ALONE, ROOT, TINY, command, metrics
 
 
 def test_the_rate_rises_by_the_same_factor_from_the_lowest_to_the_highest() -> None:
@@ -82,6 +85,27 @@ def test_a_curve_without_an_answer_says_so() -> None:
         analyze(rates[:1], [1.0])
     with pytest.raises(InputError, match="the rate is to rise"):
         Options(recipe="flip:demo", lowest=1.0, highest=0.1)
+
+
+def test_a_signal_is_no_divergence(scenes: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    small = [word for word in TINY if not word.startswith(("--schedule", "--run"))]
+    words = ["flip:demo", "--steps=60", "--highest=1", f"--out={out}", *small]
+    words.append(f"--data.train={scenes / 'train'}")
+    process = fork(
+        "frugal.common.find_learning_rate", words, log=log, cwd=ROOT,
+        environments=ALONE.environments(),
+    )  # fmt: skip
+    while len(metrics(out)) < 20:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM, log.read_text()
+    said = log.read_text()
+    assert "stopped by SIGTERM after step" in said and "--optimizer.learning-rate" not in said
+    assert not (out / "learning_rate.json").exists()
+    said = command("frugal.common.find_learning_rate", *words).stdout
+    assert "try --optimizer.learning-rate" in said and len(metrics(out)) == 60
 
 
 def test_the_command_trains_and_tells(scenes: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from frugal.common.plan.__main__ import Options, plan, table
 from frugal.common.plan.fake_step import StepMemory, step_memory
 from frugal.common.plan.partition import Zero, peak_memory
 from frugal.common.plan.report import (
+    Line,
     Plan,
     cost_of,
     facts,
@@ -77,6 +78,42 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     # taken anew, not read off the line
     assert total(take(largest)) <= room < total(take(largest + 1))
     assert largest_batch(take, lambda step: total(step) <= 1e6) == 0
+
+
+def cached(*, batch: int, **engine: object) -> Plan:
+    recipe = replace(demo(), batch_size=batch)
+    return Plan(replace(recipe, engine=replace(recipe.engine, **engine)), gpus=1, gpu="rtx4090")
+
+
+@pytest.mark.parametrize(("chunk", "samples"), [(16, 96), (96, 400), (64, 64)])
+def test_what_further_chunks_add_is_what_steps_of_all_chunks_have(chunk: int, samples: int) -> None:
+    planned = cached(batch=samples, cache_chunk=chunk)
+    whole = planned._take(samples, planned.recipe)
+    found, expected = (planned.memory(step, None) for step in (planned.step, whole))
+    assert planned.step.batch == whole.batch and planned.step.exchanged == whole.exchanged
+    assert found.gradients == expected.gradients
+    assert found.total == pytest.approx(expected.total, rel=0.02)
+    assert found.activations == pytest.approx(expected.activations, rel=0.05)
+
+
+def test_the_chunk_that_is_advised_fits_and_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = cached(batch=4_096)
+    needed = plain.memory(plain.step, None).total
+    monkeypatch.setattr("frugal.common.plan.report.usable_memory", lambda _: 0.5 * needed)
+    (advice,) = (line.text for line in said(plain) if line.name == "advice")
+    chunk = int(re.search(r"--engine.cache-chunk (\d+)", advice)[1])
+    advised = cached(batch=4_096, cache_chunk=chunk)
+    assert not [line for line in said(advised) if line.name == "advice"]
+    larger = cached(batch=4_096, cache_chunk=round(1.2 * chunk))
+    (advice,) = (line.text for line in said(larger) if line.name == "advice")
+    assert f"--engine.cache-chunk {chunk}" in advice, "one that is given is corrected too"
+    hours = [plan.cost.gpu_hours("rtx4090", 0.2) for plan in (plain, advised)]
+    assert hours[1] / hours[0] == pytest.approx(4 / 3, rel=0.01), "forward twice, backward once"
+    assert "computed twice" in {line.name for line in said(advised)}
+
+
+def said(planned: Plan) -> list[Line]:
+    return list(lines(planned, None, engine="Accelerate", about="", price=None))
 
 
 def test_flip_halves_the_compute_as_its_paper_says() -> None:

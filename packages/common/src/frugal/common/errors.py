@@ -26,3 +26,10 @@ class RunStopped(Exception):  # noqa: N818 - an end, not an error
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class LossNotFinite(RunStopped):
+    """A run ended because its loss was not finite any more; exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=1)

@@ -19,7 +19,7 @@ import tyro
 from frugal.common.checkpoint.store import recipe_of_run
 from frugal.common.cli import command_words, overridden, run_politely, without_local_rank
 from frugal.common.distributed import launcher_ranks
-from frugal.common.errors import InputError, RunStopped
+from frugal.common.errors import InputError, LossNotFinite
 from frugal.common.files import read_json_lines, write_json
 from frugal.common.optim.schedules import RisingRate
 from frugal.common.programs import recipe_named
@@ -156,7 +156,7 @@ def find_learning_rate(recipe: Recipe, options: Options) -> Found | None:
         )
     try:
         train_recipe(recipe)
-    except RunStopped as end:
+    except LossNotFinite as end:  # and nothing else: a signal asks for no answer
         lines, _ = read_json_lines(options.out / "metrics.jsonl")
         if len(lines) < options.steps // 10:
             raise

@@ -51,7 +51,7 @@ from frugal.common.engine.watchdog import Watchdog
 from frugal.common.errors import InputError
 from frugal.common.evaluation.provenance import weights_digest
 from frugal.common.files import cannot_write, write_json
-from frugal.common.history import note, saved_step
+from frugal.common.history import note, read_history, saved_step
 from frugal.common.installed import code_version, package_versions
 from frugal.common.models.attention import attention_kernel
 from frugal.common.models.bundle import ModelBundle
@@ -247,7 +247,7 @@ def continued_recipe(recipe: Recipe) -> Recipe:
     _refuse_lost_checkpoints(folder)
     before = recipe_of_run(folder)
     if before is None:
-        if (folder / "recipe.json").exists():
+        if (folder / "recipe.json").exists() or read_history(folder):
             logging.getLogger("frugal").info(
                 "%s holds what a run left that never wrote a checkpoint; it is replaced", folder
             )

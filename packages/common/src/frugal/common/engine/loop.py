@@ -31,7 +31,7 @@ from frugal.common.engine.signals import StopSignal, WaitInterrupted
 from frugal.common.engine.step import learning_rate_of, train_step
 from frugal.common.engine.throughput import matmul_peak
 from frugal.common.engine.training import Training
-from frugal.common.errors import InputError, NotFiniteError, RunStopped
+from frugal.common.errors import InputError, LossNotFinite, NotFiniteError, RunStopped
 from frugal.common.files import write_json
 from frugal.common.history import note, read_history
 from frugal.common.randomness import seed_step
@@ -304,7 +304,7 @@ def sync_metrics(training: Training) -> None:
     """Bring what is still on the device to the host, and count the steps that were skipped.
 
     Raises:
-        RunStopped: if the gradient was not finite for ``run.max_skipped`` steps in a row.
+        LossNotFinite: if the gradient was not finite for ``run.max_skipped`` steps in a row.
         Diverged: the same, where the run is to go back.
     """
     pending, training.pending = training.pending, []
@@ -348,11 +348,10 @@ def _count_skipped(training: Training, metrics: StepMetrics, loss: float) -> Non
         )
     if options.on_divergence == "rewind":
         raise Diverged(step)
-    raise RunStopped(
+    raise LossNotFinite(
         f"the loss was not finite for {training.skipped_in_row} steps in a row up to step "
         f"{step}, at a learning rate of {rate:.3g}, on the samples {', '.join(keys[:4])} "
         f"and others (all in {listing}); lower the learning rate, or look at these samples",
-        exit_code=1,
     )
 
 
@@ -383,7 +382,7 @@ def _rewind(training: Training, diverged: int) -> int:
         The step of the checkpoint.
 
     Raises:
-        RunStopped: if there is no such checkpoint.
+        LossNotFinite: if there is no such checkpoint.
     """
     run = training.run
     training.watchdog.note(f"going back from step {diverged}", may_stand=True)
@@ -400,11 +399,10 @@ def _rewind(training: Training, diverged: int) -> int:
     if not training.skipped_in_row:
         words = f"the weights after step {diverged} are of no use"
     if checkpoint is None:
-        raise RunStopped(
+        raise LossNotFinite(
             f"{words}, and there is no checkpoint to go back to that a finite step "
             "followed; lower the learning rate or run.save-every, raise run.keep, or look at the "
             "samples (not_finite.json)",
-            exit_code=1,
         )
     step = checkpoint.step
     left_out = steps_to_leave_out(history, to=step, not_finite=not_finite)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -87,6 +87,7 @@ def step_memory(
     dtype: torch.dtype = torch.bfloat16,
     text_tokens: int | None = None,
     on_gpu: bool = True,
+    beside: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 - it has no state
 ) -> StepMemory:
     """Take one micro-batch of a recipe forward and backward on fake tensors.
 
@@ -98,6 +99,8 @@ def step_memory(
         text_tokens: of a caption, where the text tower computes captions without their padding; by
             default as many as there may be.
         on_gpu: keep what is kept on a GPU; otherwise what is kept on a CPU.
+        beside: is entered for the step, such as torch's counter of FLOPs, which keeps tensors
+            itself, so that the memory is not that of the step then.
 
     Returns:
         What it keeps. Reductions that keep another number of patches of every image count as if
@@ -121,7 +124,7 @@ def step_memory(
                 trainer.forward(batch)
         ledger = _Ledger(objective, static=_tensors(objective, *outside), batch=batch)
         exchanged = world.received
-        with ledger, torch.autograd.set_multithreading_enabled(False):
+        with beside, ledger, torch.autograd.set_multithreading_enabled(False):
             trainer.ledger = ledger
             chunk = recipe.engine.cache_chunk
             if chunk is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from frugal.common.contracts import Objective
 from frugal.common.data.config import StoredData
@@ -43,6 +44,10 @@ _LEAST = 16
 _MOST = 2_048
 """Of the larger: of more samples a contrastive loss takes too many chunks to be quick."""
 _DENSE_PIXELS = 224
+_SHORT = 0.01
+"""Seconds of a step below which a GPU waits for the host."""
+_CHUNK = 64
+"""Samples of the chunks from which it is known what further ones add."""
 
 
 @cache
@@ -81,6 +86,17 @@ class Cost:
     dense_flops: float
     """Of the same sample whole: every patch of at least 224 pixels, every token."""
     samples: int
+    repeated: float = 1.0
+    """Times these FLOPs that are computed, where some are for a second time."""
+
+    @property
+    def computed(self) -> float:
+        """FLOPs of a sample that take time.
+
+        Recomputed activations do not count: published runs of large models, from whose time the
+        share of the peak is known, recompute them too.
+        """
+        return self.flops * self.repeated
 
     @classmethod
     def of(cls, recipe: Recipe, objective: Objective, tokens: dict[str, float]) -> Cost:
@@ -99,7 +115,7 @@ class Cost:
 
     def gpu_hours(self, gpu: str, share: float) -> float:
         """Of the whole run at a share of the peak."""
-        return self.flops * self.samples / (facts()["gpus"][gpu]["peak"] * share) / 3600
+        return self.computed * self.samples / (facts()["gpus"][gpu]["peak"] * share) / 3600
 
 
 def cost_of(recipe: Recipe) -> Cost:
@@ -143,12 +159,69 @@ class Plan:
 
     @cached_property
     def step(self) -> StepMemory:
-        """That of the recipe itself; with gradient caching of three chunks at most."""
+        """That of the recipe itself."""
         chunk = self.recipe.engine.cache_chunk
-        most = self.local_batch if chunk is None else min(self.local_batch, 3 * chunk)
-        return self._take(most, self.recipe)
+        return self._take(self.local_batch, self.recipe) if chunk is None else self.cached(chunk)
 
-    def _take(self, samples: int, recipe: Recipe) -> StepMemory:
+    def cached(self, chunk: int) -> StepMemory:
+        """A step of the micro-batch in chunks, of which one is taken; the rest is a straight line.
+
+        From the second chunk on every gradient is there, and so are the inputs and the features of
+        all.
+        """
+        chunk, samples = min(chunk, self.local_batch), self.local_batch
+        one = self._take(chunk, self._with(cache_chunk=chunk))
+        further = samples - chunk
+        if not further:
+            return one
+        grown = self._growth
+        moments = tuple(
+            Moment(
+                one.num_trained,
+                moment.activations
+                + round(further * (grown.loss if moment.loss else 0) + further * grown.activations),
+                moment.loss + round(further * grown.loss) * (moment.loss > 0),
+            )
+            for moment in one.moments
+        )
+        whole = samples / chunk
+        return replace(
+            one,
+            moments=moments,
+            batch=round(one.batch * whole),
+            exchanged=round(one.exchanged * whole),
+        )
+
+    @cached_property
+    def _growth(self) -> Moment:
+        """Bytes of features, and of the loss, that each sample of a further chunk adds."""
+        chunk = min(_CHUNK, max(self.local_batch // 4, 1))
+        engine = self._with(cache_chunk=chunk, checkpoint_activations=False)
+        few, many = (self._take(chunks * chunk, engine).moments for chunks in (3, 4))
+
+        def grown(of: Callable[[Moment], int]) -> int:
+            return -(-(max(map(of, many)) - max(map(of, few))) // chunk)
+
+        features = grown(lambda moment: moment.activations * (not moment.loss))
+        return Moment(0, max(features, 0), max(grown(lambda moment: moment.loss), 0))
+
+    def _with(self, **options: Any) -> Recipe:
+        """The recipe with another engine."""
+        return replace(self.recipe, engine=replace(self.recipe.engine, **options))
+
+    @cached_property
+    def repeated(self) -> float:
+        """What is computed, over what is where no part of it is computed twice for the cache."""
+        if self.recipe.engine.cache_chunk is None:
+            return 1.0
+        samples = 2 * max(min(_LEAST, self.local_batch) // 2, 1)
+        chunk = samples // 2
+        plain, cached = (FlopCounterMode(display=False) for _ in range(2))
+        self._take(samples, self._with(cache_chunk=None), beside=plain)
+        self._take(samples, self._with(cache_chunk=chunk), beside=cached)
+        return cached.get_total_flops() / plain.get_total_flops()
+
+    def _take(self, samples: int, recipe: Recipe, **options: Any) -> StepMemory:
         precision = self.recipe.engine.precision
         return step_memory(
             recipe,
@@ -156,14 +229,15 @@ class Plan:
             world_size=self.gpus,
             dtype=torch.bfloat16 if precision == "auto" else getattr(torch, precision),
             text_tokens=self.text_tokens,
+            **options,
         )
 
     def taken(self, samples: int, *, recompute: bool) -> StepMemory:
         """A step of one plain micro-batch."""
         key = samples, recompute
         if key not in self._taken:
-            engine = replace(self.recipe.engine, checkpoint_activations=recompute, cache_chunk=None)
-            self._taken[key] = self._take(samples, replace(self.recipe, engine=engine))
+            plain = self._with(checkpoint_activations=recompute, cache_chunk=None)
+            self._taken[key] = self._take(samples, plain)
         return self._taken[key]
 
     def memory(
@@ -188,6 +262,17 @@ class Plan:
             multiple=2 if self.recipe.objective.compares_samples is False else 1,
         )
 
+    def largest_chunk(self, zero: Zero | None, *, below: int) -> int:
+        """Samples of a chunk that fits, with which the step is taken again; 0 if none does."""
+        room, chunk = usable_memory(self.gpu), below
+        while chunk > 0:
+            memory = self.memory(self.cached(chunk), zero)
+            if memory.total <= room:
+                return chunk
+            each = max(memory.activations // chunk, 1)
+            chunk -= max(math.ceil((memory.total - room) / each), 1)
+        return 0
+
     @cached_property
     def outline(self) -> Objective:
         """The objective without numbers."""
@@ -203,11 +288,11 @@ class Plan:
     @cached_property
     def cost(self) -> Cost:
         """From the tokens that the step saw."""
-        return Cost.of(self.recipe, self.outline, self.step.tokens)
+        return replace(Cost.of(self.recipe, self.outline, self.step.tokens), repeated=self.repeated)
 
     def samples_per_second(self, share: float) -> float:
         """Of all GPUs."""
-        return self.gpus * facts()["gpus"][self.gpu]["peak"] * share / self.cost.flops
+        return self.gpus * facts()["gpus"][self.gpu]["peak"] * share / self.cost.computed
 
 
 def partial_taken(plan: Plan, *, recompute: bool) -> Callable[[int], StepMemory]:
@@ -290,17 +375,33 @@ def lines(
 ) -> Iterator[Line]:
     """Every line of a plan but the table of memory."""
     recipe, step, cost = plan.recipe, plan.step, plan.cost
-    frozen = f", {step.frozen / 1e6:.1f} M frozen" if step.frozen else ""
-    yield Line("parameters", f"{step.num_trained / 1e6:.1f} M trained{frozen}", "exact")
+    frozen = f", {_scaled(step.frozen)} frozen" if step.frozen else ""
+    yield Line("parameters", f"{_scaled(step.num_trained)} trained{frozen}", "exact")
     tokens = ", ".join(f"{value:g} {name.replace('_', ' ')}" for name, value in step.tokens.items())
     is_uneven = recipe.reduction.image.is_uneven
-    yield Line("tokens of a sample", tokens, "expected" if is_uneven else "exact, at most")
+    known = "expected" if is_uneven else "exact"
+    known += "; of captions at most" * ("text_tokens" in step.tokens and plan.text_tokens is None)
+    yield Line("tokens of a sample", tokens, known)
     yield Line(
         "FLOPs of a sample",
-        f"{cost.flops / 1e9:.1f} GFLOP forward and backward, {cost.flops / cost.dense_flops:.2f} "
+        f"{_scaled(cost.flops)}FLOP forward and backward, {cost.flops / cost.dense_flops:.2f} "
         f"of whole images of {_DENSE_PIXELS} pixels or more and whole captions",
         "exact, matrix products",
     )
+    if cost.repeated > 1:
+        yield Line(
+            "computed twice",
+            f"{cost.repeated:.2f} times these FLOPs are computed, as engine.cache_chunk encodes "
+            "every sample once more",
+            "counted in steps on fake tensors",
+        )
+    if recipe.engine.checkpoint_activations:
+        yield Line(
+            "recomputed",
+            "activations are computed once more, about a third on top, which speed and time leave "
+            "out",
+            "as in published runs of large models",
+        )
     yield from _memory_lines(plan, zero, engine)
     gathered = recipe.optimizer.gathered(plan.outline)
     sent = exchanged(step, zero, world_size=plan.gpus, gathered=gathered)
@@ -316,16 +417,24 @@ def lines(
     if not any(step.tokens.values()):
         known += "; to read what is stored takes longer"
     hours = [cost.gpu_hours(plan.gpu, share) for share in (high, middle, low)]
+    seconds = plan.local_batch / plan.samples_per_second(middle) * plan.gpus
+    if seconds < _SHORT:
+        known += "; a step this short waits for its kernels to be launched and will be slower"
     yield Line(
         "speed",
         f"{plan.samples_per_second(middle):,.0f} samples/s at {middle:.0%} of the peak",
         known,
     )
-    spread = "" if given else f" ({hours[0] / plan.gpus:,.1f} to {hours[2] / plan.gpus:,.1f})"
+    digits = 1 if hours[1] / plan.gpus >= 1 else 3
+    spread = (
+        ""
+        if given
+        else f" ({hours[0] / plan.gpus:,.{digits}f} to {hours[2] / plan.gpus:,.{digits}f})"
+    )
     yield Line(
         "time",
-        f"{hours[1] / plan.gpus:,.1f} hours{spread}, {hours[1]:,.0f} GPU-hours, for "
-        f"{cost.samples:,} samples in {recipe.steps:,} steps",
+        f"{hours[1] / plan.gpus:,.{digits}f} hours{spread}, {hours[1]:,.{digits - 1}f} GPU-hours, "
+        f"for {cost.samples:,} samples in {recipe.steps:,} steps",
         known,
     )
     money = "give --price, of a GPU and hour" if price is None else f"{price * hours[1]:,.0f}"
@@ -338,6 +447,14 @@ def lines(
             "measured here, on a drawn picture of 640 x 480 pixels",
         )
     yield from _accuracy_lines(recipe, about)
+
+
+def _scaled(value: float) -> str:
+    """Three digits and a unit: 139.8 M, 12.3 G."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value:,.0f} "
 
 
 def _memory_lines(plan: Plan, zero: Zero | None, engine: str) -> Iterator[Line]:
@@ -354,18 +471,25 @@ def _memory_lines(plan: Plan, zero: Zero | None, engine: str) -> Iterator[Line]:
         "memory of a GPU",
         f"{memory.total / 1e9:.1f} of {room / 1e9:.1f} GB with {engine}, {what}: {parts}",
         "a step on fake tensors; room for CUDA and fragmentation is assumed"
-        + ("; the features of further chunks are left out" if chunk else ""),
+        + ("; what further chunks add is extrapolated" if chunk else ""),
     )
     host = host_memory(plan.step, zero, world_size=plan.gpus, moments=plan.moments)
     if host:
         yield Line("memory of the host", f"{host / 1e9:.1f} GB for each GPU", "exact")
-    if memory.total <= room or chunk is not None:
+    if memory.total <= room:
         return
     largest = plan.largest(zero, recompute=recipe.engine.checkpoint_activations)
+    caches = recipe.objective.caches_gradients and largest > 0
+    if caches:
+        most = largest if chunk is None else min(chunk - 1, largest)
+        largest = plan.largest_chunk(zero, below=min(most, plan.local_batch))
     if largest == 0:
         advice = "not even one sample fits: recompute activations, or take another file or GPU"
-    elif recipe.objective.caches_gradients:
-        advice = f"it does not fit: add --engine.cache-chunk {largest} (the same loss)"
+    elif caches:
+        advice = (
+            f"it does not fit: give --engine.cache-chunk {largest} (the same loss; about a third "
+            "more time)"
+        )
     else:
         parts_needed = math.ceil(plan.local_batch / largest) * recipe.engine.accumulate
         advice = (
