@@ -114,7 +114,7 @@ class ModelBundle:
         """
         return None if self.tokenizer_source is None else self.tokenizer_source.load()
 
-    def prepare(self, images: Sequence[bytes | Path | Image]) -> Tensor:
+    def prepare(self, images: Sequence[bytes | str | Path | Image]) -> Tensor:
         """Images as the model was trained to see them: what ``model.encode_image`` takes.
 
         Args:
@@ -149,12 +149,12 @@ class ModelBundle:
         return padded(ids, tokenizer, length=text.length)
 
 
-def _encoded(image: bytes | Path | Image) -> bytes:
+def _encoded(image: bytes | str | Path | Image) -> bytes:
     """The bytes of a picture file; of a PIL image, of one that keeps every pixel."""
     if isinstance(image, bytes):
         return image
-    if isinstance(image, Path):
-        return read_bytes(image)
+    if isinstance(image, str | Path):
+        return read_bytes(Path(image))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

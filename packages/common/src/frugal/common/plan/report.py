@@ -425,16 +425,12 @@ def lines(
         f"{plan.samples_per_second(middle):,.0f} samples/s at {middle:.0%} of the peak",
         known,
     )
-    digits = 1 if hours[1] / plan.gpus >= 1 else 3
-    spread = (
-        ""
-        if given
-        else f" ({hours[0] / plan.gpus:,.{digits}f} to {hours[2] / plan.gpus:,.{digits}f})"
-    )
+    least, usual, most = (_duration(each / plan.gpus) for each in hours)
+    spread = "" if given else f" ({least} to {most})"
     yield Line(
         "time",
-        f"{hours[1] / plan.gpus:,.{digits}f} hours{spread}, {hours[1]:,.{digits - 1}f} GPU-hours, "
-        f"for {cost.samples:,} samples in {recipe.steps:,} steps",
+        f"{usual}{spread}, {hours[1]:,.{0 if hours[1] >= 10 else 2}f} GPU-hours, for "
+        f"{cost.samples:,} samples in {recipe.steps:,} steps",
         known,
     )
     money = "give --price, of a GPU and hour" if price is None else f"{price * hours[1]:,.0f}"
@@ -455,6 +451,14 @@ def _scaled(value: float) -> str:
         if value >= size:
             return f"{value / size:,.1f} {unit}"
     return f"{value:,.0f} "
+
+
+def _duration(hours: float) -> str:
+    """In hours, or in minutes or seconds where it is less than one of them."""
+    for unit, in_hours in (("hours", 1.0), ("minutes", 1 / 60)):
+        if hours >= in_hours:
+            return f"{hours / in_hours:,.1f} {unit}"
+    return f"{hours * 3600:,.1f} seconds"
 
 
 def _memory_lines(plan: Plan, zero: Zero | None, engine: str) -> Iterator[Line]:
