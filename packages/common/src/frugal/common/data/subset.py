@@ -169,5 +169,6 @@ def _not_there(path: Path, missing: Sequence[str], of: int) -> InputError:
         f"data.subset {path} names {len(missing):,} of {of:,} samples that data.train does not "
         f"have ({shown}); a line is a shard, a slash and the key of a sample, as in "
         "00012.tar/000120034; of a folder of images or a CSV file its name and the path in it, as "
-        "in folder/cats/1.jpg or pairs.csv/images/1.jpg"
+        "in folder/cats/1.jpg or pairs.csv/images/1.jpg; of TFRecords the number of the record "
+        "from 0, as in 00000.tfrecord/16"
     )
