@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from frugal.common.engine.engine import Engine
 from frugal.common.engine.logger import MetricsLogger
 from frugal.common.engine.saving import WeightAverage
 from frugal.common.errors import InputError, NotFiniteError
-from frugal.common.files import read_json_object, write_json
+from frugal.common.files import finite, read_json_object, reason_of, write_json
 from frugal.common.recipe import Recipe
 from frugal.common.recipe_json import recipe_if_whole
 from frugal.common.run import Run
 from frugal.common.weights.runs import bundle_of
+
+HISTORY = "history.jsonl"
+"""In ``evaluation/`` of a run: a line for every time that an evaluation ran, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,17 @@ class Evaluator:
             if step == self.recipe.steps:
                 raise
             self.run.log.warning("%s; training goes on", error)
+        self._remember({"task": task.name, **head, **numbers})
         self.logger.numbers(step, numbers)
+
+    def _remember(self, numbers: dict[str, Any]) -> None:
+        """Add what an evaluation found to those before it."""
+        path = self.run.dir / "evaluation" / HISTORY
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite(numbers)) + "\n")
+        except OSError as error:
+            self.run.log.warning("%s: %s; training goes on without it", path, reason_of(error))
 
 
 def last_evaluated(recipe: Recipe, run: Run) -> float:
