@@ -25,6 +25,7 @@ from frugal.common.cli import command_words, run_politely
 from frugal.common.data.damage import Damaged
 from frugal.common.data.samples import Fields, Reader
 from frugal.common.data.sources import open_indexed
+from frugal.common.data.stores.tar import TarReader
 from frugal.common.data.writing import (
     MOST_SAMPLES,
     NewSample,
@@ -33,7 +34,7 @@ from frugal.common.data.writing import (
     write_tars,
 )
 from frugal.common.errors import InputError
-from frugal.common.files import parse_json, reason_of
+from frugal.common.files import parse_json, reason_of, write_json
 from frugal.common.recipe_json import from_json, load_recipe, to_json
 
 SCHEMA = pa.schema(
@@ -167,6 +168,56 @@ def write(
     return 1 if damage else 0
 
 
+def relevant(run: Annotated[Path, tyro.conf.Positional]) -> int:
+    """Say what share of the pairs that a run trained on are relevant, where their samples say it.
+
+    As those of frugal.common.scenes do, whose JSON has ``relevant``. The share is kept in
+    evaluation/curation.json of the run.
+
+    Args:
+        run: a run directory.
+    """
+    out = run / "relevant.parquet"
+    total, _ = count_pairs(run, out)
+    table, fields = _open(out)
+    chosen = Counter[bool]()
+    reader, opened = None, ""
+    for row in (row for batch in table.iter_batches() for row in batch.to_pylist()):
+        if reader is None or row["shard"] != opened:
+            opened, reader = row["shard"], _tar(Path(row["shard"]), fields, reader)
+        chosen[_is_relevant(reader, row)] += row["times"]
+    if reader is not None:
+        reader.close()
+    share = chosen[True] / total
+    write_json(run / "evaluation" / "curation.json", {"curation_precision": share})
+    sys.stdout.write(f"{share:.1%} of {total:,} pairs trained on are relevant\n")
+    return 0
+
+
+def _tar(path: Path, fields: Fields, before: TarReader | None) -> TarReader:
+    """The reader of another shard."""
+    if before is not None:
+        before.close()
+    reader = _open_shard(path, fields)
+    if not isinstance(reader, TarReader):
+        raise InputError(f"{path} is no tar, whose samples may say that they are relevant")
+    return reader
+
+
+def _is_relevant(reader: TarReader, row: dict[str, Any]) -> bool:
+    member = reader.members(row["index"]).get("json")
+    try:
+        about = {} if member is None else parse_json(reader.content(member))
+    except ValueError:
+        about = {}
+    if not isinstance(about, dict) or not isinstance(about.get("relevant"), bool):
+        raise InputError(
+            f"sample {row['key']} of {row['shard']} does not say whether it is relevant; only data "
+            "that were drawn by frugal.common.scenes do"
+        )
+    return about["relevant"]
+
+
 def _open(path: Path) -> tuple[pq.ParquetFile, Fields]:
     try:
         file = pq.ParquetFile(path)
@@ -223,7 +274,7 @@ def _sample(reader: Reader, row: dict[str, Any], fields: Fields) -> NewSample:
 
 def main() -> None:
     """The body of ``python -m frugal.cit.trained_pairs``."""
-    commands: dict[str, Callable[..., int]] = {"count": count, "write": write}
+    commands: dict[str, Callable[..., int]] = {"count": count, "relevant": relevant, "write": write}
 
     def command() -> None:
         code = tyro.extras.subcommand_cli_from_dict(
