@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 MANIFESTS := constraints.txt pyproject.toml $(wildcard packages/*/pyproject.toml)
 PACKAGES := $(patsubst %/pyproject.toml,-e %,$(wildcard packages/*/pyproject.toml))
 
-.PHONY: setup demo test test-fast lint
+.PHONY: setup demo compare test test-fast lint
 
 setup: $(STAMP)
 
@@ -21,6 +21,9 @@ $(STAMP): $(MANIFESTS)
 
 demo: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo.sh
+
+compare: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash launch/compare.sh
 
 # Files in the order of their names: those with few, long tests would come last otherwise.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=loadfile \

@@ -66,6 +66,8 @@ LAYERS = [
         "tune",
         "programs",
         "find_learning_rate",
+        "comparison",
+        "compare_methods",
     ),
 ]
 """Folders, and modules on their own that stand lower than the others of their folder."""
@@ -229,6 +231,7 @@ def test_no_package_takes_the_namespace_for_itself() -> None:
         ("frugal.common.scenes", []),
         ("frugal.common.report.__main__", []),
         ("frugal.common.compare", []),
+        ("frugal.common.compare_methods", []),
         ("frugal.common.plan.__main__", []),
     ],
 )

@@ -255,6 +255,21 @@ def interval_chart(
     return _as_svg(axes, label)
 
 
+_ALONE = {"line-1": "#0f766e", "line-2": "#d97706", "line-3": "#6d5bd0", "edge": "#e2e0d8"}
+"""The colors of a chart in no page: those of a light one."""
+
+
+def standalone(chart: Markup) -> str:
+    """A chart as the text of an SVG file, which no page lends its colors and its font."""
+    for name, color in _ALONE.items():
+        chart = Markup(chart.replace(f"var(--{name})", color))
+    head = (
+        '<svg xmlns="http://www.w3.org/2000/svg" color="#66707a" '
+        'font-family="system-ui, sans-serif"'
+    )
+    return str(chart).replace("<svg", head, 1)
+
+
 # What the stages of a training logged.
 
 _CHARTS = (
