@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from small_runs import finish, lasting, outcome, report_seeds
+from small_runs import finish, outcome, report_seeds
 
+from frugal.common.comparison.running import lasting
 from frugal.common.data.patterns import find_files
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import build_index, open_shard

@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from measuring import write
-from small_runs import Outcome, lasting, scenes, speed, table, train_small, write_page
+from small_runs import Outcome, scenes, speed, train_small, write_page
 
+from frugal.common.comparison.outcomes import table
+from frugal.common.comparison.running import lasting
 from frugal.common.report.plots import Curve
 
 MODULE = "frugal.clipa.train"

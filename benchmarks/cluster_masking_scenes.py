@@ -12,9 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
-from small_runs import lasting, report_seeds, scenes, train_small
+from small_runs import report_seeds, scenes, train_small
 
 from frugal.cluster_masking.recipes import RECIPES
+from frugal.common.comparison.running import lasting
 
 MODULE = "frugal.cluster_masking.train"
 SETTINGS = {"clusters": "demo", "random": "demo-random"}

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from measuring import write
-from small_runs import Outcome, lasting, mean_and_spread, scenes, table, train_small, write_page
+from small_runs import Outcome, scenes, train_small, write_page
 
+from frugal.common.comparison.outcomes import mean_and_spread, table
+from frugal.common.comparison.running import lasting
 from frugal.common.report.plots import Curve
 
 RATIOS = (0.0, 0.5, 0.75)

@@ -17,7 +17,9 @@ import argparse
 import json
 from pathlib import Path
 
-from small_runs import finish, lasting, report_seeds, scenes, train_small
+from small_runs import finish, report_seeds, scenes, train_small
+
+from frugal.common.comparison.running import lasting
 
 PRETRAIN, PROBE = "frugal.milan.pretrain", "frugal.milan.linear_probe"
 MODELS = ("MILAN", "MAE", "teacher")

@@ -16,7 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from measuring import write
-from small_runs import Outcome, lasting, mean_and_spread, scenes, speed, table, train_small
+from small_runs import Outcome, scenes, speed, train_small
+
+from frugal.common.comparison.outcomes import mean_and_spread, table
+from frugal.common.comparison.running import lasting
 
 MODULE = "frugal.flip.train"
 POLICIES = {

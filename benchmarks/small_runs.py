@@ -14,6 +14,8 @@ from typing import Any
 from markupsafe import Markup
 from measuring import write
 
+from frugal.common.comparison.outcomes import cost_of, mean_and_spread, table
+from frugal.common.comparison.running import lasting
 from frugal.common.report.page import render
 from frugal.common.report.plots import Curve, line_chart
 
@@ -39,11 +41,6 @@ def scenes(folder: Path, *, train_samples: int, image_size: int) -> Path:
         [sys.executable, "-m", "frugal.common.scenes", "--out", str(folder), *words], check=True
     )
     return folder
-
-
-def lasting(samples: int) -> tuple[str, str]:
-    """The words for a run of this length, a twentieth of it warm-up."""
-    return f"--schedule.samples={samples}", f"--schedule.warmup-samples={samples // 20}"
 
 
 def train_small(module: str, recipe: str, data: Path, run: Path, words: Sequence[str]) -> Outcome:
@@ -75,27 +72,15 @@ def finish(module: str, recipe: str, run: Path, words: Sequence[str]) -> None:
 
 def outcome(run: Path) -> Outcome:
     """What the files of a run directory say."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     answers = json.loads((run / "evaluation" / "zero_shot.json").read_text())
-    seconds = flops = 0.0
-    before = 0
-    for line in lines:
-        took = (line["samples"] - before) / line["samples_per_second"]
-        seconds += took
-        flops += took * line["flops_per_second"]
-        before = line["samples"]
+    cost = cost_of(run)
     return Outcome(
-        samples=lines[-1]["samples"],
-        train_seconds=seconds,
-        flops=flops,
+        samples=round(cost.samples),
+        train_seconds=cost.seconds,
+        flops=cost.flops,
         top1=answers["zero_shot_top1"],
         top1_held_out=answers["zero_shot_top1_held_out"],
     )
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and the standard deviation over seeds (0 for one seed)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def report_seeds(
@@ -140,19 +125,6 @@ def report_seeds(
     ]
     charts = {f"{called} by seed": ("seed", curves)}
     write_page(path.with_suffix(".html"), title=title, summary=summary, text=text, charts=charts)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows with aligned columns, for a terminal."""
-    widths = [max(len(row[place]) for row in (header, *rows)) for place in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        cells = [
-            word.rjust(width) if place else word.ljust(width)
-            for place, (word, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
 
 
 def write_page(

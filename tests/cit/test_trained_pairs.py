@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from cit_runs import pairs
 
-from frugal.cit.trained_pairs import count_pairs, write
+from frugal.cit.trained_pairs import count_pairs, relevant, write
 from frugal.common.data.samples import Fields
 from frugal.common.data.sources import open_source
 from frugal.common.errors import InputError
@@ -40,6 +40,25 @@ def test_only_what_was_trained_on_counts(undisturbed: Path, tmp_path: Path) -> N
     expected = Counter([*found[0], *found[1][: 2 * 24]])
     rows = pq.read_table(out).to_pylist()
     assert {(r["shard"], r["index"], r["text"]): r["times"] for r in rows} == expected
+
+
+def test_the_share_of_relevant_pairs_is_that_of_the_samples_own_words(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    assert relevant(run) == 0
+    told = json.loads((run / "evaluation" / "curation.json").read_text())
+    said: dict[tuple[str, int], bool] = {}
+    chosen = [pair for period in pairs(run) for pair in period]
+    for shard in {pair[0] for pair in chosen}:
+        with tarfile.open(shard) as archive:
+            names = sorted(one.name for one in archive if one.name.endswith(".json"))
+            for number, name in enumerate(names):
+                content = archive.extractfile(name)
+                assert content is not None
+                said[shard, number] = json.loads(content.read())["relevant"]
+    expected = sum(said[shard, number] for shard, number, _ in chosen) / len(chosen)
+    assert told["curation_precision"] == pytest.approx(expected)
 
 
 def members(folder: Path) -> dict[str, dict[str, bytes]]:

@@ -42,6 +42,10 @@ def test_a_run_that_gets_better_goes_on_to_its_end(scenes: Path, tmp_path: Path)
     assert newest(run).name == "step_000000020"
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best["checkpoint"] == "step_000000003"
+    lines = [json.loads(line) for line in (run / "evaluation" / "history.jsonl").open()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18, 20]
+    last = json.loads((run / "evaluation" / "retrieval.json").read_text())
+    assert lines[-1] == {"task": "retrieval", **last}
 
 
 def test_patience_needs_something_that_may_get_better() -> None:

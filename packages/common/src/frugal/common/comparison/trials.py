@@ -13,8 +13,8 @@ from frugal.common.comparison.running import finish
 from frugal.common.files import read_json_object, write_json
 from frugal.common.history import read_history
 
-_BETWEEN = 2
-"""Trials of other stages between two of the first entry."""
+_UNEVEN = 1.25
+"""Times as fast as its slowest trial that the first entry's fastest may be, before it is told."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,27 @@ def measure(comparison: Comparison, say: Callable[[str], None]) -> dict[str, lis
         return prices_from_json(read_json_object(path))
     count = sum(len(entry.stages) for entry in comparison.entries)
     say(f"{count} short trials, by turns with {comparison.first.name}, tell what each stage costs")
-    trials: list[_Trial] = []
+    first, trials = comparison.first.name, list[_Trial]()
     for entry in comparison.entries:
         place = comparison.place(entry, TRIAL, 0)
         samples = [stage_samples_of_trial(comparison.options, stage) for stage in entry.stages]
         for job in comparison.jobs(place, samples):
-            if job.folder in place.stages and len(trials) % (_BETWEEN + 1) == 0 and trials:
+            is_first = entry is comparison.first
+            if job.folder in place.stages and not is_first and trials[-1].name != first:
                 trials.append(_again(comparison, len(trials)))
             seconds = finish(job)
             say(f"{job.name}: {seconds:.0f} s")
             if job.folder in place.stages:
                 trials.append(_Trial(entry.name, job.folder, seconds))
     trials.append(_again(comparison, len(trials)))
-    prices = _prices(trials, first=comparison.first.name)
+    prices = _prices(trials, first=first)
+    own = [speed_of(cost_of(trial.run))[0] for trial in trials if trial.name == first]
+    if max(own) > _UNEVEN * min(own):
+        say(
+            f"this machine was not idle: trials of {first} ran at {min(own):,.0f} to "
+            f"{max(own):,.0f} samples/s, so that equal time is not quite equal; remove {path} and "
+            f"{path.with_suffix('')}, and begin again when nothing else runs"
+        )
     told = {name: [vars(price) for price in found] for name, found in prices.items()}
     write_json(path, told)
     return prices
