@@ -197,7 +197,7 @@ class Plan:
         """Bytes of features, and of the loss, that each sample of a further chunk adds."""
         chunk = min(_CHUNK, max(self.local_batch // 4, 1))
         engine = self._with(cache_chunk=chunk, checkpoint_activations=False)
-        few, many = (self._take(chunks * chunk, engine).moments for chunks in (3, 4))
+        few, many = (self._take(chunks * chunk, engine).moments for chunks in (2, 3))
 
         def grown(of: Callable[[Moment], int]) -> int:
             return -(-(max(map(of, many)) - max(map(of, few))) // chunk)
@@ -265,12 +265,16 @@ class Plan:
     def largest_chunk(self, zero: Zero | None, *, below: int) -> int:
         """Samples of a chunk that fits, with which the step is taken again; 0 if none does."""
         room, chunk = usable_memory(self.gpu), below
+        before: tuple[int, int] | None = None
         while chunk > 0:
             memory = self.memory(self.cached(chunk), zero)
             if memory.total <= room:
                 return chunk
-            each = max(memory.activations // chunk, 1)
-            chunk -= max(math.ceil((memory.total - room) / each), 1)
+            each = memory.activations / chunk
+            if before is not None:  # features of all samples do not go with the chunk
+                each = (before[1] - memory.total) / (before[0] - chunk)
+            before = chunk, memory.total
+            chunk -= max(math.ceil((memory.total - room) / max(each, 1.0)), 1)
         return 0
 
     @cached_property
