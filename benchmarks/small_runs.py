@@ -17,7 +17,7 @@ from measuring import write
 from frugal.common.comparison.outcomes import cost_of, mean_and_spread, table
 from frugal.common.comparison.running import lasting
 from frugal.common.report.page import render
-from frugal.common.report.plots import Curve, line_chart
+from frugal.common.report.plots import Curve, legend, line_chart
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,8 @@ def write_page(
     """A page with charts (title to name of the x axis and curves) and a table as text."""
     sections = []
     for name, (x_name, curves) in charts.items():
-        legend = Markup(", ").join(
-            Markup('<span style="color:var(--line-{})">{}</span>').format(place % 3 + 1, curve.name)
-            for place, curve in enumerate(curves)
-        )
         chart = line_chart(name, curves, x_name=x_name, description=summary, from_zero=True)
-        sections.append((name, Markup("<p>{}</p>{}").format(legend, chart)))
+        sections.append((name, Markup("<p>{}</p>{}").format(legend(curves), chart)))
     sections.append(("Numbers", Markup("<pre>{}</pre>").format(text)))
     page = render("page.html.j2", title=title, summary=summary, sections=sections)
     path.write_text(page, encoding="utf-8")

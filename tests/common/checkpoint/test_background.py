@@ -210,14 +210,20 @@ def test_on_several_processes_only_what_all_have_copied_counts(
     assert (run / "checkpoints" / "latest").read_text() == f"step_{step:09d}\n"
 
 
+def saves_whose_writer_stands_still(folder: Path) -> BackgroundSaves:
+    """After one checkpoint, that of step 10."""
+    saves = saves_in(folder, stall_minutes=1 / 60)
+    save(saves, 10, is_last=True)
+    (process,) = writers()
+    os.kill(process.pid, signal.SIGSTOP)
+    return saves
+
+
 @pytest.mark.parametrize("is_last", [False, True])
 def test_a_writer_that_stands_still_is_ended_and_replaced(
     is_last: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saves = saves_in(tmp_path / "run", stall_minutes=1 / 60)
-    save(saves, 10, is_last=True)
-    (process,) = writers()
-    os.kill(process.pid, signal.SIGSTOP)
+    saves = saves_whose_writer_stands_still(tmp_path / "run")
     begun = time.monotonic()
     save(saves, 20, is_last=is_last)  # which training would wait for, at the next one or its end
     save(saves, 30, is_last=True)
@@ -233,10 +239,7 @@ def test_a_writer_that_stands_still_is_ended_and_replaced(
 def test_a_writer_that_stands_still_at_the_end_does_not_keep_the_run(
     pending: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saves = saves_in(tmp_path / "run", stall_minutes=1 / 60)
-    save(saves, 10, is_last=True)
-    (process,) = writers()
-    os.kill(process.pid, signal.SIGSTOP)
+    saves = saves_whose_writer_stands_still(tmp_path / "run")
     if pending:
         save(saves, 20)
     begun = time.monotonic()

@@ -201,13 +201,12 @@ class Replay:
         self.noted = Noted.read(folder, run.log)
         self.run, self.last = run, last
         self.history, self.checkpoint, self.recipe = history, checkpoint, recipe
-        rewinds = self.history
-        if _is_amid_rewind(rewinds, self.noted):
+        rewinds = _without_half_a_rewind(history, self.noted)
+        if len(rewinds) < len(history):
             run.log.warning(
                 "%s was killed while it went back to an earlier checkpoint, or %s was altered: "
                 "steps are computed as %s has them", folder, HISTORY, DIGESTS,
             )  # fmt: skip
-            rewinds = rewinds[: _last_turn(rewinds)]
         self.left_out, self.went_back = left_out_before(rewinds, last)
         """The steps that were left out when the last one was taken, and whether that one is now."""
         self.end: Recomputed | None = None
@@ -232,7 +231,6 @@ class Replay:
         self._is_used = False
 
     def _check_noted(self, folder: Path) -> None:
-        untaken = sorted(self.left_out & self.compared.keys())
         first, last = self.first + 1, self.last
         if self.compared and last not in self.compared and not self.went_back:
             raise InputError(
@@ -244,7 +242,7 @@ class Replay:
                 f"{folder} has no digests of steps {first} to {last} to compare with ({DIGESTS}); "
                 "they are noted with --run.digests"
             )
-        if untaken:
+        if untaken := sorted(self.left_out & self.compared.keys()):
             raise InputError(
                 f"{HISTORY} and {DIGESTS} in {folder} contradict each other about step "
                 f"{untaken[0]}, which one of them leaves out and the other has: one was altered"
@@ -339,16 +337,15 @@ class Replay:
             yield self.end
 
 
-def _last_turn(history: list[dict[str, Any]]) -> int:
-    """The place of the last start or rewind in a history; -1 where there is none."""
-    turns = ("began", "continued", REWIND)
-    return max((n for n, event in enumerate(history) if event["event"] in turns), default=-1)
-
-
-def _is_amid_rewind(history: list[dict[str, Any]], noted: Noted) -> bool:
-    """Whether a run ended between its decision to go back and what follows from that."""
-    last = history[_last_turn(history)] if history else {}
-    return last.get("event") == REWIND and not noted.steps.keys().isdisjoint(last["left_out"])
+def _without_half_a_rewind(history: list[dict[str, Any]], noted: Noted) -> list[dict[str, Any]]:
+    """A history up to a decision to go back behind which the run ended before it took effect."""
+    turns = [
+        n for n, event in enumerate(history) if event["event"] in ("began", "continued", REWIND)
+    ]
+    last = history[turns[-1]] if turns else {}
+    if last.get("event") == REWIND and not noted.steps.keys().isdisjoint(last["left_out"]):
+        return history[: turns[-1]]
+    return history
 
 
 def _kernels_of(engine: str) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,7 @@ def check_recipes(entries: Sequence[Entry]) -> None:
                 raise InputError(f"{where}: {error}") from None
 
 
+@cache
 def recipe_of(stage: Stage) -> Recipe:
     """The recipe of a stage with its flags.
 

@@ -109,19 +109,19 @@ class Point:
 
 
 def course_of(
-    runs: Sequence[Path], number: str, *, measured: float | None = None
+    runs: Sequence[Path], costs: Sequence[Cost], number: str, *, measured: float | None = None
 ) -> tuple[Point, ...]:
     """What the stages of an entry reached on the way, one after the other.
 
     Args:
         runs: of its stages.
+        costs: of these runs.
         number: of the evaluations.
         measured: what a probe found behind the last stage, in the place of evaluations.
     """
     points: list[Point] = []
     before = (0.0, 0.0, 0.0)
-    for run in runs:
-        cost = cost_of(run)
+    for run, cost in zip(runs, costs, strict=True):
         if measured is None:
             for samples, value in measured_on_the_way(run, number):
                 seconds, flops = cost.at(samples)

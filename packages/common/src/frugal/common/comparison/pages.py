@@ -13,7 +13,7 @@ from frugal.common.comparison.outcomes import Point, mean_and_spread, table
 from frugal.common.comparison.results import Result, machine, under
 from frugal.common.files import write_file
 from frugal.common.report.page import render
-from frugal.common.report.plots import Curve, interval_chart, line_chart, standalone
+from frugal.common.report.plots import Curve, interval_chart, legend, line_chart, standalone
 
 _NONE = "\N{EN DASH}"
 _KINDS_OF_COMPOSITION = (
@@ -191,11 +191,9 @@ def _courses(found: dict[str, list[Result]], x_name: str, x: Callable[[Point], f
             f"{name} beside {bar}", curves, x_name=x_name, from_zero=True,
             description=f"{measured_by} in percent after each evaluation of the first seed",
         )  # fmt: skip
-        legend = Markup(", ").join(
-            Markup('<span style="color:var(--line-{})">{}</span>').format(number, curve.name)
-            for number, curve in enumerate(curves, start=1)
+        drawn += Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(
+            legend(curves), chart
         )
-        drawn += Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(legend, chart)
     return Markup('<div class="figures">{}</div>').format(drawn)
 
 

@@ -81,7 +81,7 @@ def result_of(place: Place, clock_seconds: dict[str, float]) -> Result:
         memory_bytes=max(cost.memory_bytes for cost in costs),
         value=value,
         numbers=numbers,
-        course=course_of(place.stages, entry.measured_by, measured=probed),
+        course=course_of(place.stages, costs, entry.measured_by, measured=probed),
         clock_seconds=clock_seconds,
     )
 

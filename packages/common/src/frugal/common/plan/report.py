@@ -175,19 +175,16 @@ class Plan:
         if not further:
             return one
         grown = self._growth
-        moments = tuple(
-            Moment(
-                one.num_trained,
-                moment.activations
-                + round(further * (grown.loss if moment.loss else 0) + further * grown.activations),
-                moment.loss + round(further * grown.loss) * (moment.loss > 0),
-            )
-            for moment in one.moments
-        )
+
+        def later(moment: Moment) -> Moment:
+            loss = further * grown.loss * (moment.loss > 0)
+            features = further * grown.activations
+            return Moment(one.num_trained, moment.activations + features + loss, moment.loss + loss)
+
         whole = samples / chunk
         return replace(
             one,
-            moments=moments,
+            moments=tuple(map(later, one.moments)),
             batch=round(one.batch * whole),
             exchanged=round(one.exchanged * whole),
         )

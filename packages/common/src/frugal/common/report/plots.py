@@ -159,6 +159,14 @@ def _range(values: list[float], *, from_zero: bool) -> tuple[float, float]:
     return (low if from_zero else low - room), high + room
 
 
+def legend(curves: Sequence[Curve]) -> Markup:
+    """The names of the lines of a chart, in their colors."""
+    return Markup(", ").join(
+        Markup('<span style="color:var(--line-{})">{}</span>').format(place % 3 + 1, curve.name)
+        for place, curve in enumerate(curves)
+    )
+
+
 @_style()
 def line_chart(
     title: str,
